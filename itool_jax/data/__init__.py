@@ -1,0 +1,1 @@
+"""Tool-use data: records, schemas, sources and batches."""

@@ -1,0 +1,331 @@
+"""One function for each public data set: a row in, its samples out.
+
+In: a row as the data set is published. Out: samples whose calls, in history and target alike, are bracketed
+lists, `[get_weather(city="Paris")]`. Texts that only explain a data set's own output format are left out,
+since the chat template writes the tools. A row of another form raises ValueError with the reason; who reads
+the file adds its name and the row.
+"""
+
+import ast
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from itool_jax.data.records import Row, Sample, content_id
+from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
+from itool_jax.text.calls import Call, calls_from_openai, read_calls, write_calls
+
+NO_CALL = "None of the available tools can help with this request."
+"""The target where a data set's answer is an empty list of calls."""
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+_TOOLACE_LEAD_IN = re.compile(r"\s*Here is a list of functions in JSON format that you can invoke[:.]?\s*$")
+_TOOLRL_TOOL = re.compile(r"\d+\. Name: (.*)\nDescription: (.*)\nParameters: (.*)", re.DOTALL)
+_TOOLRL_BLOCK = re.compile(r"<(user|think|tool_call|obs|response)>(.*?)</\1>", re.DOTALL)
+_TOOLBENCH_ACTION = re.compile(r"\s*(?:Thought:.*?)?Action: *([^\n]+)\nAction Input: *(.*)", re.DOTALL)
+_API_BANK_BARE = re.compile(r"(\w+)=([^'\"\[{(][^,=)]*)(?=[,)])")
+
+
+def samples_from_conversation(
+    conversation_id: str, messages: Sequence[Row], tools: tuple[Row, ...], category: str = ""
+) -> list[Sample]:
+    """One sample for each assistant turn that follows a user turn; the others are history only.
+
+    The first has the conversation's id, later ones "ID/2", "ID/3", ...
+    """
+    turns = [
+        i
+        for i in range(1, len(messages))
+        if messages[i]["role"] == "assistant" and messages[i - 1]["role"] == "user" and messages[i]["content"]
+    ]
+    return [
+        Sample(
+            id=conversation_id if number == 1 else f"{conversation_id}/{number}",
+            messages=tuple(messages[:i]),
+            tools=tools,
+            target=messages[i]["content"],
+            category=category,
+        )
+        for number, i in enumerate(turns, 1)
+    ]
+
+
+def from_toolace(row: Row) -> list[Sample]:
+    """ToolACE (arXiv 2409.00920): {system, conversations: [{from: user|assistant|tool, value}]}.
+
+    The list of tools is cut out of the system text; the rest of that text stays the system message.
+    """
+    system = field(row, "system", str)
+    tools, start, end = tools_inside(system)
+    before, after = _TOOLACE_LEAD_IN.sub("", system[:start]), system[end:].lstrip(". \n")
+    messages = [{"role": "system", "content": f"{before}\n{after}".strip()}, *_turns(row)]
+    return samples_from_conversation(content_id("toolace", row), messages, tool_schemas(tools))
+
+
+def from_glaive(row: Row) -> list[Sample]:
+    """Glaive as LLaMA-Factory keeps it: {conversations: [{from, value}], tools}, `tools` being a JSON text.
+
+    Turns are from human, gpt, function_call and observation.
+    """
+    return samples_from_conversation(content_id("glaive", row), _turns(row), tool_schemas(row["tools"]))
+
+
+def from_toolbench(row: Row) -> list[Sample]:
+    """ToolBench (arXiv 2307.16789), its ReAct conversations: the first action of each.
+
+    Thoughts are dropped, and so is the tool Finish: an action that gives the final answer becomes it.
+    """
+    turns = _turns(row)
+    if not turns or turns[0]["role"] != "system":
+        raise ValueError('"conversations" does not begin with the system turn that lists the APIs')
+    listed = [tool for tool in tools_inside(turns[0]["content"])[0] if tool["name"] != "Finish"]
+    messages = [
+        turn | {"content": _toolbench_answer(turn["content"])} if turn["role"] == "assistant" else turn
+        for turn in turns[1:]
+    ]
+    for message in messages:
+        message["content"] = message["content"].strip().removesuffix("Begin!").strip()
+    return samples_from_conversation(content_id("toolbench", row), messages, tool_schemas(listed))
+
+
+def from_xlam(row: Row) -> list[Sample]:
+    """XLAM-60k (arXiv 2406.18518): {id, query, tools, answers}, the last two JSON texts.
+
+    Where the list of answers is empty, the target is `NO_CALL`.
+    """
+    answers = row["answers"]
+    answers = read_json("answers", answers) if isinstance(answers, str) else answers
+    if not isinstance(answers, list):
+        raise ValueError('"answers" is not a list of calls')
+    name = f"xlam-{row['id']}" if "id" in row else content_id("xlam", row)
+    target = _bracketed(answers) if answers else NO_CALL
+    return [_question(name, field(row, "query", str), tool_schemas(row["tools"]), target)]
+
+
+def from_toolrl(row: Row) -> list[Sample]:
+    """ToolRL's SFT rows (arXiv 2504.13958): {instruction, input, output}, with tools in the instruction."""
+    _, found, rest = field(row, "instruction", str).partition("**Available Tools**")
+    listed = rest.partition("\n\n**Steps for Each Turn**")[0]
+    tools = tuple(_toolrl_tool(text) for text in re.split(r"\n(?=\d+\. Name: )", listed)[1:])
+    if not found:
+        raise ValueError('"instruction" holds no list of tools')
+    history = [
+        _toolrl_message(tag, text.strip())
+        for tag, text in _TOOLRL_BLOCK.findall(field(row, "input", str))
+        if tag != "think"
+    ]
+    # The thought may itself mention the tags, so the answer is what follows the last thought.
+    answers = _TOOLRL_BLOCK.findall(field(row, "output", str).rpartition("</think>")[2])
+    if not history or not answers:
+        raise ValueError('"input" holds no dialogue or "output" no answer')
+    target = _toolrl_message(answers[0][0], answers[0][1].strip())["content"]
+    name = content_id("toolrl", row)
+    return [Sample(id=name, messages=tuple(history), tools=tools, target=target)]
+
+
+def from_api_bank(row: Row) -> list[Sample]:
+    """API-Bank's level-3 training rows (arXiv 2304.08244): {instruction, input, output}.
+
+    The tools are ToolSearcher and what earlier searches of the dialogue found. Unquoted values are quoted.
+    """
+    head, found, dialogue = field(row, "input", str).partition("\nUser: ")
+    if not found:
+        raise ValueError('"input" holds no turn of the user')
+    tools = [_api_bank_tool(read_json("input", line)) for line in head.splitlines() if line.strip()]
+    messages: list[Row] = [{"role": "user", "content": ""}]
+    for line in dialogue.partition("\nGenerate API Request:")[0].split("\n"):
+        request, _, result = line.partition("->")
+        if line.startswith("API-Request:"):
+            messages.append({"role": "assistant", "content": _api_bank_call(request)})
+            messages.append({"role": "tool", "content": result})
+            tools += [_api_bank_tool(tool) for tool in _api_bank_found(result)]
+        elif line.startswith(("AI: ", "User: ")):
+            speaker, _, content = line.partition(": ")
+            messages.append({"role": "assistant" if speaker == "AI" else "user", "content": content})
+        else:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n{line}".strip()
+    distinct = {tool["function"]["name"]: tool for tool in tools}
+    target = _api_bank_call(field(row, "output", str))
+    name = content_id("api-bank", row)
+    return [Sample(id=name, messages=tuple(messages), tools=tuple(distinct.values()), target=target)]
+
+
+class SealTools(NamedTuple):
+    """The tools of Seal-Tools by name; their names by field ("Science/Geology") and by area ("Science")."""
+
+    tools: dict[str, Row]
+    fields: dict[str, list[str]]
+    areas: dict[str, list[str]]
+    field_of: dict[str, str]
+
+
+def seal_tools_catalogue(rows: Iterable[Row]) -> SealTools:
+    """The catalogue of tool.jsonl's rows, {api_name, api_description, field, parameters, required}."""
+    catalogue = SealTools({}, {}, {}, {})
+    for row in rows:
+        name, where = field(row, "api_name", str), field(row, "field", str)
+        schema = flat_schema(field(row, "parameters", dict), field(row, "required", list))
+        catalogue.tools[name] = tool_schema(
+            {"name": name, "description": row["api_description"], "parameters": schema}
+        )
+        catalogue.field_of[name] = where
+        catalogue.fields.setdefault(where, []).append(name)
+        catalogue.areas.setdefault(where.partition("/")[0], []).append(name)
+    return catalogue
+
+
+def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int) -> list[Sample]:
+    """Seal-Tools (arXiv 2405.08355): {id, query, calling: [{api, parameters}]}.
+
+    The candidates are the gold tools and distractors, of the same field first and then of the same area, up
+    to `n_candidates` in all, drawn and shuffled by the row's id. A value "API_call_2" names the output of an
+    earlier call.
+    """
+    name, calls = field(row, "id", str), field(row, "calling", list)
+    calling = [
+        {"name": field(call, "api", str), "arguments": field(call, "parameters", dict)} for call in calls
+    ]
+    gold = list(dict.fromkeys(call["name"] for call in calling))
+    if unknown := [tool for tool in gold if tool not in catalogue.tools]:
+        raise ValueError(f'tool "{unknown[0]}" is not in the list of tools')
+    rng = random.Random(name)
+    candidates = gold + _distractors(gold, catalogue, n_candidates - len(gold), rng)
+    rng.shuffle(candidates)
+    tools = tuple(catalogue.tools[tool] for tool in candidates)
+    target = _bracketed(calling) if calling else NO_CALL
+    return [_question(name, field(row, "query", str), tools, target)]
+
+
+def field(row: Any, key: str, kind: type) -> Any:
+    """The value of a row's key; ValueError where it is absent or of another type."""
+    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+        names = {str: "text", list: "list", dict: "object"}
+        raise ValueError(f'"{key}" is missing or no {names[kind]}')
+    return row[key]
+
+
+def read_json(name: str, text: str) -> Any:
+    """The value of a JSON text inside a row; ValueError where it is not valid."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f'"{name}" is not valid JSON ({str(error)[:60]})') from error
+
+
+def _question(name: str, query: str, tools: tuple[Row, ...], target: str) -> Sample:
+    return Sample(id=name, messages=({"role": "user", "content": query},), tools=tools, target=target)
+
+
+def _bracketed(calls: Sequence[Any]) -> str:
+    """The calls as a bracketed list.
+
+    Published rows hold names with parts of values in them, `"1.5 hours"}], date`: where a name cannot stand
+    in a list, the signs that hinder it are left out, so that one such row does not spoil a data set.
+    """
+    try:
+        return write_calls(calls_from_openai(calls))
+    except ValueError:
+        cleaned = [
+            Call(_clean(call.get("name")), {_clean(key): value for key, value in call["arguments"].items()})
+            for call in calls
+            if isinstance(call, dict) and isinstance(call.get("arguments"), dict)
+        ]
+        if len(cleaned) < len(calls):
+            raise
+        return write_calls(cleaned)
+
+
+def _clean(name: Any) -> str:
+    return " ".join(re.sub(r"[()\[\]{}\"'=,]", " ", str(name)).split()) or "_"
+
+
+def _turns(row: Row) -> list[Row]:
+    messages = []
+    for turn in field(row, "conversations", list):
+        speaker, value = field(turn, "from", str), field(turn, "value", str)
+        if speaker not in _ROLES:
+            raise ValueError(f'a turn is from "{speaker}", expected one of {", ".join(_ROLES)}')
+        if speaker == "function_call":
+            called = read_json("function_call", value)
+            value = _bracketed(called if isinstance(called, list) else [called])
+        messages.append({"role": _ROLES[speaker], "content": value})
+    return messages
+
+
+def _toolbench_answer(text: str) -> str:
+    action = _TOOLBENCH_ACTION.fullmatch(text)
+    if not action:
+        return text
+    arguments = read_json("Action Input", action[2].strip() or "{}")
+    if action[1].strip() == "Finish" and isinstance(arguments, dict):
+        return str(arguments.get("final_answer") or NO_CALL)
+    return _bracketed([{"name": action[1].strip(), "arguments": arguments}])
+
+
+def _toolrl_tool(text: str) -> Row:
+    match = _TOOLRL_TOOL.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f'a tool is not written as Name, Description, Parameters: "{text.strip()[:40]}"')
+    parameters = flat_schema(read_json("Parameters", match[3]))
+    return tool_schema({"name": match[1], "description": match[2], "parameters": parameters})
+
+
+def _toolrl_message(tag: str, text: str) -> Row:
+    if tag == "tool_call":
+        calls = [read_json("tool_call", line) for line in text.splitlines() if line.strip()]
+        calling = [{"name": field(c, "name", str), "arguments": field(c, "parameters", dict)} for c in calls]
+        return {"role": "assistant", "content": _bracketed(calling)}
+    return {"role": {"user": "user", "obs": "tool", "response": "assistant"}[tag], "content": text}
+
+
+def _api_bank_tool(tool: Row) -> Row:
+    name = tool.get("apiCode") or tool.get("name")
+    parameters = tool.get("input_parameters", tool.get("parameters", {}))
+    return tool_schema(
+        {"name": name, "description": tool.get("description"), "parameters": flat_schema(parameters)}
+    )
+
+
+def _api_bank_found(result: str) -> list[Row]:
+    """The tools among a call's results; results that are no Python literal hold none."""
+    try:
+        value = ast.literal_eval(result)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    # Some results list a tool's parameters as a set, without their types: such tools cannot be described.
+    return [
+        tool
+        for tool in (value if isinstance(value, list) else [value])
+        if isinstance(tool, dict) and "name" in tool and isinstance(tool.get("input_parameters"), dict)
+    ]
+
+
+def _api_bank_call(request: str) -> str:
+    call = request.strip().removeprefix("API-Request:").strip()
+    call = call if call.startswith("[") else f"[{call}]"
+    if read_calls(call) is None:
+        quoted = _API_BANK_BARE.sub(lambda match: f"{match[1]}={match[2].strip()!r}", call)
+        return quoted if read_calls(quoted) is not None else call
+    return call
+
+
+def _distractors(gold: list[str], catalogue: SealTools, n: int, rng: random.Random) -> list[str]:
+    fields = list(dict.fromkeys(catalogue.field_of[tool] for tool in gold))
+    areas = list(dict.fromkeys(name.partition("/")[0] for name in fields))
+    chosen: list[str] = []
+    for pool in ([catalogue.fields[f] for f in fields], [catalogue.areas[a] for a in areas]):
+        names = [name for group in pool for name in group if name not in gold and name not in chosen]
+        chosen += rng.sample(names, min(len(names), max(0, n - len(chosen))))
+    return chosen

@@ -1,0 +1,256 @@
+"""The generated tool-use corpora: a seed, a part and a count in, `Sample`s out, always the same ones.
+
+`pretraining` trains the embedded checkpoint: its own domains, and tools whose words are drawn at random.
+`train`, `validation` and `test` are the default task: other domains, with tools and names that no other part has.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from itool_jax.data import lexicon
+from itool_jax.data.lexicon import Domain, Parameter
+from itool_jax.data.records import Sample
+
+Part = Literal["pretraining", "pretraining_test", "train", "validation", "test"]
+
+# Shares, in percent, of the task's tools and of all made-up names that belong to each part.
+TOOL_SHARES = {"train": 60, "validation": 15, "test": 25}
+NAME_SHARES = {"pretraining": 40, "pretraining_test": 10, "train": 25, "validation": 10, "test": 15}
+
+
+class Tool(NamedTuple):
+    """A tool and the words people may use for it."""
+
+    name: str
+    description: str
+    parameters: tuple[Parameter, ...]
+    required: tuple[str, ...]
+    spoken: tuple[str, ...]
+
+    def schema(self) -> dict[str, Any]:
+        """The tool as an OpenAI function schema."""
+        properties = {
+            p.name: {"type": p.type} | ({"enum": list(p.options)} if p.options else {})
+            for p in self.parameters
+        }
+        parameters = {"type": "object", "properties": properties, "required": list(self.required)}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+class Request(NamedTuple):
+    """One call and the words that ask for it."""
+
+    call: str
+    words: str
+
+
+def _share_of(text: str, shares: dict[str, int]) -> str:
+    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % sum(
+        shares.values()
+    )
+    for name, share in shares.items():
+        if (position := position - share) < 0:
+            return name
+    raise AssertionError("shares cover every position")
+
+
+def _name(rng: random.Random, part: Part) -> str:
+    """A made-up name that belongs to `part`."""
+    while True:
+        name = rng.choice(lexicon.NAME_STARTS) + rng.choice(lexicon.NAME_ENDS)
+        if _share_of(name, NAME_SHARES) == part:
+            return name
+
+
+def _tool(
+    rng: random.Random, verb: Sequence[str], thing: Sequence[str], parameters: Sequence[Parameter]
+) -> Tool:
+    chosen = rng.sample(parameters, k=min(len(parameters), rng.choice((1, 2, 2, 3, 3, 4))))
+    required = tuple(p.name for i, p in enumerate(chosen) if i == 0 or rng.random() < 0.6)
+    (verb_1, verb_2), (thing_1, thing_2) = rng.sample(verb, 2), rng.sample(thing, 2)
+    spoken = tuple(f"{v} a {t}" for v in verb for t in thing)
+    return Tool(f"{verb_1}_{thing_1}", f"{verb_2} {thing_2}", tuple(chosen), required, spoken)
+
+
+def _domain_tools(part: Part, domain: Domain, rng: random.Random) -> list[Tool]:
+    """All tools of a domain that belong to a part; the task's tools are fixed, those of pretraining vary."""
+    if part in ("pretraining", "pretraining_test"):
+        pairs = [(v, t) for v in rng.sample(lexicon.VERBS, 6) for t in domain.things]
+        return [_tool(rng, v, t, domain.parameters) for v, t in pairs]
+    pairs = [(v, t) for v in lexicon.VERBS + lexicon.TASK_VERBS for t in domain.things]
+    mine = [(v, t) for v, t in pairs if _share_of(f"{v[0]} {t[0]}", TOOL_SHARES) == part]
+    return [_tool(random.Random(f"{v[0]} {t[0]}"), v, t, domain.parameters) for v, t in mine]
+
+
+def _random_tools(rng: random.Random) -> list[Tool]:
+    """Tools whose verbs, things and parameters are any words at all: they can only be told apart by reading."""
+    words = list(lexicon.words())
+    verbs = [rng.sample(words, 2) for _ in range(4)]
+    things = [rng.sample(words, 2) for _ in range(3)]
+    names = rng.sample(words, 6)
+    parameters = [_random_parameter(rng, name, words) for name in names]
+    return [_tool(rng, v, t, parameters) for v in verbs for t in things]
+
+
+def _random_parameter(rng: random.Random, name: str, words: list[str]) -> Parameter:
+    kind = rng.choice(("string", "string", "string", "integer", "number", "boolean", "enum"))
+    if kind == "enum":
+        return Parameter(name, "string", (f"as {{}} {name}",), tuple(rng.sample(words, 3)))
+    return Parameter(
+        name, kind, (f"with {name}", f"without {name}") if kind == "boolean" else (f"{name} {{}}",)
+    )
+
+
+def _value(rng: random.Random, parameter: Parameter, part: Part) -> Any:
+    if parameter.options:
+        return rng.choice(parameter.options)
+    if parameter.type == "string":
+        return _name(rng, part)
+    if parameter.type == "integer":
+        return rng.randint(2, 99)
+    if parameter.type == "number":
+        return rng.randint(1, 99) + rng.randint(1, 9) / 10
+    return rng.random() < 0.5
+
+
+def _phrase(rng: random.Random, parameter: Parameter, value: Any) -> str:
+    if parameter.type == "boolean":
+        plain = f"with {parameter.name} {'on' if value else 'off'}"
+        return plain if rng.random() < 0.3 else parameter.phrases[0 if value else 1]
+    spoken = rng.choice(parameter.phrases) if rng.random() < 0.7 else f"with {parameter.name} {{}}"
+    return spoken.format(value)
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _request(
+    rng: random.Random, tool: Tool, part: Part, given: tuple[str, Any, str] | None = None
+) -> Request:
+    """A call of `tool` and its words; `given` fixes one parameter: its name, value and phrase."""
+    arguments, phrases = [], []
+    for parameter in tool.parameters:
+        if given is not None and parameter.name == given[0]:
+            arguments.append(f"{parameter.name}={_literal(given[1])}")
+            phrases.append(given[2])
+        elif parameter.name in tool.required or rng.random() < 0.5:
+            value = _value(rng, parameter, part)
+            arguments.append(f"{parameter.name}={_literal(value)}")
+            phrases.append(_phrase(rng, parameter, value))
+    rng.shuffle(phrases)
+    return Request(f"{tool.name}({', '.join(arguments)})", " ".join([rng.choice(tool.spoken), *phrases]))
+
+
+def _candidates(rng: random.Random, wanted: list[Tool], pool: list[Tool], count: int) -> list[Tool]:
+    """`count` distractors of distinct names, half of them sharing a verb or a thing with a wanted tool."""
+    words = {word for tool in wanted for word in tool.name.split("_")}
+    taken = {tool.name for tool in wanted} | {tool.spoken[0] for tool in wanted}
+    others = [t for t in pool if t.name not in taken and t.spoken[0] not in taken]
+    rng.shuffle(others)
+    close = [t for t in others if words & set(t.name.split("_"))]
+    chosen: list[Tool] = []
+    for _ in range(min(count, len(others))):
+        source = close if close and rng.random() < 0.5 else others
+        chosen.append(source[0])
+        others = [t for t in others if t.name != source[0].name and t.spoken[0] != chosen[-1].spoken[0]]
+        close = [t for t in close if t in others]
+        if not others:
+            break
+    return chosen
+
+
+def _sentence(rng: random.Random, requests: list[Request]) -> str:
+    joint = rng.choice(lexicon.JOINTS)
+    opening = rng.choice(lexicon.OPENINGS) + " " if rng.random() < 0.5 else ""
+    return opening + joint.join(request.words for request in requests)
+
+
+def _earlier_turns(
+    rng: random.Random, tool: Tool, part: Part
+) -> tuple[list[dict[str, str]], tuple[str, Any, str]]:
+    """A finished exchange about `tool`, and the parameter that the next question takes from it."""
+    first = _request(rng, tool, part)
+    result = _name(rng, part)
+    turns = [
+        {"role": "user", "content": _sentence(rng, [first])},
+        {"role": "assistant", "content": f"[{first.call}]"},
+        {"role": "tool", "content": f"result {result}"},
+    ]
+    strings = [p.name for p in tool.parameters if f'{p.name}="' in first.call and not p.options]
+    if strings and rng.random() < 0.5:
+        name = rng.choice(strings)
+        value = first.call.split(f'{name}="')[1].split('"')[0]
+        return turns, (name, value, f"with the same {name}")
+    return turns, ("", result, "")
+
+
+def _follow_up(
+    rng: random.Random, pool: list[Tool], part: Part
+) -> tuple[list[dict[str, str]], list[Tool], Request]:
+    """Earlier turns, the tools of both turns, and a request that refers back."""
+    first = rng.choice(pool)
+    turns, given = _earlier_turns(rng, first, part)
+    fits = [
+        t
+        for t in pool
+        if any(p.type == "string" and not p.options and given[0] in ("", p.name) for p in t.parameters)
+    ]
+    if not fits:  # nothing takes a name: ask for the same tool once more
+        return turns, [first], _request(rng, first, part)
+    tool = rng.choice(fits)
+    if not given[0]:
+        name = rng.choice([p.name for p in tool.parameters if p.type == "string" and not p.options])
+        given = (name, given[1], f"with {name} from the result")
+    return turns, list(dict.fromkeys([first, tool])), _request(rng, tool, part, given)
+
+
+def _pool(rng: random.Random, part: Part) -> list[Tool]:
+    if part == "pretraining" and rng.random() < 0.4:
+        return _random_tools(rng)
+    domains = lexicon.PRETRAINING_DOMAINS if part.startswith("pretraining") else lexicon.TASK_DOMAINS
+    chosen = rng.sample(domains, rng.choice((1, 1, 2)))
+    return [tool for domain in chosen for tool in _domain_tools(part, domain, rng)]
+
+
+def make_sample(part: Part, index: int, seed: int) -> Sample:
+    """Sample number `index` of a part; `category` is calls, irrelevance or multi_turn."""
+    rng = random.Random(f"{seed}/{part}/{index}")
+    pool = _pool(rng, part)
+    kind = rng.choices(("calls", "irrelevance", "multi_turn"), weights=(70, 15, 15))[0]
+    turns: list[dict[str, str]] = []
+    if kind == "multi_turn":
+        turns, wanted, request = _follow_up(rng, pool, part)
+        requests = [request]
+    else:
+        wanted = _distinct(rng, pool, rng.choice((1, 1, 1, 2, 2, 3)) if kind == "calls" else 1)
+        requests = [_request(rng, tool, part) for tool in wanted]
+    distractors = _candidates(rng, wanted, pool, rng.randint(1, 6))
+    tools = distractors if kind == "irrelevance" else wanted + distractors
+    rng.shuffle(tools)
+    target = lexicon.REFUSAL if kind == "irrelevance" else f"[{', '.join(r.call for r in requests)}]"
+    messages = [*turns, {"role": "user", "content": _sentence(rng, requests)}]
+    return Sample(
+        id=f"{part}-{seed}-{index}",
+        messages=tuple(messages),
+        tools=tuple(tool.schema() for tool in tools),
+        target=target,
+        category=kind,
+    )
+
+
+def _distinct(rng: random.Random, pool: list[Tool], count: int) -> list[Tool]:
+    """Up to `count` tools of different names and meanings."""
+    chosen: list[Tool] = []
+    for tool in rng.sample(pool, min(len(pool), 4 * count)):
+        if len(chosen) < count and all(tool.name != t.name and tool.spoken[0] != t.spoken[0] for t in chosen):
+            chosen.append(tool)
+    return chosen
+
+
+def generate(part: Part, count: int, seed: int = 0) -> list[Sample]:
+    """The first `count` samples of a part."""
+    return [make_sample(part, index, seed) for index in range(count)]

@@ -1,0 +1,158 @@
+"""The records that data is made of, and the files that hold them.
+
+In: files of rows, one JSON object each: JSON lines, a JSON array or parquet, gzipped or not.
+Out: `Sample` and `RawSample`; dictionaries with their row numbers; files that are either whole or absent.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One tool-use turn: what the model sees, and what it should answer."""
+
+    id: str
+    messages: tuple[Row, ...]
+    """OpenAI chat messages, the target not among them."""
+    tools: tuple[Row, ...] = ()
+    """OpenAI tool schemas, {"type": "function", "function": {"name", "description", "parameters"}}."""
+    target: str = ""
+    """One bracketed list of calls, or plain text; empty where it is unknown."""
+    category: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawSample:
+    """Token ids, or a text, that the model gets exactly as given."""
+
+    id: str
+    prompt_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
+    target_ids: tuple[int, ...] | None = None
+
+
+def sample_row(sample: Sample) -> Row:
+    """The row of a file that reads back as this very sample."""
+    row: Row = {"id": sample.id, "messages": list(sample.messages), "tools": list(sample.tools)}
+    return row | {"target": sample.target} | ({"category": sample.category} if sample.category else {})
+
+
+def content_id(prefix: str, row: Row) -> str:
+    """An id made from a row's content, for data without ids: it never depends on the order of a file."""
+    digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{prefix}-{digest[:16]}"
+
+
+def place(path: str | os.PathLike[str], number: int) -> str:
+    """How messages name a row: `FILE line 7`, or `FILE row 7` where rows are no lines."""
+    kind = "row" if _kind(pathlib.Path(path)) in (".json", ".parquet") else "line"
+    return f"{os.fspath(path)} {kind} {number}"
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
+    """Yields (number from 1, row) of a .jsonl, .json (lines or one array) or .parquet file, .gz or not.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or a row is no JSON object; names file and row.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"{path} does not exist")
+    if _kind(path) == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    data = _read_bytes(path)
+    is_array = _kind(path) == ".json" and data.lstrip()[:1] == b"["
+    for number, row in enumerate(_decode(data, str(path)), 1) if is_array else _lines(path, data):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place(path, number)}: not a JSON object")
+        yield number, row
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
+    """Writes rows as JSON lines, gzipped where the name ends in .gz, and returns how many.
+
+    The file takes its name only when it is whole, so that a reader never meets half of one.
+
+    Raises:
+        ValueError: a row holds a value that is not JSON, such as NaN; names file and row.
+        OSError: the disk is full or the folder cannot be written; the earlier file is untouched.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with open(partial, "wb") as raw:
+            # No time stamp: equal rows give equal bytes.
+            file = (
+                gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
+            )
+            for count, row in enumerate(rows, 1):
+                file.write(_encode(row, place(path, count)))
+            if file is not raw:
+                file.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _kind(path: pathlib.Path) -> str:
+    return pathlib.Path(path.name.removesuffix(".gz")).suffix
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+
+
+def _decode(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
+
+
+def _lines(path: pathlib.Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, _decode(line, place(path, number))
+
+
+def _encode(row: Row, where: str) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot be written as JSON ({error})") from error
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow  # the import is slow, and few files are parquet
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    yield from enumerate(rows, 1)

@@ -1,0 +1,199 @@
+"""Tool definitions of many dialects made into OpenAI tool schemas.
+
+In: definitions as data sets write them: bare functions, flat parameters, Python's types, lists inside texts.
+Out: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}; what is already of
+this form is returned as it is.
+"""
+
+import ast
+import json
+import re
+from typing import Any
+
+from itool_jax.data.records import Row
+
+_JSON_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
+_PYTHON_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "dict": "object",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "none": "null",
+}
+
+
+def json_type(name: str) -> Row:
+    """The JSON schema of a Python type's name: "List[int]" → {"type": "array", "items": {"type": "integer"}}.
+
+    "X, optional" and "Optional[X]" are X. A name of no JSON type, such as "Any", becomes a string.
+    """
+    name = name.strip().removesuffix("optional").rstrip(" ,")
+    head, _, inside = name.partition("[")
+    kind = head.strip().rpartition(".")[2].lower()
+    arguments = _type_arguments(inside.strip().removesuffix("]"))
+    if kind == "optional" and arguments:
+        return json_type(arguments[0])
+    if kind in ("union", "") and arguments:
+        return _union([json_type(argument) for argument in arguments])
+    mapped = kind if kind in _JSON_TYPES else _PYTHON_TYPES.get(kind, "string")
+    if mapped == "array" and arguments:
+        return {"type": "array", "items": _union([json_type(argument) for argument in arguments])}
+    return {"type": mapped}
+
+
+def json_schema(schema: Row) -> Row:
+    """The schema with Python's type names replaced at every level; a proper JSON schema stays as it is."""
+    out: Row = {}
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str):
+            out |= json_type(value)
+        elif key == "properties" and isinstance(value, dict):
+            # Tables fill the properties a tool lacks with None.
+            kept = {name: item for name, item in value.items() if item is not None}
+            out[key] = {
+                name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()
+            }
+        elif key == "items" and isinstance(value, dict):
+            out[key] = json_schema(value)
+        elif key == "required" and value is None:
+            continue
+        else:
+            out[key] = value
+    return out
+
+
+def flat_schema(parameters: Row, required: list[str] | None = None) -> Row:
+    """The JSON schema of parameters written as {name: {"type", "description", "default"}}.
+
+    Where `required` is not given, a parameter is required unless its type says "optional" or it has a
+    default.
+    """
+    properties: Row = {}
+    needed: list[str] = []
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, dict):
+            raise ValueError(f'parameter "{name}" is not described by an object')
+        written = str(parameter.get("type", "string"))
+        schema = json_schema(
+            {"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")}
+        )
+        # An empty default stands for none in these data sets.
+        if parameter.get("default") not in ("", None):
+            schema["default"] = _typed(parameter["default"], schema.get("type"))
+        elif "optional" not in written.lower():
+            needed.append(name)
+        properties[name] = schema
+    return {"type": "object", "properties": properties, "required": needed if required is None else required}
+
+
+def tool_schema(tool: Any) -> Row:
+    """The OpenAI tool schema of one definition: a tool schema, or a bare function, parameters flat or not.
+
+    Raises:
+        ValueError: the definition has no name or its parameters are no object.
+    """
+    wrapped = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+    function = tool["function"] if wrapped else tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f'a tool has no "name": {json.dumps(tool, default=str)[:80]}')
+    rest = dict(function)
+    # Some ToolACE definitions call them arguments.
+    parameters = rest.get("parameters", rest.get("arguments", {}))
+    # ToolACE writes a "required" of its own beside the parameters.
+    outside = rest.pop("required", None) if not wrapped else None
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f'the parameters of tool "{function["name"]}" are not an object')
+    if wrapped:
+        typed = tool if "type" in tool else {"type": "function"} | tool
+        return typed | {"function": rest | ({"parameters": json_schema(parameters)} if parameters else {})}
+    schema = _parameters(parameters or {})
+    if outside and "required" not in schema:
+        schema["required"] = outside
+    name, description = rest.pop("name"), rest.pop("description", None) or ""
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": schema},
+    }
+
+
+def tool_schemas(tools: Any) -> tuple[Row, ...]:
+    """The schemas of a list of definitions, which may be None or a JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "[]")
+        except json.JSONDecodeError as error:
+            raise ValueError(f'"tools" is not valid JSON ({error.msg} at column {error.colno})') from error
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError('"tools" is not a list')
+    return tuple(tool_schema(tool) for tool in tools or ())
+
+
+def tools_inside(text: str) -> tuple[list[Any], int, int]:
+    """Finds the list of tool definitions inside a system text, as JSON or as Python writes it.
+
+    Returns:
+        The list and the positions where it starts and ends; ([], len, len) where there is none.
+    """
+    for match in re.finditer(r"\[\s*(\{|\])", text):
+        start = match.start()
+        try:
+            tools, end = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError:
+            tools, end = _python_list(text, start)
+        if isinstance(tools, list) and all(isinstance(tool, dict) and "name" in tool for tool in tools):
+            return tools, start, end
+    return [], len(text), len(text)
+
+
+def _parameters(parameters: Row) -> Row:
+    # A flat parameter may itself be called "type" or "properties"; its value is then an object.
+    full = isinstance(parameters.get("type"), str) or (
+        "properties" in parameters and "type" not in parameters
+    )
+    return json_schema(parameters) if full else flat_schema(parameters)
+
+
+def _python_list(text: str, start: int) -> tuple[Any, int]:
+    end = text.rfind("]") + 1
+    try:
+        return ast.literal_eval(text[start:end]), end
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None, start
+
+
+def _type_arguments(inside: str) -> list[str]:
+    """Splits at the commas outside brackets: "int, List[str, int]" → ["int", "List[str, int]"]."""
+    parts, depth = [""], 0
+    for character in inside:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip(" '\"") for part in parts if part.strip(" '\".")]
+
+
+def _union(schemas: list[Row]) -> Row:
+    kinds = list(dict.fromkeys(json.dumps(schema) for schema in schemas))
+    if len(kinds) == 1:
+        return schemas[0]
+    if all(set(schema) == {"type"} and isinstance(schema["type"], str) for schema in schemas):
+        return {"type": list(dict.fromkeys(schema["type"] for schema in schemas))}
+    return {"anyOf": [json.loads(kind) for kind in kinds]}
+
+
+def _typed(default: Any, kind: Any) -> Any:
+    """A default written as text, "3", as a value of its type, 3; unchanged where it is none."""
+    if not isinstance(default, str) or kind not in ("integer", "number", "boolean", "object", "array"):
+        return default
+    try:
+        value = json.loads(default.lower() if kind == "boolean" else default)
+    except json.JSONDecodeError:
+        return default
+    expected = {"integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list}[kind]
+    return value if isinstance(value, expected) else default

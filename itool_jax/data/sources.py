@@ -1,0 +1,252 @@
+"""Reads tool-use data of any known form.
+
+In: a file, a folder of files, or `hf:OWNER/NAME` for a data set of the Hugging Face hub. The form is told by
+the content: the OpenAI form {id, messages, tools, target}, raw rows, ToolACE, ToolBench, xLAM-60k, Seal-
+Tools, ToolRL, Glaive or API-Bank.
+Out: lists of samples with distinct ids. Errors are one line that names the file and the row.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from itool_jax.data import formats
+from itool_jax.data.formats import samples_from_conversation
+from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows
+from itool_jax.data.schemas import tool_schemas
+from itool_jax.text.calls import calls_from_openai, write_calls
+
+HUB = "hf:"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Path = str | os.PathLike[str]
+Numbered = list[tuple[int, Row]]
+
+
+def load(source: Path, *, n_candidates: int = 10) -> list[Sample]:
+    """All training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
+
+    A conversation gives one sample for each assistant turn that follows a user turn. `n_candidates` is the
+    number of tools offered with a query of Seal-Tools, whose rows name the gold tools only.
+
+    Raises:
+        ValueError: one line that names the source, and the row where one is wrong.
+    """
+    name = os.fspath(source)
+    if name.startswith(HUB):
+        return _load_rows(_hub_rows(name), lambda number: f"{name} row {number}", name, n_candidates)
+    samples: list[Sample] = []
+    for file in _files(pathlib.Path(name)):
+        samples += _load_rows(list(read_rows(file)), functools.partial(place, file), str(file), n_candidates)
+    return _distinct(samples)
+
+
+def read_samples(path: Path, need_target: bool, every_turn: bool = False) -> list[Sample | RawSample]:
+    """The samples of a file in the OpenAI form, {id, messages, tools, target}, or raw.
+
+    The raw forms are {id, prompt_ids, target_ids}, {id, prompt_ids} and {id, prompt}. A target is a text or
+    an assistant message, whose `tool_calls` become a bracketed list. Where there is none and the messages end
+    with an assistant turn, that turn is the target, or with `every_turn` each assistant turn that follows a
+    user turn is one. A row without an id gets one made from its content.
+
+    Raises:
+        ValueError: one line that names the file, and the row where one is wrong; or an id stands twice.
+    """
+    rows = list(read_rows(path))
+    return _generic(rows, functools.partial(place, path), os.fspath(path), need_target, every_turn)
+
+
+def _load_rows(rows: Numbered, where: Callable[[int], str], name: str, n_candidates: int) -> list[Sample]:
+    if not rows:
+        raise ValueError(f"{name} holds no samples")
+    reader = _reader(rows[0][1], where(rows[0][0]), pathlib.Path(name), n_candidates)
+    if reader is not None:
+        return _distinct(sample for number, row in rows for sample in _at(where(number), reader, row))
+    samples = _generic(rows, where, name, need_target=True, every_turn=True)
+    if any(isinstance(sample, RawSample) for sample in samples):
+        raise ValueError(f"{name} holds raw prompts, which only the stages score and generate read")
+    return [sample for sample in samples if isinstance(sample, Sample)]
+
+
+def _reader(
+    row: Row, where: str, path: pathlib.Path, n_candidates: int
+) -> Callable[[Row], list[Sample]] | None:
+    """The function that reads rows like this one; None for the OpenAI form and raw rows."""
+    keys = row.keys()
+    if keys & {"messages", "prompt_ids", "prompt"}:
+        return None
+    if {"query", "calling"} <= keys:
+        return functools.partial(
+            formats.from_seal_tools, catalogue=_seal_tools_beside(path), n_candidates=n_candidates
+        )
+    if {"query", "tools", "answers"} <= keys:
+        return formats.from_xlam
+    if {"system", "conversations"} <= keys:
+        return formats.from_toolace
+    if {"tools", "conversations"} <= keys:
+        return formats.from_glaive
+    if "conversations" in keys:
+        return formats.from_toolbench
+    if {"instruction", "input", "output"} <= keys:
+        return (
+            formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else formats.from_api_bank
+        )
+    raise ValueError(
+        f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}'
+    )
+
+
+def _generic(
+    rows: Numbered, where: Callable[[int], str], name: str, need_target: bool, every_turn: bool
+) -> list[Sample | RawSample]:
+    read = functools.partial(_generic_row, need_target=need_target, every_turn=every_turn)
+    samples: list[Sample | RawSample] = []
+    first: dict[str, int] = {}
+    for number, row in rows:
+        if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
+            raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
+        samples += _at(where(number), read, row)
+    if not samples:
+        raise ValueError(f"{name} holds no samples")
+    return _distinct(samples)
+
+
+def _generic_row(row: Row, need_target: bool, every_turn: bool) -> list[Any]:
+    if row.get("messages") is None and row.keys() & {"prompt_ids", "prompt"}:
+        return [_raw(row, need_target)]
+    messages = row.get("messages")
+    if not messages or not isinstance(messages, list):
+        raise ValueError('sample has no "messages"')
+    turns = [_message(message, number) for number, message in enumerate(messages, 1)]
+    name, category, tools = _id(row), str(row.get("category") or ""), tool_schemas(row.get("tools"))
+    if row.get("target") is not None:
+        target = _target(row["target"])
+    elif every_turn:
+        found = samples_from_conversation(name, turns, tools, category)
+        if not found:
+            raise ValueError('sample has no "target" and no assistant turn that follows a user turn')
+        return found
+    else:
+        target = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
+    if need_target and not target:
+        raise ValueError(f'sample has {"an empty" if row.get("target") is not None else "no"} "target"')
+    if not turns:
+        raise ValueError("sample has no message before its target")
+    return [Sample(id=name, messages=tuple(turns), tools=tools, target=target, category=category)]
+
+
+def _raw(row: Row, need_target: bool) -> RawSample:
+    prompt = row.get("prompt")
+    if prompt is not None and row.get("prompt_ids") is not None:
+        raise ValueError('sample has both "prompt" and "prompt_ids"')
+    if prompt is not None and (not isinstance(prompt, str) or not prompt):
+        raise ValueError('"prompt" must be a text that is not empty')
+    prompt_ids, target_ids = _token_ids(row, "prompt_ids"), _token_ids(row, "target_ids")
+    if need_target and target_ids is None:
+        raise ValueError('sample has no "target_ids"')
+    return RawSample(id=_id(row), prompt_ids=prompt_ids, prompt=prompt, target_ids=target_ids)
+
+
+def _token_ids(row: Row, key: str) -> tuple[int, ...] | None:
+    ids = row.get(key)
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(f'"{key}" must be a list of token ids, integers from 0, that is not empty')
+    return tuple(ids)
+
+
+def _id(row: Row) -> str:
+    given = row.get("id")
+    if given is not None and type(given) not in (str, int):
+        raise ValueError('"id" must be a text or an integer')
+    return content_id("sample", row) if given in (None, "") else str(given)
+
+
+def _message(message: Any, number: int) -> Row:
+    """The message with text content: calls are a bracketed list in the history as they are in the target."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise ValueError(f"message {number} has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
+    if message["role"] != "assistant" and message.get("content") is None:
+        raise ValueError(f'message {number} has no "content"')
+    try:
+        content = _content(message)
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from error
+    # Tables fill absent keys with None.
+    kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
+    return kept | {"content": content}
+
+
+def _content(message: Row) -> str:
+    if message.get("tool_calls"):
+        return write_calls(calls_from_openai(formats.field(message, "tool_calls", list)))
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        return "".join(str(part["text"]) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError('"content" is not text')
+    return content or ""
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, dict):
+        return _content(target)
+    if not isinstance(target, str):
+        raise ValueError('"target" must be a text or an assistant message')
+    return target
+
+
+def _at(where: str, read: Callable[[Row], list[Any]], row: Row) -> list[Any]:
+    try:
+        return read(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _distinct(samples: Iterable[Any]) -> list[Any]:
+    """Ids made from content repeat where rows do: the second becomes "ID-2"."""
+    seen: dict[str, int] = {}
+    out = []
+    for sample in samples:
+        seen[sample.id] = seen.get(sample.id, 0) + 1
+        repeated = seen[sample.id] > 1
+        out.append(dataclasses.replace(sample, id=f"{sample.id}-{seen[sample.id]}") if repeated else sample)
+    return out
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+    files = [file for file in files if not file.name.startswith("tool.jsonl")]  # Seal-Tools: no samples
+    if not files:
+        raise ValueError(f"{path} holds no data files ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _seal_tools_beside(path: pathlib.Path) -> formats.SealTools:
+    for file in (path.parent / "tool.jsonl", path.parent / "tool.jsonl.gz"):
+        if file.exists():
+            return _seal_tools(str(file))
+    raise ValueError(f"{path} is of Seal-Tools and needs the tools, tool.jsonl or tool.jsonl.gz, beside it")
+
+
+@functools.lru_cache(maxsize=2)
+def _seal_tools(file: str) -> formats.SealTools:
+    return formats.seal_tools_catalogue(row for _, row in read_rows(file))
+
+
+def _hub_rows(name: str) -> Numbered:
+    import datasets  # the import takes a second, and most runs read files
+
+    try:
+        table = datasets.load_dataset(name.removeprefix(HUB), split="train")
+    except Exception as error:  # the hub raises errors of many libraries; all mean the same to the user
+        raise ValueError(
+            f"{name} could not be fetched ({(str(error) or type(error).__name__).splitlines()[0]})"
+        ) from error
+    return [(number, dict(row)) for number, row in enumerate(table, 1)]

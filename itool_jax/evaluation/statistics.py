@@ -1,0 +1,76 @@
+"""Right-or-wrong marks of samples in; standard errors, paired tests and one line of plain words out."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SIGNIFICANCE_LEVEL = 0.05
+
+
+class PairedDifference(NamedTuple):
+    """Run a against run b on the same samples; accuracies are fractions, positive means that a is better."""
+
+    difference: float
+    standard_error: float
+    p_value: float
+    n: int
+    wins: int
+    losses: int
+    significant: bool
+
+
+def standard_error(correct: Sequence[bool]) -> float:
+    """Binomial standard error sqrt(p(1-p)/n) of an accuracy, as a fraction; nan for no samples."""
+    if len(correct) == 0:
+        return math.nan
+    p = float(np.mean(np.asarray(correct, dtype=bool)))
+    return math.sqrt(p * (1 - p) / len(correct))
+
+
+def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over independent runs (seeds) and its standard error; nan where undefined, as the error of one."""
+    if len(values) == 0:
+        return math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
+
+
+def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
+    """Accuracy of a minus accuracy of b, marked sample by sample in the same order: McNemar's exact test.
+
+    Wins are samples that only a gets right, losses those that only b does; the two-sided p-value asks whether
+    a fair coin would have split them so unevenly. Raises ValueError where the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired runs must mark the same samples, got {len(a)} and {len(b)} marks")
+    n = len(a)
+    a_right, b_right = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    wins, losses = int(np.sum(a_right & ~b_right)), int(np.sum(b_right & ~a_right))
+    p_value = _sign_test(wins, losses)
+    if n == 0:
+        return PairedDifference(math.nan, math.nan, p_value, n, wins, losses, significant=False)
+    difference = (wins - losses) / n
+    error = math.sqrt(((wins + losses) / n - difference**2) / n)
+    return PairedDifference(
+        difference, error, p_value, n, wins, losses, significant=p_value < SIGNIFICANCE_LEVEL
+    )
+
+
+def describe(difference: PairedDifference) -> str:
+    """One line in percentage points: "+5.2 ± 1.1 points (n=400, p=0.0001)"; says where nothing was gained."""
+    if difference.n == 0:
+        return "no samples to compare, no significant gain"
+    p_text = "p<0.0001" if difference.p_value < 0.0001 else f"p={difference.p_value:.4f}"
+    gain, error = 100 * difference.difference, 100 * difference.standard_error
+    line = f"{gain:+.1f} ± {error:.1f} points (n={difference.n}, {p_text})"
+    if not difference.significant:
+        return f"{line}, no significant gain"
+    return line if difference.difference > 0 else f"{line}, a significant loss"
+
+
+def _sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided binomial p-value at one half, in integers, so that no count is too large."""
+    n, k = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)

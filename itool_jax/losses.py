@@ -1,0 +1,249 @@
+"""Log-probabilities of tokens in; perplexity, step priors and training losses out. Pure, float32 inside.
+
+Preference losses take sums of log-probs over the tokens of a step and return one loss a pair. Only
+`pair_metrics` averages over a batch: for losses the caller divides by the global count.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, Num, Shaped
+
+from itool_jax.types import AnyArray, FloatB, FloatBT, Scalar, TokensBT
+
+CountB = Num[AnyArray, "B"]
+LossName = Literal["dpo", "conservative_dpo", "ipo", "simpo", "orpo"]
+
+# ORPO has no β; its entry only scales the margin that `pair_metrics` reports, to compare with DPO's.
+DEFAULT_BETA: dict[LossName, float] = {
+    "dpo": 0.1,
+    "conservative_dpo": 0.1,
+    "ipo": 0.1,
+    "simpo": 2.5,
+    "orpo": 0.1,
+}
+
+# As close as a log-prob per token may come to 0 where log(1 - e^l) is taken: keeps value and slope finite.
+_LOG1MEXP_CEILING = -1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Which preference loss, and its constants."""
+
+    loss: LossName = "dpo"
+    """Preference loss: dpo, conservative_dpo (label noise from visit counts), ipo, simpo or orpo."""
+
+    beta: float | None = None
+    """Strength of the pull to the reference (simpo: scale of the reward); None: the default of the loss."""
+
+    margin: float = 0.5
+    """Target margin between the two rewards; simpo only."""
+
+    orpo_lambda: float = 0.1
+    """Weight of the odds-ratio term; orpo only."""
+
+    sft_weight: float = 0.0
+    """Weight of the chosen step's negative log-likelihood per token, added to any of the losses."""
+
+    def __post_init__(self) -> None:
+        if self.beta is not None and not 0 < self.beta < float("inf"):
+            raise ValueError(f"preference.beta must be positive and finite, got {self.beta}")
+        for name in ("margin", "orpo_lambda", "sft_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"preference.{name} must be zero or more and finite, got {value}")
+
+    @property
+    def resolved_beta(self) -> float:
+        """β as set, or the chosen loss's own default."""
+        return DEFAULT_BETA[self.loss] if self.beta is None else self.beta
+
+
+class PairLogProbs(NamedTuple):
+    """B preference pairs: log-probs summed over the step's tokens (nats), lengths in tokens, visit counts."""
+
+    policy_chosen_B: FloatB
+    policy_rejected_B: FloatB
+    reference_chosen_B: FloatB
+    reference_rejected_B: FloatB
+    chosen_length_B: CountB
+    rejected_length_B: CountB
+    chosen_visits_B: CountB
+    rejected_visits_B: CountB
+
+
+# Log-probabilities ------------------------------------------------------------------------------------------
+
+
+def token_log_probs_from_logits(
+    logits_BTV: Float[AnyArray, "*BT V"], targets_BT: Int[AnyArray, "*BT"]
+) -> Float[jax.Array, "*BT"]:
+    """Float32 log-softmax of the logits (any leading shape) at the target ids, in nats: log_probs_BT."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def token_log_probs(
+    hidden_BTD: Float[AnyArray, "B T D"],
+    unembedding_DV: Float[AnyArray, "D V"],
+    targets_BT: TokensBT,
+    chunk: int = 1024,
+) -> FloatBT:
+    """Log-probs of the targets given final hidden states, never holding float32 logits for all of B x T.
+
+    Args:
+      hidden_BTD: hidden state at each position, already aligned: position t predicts targets_BT[:, t].
+      unembedding_DV: the output matrix.
+      targets_BT: token ids.
+      chunk: rows (token positions) whose logits exist at once, in the backward pass too; at least B.
+
+    Returns:
+      log_probs_BT, float32, nats.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
+
+    def log_probs(hidden_BTD: Float[AnyArray, "B C D"], targets_BT: Int[AnyArray, "B C"]) -> jax.Array:
+        logits_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, unembedding_DV, preferred_element_type=jnp.float32)
+        return token_log_probs_from_logits(logits_BTV, targets_BT)
+
+    batch, time = targets_BT.shape
+    if batch * time <= chunk:
+        return log_probs(hidden_BTD, targets_BT)
+    # Cut along time, never across the batch: a batch sharded over devices then stays where it is.
+    n_chunks = -(-time // max(1, chunk // batch))
+    width = -(-time // n_chunks)
+
+    def cut(x: AnyArray) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, n_chunks * width - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, n_chunks, width, *x.shape[2:]), 1, 0)
+
+    # Without checkpoint the scan would keep every chunk's logits for the backward pass.
+    body = jax.checkpoint(lambda xs: log_probs(*xs), prevent_cse=False)
+    chunks = jax.lax.map(body, (cut(hidden_BTD), cut(targets_BT)))
+    return jnp.moveaxis(chunks, 0, 1).reshape(batch, n_chunks * width)[:, :time]
+
+
+def masked_log_prob_sum(log_probs_BT: FloatBT, mask_BT: Shaped[AnyArray, "B T"]) -> FloatB:
+    """Sum of log-probs where the mask (bool or 0/1) holds, one a sequence; elsewhere may stand anything."""
+    return jnp.where(mask_BT.astype(bool), log_probs_BT.astype(jnp.float32), 0.0).sum(axis=-1)
+
+
+def perplexity(log_prob_sum: ArrayLike, n_tokens: ArrayLike) -> jax.Array:
+    """exp(-log_prob_sum / n_tokens) (eq 4): 1 for a certain response; inf where float32 overflows."""
+    return jnp.exp(-_float32(log_prob_sum) / _float32(n_tokens))
+
+
+def step_prior(log_prob_sum: ArrayLike, length: ArrayLike, exponent: float) -> jax.Array:
+    """Prior of a step (eq 5), exp(log_prob_sum / length^exponent); exponent 0: product, 1: geometric mean."""
+    return jnp.exp(_float32(log_prob_sum) / jnp.maximum(_float32(length), 1.0) ** exponent)
+
+
+# Supervised loss --------------------------------------------------------------------------------------------
+
+
+def sft_loss(log_probs_BT: FloatBT, mask_BT: Shaped[AnyArray, "B T"]) -> tuple[Scalar, Scalar]:
+    """(sum of negative log-likelihoods, number of tokens) where the mask holds, both float32 scalars.
+
+    Sums, not means: micro-batches and devices add up, and the caller divides once by the global count.
+    """
+    return -masked_log_prob_sum(log_probs_BT, mask_BT).sum(), mask_BT.astype(bool).sum(dtype=jnp.float32)
+
+
+# Preference losses ------------------------------------------------------------------------------------------
+
+
+def log_ratio_gap(pair: PairLogProbs) -> FloatB:
+    """Δ = (logπ_w - logref_w) - (logπ_l - logref_l), float32, one a pair; the reward margin is βΔ."""
+    chosen_B = _float32(pair.policy_chosen_B) - _float32(pair.reference_chosen_B)
+    rejected_B = _float32(pair.policy_rejected_B) - _float32(pair.reference_rejected_B)
+    return chosen_B - rejected_B
+
+
+def dpo(pair: PairLogProbs, beta: float) -> FloatB:
+    """-log σ(βΔ), one a pair (https://arxiv.org/abs/2305.18290, eq 7)."""
+    return -jax.nn.log_sigmoid(beta * log_ratio_gap(pair))
+
+
+def label_noise(chosen_visits_B: CountB, rejected_visits_B: CountB) -> FloatB:
+    """ε = 1 - 1/(1 + N_l / max(1, N_w)), at most one half: how doubtful the search's visits make a label."""
+    ratio_B = _float32(rejected_visits_B) / jnp.maximum(_float32(chosen_visits_B), 1.0)
+    return jnp.minimum(0.5, 1.0 - 1.0 / (1.0 + ratio_B))
+
+
+def conservative_dpo(pair: PairLogProbs, beta: float) -> FloatB:
+    """DPO with labels smoothed by `label_noise` (https://arxiv.org/abs/2405.00451), one a pair."""
+    gap_B = beta * log_ratio_gap(pair)
+    noise_B = label_noise(pair.chosen_visits_B, pair.rejected_visits_B)
+    return -(1.0 - noise_B) * jax.nn.log_sigmoid(gap_B) - noise_B * jax.nn.log_sigmoid(-gap_B)
+
+
+def ipo(pair: PairLogProbs, beta: float) -> FloatB:
+    """(h_w/n_w - h_l/n_l - 1/(2β))² with h = logπ - logref, n tokens (https://arxiv.org/abs/2310.12036)."""
+    chosen_B = _per_token(_float32(pair.policy_chosen_B) - pair.reference_chosen_B, pair.chosen_length_B)
+    rejected_B = _per_token(
+        _float32(pair.policy_rejected_B) - pair.reference_rejected_B, pair.rejected_length_B
+    )
+    return jnp.square(chosen_B - rejected_B - 1.0 / (2.0 * beta))
+
+
+def simpo(pair: PairLogProbs, beta: float, margin: float) -> FloatB:
+    """-log σ(β(l_w - l_l) - margin) with l = logπ per token, no reference (https://arxiv.org/abs/2405.14734)."""
+    chosen_B = _per_token(pair.policy_chosen_B, pair.chosen_length_B)
+    rejected_B = _per_token(pair.policy_rejected_B, pair.rejected_length_B)
+    return -jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - margin)
+
+
+def orpo(pair: PairLogProbs, orpo_lambda: float) -> FloatB:
+    """NLL of the chosen step per token - λ log σ(log odds ratio), no reference (https://arxiv.org/abs/2403.07691)."""
+    chosen_B = _per_token(pair.policy_chosen_B, pair.chosen_length_B)
+    rejected_B = _per_token(pair.policy_rejected_B, pair.rejected_length_B)
+    log_odds_B = (chosen_B - rejected_B) - (_log1mexp(chosen_B) - _log1mexp(rejected_B))
+    return -chosen_B - orpo_lambda * jax.nn.log_sigmoid(log_odds_B)
+
+
+def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
+    """The loss that the settings name, with its NLL term on the chosen step, one a pair."""
+    match settings.loss:
+        case "dpo":
+            loss_B = dpo(pair, settings.resolved_beta)
+        case "conservative_dpo":
+            loss_B = conservative_dpo(pair, settings.resolved_beta)
+        case "ipo":
+            loss_B = ipo(pair, settings.resolved_beta)
+        case "simpo":
+            loss_B = simpo(pair, settings.resolved_beta, settings.margin)
+        case "orpo":
+            loss_B = orpo(pair, settings.orpo_lambda)
+    return loss_B - settings.sft_weight * _per_token(pair.policy_chosen_B, pair.chosen_length_B)
+
+
+def pair_metrics(pair: PairLogProbs, beta: float) -> dict[str, Scalar]:
+    """Means over the pairs: rewards β(logπ - logref), their margin, and how often chosen exceeds rejected."""
+    chosen_B = beta * (_float32(pair.policy_chosen_B) - pair.reference_chosen_B)
+    rejected_B = beta * (_float32(pair.policy_rejected_B) - pair.reference_rejected_B)
+    return {
+        "chosen_reward": chosen_B.mean(),
+        "rejected_reward": rejected_B.mean(),
+        "reward_margin": (chosen_B - rejected_B).mean(),
+        "reward_accuracy": (chosen_B > rejected_B).mean(dtype=jnp.float32),
+    }
+
+
+def _float32(x: ArrayLike) -> jax.Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _per_token(log_prob_B: FloatB, length_B: CountB) -> FloatB:
+    return _float32(log_prob_B) / jnp.maximum(_float32(length_B), 1.0)
+
+
+def _log1mexp(x_B: FloatB) -> FloatB:
+    """log(1 - e^x) for x <= 0; each branch is exact on its side of -ln 2 and finite on both, slopes too."""
+    x_B = jnp.minimum(x_B, _LOG1MEXP_CEILING)
+    return jnp.where(x_B > -0.6931472, jnp.log(-jnp.expm1(x_B)), jnp.log1p(-jnp.exp(x_B)))

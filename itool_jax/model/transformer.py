@@ -1,0 +1,317 @@
+"""The decoder-only transformer of the Llama and Qwen2 families, as one Flax NNX module.
+
+In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
+Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis and
+scanned. The module is split once into `(graph, params)`; everything compiled works on the plain dictionary
+`params`, through `apply`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from itool_jax.model.cache import Prefix, Suffix
+
+Params = dict[str, Any]
+MASKED = -1e30
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3.1's frequency-dependent stretch of the rotary embedding (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shapes and constants of one checkpoint, read from its config.json by `model.hf`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool
+    qkv_bias: bool
+    max_length: int
+    dtype: str = "float32"
+    """Computation type of the matrix products; norms, softmax and losses are always float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+class LoraConfig(NamedTuple):
+    """Low-rank adapters on every linear layer (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int
+    alpha: float
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias) (+ alpha/rank · x @ A @ B), with A and B in float32."""
+
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig | None, dtype: str, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
+        self.dtype, self.lora_scale = dtype, 0.0
+        if lora is not None:
+            self.lora_scale = lora.alpha / lora.rank
+            bound = (3.0 / n_in) ** 0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
+            start = jax.random.uniform(rngs.params(), (n_in, lora.rank), minval=-bound, maxval=bound)
+            self.lora_a = nnx.LoRAParam(start / 3.0**0.5)
+            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, n_out)))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.lora_scale:
+            low_rank = (x.astype(self.dtype) @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(
+                self.dtype
+            )
+            y = y + self.lora_scale * low_rank
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RmsNorm(nnx.Module):
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Angle per position of each pair of head dimensions, with Llama 3.1's scaling where the config asks for it."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, left alone
+    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
+    """Rotary position embedding in the half-split layout of the Hugging Face checkpoints."""
+    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
+    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHD.dtype)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of `rows` rows; `mask` [rows, T or 1, K] says which of them a query may see."""
+
+    k_BKHD: Array
+    v_BKHD: Array
+    mask_BTK: Array
+
+
+def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
+    """Attention over several segments under one softmax; a segment may be shared by a group of rows.
+
+    A segment with fewer rows than the queries (a prompt shared by its candidates) is read in place: the
+    queries of a group are folded into one long row, so that nothing is copied. The softmax is normalised
+    at the end, when every segment's share is known. Returns [B, T, H · D].
+    """
+    B, T, H, D = q_BTHD.shape
+    folded = [_segment_scores(q_BTHD, segment) for segment in segments]
+    best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
+    best = jax.lax.stop_gradient(best)
+    total, out = 0.0, 0.0
+    for s, (_, v, _) in zip(folded, segments, strict=True):
+        weight = jnp.exp(s - _fold(best, len(s))[..., None])
+        total += _unfold(weight.sum(axis=-1), B)
+        out += _unfold(weight.astype(v.dtype) @ v.swapaxes(1, 2)[:, :, None], B)
+    out = (out / total[..., None]).astype(q_BTHD.dtype)  # [B, kv heads, group, T, D]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+def _segment_scores(q_BTHD: Array, segment: KeyValues) -> Array:
+    """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
+    k, _, mask = segment
+    B, T, H, D = q_BTHD.shape
+    q = q_BTHD.reshape(B, T, k.shape[2], -1, D).transpose(0, 2, 3, 1, 4)
+    keys = k.transpose(0, 2, 3, 1)[:, :, None]
+    scores = jnp.matmul(_fold(q, len(k)), keys, preferred_element_type=jnp.float32) * D**-0.5
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _fold(x: Array, rows: int) -> Array:
+    """[B, heads, group, T, …] to [rows, heads, group, B / rows · T, …]: a group of rows becomes one."""
+    B, heads, group, T = x.shape[:4]
+    if rows == B:
+        return x
+    x = x.reshape(rows, B // rows, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 3).reshape(rows, heads, group, B // rows * T, *x.shape[5:])
+
+
+def _unfold(x: Array, B: int) -> Array:
+    """The inverse of `_fold`."""
+    rows, heads, group, length = x.shape[:4]
+    if rows == B:
+        return x
+    x = x.reshape(rows, heads, group, B // rows, -1, *x.shape[4:])
+    return jnp.moveaxis(x, 3, 1).reshape(B, heads, group, length * rows // B, *x.shape[5:])
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and gated MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+        c, width, kv_width = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+
+        def linear(n_in: int, n_out: int, bias: bool = False) -> Linear:
+            return Linear(n_in, n_out, bias=bias, lora=lora, dtype=c.dtype, rngs=rngs)
+
+        self.attention_norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.q = linear(c.hidden_size, width, c.qkv_bias)
+        self.k = linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.v = linear(c.hidden_size, kv_width, c.qkv_bias)
+        self.o = linear(width, c.hidden_size)
+        self.mlp_norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.gate = linear(c.hidden_size, c.intermediate_size)
+        self.up = linear(c.hidden_size, c.intermediate_size)
+        self.down = linear(c.intermediate_size, c.hidden_size)
+        self.head_dim = c.head_dim
+
+    def project(self, x_BTD: Array, angles_BTF: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys (both rotated) and values, each [B, T, heads, head_dim]."""
+        h = self.attention_norm(x_BTD)
+        q, k, v = (
+            f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v)
+        )
+        return rotate(q, angles_BTF), rotate(k, angles_BTF), v
+
+    def finish(self, x_BTD: Array, attended_BTD: Array) -> Array:
+        x = x_BTD + self.o(attended_BTD)
+        h = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+
+
+class Transformer(nnx.Module):
+    """Embedding, stacked layers, final norm, and an unembedding that may be the embedding itself."""
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.n_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, lora, rngs)
+
+        size = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), size))
+        self.layers = stack(rngs)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_embeddings else nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), size[::-1])
+        )
+        self.config = config
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+
+    def logits(self, hidden: Array) -> Array:
+        """Float32 logits of hidden states of any leading shape."""
+        kernel = self.unembedding().astype(self.config.dtype)
+        return jnp.matmul(hidden.astype(self.config.dtype), kernel, preferred_element_type=jnp.float32)
+
+    def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
+        hidden = self.embedding[...][tokens_BT].astype(self.config.dtype)
+        return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], length_B: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Prefix]:
+        """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
+
+        `length_B` goes into the returned prefix only: causality already hides the padding.
+        """
+        B, T = tokens_BT.shape
+        hidden, angles = self._start(tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)))
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+        graph, stacked = nnx.split(self.layers)
+
+        def one_layer(x: Array, weights: nnx.State) -> tuple[Array, tuple[Array, Array]]:
+            layer = nnx.merge(graph, weights)
+            q, k, v = layer.project(x, angles)
+            return layer.finish(x, attend(q, [KeyValues(k, v, causal)])), (k, v)
+
+        body = jax.checkpoint(one_layer) if self.config.remat else one_layer
+        hidden, (k, v) = jax.lax.scan(body, hidden, stacked, unroll=self._unroll)
+        length = jnp.full(B, T) if length_B is None else length_B
+        return self.norm(hidden), Prefix(k, v, length)
+
+    def extend(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        prefix: Prefix,
+        suffix: Suffix,
+        slot: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], Suffix]:
+        """Continues rows that share prompts: B = P · R rows over P prefixes, with caches of their own.
+
+        Token t of every row is written to cache slot `slot + t`; `valid_BT` is False at padding. Rows see
+        their prompt's prefix and every valid slot up to their own.
+        """
+        T, S = tokens_BT.shape[1], suffix.valid_BS.shape[1]
+        hidden, angles = self._start(tokens_BT, positions_BT)
+        valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
+        seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
+        own_mask = valid_BS[:, None] & seen_TS[None]
+        prefix_mask = (jnp.arange(prefix.k_LPKHD.shape[2])[None] < prefix.length_P[:, None])[:, None]
+        graph, stacked = nnx.split(self.layers)
+
+        def one_layer(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            x, k_cache, v_cache = carry
+            index, weights, prefix_k, prefix_v = inputs
+            layer = nnx.merge(graph, weights)
+            q, k, v = layer.project(x, angles)
+            # The whole cache is carried and written in place; only this layer's part is read.
+            k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], (index, 0, slot, 0, 0))
+            v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], (index, 0, slot, 0, 0))
+            own = KeyValues(k_cache[index], v_cache[index], own_mask)
+            shared = KeyValues(prefix_k, prefix_v, prefix_mask)
+            return (layer.finish(x, attend(q, [shared, own])), k_cache, v_cache), None
+
+        layers = (jnp.arange(self.config.n_layers), stacked, prefix.k_LPKHD, prefix.v_LPKHD)
+        start = (hidden, suffix.k_LBSHD, suffix.v_LBSHD)
+        (hidden, k, v), _ = jax.lax.scan(one_layer, start, layers, unroll=self._unroll)
+        return self.norm(hidden), Suffix(k, v, valid_BS)
+
+    @property
+    def _unroll(self) -> int:
+        # A short stack compiles fast and runs faster flat; a deep one stays a loop.
+        return self.config.n_layers if self.config.n_layers <= 8 else 1
+
+
+def abstract(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[nnx.GraphDef, Params, Params]:
+    """The module's graph with the shapes of its base weights and of its adapters, without allocating either."""
+    model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
+    graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
+    return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)
+
+
+def initialize(config: ModelConfig, key: Array) -> Params:
+    """Random base weights (ordinary initialisation)."""
+    _, _, base = nnx.split(Transformer(config, None, rngs=nnx.Rngs(key)), nnx.LoRAParam, ...)
+    return nnx.to_pure_dict(base)

@@ -1,0 +1,134 @@
+"""Perplexities and sample features in, sample ids out: the split, the hardest share, the curriculum.
+
+Knows neither model nor sampler. Results depend on ids, scores and seed, never on the order of the input.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+CurriculumOrder = Literal["easy_to_hard", "mixed", "hard_to_easy"]
+N_PARTS = 3  # easy, medium, hard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplaySettings:
+    """How much data is kept for the replay buffer, and how much of that each iteration trains on."""
+
+    replay_fraction: float = 0.1
+    """Share of the training samples kept out of warm-up, as the replay buffer."""
+
+    hardest_fraction: float = 0.2
+    """Share α of the buffer that each iteration takes: the samples of highest perplexity."""
+
+    skip_fraction: float = 0.0
+    """Share of the very highest perplexities passed over first: samples too hard for any search to solve."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.replay_fraction < 1:
+            raise ValueError(f"replay.replay_fraction must be in (0, 1), got {self.replay_fraction}")
+        if not 0 < self.hardest_fraction <= 1:
+            raise ValueError(f"replay.hardest_fraction must be in (0, 1], got {self.hardest_fraction}")
+        if not 0 <= self.skip_fraction < 1:
+            raise ValueError(f"replay.skip_fraction must be in [0, 1), got {self.skip_fraction}")
+        if self.skip_fraction + self.hardest_fraction > 1 + 1e-9:
+            raise ValueError(
+                "replay.skip_fraction + replay.hardest_fraction must be at most 1, "
+                f"got {self.skip_fraction} + {self.hardest_fraction}"
+            )
+
+
+class ScoredSample(NamedTuple):
+    """A buffer sample: perplexity of its gold response (eq 4), and whether that is calls, not text."""
+
+    id: str
+    perplexity: float
+    is_call: bool
+
+
+class DifficultyFeatures(NamedTuple):
+    """What makes a sample hard: candidate tools, characters of the tool list, calls in the response."""
+
+    id: str
+    n_tools: int
+    tools_length: int
+    n_calls: int
+
+
+def split(ids: Iterable[str], warmup_fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """(warm-up ids, replay ids), each sorted. An id's side depends on itself and the seed, on no other id.
+
+    The sizes are therefore only about `warmup_fraction` of the whole and the rest.
+    """
+    if not 0 <= warmup_fraction <= 1:
+        raise ValueError(f"warmup_fraction must be in [0, 1], got {warmup_fraction}")
+    ids = sorted(ids)
+    _reject_duplicates(ids)
+    is_warmup = {id_: _uniform("split", seed, id_) < warmup_fraction for id_ in ids}
+    return [id_ for id_ in ids if is_warmup[id_]], [id_ for id_ in ids if not is_warmup[id_]]
+
+
+def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
+    """Ids of the hardest samples, highest perplexity first, ties by id.
+
+    The share is taken separately among samples whose gold is calls and those whose gold is text, at least one
+    from each group that is not empty. A perplexity that is not finite counts as the highest.
+    """
+    _reject_duplicates(score.id for score in scores)
+    taken: list[ScoredSample] = []
+    for is_call in (True, False):
+        group = sorted((score for score in scores if score.is_call == is_call), key=_hardest_first)
+        skip = min(round(settings.skip_fraction * len(group)), max(len(group) - 1, 0))
+        taken += group[skip : skip + max(1, round(settings.hardest_fraction * len(group)))]
+    return [score.id for score in sorted(taken, key=_hardest_first)]
+
+
+def difficulty(features: Sequence[DifficultyFeatures]) -> list[float]:
+    """Mean percentile rank of the three features, in [0, 1]; equal values share their average rank."""
+    n = len(features)
+    rank_sums = np.zeros(n)
+    for name in ("n_tools", "tools_length", "n_calls"):
+        values = np.array([getattr(feature, name) for feature in features])
+        in_order = np.sort(values)
+        below = np.searchsorted(in_order, values, "left")
+        not_above = np.searchsorted(in_order, values, "right")
+        rank_sums += (below + not_above - 1) / 2
+    # Half-integer ranks add up exactly, so samples that tie on paper tie here: divide last, and once.
+    return (rank_sums / (3 * (n - 1))).tolist() if n > 1 else [0.5] * n
+
+
+def curriculum(features: Sequence[DifficultyFeatures], order: CurriculumOrder, seed: int) -> list[list[str]]:
+    """Three parts of ids whose sizes differ by one at most, in the order to train on them.
+
+    easy_to_hard: cut by difficulty, ties by id; hard_to_easy: the same parts in reverse; mixed: cut after a
+    seeded shuffle.
+    """
+    ids = [feature.id for feature in features]
+    _reject_duplicates(ids)
+    keys = [_uniform("curriculum", seed, id_) for id_ in ids] if order == "mixed" else difficulty(features)
+    ids = [id_ for _, id_ in sorted(zip(keys, ids, strict=True))]
+    bounds = [math.ceil(len(ids) * part / N_PARTS) for part in range(N_PARTS + 1)]
+    parts = [ids[start:stop] for start, stop in pairwise(bounds)]
+    return parts[::-1] if order == "hard_to_easy" else parts
+
+
+def _hardest_first(score: ScoredSample) -> tuple[float, str]:
+    return (-score.perplexity if math.isfinite(score.perplexity) else -math.inf, score.id)
+
+
+def _uniform(purpose: str, seed: int, id_: str) -> float:
+    """A number in [0, 1) from a hash, the same on every machine; purposes are independent of each other."""
+    digest = hashlib.blake2b(f"{purpose}:{seed}:{id_}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53  # 53 bits: what a float holds, so that 1.0 never comes out
+
+
+def _reject_duplicates(ids: Iterable[str]) -> None:
+    id_, count = next(iter(Counter(ids).most_common(1)), ("", 0))
+    if count > 1:
+        raise ValueError(f"sample id {id_!r} appears {count} times; give every sample an id of its own")

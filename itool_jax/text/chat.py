@@ -1,0 +1,234 @@
+"""Messages to token ids: chat template, loss mask and the self-evaluation question.
+
+In: a tokenizer with a chat template, and samples. Out: the ids of a prompt, the ids of a target, and the ids
+around a candidate when the model is asked to judge it. Prompt and target are tokenised apart, so that
+training, scoring, search and evaluation see the same ids, and the loss covers exactly the assistant's content
+and its end-of-turn token.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from itool_jax.data.records import RawSample, Sample
+
+QUESTION_WITH_REFERENCE = "Candidate answer so far: {candidate}\nIs it correct? {reply}"
+QUESTION_ALONE = "Is your answer so far correct? {reply}"
+REPLY_BINARY = "Reply A for correct or B for incorrect."
+REPLY_FOUR_GRADES = "Reply A (fully correct), B (mostly correct), C (mostly wrong) or D (wrong)."
+TOOLS_MESSAGE = "You can call these functions:\n{tools}"
+
+# Stand-ins that mark a place in a rendered conversation; they are cut out again and never tokenised.
+_ANSWER_MARK, _CANDIDATE_MARK = "ANSWER-GOES-HERE", "CANDIDATE-GOES-HERE"
+# Templates that write today's date would give another prompt every day.
+_DATE = "26 Jul 2024"
+
+Message = Mapping[str, Any]
+Scale = Literal["binary", "four_grades"]
+
+
+class Encoded(NamedTuple):
+    """A sample as token ids; the loss is over `target_ids` only."""
+
+    id: str
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+class EvaluationFrame(NamedTuple):
+    """Ids to put after a prompt: `before`, the candidate's ids without end of turn, `after`.
+
+    The token that the model predicts next is the letter of its answer.
+    """
+
+    before: list[int]
+    after: list[int]
+
+
+def load_tokenizer(path: str) -> Any:
+    """Tokenizer of a local model folder or a hub name; ValueError where there is none."""
+    # The advice that torch is missing would be the first line a user sees; torch is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    folder = Path(path).is_dir()
+    if not folder and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ValueError(f"model folder {path} does not exist")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=folder)
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        missing = folder and not (Path(path) / "tokenizer.json").exists()
+        hint = "it has no tokenizer.json" if missing else reason
+        raise ValueError(f"cannot load the tokenizer of {path}: {hint}") from error
+
+
+class Chat:
+    """A tokenizer's chat format.
+
+    `end_of_turn` is the special token that the template puts after an assistant's content (the
+    end-of-sequence token where it puts none); `stop_ids` are all tokens that end a response, end of turn
+    first.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.name = tokenizer.name_or_path or "the model"
+        self.end_of_turn = self._find_end_of_turn()
+        self.stop_ids = self._find_stop_ids()
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
+        """Ids of the conversation up to where the assistant's content begins.
+
+        The template writes its own start token.
+        """
+        return self.encode(self.render(messages, tools, add_generation_prompt=True))
+
+    def target_ids(self, text: str) -> list[int]:
+        """Ids of an assistant's content and end of turn."""
+        return [*self.encode(text), self.end_of_turn]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool
+    ) -> str:
+        """The conversation as the template writes it, thinking off and the date fixed.
+
+        Raises:
+            ValueError: there is no template, or it refuses the conversation.
+        """
+        import jinja2
+
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"tokenizer of {self.name} has no chat template; "
+                "add chat_template.jinja to the model folder, or give raw prompts"
+            )
+        template = str(self.tokenizer.chat_template)
+        settings: dict[str, Any] = {"enable_thinking": False, "date_string": _DATE}
+        settings = {key: value for key, value in settings.items() if key in template}
+        if tools and "tools" not in template:
+            messages, tools = _tools_as_text(messages, tools), ()
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **settings,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template of {self.name} refuses the conversation: {error}") from error
+
+    def _find_end_of_turn(self) -> int:
+        if self.tokenizer.chat_template:
+            probe = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER_MARK})
+            text = self.render(probe, (), add_generation_prompt=False)
+            special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            after = self.encode(text.rpartition(_ANSWER_MARK)[2])
+            found = next((i for i in after if i in special), None)
+            if found is not None:
+                return found
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer of {self.name} has no end-of-turn token; set eos_token in tokenizer_config.json"
+            )
+        return self.tokenizer.eos_token_id
+
+    def _find_stop_ids(self) -> tuple[int, ...]:
+        found = [self.end_of_turn, self.tokenizer.eos_token_id, *_generation_eos(Path(self.name))]
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
+    """Ids of a sample; raw ids are used as given, and a raw prompt's text with nothing added.
+
+    Raises:
+        ValueError: the conversation cannot be rendered; names the sample.
+    """
+    if isinstance(sample, RawSample):
+        given = sample.prompt_ids if sample.prompt_ids is not None else chat.encode(sample.prompt or "")
+        return Encoded(sample.id, list(given), list(sample.target_ids or ()))
+    try:
+        prompt_ids = chat.prompt_ids(sample.messages, sample.tools)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id}: {error}") from error
+    return Encoded(sample.id, prompt_ids, chat.target_ids(sample.target))
+
+
+def evaluation_frame(
+    chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary"
+) -> EvaluationFrame:
+    """The self-evaluation question as a continuation of any prompt, whose cache it shares (C of eq 6).
+
+    With a reference (its ids, without end of turn) the assistant has answered it, and the user shows the
+    candidate and asks; without one the assistant has answered the candidate itself. The turns are cut from a
+    small conversation without tools, not from the sample's: templates that move tools or thinking when turns
+    are added would change the prompt. No candidate or reference is tokenised again.
+    """
+    reply = REPLY_FOUR_GRADES if scale == "four_grades" else REPLY_BINARY
+    if reference_ids is None:
+        return EvaluationFrame([], _turn_after_answer(chat, QUESTION_ALONE.format(reply=reply)))
+    question = QUESTION_WITH_REFERENCE.format(candidate=_CANDIDATE_MARK, reply=reply)
+    return EvaluationFrame(*_around_candidate(chat, reference_ids, question))
+
+
+def answer_ids(chat: Chat, letters: Sequence[str]) -> list[int]:
+    """The one token of each answer letter where a response begins.
+
+    Raises:
+        ValueError: a letter has no token to itself.
+    """
+    encoded = [chat.encode(letter) for letter in letters]
+    for letter, ids in zip(letters, encoded, strict=True):
+        if len(ids) != 1 or encoded.count(ids) > 1:
+            raise ValueError(
+                f"tokenizer of {chat.name} has no single token for the answer {letter!r} of self-evaluation"
+            )
+    return [ids[0] for ids in encoded]
+
+
+def _around_candidate(chat: Chat, reference_ids: Sequence[int], question: str) -> tuple[list[int], list[int]]:
+    left, right = _text_after_answer(chat, question).split(_CANDIDATE_MARK)
+    return [*reference_ids, *_ended(chat, chat.encode(left))], chat.encode(right)
+
+
+def _turn_after_answer(chat: Chat, question: str) -> list[int]:
+    return _ended(chat, chat.encode(_text_after_answer(chat, question)))
+
+
+def _text_after_answer(chat: Chat, question: str) -> str:
+    turns = [("user", "x"), ("assistant", _ANSWER_MARK), ("user", question)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return chat.render(messages, (), add_generation_prompt=True).rpartition(_ANSWER_MARK)[2]
+
+
+def _ended(chat: Chat, ids: list[int]) -> list[int]:
+    """The ids after an answer, which ends with end of turn even where the template writes none."""
+    return ids if chat.end_of_turn in ids else [chat.end_of_turn, *ids]
+
+
+def _tools_as_text(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
+    """The tools in the system message, for templates that would leave them out."""
+    text = TOOLS_MESSAGE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if messages and messages[0]["role"] == "system":
+        first, rest = messages[0], messages[1:]
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _generation_eos(folder: Path) -> list[int | None]:
+    """End tokens that a model folder's generation_config.json lists."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a JSON object") from error
+    return found if isinstance(found, list) else [found]

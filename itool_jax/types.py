@@ -1,0 +1,36 @@
+"""The key of dimension letters, and names for the array types that several modules share.
+
+Every array of rank two or more ends in its letters, `log_probs_BTV`:
+
+    B  batch: samples, or trees of a search      L  layers
+    T  time: positions of a token sequence       H  attention heads
+    V  vocabulary                                K  key and value positions of a cache
+    W  breadth: candidates of an expansion       D  width of the model
+    N  nodes of a tree                           S  tokens of a step or suffix
+    P  tokens of a prompt                        R  rows that share a prompt
+
+The aliases hold for arrays of JAX and of NumPy alike; tests check them, and they cost nothing otherwise.
+"""
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+AnyArray = jax.Array | np.ndarray
+
+TokensT = Int[AnyArray, "T"]
+TokensBT = Int[AnyArray, "B T"]
+TokensBP = Int[AnyArray, "B P"]
+TokensBS = Int[AnyArray, "B S"]
+LengthsB = Int[AnyArray, "B"]
+IntB = Int[AnyArray, "B"]
+IntBN = Int[AnyArray, "B N"]
+MaskBT = Bool[AnyArray, "B T"]
+MaskBN = Bool[AnyArray, "B N"]
+FloatB = Float[AnyArray, "B"]
+FloatBT = Float[AnyArray, "B T"]
+FloatBN = Float[AnyArray, "B N"]
+LogitsBV = Float[AnyArray, "B V"]
+LogitsBTV = Float[AnyArray, "B T V"]
+Scalar = Float[AnyArray, ""]
+Key = PRNGKeyArray

@@ -1,0 +1,35 @@
+"""What all tests share: the compilation cache, checks of array shapes, and the folder of public data.
+
+In: the environment variables ITOOL_SHARED (public data, default `../shared`) and JAX_COMPILATION_CACHE_DIR.
+Out: `shared_path`, which finds a file of the public data or skips the test.
+"""
+
+import os
+import pathlib
+
+import jax
+import pytest
+from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# As pyright does, and PEP 484 asks, an int passes for a float.
+typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+# Every annotation of the package is checked while tests run. The hook must come before its first import.
+install_import_hook("itool_jax", "tests.conftest.typecheck")
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(user_cache / "itool_jax" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def shared_path(relative: str) -> pathlib.Path:
+    """The path of `relative` in the folder of public data; skips the calling test where it is absent."""
+    folder = pathlib.Path(os.environ.get("ITOOL_SHARED") or REPOSITORY.parent / "shared")
+    path = folder / relative
+    if not path.exists():
+        pytest.skip(f"needs {relative} of the public data: set ITOOL_SHARED to the folder that holds it")
+    return path

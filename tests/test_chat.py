@@ -1,0 +1,265 @@
+"""Chat templates on ids: a prompt and its target are what the template writes, and nothing is read twice."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from itool_jax.data.records import RawSample, Sample
+from itool_jax.text import chat as chats
+from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
+from tests.conftest import shared_path
+
+LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+QWEN = ["<|unused|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+TEMPLATES = ["llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507"]
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+QUESTION = {"role": "user", "content": "Weather in Paris?"}
+CALL = {"role": "assistant", "content": "[get_weather()]"}
+CONVERSATIONS = {
+    "one turn": [QUESTION],
+    "system": [{"role": "system", "content": "Be brief."}, QUESTION],
+    "many turns": [
+        QUESTION,
+        {"role": "assistant", "content": "Which?"},
+        {"role": "user", "content": "France"},
+    ],
+    "tool result": [QUESTION, CALL, {"role": "tool", "content": "sunny, 20"}],
+    "after a tool result": [
+        QUESTION,
+        CALL,
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+        {"role": "user", "content": "And in Rome?"},
+    ],
+}
+ANSWER = '[get_weather(city="Paris", n=[1, 2])]'
+
+
+def byte_tokenizer(special: list[str], merged: Sequence[str] = (), template: str | None = None):
+    """A tokenizer of bytes, `merged` texts (one token each) and special tokens (BOS first, EOS last)."""
+    import tokenizers
+    import transformers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in merged])
+    backend.add_special_tokens(special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[-1], bos_token=special[0]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def real(request) -> tuple[str, Chat]:
+    template = shared_path(f"tokenizers/chat_templates/{request.param}.jinja").read_text()
+    special = LLAMA if request.param.startswith("llama") else QWEN
+    return request.param, Chat(byte_tokenizer(special, template=template))
+
+
+def marks(chat: Chat) -> set[int]:
+    return set(chat.tokenizer.all_special_ids) | {
+        i for i, t in chat.tokenizer.added_tokens_decoder.items() if t.special
+    }
+
+
+def test_end_of_turn_is_the_templates_not_the_end_of_sequence(real):
+    name, chat = real
+    expected = "<|eot_id|>" if name.startswith("llama") else "<|im_end|>"
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == expected
+    assert chat.stop_ids == (chat.end_of_turn, chat.tokenizer.eos_token_id)
+    assert chat.end_of_turn != chat.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["no tools", "tools"])
+def test_prompt_and_target_are_the_whole_conversation_of_the_template(real, turns, tools):
+    """What is trained on is what the template writes for the finished conversation, ids and all."""
+    _, chat = real
+    messages = CONVERSATIONS[turns]
+    sample = Sample(id="s", messages=tuple(messages), tools=tools, target=ANSWER)
+    encoded = encode_sample(chat, sample)
+    whole = chat.encode(
+        chat.render([*messages, {"role": "assistant", "content": ANSWER}], tools, add_generation_prompt=False)
+    )
+    together = encoded.prompt_ids + encoded.target_ids
+    assert whole[: len(together)] == together
+    assert chat.tokenizer.decode(whole[len(together) :]).strip() == ""
+    assert chat.tokenizer.decode(encoded.target_ids[:-1]) == ANSWER
+    assert encoded.target_ids[-1] == chat.end_of_turn
+    assert not marks(chat) & set(encoded.target_ids[:-1])
+    assert ("get_weather" in chat.tokenizer.decode(encoded.prompt_ids)) == bool(tools or "tool" in turns)
+
+
+def test_empty_target_still_has_a_mask(real):
+    assert encode_sample(real[1], Sample(id="s", messages=(QUESTION,))).target_ids == [real[1].end_of_turn]
+
+
+def test_the_template_alone_writes_the_start_token(real):
+    name, chat = real
+    ids = chat.prompt_ids([QUESTION])
+    assert ids.count(chat.tokenizer.bos_token_id) == (1 if name.startswith("llama") else 0)
+
+
+def test_no_date_of_today_in_a_prompt(real):
+    name, chat = real
+    text = chat.tokenizer.decode(chat.prompt_ids([QUESTION], [TOOL]))
+    assert ("26 Jul 2024" in text) == (name in ("llama3_1", "llama3_2"))
+
+
+def test_thinking_is_switched_off_where_it_is_optional(real):
+    name, chat = real
+    assert ("<think>\n\n</think>" in chat.tokenizer.decode(chat.prompt_ids([QUESTION]))) == (name == "qwen3")
+
+
+@pytest.mark.parametrize("scale", ["binary", "four_grades"])
+def test_evaluation_continues_the_prompt_as_the_template_would(real, scale):
+    name, chat = real
+    reference, candidate = "[a(x=1)]", "[a(x="
+    prompt = chat.prompt_ids([QUESTION], [TOOL])
+    frame = evaluation_frame(chat, chat.encode(reference), scale)
+    reply = chats.REPLY_BINARY if scale == "binary" else chats.REPLY_FOUR_GRADES
+    question = chats.QUESTION_WITH_REFERENCE.format(candidate=candidate, reply=reply)
+    turns = [QUESTION, {"role": "assistant", "content": reference}, {"role": "user", "content": question}]
+    whole = chat.encode(chat.render(turns, [TOOL], add_generation_prompt=True))
+    found = prompt + frame.before + chat.encode(candidate) + frame.after
+    if (
+        name == "qwen3"
+    ):  # thinking marks leave the prompt when turns follow: only what comes after the reference can agree
+        n = len(found) - len(prompt) - len(chat.encode(reference))
+        assert found[-n:] == whole[-n:]
+    else:
+        assert found == whole
+
+
+def test_evaluation_alone_asks_about_the_assistants_own_answer(real):
+    _, chat = real
+    frame = evaluation_frame(chat, None)
+    text = chat.tokenizer.decode(frame.after)
+    assert frame.before == []
+    assert frame.after[0] == chat.end_of_turn
+    assert chats.QUESTION_ALONE.format(reply=chats.REPLY_BINARY) in text
+    assert chat.tokenizer.decode(chat.prompt_ids([QUESTION])).endswith(text[text.rindex("assistant") :])
+
+
+def test_reference_ids_are_never_tokenised_again():
+    """Ids that no encoder would give for their text survive, and no placeholder does."""
+    chat = Chat(byte_tokenizer(QWEN, ["ab"], PLAIN))
+    apart = [*chat.encode("a"), *chat.encode("b")]
+    assert apart != chat.encode("ab")
+    frame = evaluation_frame(chat, apart)
+    assert frame.before[:2] == apart
+    assert "GOES-HERE" not in chat.tokenizer.decode(frame.before + frame.after)
+
+
+def test_a_template_without_end_of_turn_falls_back_to_the_end_of_sequence():
+    chat = Chat(byte_tokenizer(QWEN, template=PLAIN))
+    assert chat.end_of_turn == chat.tokenizer.eos_token_id
+    frame = evaluation_frame(chat, chat.encode("yes"))
+    assert frame.before[: len("yes") + 1] == [*chat.encode("yes"), chat.end_of_turn]
+
+
+def test_tools_that_a_template_would_leave_out_go_into_the_system_message():
+    chat = Chat(byte_tokenizer(QWEN, template=PLAIN))
+    system = {"role": "system", "content": "Be brief."}
+    without = chat.tokenizer.decode(chat.prompt_ids([QUESTION], [TOOL]))
+    joined = chat.tokenizer.decode(chat.prompt_ids([system, QUESTION], [TOOL]))
+    assert without.startswith("system: You can call")
+    assert joined.startswith("system: Be brief.\n\nYou can call")
+    assert all(json.dumps(TOOL) in text for text in (without, joined))
+    assert joined.count("system:") == 1
+
+
+def test_answer_letters_are_what_a_target_would_begin_with(real):
+    _, chat = real
+    assert [[i, chat.end_of_turn] for i in answer_ids(chat, "ABCD")] == [
+        chat.target_ids(letter) for letter in "ABCD"
+    ]
+
+
+def test_answer_letters_of_several_tokens_are_refused():
+    chat = Chat(byte_tokenizer(QWEN))
+    with pytest.raises(ValueError, match=r"no single token for the answer 'AB'"):
+        answer_ids(chat, ["A", "AB"])
+    with pytest.raises(ValueError, match=r"no single token for the answer 'A'"):
+        answer_ids(chat, ["A", "A"])
+
+
+def test_raw_samples_are_used_as_given(real):
+    _, chat = real
+    raw = RawSample(id="r", prompt_ids=(5, 3), target_ids=(9,))
+    assert encode_sample(chat, raw) == ("r", [5, 3], [9])
+    assert encode_sample(chat, RawSample(id="r", prompt="a b")) == ("r", chat.encode("a b"), [])
+    assert encode_sample(chat, RawSample(id="r", prompt_ids=())) == ("r", [], [])
+
+
+def test_no_template_matters_only_once_a_chat_is_rendered():
+    chat = Chat(load_tokenizer(str(shared_path("checkpoints/stories260K"))))
+    assert chat.stop_ids == (2,)
+    assert encode_sample(chat, RawSample(id="r", prompt_ids=(1,))).prompt_ids == [1]
+    with pytest.raises(
+        ValueError,
+        match=r"sample s: tokenizer of .*stories260K has no chat template; add chat_template.jinja",
+    ):
+        encode_sample(chat, Sample(id="s", messages=(QUESTION,), target="x"))
+
+
+def test_a_template_that_refuses_names_the_sample():
+    chat = Chat(
+        byte_tokenizer(
+            QWEN, template=PLAIN + "{% if tools %}{{ raise_exception('one tool at most') }}{% endif %}"
+        )
+    )
+    with pytest.raises(
+        ValueError, match=r"sample s: chat template of .* refuses the conversation: one tool at most"
+    ):
+        encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(TOOL,)))
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(None, []), (7, [7]), ([7, 9], [7, 9])])
+def test_stop_ids_of_a_folder(tmp_path, eos, expected):
+    byte_tokenizer(QWEN, template=PLAIN).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}))
+    chat = Chat(load_tokenizer(str(tmp_path)))
+    assert chat.stop_ids == (chat.end_of_turn, *expected)
+    assert chat.prompt_ids([QUESTION]) == Chat(byte_tokenizer(QWEN, template=PLAIN)).prompt_ids([QUESTION])
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model folder /no/such/folder does not exist"):
+        load_tokenizer("/no/such/folder")
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer of .*: it has no tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer of .*: ") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").unlink()
+    byte_tokenizer(QWEN).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json is not a JSON object"):
+        Chat(load_tokenizer(str(tmp_path)))
+
+
+def test_a_tokenizer_without_any_end_is_refused():
+    tokenizer = byte_tokenizer(QWEN)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"has no end-of-turn token; set eos_token"):
+        Chat(tokenizer)

@@ -1,0 +1,142 @@
+"""Preference pairs from small trees written out by hand."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from itool_jax.mcts.pairs import Pair, PairSettings, preference_pairs
+from itool_jax.mcts.tree import NO_CHILD, NO_PARENT, ROOT, Tree, new_tree
+
+MAX_NODES, WIDTH, STEP = 8, 3, 3
+SETTINGS = PairSettings()
+
+
+def hand_tree(*batch: list[tuple[int, float, int, bool]]) -> Tree:
+    """Trees from one list each of (parent, Q, visits, terminal) for nodes 1, 2, ...; the root is given."""
+    tree = Tree(*(np.array(array) for array in new_tree(len(batch), MAX_NODES, WIDTH)))
+    for b, nodes in enumerate(batch):
+        tree.n_nodes_B[b] = 1 + len(nodes)
+        for node, (parent, q, visits, terminal) in enumerate(nodes, start=1):
+            tree.parent_BN[b, node] = parent
+            tree.q_value_BN[b, node] = q
+            tree.visit_count_BN[b, node] = visits
+            tree.terminal_BN[b, node] = terminal
+            slots_W = tree.children_BNW[b, parent]
+            slots_W[np.flatnonzero(slots_W == NO_CHILD)[0]] = node
+    return tree
+
+
+def steps(batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The step into node i is [10 i, 10 i + 1] followed by padding; in tree b the ids lie 100 b higher."""
+    tokens_BNS = np.full((batch, MAX_NODES, STEP), -7, np.int32)
+    length_BN = np.full((batch, MAX_NODES), 2, np.int32)
+    length_BN[:, ROOT] = 0
+    for b in range(batch):
+        for node in range(1, MAX_NODES):
+            tokens_BNS[b, node, :2] = [100 * b + 10 * node, 100 * b + 10 * node + 1]
+    return tokens_BNS, length_BN
+
+
+def pairs_of(
+    tree: Tree, settings: PairSettings = SETTINGS, decode: Callable[[list[int]], str] = str
+) -> list[Pair]:
+    return preference_pairs(tree, *steps(tree.parent_BN.shape[0]), decode, settings)
+
+
+def test_exact_pairs_of_a_small_tree():
+    tree = hand_tree(
+        [
+            (ROOT, 0.5, 2, False),  # 1
+            (ROOT, 1.5, 3, False),  # 2
+            (ROOT, -0.5, 1, True),  # 3
+            (2, 0.25, 1, True),  # 4
+            (2, 1.0, 2, False),  # 5
+            (5, -1.0, 0, True),  # 6
+            (5, 0.5, 2, True),  # 7
+        ]
+    )
+    assert pairs_of(tree) == [
+        Pair(0, ROOT, 2, 3, 1.5, -0.5, 3, 1, [], [20, 21], [30, 31]),
+        Pair(0, 2, 5, 4, 1.0, 0.25, 2, 1, [20, 21], [50, 51], [40, 41]),
+        Pair(0, 5, 7, 6, 0.5, -1.0, 2, 0, [20, 21, 50, 51], [70, 71], [60, 61]),
+    ]
+
+
+def test_device_arrays_give_plain_python_numbers():
+    tree = Tree(*(jnp.asarray(array) for array in hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 0, True)])))
+    tokens_BNS, length_BN = steps()
+    (pair,) = preference_pairs(tree, jnp.asarray(tokens_BNS), jnp.asarray(length_BN), str, SETTINGS)
+    assert pair == Pair(0, ROOT, 1, 2, 1.0, 0.0, 1, 0, [], [10, 11], [20, 21])
+    assert [type(value) for value in pair[:8]] == [int, int, int, int, float, float, int, int]
+    assert {type(token) for token in pair.chosen_ids + pair.rejected_ids} == {int}
+
+
+def test_order_is_by_tree_then_node():
+    one = [(ROOT, 1.0, 2, False), (ROOT, 0.0, 1, True), (1, 1.0, 1, True), (1, 0.0, 1, True)]
+    pairs = pairs_of(hand_tree(one, one[:2]))
+    assert [(pair.tree, pair.node) for pair in pairs] == [(0, 0), (0, 1), (1, 0)]
+    assert pairs[2].chosen_ids == [110, 111]
+
+
+@pytest.mark.parametrize(
+    ("visits", "terminal", "expected"),
+    [(0, False, []), (0, True, [(1, 2)]), (1, False, [(1, 2)])],
+    ids=["neither", "terminal", "visited"],
+)
+def test_only_visited_or_terminal_children_are_eligible(visits, terminal, expected):
+    tree = hand_tree([(ROOT, 1.0, 1, False), (ROOT, -1.0, visits, terminal)])
+    assert [(pair.chosen_node, pair.rejected_node) for pair in pairs_of(tree)] == expected
+
+
+def test_a_child_not_eligible_is_passed_over():
+    tree = hand_tree([(ROOT, 9.0, 0, False), (ROOT, 1.0, 1, False), (ROOT, 0.0, 1, False)])
+    assert [(pair.chosen_node, pair.rejected_node) for pair in pairs_of(tree)] == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "count"),
+    # 0.4 and 0.3 lie less than 0.1 apart in float32; that must not matter
+    [(0.4, 0.3, 1), (0.6, 0.5, 1), (0.3, 0.4, 1), (0.4, 0.301, 0), (0.4, 0.299, 1), (0.4, 0.4, 0)],
+)
+def test_gap_boundary(high, low, count):
+    assert len(pairs_of(hand_tree([(ROOT, high, 1, True), (ROOT, low, 1, True)]))) == count
+
+
+def test_gap_comes_from_the_settings():
+    tree = hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 1, True)])
+    assert len(pairs_of(tree, PairSettings(min_q_gap=1.0))) == 1
+    assert pairs_of(tree, PairSettings(min_q_gap=1.1)) == []
+
+
+def test_equal_texts_give_no_pair():
+    """Other ids, same text; neither does the runner-up step in."""
+    nodes = [(ROOT, 1.0, 1, True), (ROOT, 0.5, 1, True), (ROOT, 0.0, 1, True)]
+    text = {10: "f(x=1)", 20: "f(x=2)", 30: "f(x=1)"}
+    assert pairs_of(hand_tree(nodes), decode=lambda ids: text[ids[0]]) == []
+    assert len(pairs_of(hand_tree(nodes))) == 1
+
+
+def test_ties_go_to_the_first():
+    nodes = [(ROOT, 0.0, 1, True), (ROOT, 1.0, 1, True), (ROOT, 1.0, 1, True)]
+    (pair,) = pairs_of(hand_tree(nodes))
+    assert (pair.chosen_node, pair.rejected_node) == (2, 1)
+    (pair,) = pairs_of(hand_tree([(parent, -q, n, end) for parent, q, n, end in nodes]))
+    assert (pair.chosen_node, pair.rejected_node) == (1, 2)
+
+
+def test_one_node_is_never_its_own_pair():
+    tree = hand_tree([(ROOT, 1.0, 1, True), (ROOT, 1.0, 1, True)])
+    assert pairs_of(tree, PairSettings(min_q_gap=0.0)) == []
+
+
+def test_a_tree_without_siblings_gives_nothing():
+    assert pairs_of(hand_tree([], [(ROOT, 1.0, 1, False), (1, 1.0, 1, True)])) == []
+    assert hand_tree([]).parent_BN[0, ROOT] == NO_PARENT
+
+
+@pytest.mark.parametrize("gap", [-0.1, float("nan")])
+def test_bad_gap_is_refused(gap):
+    with pytest.raises(ValueError, match=r"pairs\.min_q_gap must not be negative, got"):
+        PairSettings(min_q_gap=gap)

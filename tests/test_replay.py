@@ -1,0 +1,224 @@
+"""Split, selection and curriculum: functions of ids, scores and seed, whatever the order of the file."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import pytest
+
+from itool_jax import replay
+from itool_jax.replay import CurriculumOrder, DifficultyFeatures, ReplaySettings, ScoredSample
+
+Item = TypeVar("Item")
+ORDERS: list[CurriculumOrder] = ["easy_to_hard", "mixed", "hard_to_easy"]
+IDS = [f"sample-{i}" for i in range(5000)]
+
+
+def shuffled(items: Sequence[Item], seed: int = 0) -> list[Item]:
+    return random.Random(seed).sample(items, len(items))
+
+
+def random_scores(n: int, seed: int = 0) -> list[ScoredSample]:
+    rng = random.Random(seed)
+    # Few distinct values, so that ties are common.
+    return [ScoredSample(f"s{i}", rng.choice([1.0, 1.5, 2.0, 7.5]), rng.random() < 0.7) for i in range(n)]
+
+
+def random_features(n: int, seed: int = 0) -> list[DifficultyFeatures]:
+    rng = random.Random(seed)
+    return [
+        DifficultyFeatures(f"s{i}", rng.randint(1, 5), rng.randint(10, 40), rng.randint(0, 3))
+        for i in range(n)
+    ]
+
+
+# Split ------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_a_partition_of_about_the_asked_sizes() -> None:
+    warmup, kept = replay.split(IDS, 0.9, seed=0)
+    assert sorted(warmup + kept) == sorted(IDS)
+    assert abs(len(kept) - 500) < 5 * math.sqrt(5000 * 0.9 * 0.1)
+
+
+def test_split_does_not_depend_on_file_order_and_does_on_the_seed() -> None:
+    assert replay.split(shuffled(IDS), 0.9, seed=0) == replay.split(IDS, 0.9, seed=0)
+    _, kept = replay.split(IDS, 0.9, seed=0)
+    _, kept_by_another_seed = replay.split(IDS, 0.9, seed=1)
+    assert len(set(kept) & set(kept_by_another_seed)) < len(kept) / 3  # about a tenth, were they independent
+
+
+def test_an_ids_side_does_not_depend_on_other_ids_or_flip_back_with_the_fraction() -> None:
+    _, kept = replay.split(IDS, 0.9, seed=0)
+    _, kept_of_some = replay.split(IDS[::3], 0.9, seed=0)
+    assert kept_of_some == sorted(set(kept) & set(IDS[::3]))
+    _, kept_by_more = replay.split(IDS, 0.8, seed=0)
+    assert set(kept) < set(kept_by_more)
+
+
+def test_split_is_the_same_on_every_machine() -> None:
+    assert replay.split([f"id{i}" for i in range(12)], 0.5, seed=7)[1] == ["id11", "id3", "id5", "id6", "id9"]
+
+
+def test_split_at_its_ends_and_on_nothing() -> None:
+    assert replay.split(IDS, 1.0, seed=0) == (sorted(IDS), [])
+    assert replay.split(IDS, 0.0, seed=0) == ([], sorted(IDS))
+    assert replay.split([], 0.9, seed=0) == ([], [])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_split_refuses_impossible_fractions(fraction: float) -> None:
+    with pytest.raises(ValueError, match="warmup_fraction must be in"):
+        replay.split(IDS, fraction, seed=0)
+
+
+def test_repeated_ids_are_refused() -> None:
+    message = "sample id 'b' appears 2 times"
+    with pytest.raises(ValueError, match=message):
+        replay.split(["a", "b", "b"], 0.9, seed=0)
+    with pytest.raises(ValueError, match=message):
+        replay.select_hardest([ScoredSample("b", 1.0, True), ScoredSample("b", 2.0, False)], ReplaySettings())
+    with pytest.raises(ValueError, match=message):
+        replay.curriculum([DifficultyFeatures("b", 1, 1, 1)] * 2, "mixed", seed=0)
+
+
+# Selection --------------------------------------------------------------------------------------------------
+
+
+def test_hardest_are_taken_separately_among_calls_and_texts() -> None:
+    calls = [ScoredSample(f"call{i}", 10.0 + i, True) for i in range(10)]
+    texts = [ScoredSample(f"text{i}", 1.0 + i, False) for i in range(5)]
+    assert replay.select_hardest(calls + texts, ReplaySettings()) == ["call9", "call8", "text4"]
+
+
+def test_ties_go_by_id_and_every_group_gives_at_least_one() -> None:
+    scores = [
+        ScoredSample(id_, 2.0, is_call)
+        for id_, is_call in [("c", True), ("a", True), ("d", False), ("b", False)]
+    ]
+    assert replay.select_hardest(scores, ReplaySettings(hardest_fraction=0.01)) == ["a", "b"]
+    assert replay.select_hardest(scores[:2], ReplaySettings(hardest_fraction=0.01)) == ["a"]
+    assert replay.select_hardest([], ReplaySettings()) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_perplexity_that_is_not_finite_is_the_highest(bad: float) -> None:
+    scores = [ScoredSample("a", 1e30, True), ScoredSample("b", bad, True), ScoredSample("c", 3.0, True)]
+    for order in (scores, scores[::-1]):
+        assert replay.select_hardest(order, ReplaySettings(hardest_fraction=1.0)) == ["b", "a", "c"]
+
+
+def test_skipping_passes_over_the_very_highest() -> None:
+    scores = [ScoredSample(f"{i}", float(i), True) for i in range(10)]
+    settings = ReplaySettings(hardest_fraction=0.3, skip_fraction=0.2)
+    assert replay.select_hardest(scores, settings) == ["7", "6", "5"]
+    one_left = ReplaySettings(hardest_fraction=0.1, skip_fraction=0.9)
+    assert replay.select_hardest(scores[:1], one_left) == ["0"]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "seed"), [(0, 0), (1, 1), (2, 2), (3, 3), (10, 4), (47, 5), (60, 6)])
+def test_selection_properties(n: int, seed: int, fraction: float) -> None:
+    scores, settings = random_scores(n, seed), ReplaySettings(hardest_fraction=fraction)
+    chosen = replay.select_hardest(scores, settings)
+    assert chosen == replay.select_hardest(shuffled(scores, seed + 1), settings)
+    by_id = {score.id: score for score in scores}
+    perplexities = [by_id[id_].perplexity for id_ in chosen]
+    assert perplexities == sorted(perplexities, reverse=True)
+    for is_call in (True, False):
+        group = [score for score in scores if score.is_call == is_call]
+        taken = [score for score in group if score.id in chosen]
+        left = [score for score in group if score.id not in chosen]
+        assert len(taken) == (max(1, round(fraction * len(group))) if group else 0)
+        assert all((t.perplexity, rest.id) >= (rest.perplexity, t.id) for t in taken for rest in left)
+
+
+# Difficulty and curriculum ----------------------------------------------------------------------------------
+
+
+def test_difficulty_worked_by_hand() -> None:
+    features = [
+        DifficultyFeatures("a", 1, 100, 3),  # ranks 0, 1 and 2: 3 of 9
+        DifficultyFeatures("b", 2, 100, 1),  # ranks 1.5, 1 and 0.5: 3 of 9
+        DifficultyFeatures("c", 2, 100, 1),
+        DifficultyFeatures("d", 9, 999, 4),  # ranks 3, 3 and 3
+    ]
+    assert replay.difficulty(features) == pytest.approx([3 / 9, 3 / 9, 3 / 9, 1.0])
+    assert (
+        replay.difficulty(features)[0] == replay.difficulty(features)[1]
+    )  # exactly, or ties would not go by id
+
+
+def test_difficulty_of_equals_and_of_one_is_the_middle_and_of_none_is_nothing() -> None:
+    assert replay.difficulty([DifficultyFeatures(id_, 3, 50, 1) for id_ in "abcde"]) == [0.5] * 5
+    assert replay.difficulty([DifficultyFeatures("a", 3, 50, 1)]) == [0.5]
+    assert replay.difficulty([]) == []
+
+
+@pytest.mark.parametrize(("n", "seed"), [(2, 0), (3, 1), (10, 2), (40, 3), (41, 4)])
+def test_difficulty_properties(n: int, seed: int) -> None:
+    features = random_features(n, seed)
+    values = replay.difficulty(features)
+    assert all(0 <= value <= 1 for value in values)
+    assert sum(values) / n == pytest.approx(0.5)  # ranks with shared ties keep their mean
+    rescaled = [f._replace(tools_length=f.tools_length**3 + 7, n_tools=10 * f.n_tools) for f in features]
+    assert replay.difficulty(rescaled) == values
+    for a, value_a in zip(features, values, strict=True):
+        for b, value_b in zip(features, values, strict=True):
+            if all(x <= y for x, y in zip(a[1:], b[1:], strict=True)):
+                assert value_a <= value_b
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 30, 100])
+def test_curriculum_is_three_equal_parts_of_everything_in_any_file_order(
+    n: int, order: CurriculumOrder
+) -> None:
+    features = random_features(n)
+    parts = replay.curriculum(features, order, seed=3)
+    assert sorted(id_ for part in parts for id_ in part) == sorted(feature.id for feature in features)
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == 3
+    assert max(sizes) - min(sizes) <= 1
+    assert parts == replay.curriculum(shuffled(features), order, seed=3)
+
+
+def test_curriculum_rises_or_falls_in_difficulty() -> None:
+    features = random_features(91)
+    by_id = dict(zip((feature.id for feature in features), replay.difficulty(features), strict=True))
+    parts = replay.curriculum(features, "easy_to_hard", seed=0)
+    easy, medium, hard = ([by_id[id_] for id_ in part] for part in parts)
+    assert max(easy) <= min(medium)
+    assert max(medium) <= min(hard)
+    assert max(easy) < min(hard)
+    assert replay.curriculum(features, "hard_to_easy", seed=0) == parts[::-1]
+
+
+def test_mixed_parts_are_alike_in_difficulty_and_follow_the_seed() -> None:
+    features = random_features(900)
+    by_id = dict(zip((feature.id for feature in features), replay.difficulty(features), strict=True))
+    parts = replay.curriculum(features, "mixed", seed=0)
+    assert all(abs(sum(by_id[id_] for id_ in part) / 300 - 0.5) < 0.06 for part in parts)
+    assert parts != replay.curriculum(features, "mixed", seed=1)
+
+
+def test_ties_in_difficulty_go_by_id() -> None:
+    features = [DifficultyFeatures(id_, 1, 1, 1) for id_ in "fbdace"]
+    assert replay.curriculum(features, "easy_to_hard", seed=0) == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay_fraction": 0.0}, r"replay.replay_fraction must be in \(0, 1\), got 0.0"),
+        ({"replay_fraction": 1.0}, r"replay.replay_fraction must be in \(0, 1\), got 1.0"),
+        ({"hardest_fraction": 0.0}, r"replay.hardest_fraction must be in \(0, 1\], got 0.0"),
+        ({"hardest_fraction": math.nan}, r"replay.hardest_fraction must be in \(0, 1\], got nan"),
+        ({"skip_fraction": -0.1}, r"replay.skip_fraction must be in \[0, 1\), got -0.1"),
+        ({"skip_fraction": 0.9}, "must be at most 1, got 0.9 \\+ 0.2"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReplaySettings(**settings)

@@ -1,0 +1,381 @@
+"""Readers: every form gives the same kind of sample, and a wrong row is named."""
+
+import itertools
+import json
+import sys
+import types
+
+import pytest
+
+from itool_jax.data.formats import NO_CALL
+from itool_jax.data.records import RawSample, Sample, sample_row, write_jsonl
+from itool_jax.data.sources import load, read_samples
+from itool_jax.text.calls import read_calls
+from tests.conftest import shared_path
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+USER = {"role": "user", "content": "q"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes rows to a new file and returns its path."""
+    numbers = itertools.count()
+
+    def write(*rows):
+        path = tmp_path / f"data{next(numbers)}.jsonl"
+        write_jsonl(path, rows)
+        return path
+
+    return write
+
+
+def test_a_written_sample_reads_back_as_itself(file):
+    sample = Sample(id="a", messages=(USER,), tools=(TOOL,), target="[f(a=1)]", category="easy")
+    assert read_samples(file(sample_row(sample)), need_target=True) == [sample]
+    assert load(file(sample_row(sample))) == [sample]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "[f(a=1)]",
+        {"role": "assistant", "content": "[f(a=1)]"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "[f("}, {"type": "text", "text": "a=1)]"}],
+        },
+    ],
+)
+@pytest.mark.parametrize("place", ["target", "last message"])
+def test_every_way_to_write_a_target_gives_the_same_sample(file, target, place):
+    if place == "target":
+        row = {"id": "a", "messages": [USER], "target": target}
+    else:
+        last = target if isinstance(target, dict) else {"role": "assistant", "content": target}
+        row = {"id": "a", "messages": [USER, last]}
+    (sample,) = read_samples(file(row), need_target=True)
+    assert sample == Sample(id="a", messages=(USER,), target="[f(a=1)]")
+
+
+def test_calls_of_the_history_are_written_like_those_of_the_target(file):
+    history = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "7"},
+    ]
+    (sample,) = read_samples(file({"id": 5, "messages": history, "target": "seven"}), need_target=True)
+    assert sample.id == "5"
+    assert sample.messages[1] == {"role": "assistant", "content": "[f(a=1)]"}
+
+
+def test_a_conversation_gives_its_last_turn_or_every_turn_after_a_user_turn(file):
+    answer = {"role": "assistant", "content": "one"}
+    tool = {"role": "tool", "content": "t"}
+    conversation = [
+        USER,
+        answer,
+        tool,
+        {"role": "assistant", "content": "two"},
+        USER,
+        {"role": "assistant", "content": "three"},
+    ]
+    path = file({"id": "c", "messages": conversation})
+    assert [sample.target for sample in read_samples(path, need_target=True)] == ["three"]
+    every = read_samples(path, need_target=True, every_turn=True)
+    assert [(sample.id, sample.target, len(sample.messages)) for sample in every] == [
+        ("c", "one", 1),
+        ("c/2", "three", 5),
+    ]
+    assert load(path) == every
+
+
+def test_targets_are_needed_only_where_asked_for(file):
+    path = file({"id": "a", "messages": [USER]})
+    assert read_samples(path, need_target=False) == [Sample(id="a", messages=(USER,))]
+    with pytest.raises(ValueError, match='line 1: sample has no "target"'):
+        read_samples(path, need_target=True)
+
+
+def test_raw_rows_are_kept_exactly(file):
+    path = file({"id": "a", "prompt_ids": [1, 0], "target_ids": [3]})
+    assert read_samples(path, need_target=True) == [RawSample(id="a", prompt_ids=(1, 0), target_ids=(3,))]
+    path = file({"id": "a", "prompt_ids": [1]}, {"id": "b", "prompt": " x\n"})
+    assert read_samples(path, need_target=False) == [
+        RawSample(id="a", prompt_ids=(1,)),
+        RawSample(id="b", prompt=" x\n"),
+    ]
+    with pytest.raises(ValueError, match='line 1: sample has no "target_ids"'):
+        read_samples(path, need_target=True)
+    with pytest.raises(ValueError, match="raw prompts"):
+        load(file({"id": "a", "prompt_ids": [1], "target_ids": [3]}))
+
+
+def test_rows_without_ids_get_ids_that_do_not_depend_on_their_order(file):
+    rows = [{"messages": [{"role": "user", "content": text}], "target": "t"} for text in ("x", "y", "x")]
+    ids = [sample.id for sample in load(file(*rows))]
+    assert len(set(ids)) == 3
+    assert ids[2] == f"{ids[0]}-2"
+    assert {sample.id for sample in load(file(*rows[::-1]))} == set(ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"id": "a"}, 'no "messages"'),
+        ({"id": "a", "messages": []}, 'no "messages"'),
+        ({"id": "a", "messages": "hi"}, 'no "messages"'),
+        ({"id": "a", "messages": [{"role": "bot", "content": "x"}]}, "message 1 has role 'bot'"),
+        ({"id": "a", "messages": [USER, "x"]}, "message 2 has role 'x'"),
+        ({"id": "a", "messages": [{"role": "user"}]}, 'message 1 has no "content"'),
+        ({"id": "a", "messages": [{"role": "user", "content": 3}]}, 'message 1: "content" is not text'),
+        ({"id": "a", "messages": [USER], "target": ""}, 'an empty "target"'),
+        ({"id": "a", "messages": [USER], "target": 3}, '"target" must be a text'),
+        ({"id": "a", "messages": [USER], "target": {"tool_calls": [{}]}}, "tool call 1"),
+        ({"id": "a", "messages": [{"role": "assistant", "content": "x"}]}, "no message before"),
+        ({"id": "a", "messages": [USER], "target": "t", "tools": [{}]}, 'a tool has no "name"'),
+        ({"id": [1], "messages": [USER], "target": "t"}, '"id" must be'),
+        ({"id": "a", "prompt_ids": [], "target_ids": [1]}, '"prompt_ids" must be a list'),
+        ({"id": "a", "prompt_ids": [True], "target_ids": [1]}, '"prompt_ids" must be a list'),
+        ({"id": "a", "prompt_ids": [1], "target_ids": [-1]}, '"target_ids" must be a list'),
+        ({"id": "a", "prompt_ids": [1], "prompt": "x", "target_ids": [1]}, "both"),
+        ({"id": "a", "prompt": "", "target_ids": [1]}, '"prompt" must be'),
+        ({"id": "ok", "messages": [USER], "target": "t"}, 'id "ok" is already that of'),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_and_line(file, row, reason):
+    path = file({"id": "ok", "messages": [USER], "target": "t"}, row)
+    with pytest.raises(ValueError) as error:
+        read_samples(path, need_target=True)
+    assert str(error.value).startswith(f"{path} line 2: ")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_empty_and_unknown_data_is_named(file, tmp_path):
+    for read in (load, lambda path: read_samples(path, need_target=False)):
+        with pytest.raises(ValueError, match=r"data\d+\.jsonl holds no samples"):
+            read(file())
+    with pytest.raises(ValueError, match=r"line 1: .* of no known data set: x, y"):
+        load(file({"x": 1, "y": 2}))
+    with pytest.raises(ValueError, match="does not exist"):
+        load(tmp_path / "absent.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no data files"):
+        load(tmp_path / "empty")
+
+
+TOOLACE = {
+    "system": "Today is Monday.\nHere is a list of functions in JSON format that you can invoke:\n"
+    '[{"name": "Trends API", "description": "d", "parameters": {"type": "dict", "properties":'
+    ' {"n": {"type": "int"}}, "required": ["n"]}, "required": null}]. \n'
+    "Put it in the format of [func1(a=1), func2()]\n",
+    "conversations": [
+        {"from": "user", "value": "q"},
+        {"from": "assistant", "value": "[Trends API(n=1)]"},
+        {"from": "tool", "value": "{}"},
+        {"from": "assistant", "value": "done"},
+        {"from": "user", "value": "thanks"},
+        {"from": "assistant", "value": "welcome"},
+    ],
+}
+XLAM = {
+    "id": 7,
+    "query": "q",
+    "tools": '[{"name": "f", "description": "d", "parameters":'
+    ' {"n": {"type": "int, optional", "default": "2"}}}]',
+    "answers": '[{"name": "f", "arguments": {"n": 3}}, {"name": "f", "arguments": {}}]',
+}
+TOOLBENCH = {
+    "id": "Step 1: q",
+    "conversations": [
+        {
+            "from": "system",
+            "value": "You are AutoGPT.\nSpecifically, you have access to the following APIs: "
+            "[{'name': 'get_for_x', 'description': \"it's\", 'parameters': {'type': 'object', 'properties': "
+            "{'q': {'type': 'string'}}, 'required': ['q'], 'optional': []}}, "
+            "{'name': 'Finish', 'description': 'd', 'parameters': {}}]",
+        },
+        {"from": "user", "value": "\nfind it\nBegin!\n"},
+        {"from": "assistant", "value": '\nThought: \nAction: get_for_x\nAction Input: {\n  "q": "it"\n}'},
+        {"from": "function", "value": "{}"},
+        {
+            "from": "assistant",
+            "value": "\nThought: \nAction: Finish\n"
+            'Action Input: {"return_type": "give_answer", "final_answer": "found"}',
+        },
+    ],
+}
+
+TOOLRL = {
+    "instruction": '**Available Tools**\n1. Name: f\nDescription: d\nParameters: {"n": {"type": "int"}}\n\n'
+    "**Steps for Each Turn**\n1. Think",
+    "input": "<user> q </user>",
+    "output": "<think> <tool_call> or not </think>\n"
+    '<tool_call>\n{"name": "f", "parameters": {"n": 1}}\n</tool_call>',
+}
+
+
+def test_toolrl_takes_the_answer_after_the_thought(file):
+    row = TOOLRL | {"output": "<think> so </think>\n<response> text </response>"}
+    calls, text = load(file(TOOLRL, row))
+    assert (calls.messages, calls.target, text.target) == ((USER,), "[f(n=1)]", "text")
+    assert calls.tools[0]["function"]["parameters"]["required"] == ["n"]
+
+
+def test_a_name_with_parts_of_a_value_in_it_does_not_spoil_the_data(file):
+    spilt = '<tool_call>\n{"name": "f", "parameters": {"\\"2 h\\"}], n": 1}}\n</tool_call>'
+    (sample,) = load(file(TOOLRL | {"output": spilt}))
+    assert read_calls(sample.target) == [("f", {"2 h n": 1})]
+
+
+def test_toolace_cuts_the_tools_out_of_the_system_text(file):
+    first, second = load(file(TOOLACE))
+    assert first.messages[0]["content"] == "Today is Monday.\nPut it in the format of [func1(a=1), func2()]"
+    assert first.messages[1:] == (USER,)
+    assert first.tools[0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+    }
+    assert (first.target, second.target) == ("[Trends API(n=1)]", "welcome")
+    assert second.id == f"{first.id}/2"
+
+
+def test_xlam_reads_its_json_texts(file):
+    calls, none = load(file(XLAM, XLAM | {"id": 8, "answers": "[]"}))
+    assert (calls.id, calls.target, calls.messages) == ("xlam-7", "[f(n=3), f()]", (USER,))
+    assert calls.tools[0]["function"]["parameters"]["properties"]["n"] == {"type": "integer", "default": 2}
+    assert none.target == NO_CALL
+
+
+def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
+    (sample,) = load(file(TOOLBENCH))
+    assert sample.messages == ({"role": "user", "content": "find it"},)
+    assert sample.target == '[get_for_x(q="it")]'
+    assert [tool["function"]["name"] for tool in sample.tools] == ["get_for_x"]
+    system, user, _, _, finish = TOOLBENCH["conversations"]
+    (sample,) = load(file({"conversations": [system, user, finish]}))
+    assert sample.target == "found"
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "reason"),
+    [
+        (TOOLACE, {"conversations": [{"from": "bot", "value": "x"}]}, 'from "bot"'),
+        (TOOLACE, {"conversations": "x"}, '"conversations" is missing or no list'),
+        (XLAM, {"answers": "[{"}, '"answers" is not valid JSON'),
+        (XLAM, {"answers": '[{"name": "f"}]'}, "tool call 1"),
+        (XLAM, {"answers": "{}"}, '"answers" is not a list'),
+        (XLAM, {"tools": '[{"name": "f", "parameters": {"a": 1}}]'}, 'parameter "a"'),
+        (XLAM, {"query": None}, '"query" is missing or no text'),
+        (TOOLBENCH, {"conversations": []}, "does not begin with the system turn"),
+        (TOOLRL, {"output": "x"}, "no answer"),
+        (TOOLRL, {"input": ""}, "no dialogue"),
+        (TOOLRL, {"output": "<tool_call>\n{]\n</tool_call>"}, '"tool_call" is not valid JSON'),
+        (TOOLRL, {"instruction": "**Available Tools**\n1. Name: f\nWhat: d"}, "a tool is not written as"),
+        ({"instruction": "x", "input": "", "output": ""}, {}, "no turn of the user"),
+    ],
+)
+def test_a_wrong_row_of_a_public_form_is_named(tmp_path, row, change, reason):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row | change]))
+    with pytest.raises(ValueError, match=reason) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path} row 1: ")
+
+
+def test_hub_data_goes_through_the_same_readers(monkeypatch):
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: {("o/n", "train"): [XLAM]}[(name, split)])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert [sample.id for sample in load("hf:o/n")] == ["xlam-7"]
+    with pytest.raises(ValueError, match=r"hf:o/absent could not be fetched"):
+        load("hf:o/absent")
+
+
+def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
+    row = {"id": "r", "query": "q", "calling": [{"api": "gold", "parameters": {"a": "x"}}]}
+    path = file(row)
+    with pytest.raises(ValueError, match=r"needs the tools, tool\.jsonl"):
+        load(path)
+    tool = {"api_description": "d", "parameters": {"a": {"type": "str"}}, "required": []}
+    names = {"gold": "A/x", "near": "A/x", "same": "A/y", "far": "B/z"}
+    write_jsonl(
+        tmp_path / "tool.jsonl", [tool | {"api_name": name, "field": where} for name, where in names.items()]
+    )
+    offered = {
+        n: {tool["function"]["name"] for tool in load(path, n_candidates=n)[0].tools} for n in (1, 2, 3, 9)
+    }
+    assert offered == {
+        1: {"gold"},
+        2: {"gold", "near"},
+        3: {"gold", "near", "same"},
+        9: {"gold", "near", "same"},
+    }
+    unknown = file(row | {"calling": [{"api": "absent", "parameters": {}}]})
+    with pytest.raises(ValueError, match='line 1: tool "absent" is not in the list'):
+        load(unknown)
+
+
+@pytest.mark.parametrize(
+    ("source", "n_samples", "n_calls"),
+    [
+        ("seal_tools", 2054, 2054),
+        ("toolrl_sft", 400, 346),
+        ("glaive", 746, 211),
+        ("api_bank/lv3-api-train.json.gz", 907, 907),
+    ],
+)
+def test_public_data_is_read_to_the_last_row(source, n_samples, n_calls):
+    samples = load(shared_path(f"data/{source}"))
+    assert len(samples) == len({sample.id for sample in samples}) == n_samples
+    calls = [read_calls(sample.target) for sample in samples]
+    assert sum(call is not None for call in calls) == n_calls
+    for sample, call in zip(samples, calls, strict=True):
+        assert sample.target
+        assert call is not None or not sample.target.startswith("[")
+        assert any(message["role"] == "user" for message in sample.messages)
+        for tool in sample.tools:
+            assert tool["function"]["parameters"]["type"] == "object"
+    json.dumps([sample_row(sample) for sample in samples], allow_nan=False)
+
+
+def test_seal_tools_offers_the_gold_tools_among_ten_and_the_same_ones_every_time():
+    path = shared_path("data/seal_tools/dev.jsonl.gz")
+    samples = load(path)
+    assert len(samples) == 700
+    places = set()
+    for sample in samples:
+        offered = [tool["function"]["name"] for tool in sample.tools]
+        gold = {call.name for call in read_calls(sample.target) or []}
+        assert gold <= set(offered)
+        assert len(offered) == len(set(offered)) <= 10
+        places |= {offered.index(name) for name in gold}
+    assert places == set(range(10))
+    assert load(path) == samples
+
+
+def test_toolrl_targets_are_the_published_calls():
+    path = shared_path("data/toolrl_sft/rlla_sft.json.gz")
+    samples = load(path)
+    assert samples[0].target == '[Search Managers(name="Alex Ferguson")]'
+    assert samples[0].messages == (
+        {"role": "user", "content": "Could you help me find information on the manager Alex Ferguson?"},
+    )
+    assert len(samples[0].tools) == 5
+    assert sum(len(sample.messages) > 1 for sample in samples) == 40
+    # Nothing of the published format, nor of its thoughts, is left in what the model learns.
+    assert not any("<tool_call>" in sample.target or "<think>" in sample.target for sample in samples)
+
+
+def test_api_bank_offers_the_tools_that_searches_found():
+    samples = load(shared_path("data/api_bank/lv3-api-train.json.gz"))
+    found = [sample for sample in samples if len(sample.tools) > 1]
+    assert len(found) == 517
+    known = 0
+    for sample in found:
+        calls = read_calls(sample.target) or []
+        known += calls[0].name in {tool["function"]["name"] for tool in sample.tools}
+    assert known / len(found) > 0.95

@@ -1,0 +1,122 @@
+"""Standard errors and paired tests against values known from elsewhere."""
+
+import math
+
+import numpy as np
+import pytest
+
+from itool_jax.evaluation.statistics import (
+    PairedDifference,
+    describe,
+    mean_and_standard_error,
+    paired_difference,
+    standard_error,
+)
+
+
+def marks(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
+    a = [True] * (both + only_a) + [False] * (only_b + neither)
+    b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "expected"), [(50, 100, 0.05), (0, 10, 0), (10, 10, 0), (360, 400, 0.015)]
+)
+def test_binomial_standard_error(right: int, n: int, expected: float) -> None:
+    assert standard_error([True] * right + [False] * (n - right)) == pytest.approx(expected)
+
+
+def test_nothing_measured_is_nan_without_a_warning() -> None:
+    assert math.isnan(standard_error([]))
+    assert all(math.isnan(x) for x in mean_and_standard_error([]))
+    mean, error = mean_and_standard_error([0.5])
+    assert mean == 0.5
+    assert math.isnan(error)
+    nothing = paired_difference([], [])
+    assert math.isnan(nothing.difference)
+    assert nothing.n == 0
+    assert not nothing.significant
+
+
+def test_mean_and_standard_error_over_seeds() -> None:
+    assert mean_and_standard_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p_value"),
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 0.0625),
+        (6, 0, 0.03125),
+        (8, 2, 0.109375),  # 2 (1 + 10 + 45) / 1024
+        (9, 1, 0.021484375),  # 2 (1 + 10) / 1024
+    ],
+)
+def test_exact_p_values(wins: int, losses: int, p_value: float) -> None:
+    result = paired_difference(*marks(7, wins, losses, 3))
+    assert (result.wins, result.losses, result.n) == (wins, losses, 10 + wins + losses)
+    assert result.p_value == p_value
+    assert result.significant == (p_value < 0.05)
+    assert paired_difference(*marks(7, losses, wins, 3)).p_value == p_value
+
+
+def test_p_value_matches_a_simulated_fair_coin() -> None:
+    heads = np.random.default_rng(0).binomial(60, 0.5, 200_000)
+    simulated = np.mean(np.abs(heads - 30) >= 8)
+    assert paired_difference(*marks(0, 38, 22, 0)).p_value == pytest.approx(simulated, abs=0.004)
+
+
+def test_p_value_of_thousands_of_one_sided_samples_is_zero_not_an_error() -> None:
+    result = paired_difference([True] * 5000, [False] * 5000)
+    assert result.p_value == 0
+    assert result.significant
+    assert result.standard_error == 0
+
+
+def test_difference_and_its_error_are_those_of_the_per_sample_differences() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.random(400) < 0.6, rng.random(400) < 0.5
+    result = paired_difference(a.tolist(), b.tolist())
+    per_sample = a.astype(float) - b.astype(float)
+    assert result.difference == pytest.approx(per_sample.mean())
+    assert result.standard_error == pytest.approx(per_sample.std() / 20)
+    mirrored = paired_difference(b.tolist(), a.tolist())
+    assert mirrored.difference == -result.difference
+    assert mirrored.p_value == result.p_value
+
+
+def test_pairing_sees_what_the_accuracies_alone_hide() -> None:
+    paired = paired_difference(*marks(180, 20, 0, 200))
+    independent = math.hypot(
+        standard_error([True] * 200 + [False] * 200), standard_error([True] * 180 + [False] * 220)
+    )
+    assert paired.difference == pytest.approx(0.05)
+    assert paired.standard_error < independent / 3
+
+
+def test_runs_on_different_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="same samples, got 2 and 1 marks"):
+        paired_difference([True, False], [True])
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        (PairedDifference(0.052, 0.011, 0.00012, 400, 0, 0, True), "+5.2 ± 1.1 points (n=400, p=0.0001)"),
+        (PairedDifference(0.052, 0.011, 1e-9, 400, 0, 0, True), "+5.2 ± 1.1 points (n=400, p<0.0001)"),
+        (
+            PairedDifference(0.01, 0.02, 0.7, 90, 0, 0, False),
+            "+1.0 ± 2.0 points (n=90, p=0.7000), no significant gain",
+        ),
+        (
+            PairedDifference(-0.2, 0.02, 0.001, 90, 0, 0, True),
+            "-20.0 ± 2.0 points (n=90, p=0.0010), a significant loss",
+        ),
+        (paired_difference([], []), "no samples to compare, no significant gain"),
+    ],
+)
+def test_described_in_words(difference: PairedDifference, expected: str) -> None:
+    assert describe(difference) == expected
