@@ -223,15 +223,19 @@ def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
     return loss_B - settings.sft_weight * _per_token(pair.policy_chosen_B, pair.chosen_length_B)
 
 
-def pair_metrics(pair: PairLogProbs, beta: float) -> dict[str, Scalar]:
-    """Means over the pairs: rewards β(logπ - logref), their margin, and how often chosen exceeds rejected."""
+def pair_metrics(pair: PairLogProbs, beta: float, weight_B: FloatB | None = None) -> dict[str, Scalar]:
+    """Means over the pairs: rewards β(logπ - logref), their margin, and how often chosen exceeds rejected.
+
+    `weight_B` are the pairs' shares, which sum to 1; all alike by default.
+    """
     chosen_B = beta * (_float32(pair.policy_chosen_B) - pair.reference_chosen_B)
     rejected_B = beta * (_float32(pair.policy_rejected_B) - pair.reference_rejected_B)
+    weight_B = jnp.full(chosen_B.shape, 1 / chosen_B.size) if weight_B is None else weight_B
     return {
-        "chosen_reward": chosen_B.mean(),
-        "rejected_reward": rejected_B.mean(),
-        "reward_margin": (chosen_B - rejected_B).mean(),
-        "reward_accuracy": (chosen_B > rejected_B).mean(dtype=jnp.float32),
+        "chosen_reward": (weight_B * chosen_B).sum(),
+        "rejected_reward": (weight_B * rejected_B).sum(),
+        "reward_margin": (weight_B * (chosen_B - rejected_B)).sum(),
+        "reward_accuracy": (weight_B * (chosen_B > rejected_B)).sum(),
     }
 
 

@@ -5,6 +5,7 @@ Knows neither model nor sampler. Results depend on ids, scores and seed, never o
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,9 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from itool_jax.data.records import Sample
+from itool_jax.text.calls import read_calls
 
 CurriculumOrder = Literal["easy_to_hard", "mixed", "hard_to_easy"]
 N_PARTS = 3  # easy, medium, hard
@@ -59,6 +63,12 @@ class DifficultyFeatures(NamedTuple):
     n_tools: int
     tools_length: int
     n_calls: int
+
+
+def sample_features(sample: Sample) -> DifficultyFeatures:
+    """What makes a sample difficult: its candidate tools, the length of their text, the calls it needs."""
+    length = len(json.dumps(sample.tools, ensure_ascii=False))
+    return DifficultyFeatures(sample.id, len(sample.tools), length, len(read_calls(sample.target) or ()))
 
 
 def split(ids: Iterable[str], warmup_fraction: float, seed: int) -> tuple[list[str], list[str]]:

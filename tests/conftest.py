@@ -33,3 +33,11 @@ def shared_path(relative: str) -> pathlib.Path:
     if not path.exists():
         pytest.skip(f"needs {relative} of the public data: set ITOOL_SHARED to the folder that holds it")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A complete model folder: two layers, random weights, a byte tokenizer with a chat template."""
+    from tests import tiny  # it imports the package, which the hook above must see first
+
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("tiny"))

@@ -4,6 +4,7 @@
 `train`, `validation` and `test` are the default task: other domains, with tools and names that no other part has.
 """
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Sequence
@@ -20,6 +21,19 @@ TOOL_SHARES = {"train": 60, "validation": 15, "test": 25}
 NAME_SHARES = {"pretraining": 40, "pretraining_test": 10, "train": 25, "validation": 10, "test": 15}
 
 
+
+
+class Manner(NamedTuple):
+    """How people speak in a corpus."""
+
+    synonyms: float  # share of requests that use other words than the tool's name does
+    shuffled: float  # share of requests that name parameters in another order than the tool does
+
+
+PRETRAINING_MANNER = Manner(synonyms=0.25, shuffled=0.15)
+TASK_MANNER = Manner(synonyms=0.5, shuffled=0.5)
+
+
 class Tool(NamedTuple):
     """A tool and the words people may use for it."""
 
@@ -27,7 +41,8 @@ class Tool(NamedTuple):
     description: str
     parameters: tuple[Parameter, ...]
     required: tuple[str, ...]
-    spoken: tuple[str, ...]
+    spoken: tuple[str, ...]  # the name's own words first
+    meaning: str
 
     def schema(self) -> dict[str, Any]:
         """The tool as an OpenAI function schema."""
@@ -71,8 +86,9 @@ def _tool(
     chosen = rng.sample(parameters, k=min(len(parameters), rng.choice((1, 2, 2, 3, 3, 4))))
     required = tuple(p.name for i, p in enumerate(chosen) if i == 0 or rng.random() < 0.6)
     (verb_1, verb_2), (thing_1, thing_2) = rng.sample(verb, 2), rng.sample(thing, 2)
-    spoken = tuple(f"{v} a {t}" for v in verb for t in thing)
-    return Tool(f"{verb_1}_{thing_1}", f"{verb_2} {thing_2}", tuple(chosen), required, spoken)
+    spoken = tuple(f"{v} a {t}" for v in (verb_1, verb_2) for t in (thing_1, thing_2))
+    name, description, meaning = f"{verb_1}_{thing_1}", f"{verb_2} {thing_2}", f"{verb[0]} {thing[0]}"
+    return Tool(name, description, tuple(chosen), required, spoken, meaning)
 
 
 def _domain_tools(part: Part, domain: Domain, rng: random.Random) -> list[Tool]:
@@ -112,7 +128,7 @@ def _value(rng: random.Random, parameter: Parameter, part: Part) -> Any:
     if parameter.type == "integer":
         return rng.randint(2, 99)
     if parameter.type == "number":
-        return rng.randint(1, 99) + rng.randint(1, 9) / 10
+        return round(rng.randint(1, 99) + rng.randint(1, 9) / 10, 1)
     return rng.random() < 0.5
 
 
@@ -141,25 +157,23 @@ def _request(
             value = _value(rng, parameter, part)
             arguments.append(f"{parameter.name}={_literal(value)}")
             phrases.append(_phrase(rng, parameter, value))
-    rng.shuffle(phrases)
-    return Request(f"{tool.name}({', '.join(arguments)})", " ".join([rng.choice(tool.spoken), *phrases]))
+    manner = PRETRAINING_MANNER if part.startswith("pretraining") else TASK_MANNER
+    if rng.random() < manner.shuffled:
+        rng.shuffle(phrases)
+    spoken = rng.choice(tool.spoken[1:]) if rng.random() < manner.synonyms else tool.spoken[0]
+    return Request(f"{tool.name}({', '.join(arguments)})", " ".join([spoken, *phrases]))
 
 
 def _candidates(rng: random.Random, wanted: list[Tool], pool: list[Tool], count: int) -> list[Tool]:
-    """`count` distractors of distinct names, half of them sharing a verb or a thing with a wanted tool."""
+    """`count` distractors, half of them sharing a word with a wanted tool; no two tools mean or are called the same."""
     words = {word for tool in wanted for word in tool.name.split("_")}
-    taken = {tool.name for tool in wanted} | {tool.spoken[0] for tool in wanted}
-    others = [t for t in pool if t.name not in taken and t.spoken[0] not in taken]
-    rng.shuffle(others)
-    close = [t for t in others if words & set(t.name.split("_"))]
+    others = rng.sample(pool, len(pool))
+    close = [tool for tool in others if words & set(tool.name.split("_"))]
     chosen: list[Tool] = []
-    for _ in range(min(count, len(others))):
-        source = close if close and rng.random() < 0.5 else others
-        chosen.append(source[0])
-        others = [t for t in others if t.name != source[0].name and t.spoken[0] != chosen[-1].spoken[0]]
-        close = [t for t in close if t in others]
-        if not others:
-            break
+    while len(chosen) < count and others:
+        tool = close.pop() if close and rng.random() < 0.5 else others.pop()
+        if all(tool.name != other.name and tool.meaning != other.meaning for other in wanted + chosen):
+            chosen.append(tool)
     return chosen
 
 
@@ -246,7 +260,7 @@ def _distinct(rng: random.Random, pool: list[Tool], count: int) -> list[Tool]:
     """Up to `count` tools of different names and meanings."""
     chosen: list[Tool] = []
     for tool in rng.sample(pool, min(len(pool), 4 * count)):
-        if len(chosen) < count and all(tool.name != t.name and tool.spoken[0] != t.spoken[0] for t in chosen):
+        if len(chosen) < count and all(tool.name != t.name and tool.meaning != t.meaning for t in chosen):
             chosen.append(tool)
     return chosen
 
@@ -254,3 +268,20 @@ def _distinct(rng: random.Random, pool: list[Tool], count: int) -> list[Tool]:
 def generate(part: Part, count: int, seed: int = 0) -> list[Sample]:
     """The first `count` samples of a part."""
     return [make_sample(part, index, seed) for index in range(count)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratedSettings:
+    """Sizes of the generated corpus."""
+
+    train: int = 4000
+    """Training samples: warm-up and replay buffer."""
+    validation: int = 600
+    """Samples for choosing settings."""
+    test: int = 2400
+    """Samples for claims, with tools and names that no other part has."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generated.{name} must be positive, got {getattr(self, name)}")

@@ -14,28 +14,32 @@ CONSTANT = 0.5  # share of every embedding that is the same for all tokens: it l
 SHARPNESS = 60.0  # logit by which a positional head prefers its offset, per unit of cosine
 MATCH = 40.0  # logit of a full match of an induction head
 COPY = 3.0  # weight of what an induction head copies, against the token's own code
+PARTS = 8  # room for the code of the marker that opens the current part of the prompt
 FAST_PAIRS = 4  # rotary pairs that tell neighbouring positions apart; content is matched in the slow ones
 
 Layer = dict[str, np.ndarray]
 
 
-def structured_start(config: ModelConfig, seed: int) -> Params:
-    """Weights of a model without biases and with as many key as query heads; float32 numpy arrays."""
+def structured_start(config: ModelConfig, markers: list[int], seed: int) -> Params:
+    """Weights of a model without biases, with six heads or more; `markers` are the ids that open a part of the prompt."""
     rng = np.random.default_rng(seed)
     D, size = config.hidden_size, config.head_dim
     basis_DD = _orthonormal(rng, D)
-    constant, basis_DD = basis_DD[0], basis_DD[1:]
+    constant, marked, part, basis_DD = basis_DD[0], basis_DD[1], basis_DD[2 : 2 + PARTS], basis_DD[2 + PARTS :]
     code_1, code_2, one_back, two_back = (basis_DD[i * size : (i + 1) * size] for i in range(4))
-    codes = np.concatenate([code_1, code_2])
-    embedding = _unit(rng.normal(size=(config.vocab_size, 2 * size))) @ codes
-    embedding = np.sqrt(1 - CONSTANT**2) * embedding + CONSTANT * constant
+    codes_VD = _unit(rng.normal(size=(config.vocab_size, 2 * size))) @ np.concatenate([code_1, code_2])
+    codes_VD[markers] += marked + code_1[: len(markers)]  # markers also lie far apart from each other
+    embedding = np.sqrt(1 - CONSTANT**2) * _unit(codes_VD) + CONSTANT * constant
     layers = [_mimetic_layer(rng, config) for _ in range(config.n_layers)]
     _look_back(layers[0], 0, 1, constant, code_1, one_back, config)
     _look_back(layers[0], 1, 2, constant, code_1, two_back, config)
-    same = [(code_1, one_back)]
-    same_two = [(code_1, one_back), (one_back, two_back)]
-    for head, (match, copied) in enumerate([(same, code_1), (same, code_2), (same_two, code_1), (same_two, code_2)]):
-        _induct(layers[1], head, match, copied, config)
+    _look_for_marker(layers[0], 2, constant, marked, code_1[:PARTS], part, config)
+    code, same, same_two = (code_1, code_1), (code_1, one_back), (one_back, two_back)
+    for head, copied in enumerate((code_1, code_2)):
+        _attend_match(layers[1], head, [same], copied, COPY * copied, config)
+        _attend_match(layers[1], head + 2, [same, same_two], copied, COPY * copied, config)
+    # Where a word stood before, and in which part of the prompt: in the question, say.
+    _attend_match(layers[1], 4, [code], part, part, config)
     stacked = {name: np.stack([layer[name] for layer in layers]).astype(np.float32) for name in layers[0]}
     linear = {name: {"kernel": kernel} for name, kernel in stacked.items()}
     norms = {name: {"scale": np.ones((config.n_layers, D), np.float32)} for name in ("attention_norm", "mlp_norm")}
@@ -95,20 +99,37 @@ def _look_back(
     layer["o"][own][: len(kept)] = kept
 
 
-def _induct(
-    layer: Layer, head: int, match: list[tuple[np.ndarray, np.ndarray]], copied: np.ndarray, config: ModelConfig
+def _look_for_marker(
+    layer: Layer, head: int, constant: np.ndarray, marked: np.ndarray, code: np.ndarray, part: np.ndarray, config: ModelConfig
 ) -> None:
-    """A head that attends to where all (current, kept) codes of `match` agree, and copies the code found there."""
+    """A head that attends to the last marker, by a rotary pair slow enough to tell near from far, and keeps its code."""
+    size, D = config.head_dim, config.hidden_size
+    own, pair = slice(head * size, (head + 1) * size), FAST_PAIRS
+    strength = np.sqrt(SHARPNESS * np.sqrt(size))
+    for name, direction in (("q", constant / CONSTANT), ("k", marked * 2.0)):
+        layer[name][:, own] = 0.0
+        layer[name][:, own][:, pair] = strength * direction / np.sqrt(D)
+    layer["v"][:, own] = 0.0
+    layer["v"][:, own][:, : len(code)] = code.T / np.sqrt(D) * 2.0
+    layer["o"][own] = 0.0
+    layer["o"][own][: len(part)] = part
+
+
+def _attend_match(
+    layer: Layer, head: int, match: list[tuple[np.ndarray, np.ndarray]], read: np.ndarray, write: np.ndarray, config: ModelConfig
+) -> None:
+    """A head that attends to where all (current, kept) codes of `match` agree, and writes what it reads there."""
     D, size = config.hidden_size, config.head_dim
     own, half = slice(head * size, (head + 1) * size), size // 2
     query_SD, key_SD = np.zeros((size, D)), np.zeros((size, D))
-    for pair in range(FAST_PAIRS, half):  # the slow rotary pairs take turns
+    for pair in range(FAST_PAIRS + 1, half):  # the slow rotary pairs take turns
         current, kept = match[pair % len(match)]
         for row in (pair, pair + half):
-            if row < len(kept):
-                query_SD[row], key_SD[row] = current[row], kept[row]
-    share = (half - FAST_PAIRS) / (2 * half)  # of a token's code that these pairs see
+            query_SD[row], key_SD[row] = current[row], kept[row]
+    share = (half - FAST_PAIRS - 1) / (2 * half)  # of a token's code that these pairs see
     scale = np.sqrt(MATCH * np.sqrt(size) / (D * share))
     layer["q"][:, own], layer["k"][:, own] = scale * query_SD.T, scale * key_SD.T
-    layer["v"][:, own] = copied.T / np.sqrt(D)
-    layer["o"][own] = COPY * copied
+    layer["v"][:, own] = 0.0
+    layer["v"][:, own][:, : len(read)] = read.T / np.sqrt(D)
+    layer["o"][own] = 0.0
+    layer["o"][own][: len(write)] = write

@@ -4,6 +4,7 @@ In: the gold and the candidate response as text, or the logits of the answers to
 Out: O, one number a response, and C, one number a state.
 """
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -17,6 +18,21 @@ from itool_jax.text.calls import Call, looks_like_calls, read_calls, same_calls,
 from itool_jax.types import AnyArray
 
 Grading = Literal["binary", "graded"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfEvaluationSettings:
+    """The model's own judgement of a state (eq 7)."""
+
+    reference: Literal["gold", "none"] = "gold"
+    """Whether the model sees the gold response when it judges a candidate."""
+    scale: Literal["binary", "four_grades"] = "binary"
+    """Answers: correct or incorrect, or four grades as in the authors' code."""
+
+    @property
+    def letters(self) -> str:
+        """The answer letters."""
+        return "AB" if self.scale == "binary" else "ABCD"
 
 
 def outcome(

@@ -1,13 +1,12 @@
 """Hugging Face checkpoints: config.json and safetensors in, `ModelConfig` and weights out, and back.
 
-Everything a file holds must be understood: an unknown architecture, a config feature this code does not compute, a
-missing, extra or misshaped tensor is refused by name.
+Everything a file holds must be understood: an unknown architecture, a config feature this code does not
+compute, a missing, extra or misshaped tensor is refused by name.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,8 @@ from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstra
 
 ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
 """Supported architectures, and whether their query, key and value projections have biases."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _LAYER_NAMES = {
     "attention_norm.scale": "input_layernorm.weight",
@@ -33,20 +34,23 @@ _TOP_NAMES = {
 
 
 def find(name: str) -> Path:
-    """The local folder of a model: a path, or a hub name that is downloaded once (weights, tokenizer, configs)."""
+    """The local folder of a model: a path, or a hub name, downloaded once (weights, tokenizer, configs)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(f"model {name} is neither a folder nor a hub name such as meta-llama/Llama-3.2-1B-Instruct")
+        known = "a folder nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"
+        raise ValueError(f"model {name} is neither {known}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
+        raise ValueError(
+            f"model {name} is no folder here and cannot be had from the hub: {reason}"
+        ) from error
 
 
 def read_config(folder: Path, dtype: str) -> ModelConfig:
@@ -55,46 +59,77 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
     if not path.exists():
         raise ValueError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
     try:
-        raw = json.loads(path.read_text())
-        return _config(raw, dtype)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return _config(_read_json(path), dtype)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]!r}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     names = raw["architectures"]
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ValueError(f"architecture {', '.join(names)} is not supported; known: {', '.join(ARCHITECTURES)}")
-    refused = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": None}
-    for key, plain in refused.items():
-        if raw.get(key) not in (plain, None, False):
-            raise ValueError(f"{key}={raw[key]} is not supported")
-    if raw["hidden_act"] not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={raw['hidden_act']} is not supported, only silu")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise ValueError(f"architecture {names} is not supported; known: {', '.join(ARCHITECTURES)}")
+    _refuse_unknown_features(raw, names[0])
     rope = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or rope
-    n_heads = raw["num_attention_heads"]
+    n_heads = _positive(raw, "num_attention_heads")
+    n_kv_heads = n_heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
+    head_dim = raw["hidden_size"] // n_heads if raw.get("head_dim") is None else _positive(raw, "head_dim")
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
     return ModelConfig(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        n_layers=raw["num_hidden_layers"],
+        vocab_size=_positive(raw, "vocab_size"),
+        hidden_size=_positive(raw, "hidden_size"),
+        intermediate_size=_positive(raw, "intermediate_size"),
+        n_layers=_positive(raw, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=raw.get("num_key_value_heads") or n_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // n_heads,
-        rms_norm_eps=raw["rms_norm_eps"],
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(raw["rms_norm_eps"]),
         # Llama 2's config.json predates the key; its paper's value holds there.
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(scaling),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=ARCHITECTURES[names[0]],
-        max_length=raw["max_position_embeddings"],
+        max_length=_positive(raw, "max_position_embeddings"),
         dtype=dtype,
     )
+
+
+def _positive(raw: dict[str, Any], key: str) -> int:
+    value = raw[key]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    return value
+
+
+def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
+    for key in ("attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise ValueError(f"{key}={raw[key]} is not supported")
+    if raw["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={raw['hidden_act']} is not supported, only silu")
+    # Qwen2 names a window that it does not use; Mistral uses the one it names, 4096 where it names none.
+    is_mistral = architecture == "MistralForCausalLM"
+    window = raw.get("sliding_window", 4096 if is_mistral else None)
+    if window and raw.get("use_sliding_window", is_mistral) and window < raw["max_position_embeddings"]:
+        raise ValueError(f"sliding_window={window} is not supported, only full attention")
+    rope = (raw.get("rope_parameters") or {}) | raw
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
 
 
 def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
@@ -106,73 +141,99 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(*(raw[field] for field in RopeScaling._fields))
 
 
-def _names(params: Params, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """(place in `params`, name in the checkpoint, whether it is stacked over layers) of every weight."""
-    for key, value in params.items():
-        if isinstance(value, dict):
-            yield from _names(value, (*path, key))
-        elif path[:1] == ("layers",):
-            yield (*path, key), _LAYER_NAMES[".".join((*path, key)[1:])], True
-        else:
-            yield (*path, key), _TOP_NAMES[".".join((*path, key))], False
+class _Place(NamedTuple):
+    """Where a checkpoint keeps one leaf of the parameters; a stacked one has a name a layer."""
+
+    names: list[str]
+    stacked: bool
+    transposed: bool
+    """Checkpoints hold [out, in], this code [in, out]."""
+
+
+def _place(path: tuple[Any, ...], n_layers: int) -> _Place:
+    keys = [str(part.key) for part in path]
+    transposed = keys[-1] in ("kernel", "lm_head")
+    if keys[0] != "layers":
+        return _Place([_TOP_NAMES[".".join(keys)]], False, transposed)
+    name = _LAYER_NAMES[".".join(keys[1:])]
+    return _Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
 
 
 def load(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """Configuration and weights of a folder; weights are stored in `dtype`, one tensor in host memory at a time."""
+    """Configuration and weights of a folder; weights are stored in `dtype`.
+
+    One stack of tensors is in host memory at a time.
+
+    Raises:
+        ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
+    """
     config = read_config(folder, dtype)
     _, shapes, _ = abstract(config)
     files = _tensor_files(folder)
-    expected: dict[str, tuple[int, ...]] = {}
-    params: Params = {}
-    for path, name, stacked in _names(shapes):
-        shape = _at(shapes, path).shape
-        if not stacked:
-            one = name == "lm_head.weight"
-            expected[name] = shape[::-1] if one else shape
-            value = _read(files, name, expected[name], transpose=one)
-        else:
-            names = [f"model.layers.{i}.{name}" for i in range(config.n_layers)]
-            expected |= dict.fromkeys(names, shape[:0:-1])
-            value = np.stack([_read(files, n, shape[:0:-1], transpose=len(shape) == 3) for n in names])
-        _put(params, path, jnp.asarray(value, config.dtype))
+    places = [_place(path, config.n_layers) for path, _ in jax.tree.leaves_with_path(shapes)]
+    expected = {name for place in places for name in place.names}
     # An untied copy of tied embeddings and old rotary buffers carry nothing new.
     spare = {n for n in files if "rotary_emb" in n} | ({"lm_head.weight"} if config.tie_embeddings else set())
-    if extra := sorted(set(files) - set(expected) - spare):
-        raise ValueError(f"{folder}: unexpected tensor {extra[0]}" + (f" and {len(extra) - 1} more" * (len(extra) > 1)))
-    return config, params
+    if extra := sorted(set(files) - expected - spare):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(f"{folder}: unexpected tensor {extra[0]}{more}")
+
+    def read(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names, stacked, transposed = _place(path, config.n_layers)
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        values = [_read(files, folder, name, shape, transposed) for name in names]
+        return jnp.asarray(np.stack(values) if stacked else values[0], config.dtype)
+
+    return config, jax.tree.map_with_path(read, shapes)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor, for single and sharded checkpoints."""
     from safetensors import SafetensorError, safe_open
 
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} holds no .safetensors file")
+    index = _read_index(folder)
     found: dict[str, Path] = {}
-    for path in paths:
+    for path in sorted({folder / name for name in index.values()}) or [folder / WEIGHTS]:
         try:
             with safe_open(path, framework="numpy") as file:
                 found |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and (missing := set(json.loads(index.read_text())["weight_map"]) - set(found)):
-        raise ValueError(f"{folder}: tensor {min(missing)} of {index.name} is in none of the {len(paths)} files")
+    if missing := set(index) - set(found):
+        raise ValueError(f"{folder}: tensor {min(missing)} of {INDEX} is not in {index[min(missing)]}")
     return found
 
 
-def _read(files: dict[str, Path], name: str, shape: tuple[int, ...], *, transpose: bool) -> np.ndarray:
+def _read_index(folder: Path) -> dict[str, str]:
+    """File name of each tensor of a sharded checkpoint; empty where one file holds all, which goes first."""
+    if (folder / WEIGHTS).exists():
+        return {}
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map from tensors to file names")
+    return weight_map
+
+
+def _read(
+    files: dict[str, Path], folder: Path, name: str, shape: tuple[int, ...], transposed: bool
+) -> np.ndarray:
+    """A tensor of the shape given, which is that of the parameters."""
     from safetensors import safe_open
 
     if name not in files:
-        folder = next(iter(files.values())).parent
         raise ValueError(f"{folder}: tensor {name} is missing")
-    with safe_open(files[name], framework="flax") as file:
-        value = np.asarray(file.get_tensor(name))
-    if value.shape != tuple(shape):
-        raise ValueError(f"{files[name]}: tensor {name} has shape {value.shape}, config.json asks for {tuple(shape)}")
-    return value.T if transpose else value
+    with safe_open(files[name], framework="numpy") as file:
+        value = file.get_tensor(name)
+    wanted = shape[::-1] if transposed else shape
+    if value.shape != wanted:
+        raise ValueError(
+            f"{files[name]}: tensor {name} has shape {value.shape}, config.json asks for {wanted}"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{files[name]}: tensor {name} holds {value.dtype}, not floating-point numbers")
+    return value.T if transposed else value
 
 
 def save(folder: Path, params: Params, raw_config: dict[str, Any]) -> None:
@@ -180,25 +241,10 @@ def save(folder: Path, params: Params, raw_config: dict[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
-    for path, name, stacked in _names(params):
-        value = np.asarray(_at(params, path))
-        rows = enumerate(value) if stacked else [(None, value)]
-        for i, one in rows:
-            full = name if i is None else f"model.layers.{i}.{name}"
-            turned = one.T if path[-1] in ("kernel", "lm_head") else one
-            tensors[full] = np.ascontiguousarray(turned)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names, stacked, transposed = _place(path, len(leaf))
+        for name, value in zip(names, np.asarray(leaf) if stacked else np.asarray(leaf)[None], strict=True):
+            tensors[name] = np.ascontiguousarray(value.T if transposed else value)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
-
-
-def _at(tree: Params, path: tuple[str, ...]) -> jax.Array:
-    for key in path:
-        tree = tree[key]
-    return tree  # pyright: ignore[reportReturnType]
-
-
-def _put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")

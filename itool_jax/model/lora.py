@@ -1,6 +1,7 @@
 """Low-rank adapters: fresh ones for a base, and bases with adapters folded in (https://arxiv.org/abs/2106.09685)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,15 @@ class LoraSettings:
 
     @property
     def config(self) -> LoraConfig:
+        """The same, as the model takes it."""
         return LoraConfig(self.rank, self.alpha)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def initialize_adapters(config: ModelConfig, lora: LoraConfig, key: Array) -> Params:
     """Adapters that change nothing yet: A random, B zero; float32."""
-
-    def only_adapters() -> Params:
-        model = Transformer(config, lora, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
-
-    return jax.jit(only_adapters)()  # under jit the base weights are never made
+    model = Transformer(config, lora, rngs=nnx.Rngs(key))  # under jit the base weights are never made
+    return nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
 
 
 def merge_adapters(base: Params, adapters: Params, lora: LoraConfig) -> Params:

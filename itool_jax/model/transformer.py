@@ -3,14 +3,16 @@
 In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
 Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis and
 scanned. The module is split once into `(graph, params)`; everything compiled works on the plain dictionary
-`params`, through `apply`.
+`params` and merges the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -71,42 +73,48 @@ class Linear(nnx.Module):
         self.dtype, self.lora_scale = dtype, 0.0
         if lora is not None:
             self.lora_scale = lora.alpha / lora.rank
-            bound = (3.0 / n_in) ** 0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
+            bound = n_in**-0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
             start = jax.random.uniform(rngs.params(), (n_in, lora.rank), minval=-bound, maxval=bound)
-            self.lora_a = nnx.LoRAParam(start / 3.0**0.5)
+            self.lora_a = nnx.LoRAParam(start)
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, n_out)))
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        """[..., n_in] to [..., n_out], computed and returned in `dtype`."""
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
         if self.lora_scale:
-            low_rank = (x.astype(self.dtype) @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(
-                self.dtype
-            )
+            low_rank = x @ self.lora_a[...].astype(self.dtype) @ self.lora_b[...].astype(self.dtype)
             y = y + self.lora_scale * low_rank
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RmsNorm(nnx.Module):
+    """x / rms(x) · scale, in float32."""
+
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones(size))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
+        """Any leading shape; returned in the type of `x`."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    """Angle per position of each pair of head dimensions, with Llama 3.1's scaling where the config asks for it."""
+    """Angle (radians) a position of each pair of head dimensions, stretched where the config asks for it.
+
+    Constants of the compiled program, so float64 until the end: an error would grow with the position.
+    """
     half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if (scaling := config.rope_scaling) is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, left alone
-    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, left alone
+        frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
+    return jnp.asarray(frequencies, jnp.float32)
 
 
 def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
@@ -136,7 +144,7 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     folded = [_segment_scores(q_BTHD, segment) for segment in segments]
     best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
     best = jax.lax.stop_gradient(best)
-    total, out = 0.0, 0.0
+    total, out = jnp.zeros(()), jnp.zeros(())
     for s, (_, v, _) in zip(folded, segments, strict=True):
         weight = jnp.exp(s - _fold(best, len(s))[..., None])
         total += _unfold(weight.sum(axis=-1), B)
@@ -148,7 +156,7 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 def _segment_scores(q_BTHD: Array, segment: KeyValues) -> Array:
     """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
     k, _, mask = segment
-    B, T, H, D = q_BTHD.shape
+    B, T, _, D = q_BTHD.shape
     q = q_BTHD.reshape(B, T, k.shape[2], -1, D).transpose(0, 2, 3, 1, 4)
     keys = k.transpose(0, 2, 3, 1)[:, :, None]
     scores = jnp.matmul(_fold(q, len(k)), keys, preferred_element_type=jnp.float32) * D**-0.5
@@ -196,12 +204,11 @@ class Layer(nnx.Module):
     def project(self, x_BTD: Array, angles_BTF: Array) -> tuple[Array, Array, Array]:
         """Queries, keys (both rotated) and values, each [B, T, heads, head_dim]."""
         h = self.attention_norm(x_BTD)
-        q, k, v = (
-            f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
         return rotate(q, angles_BTF), rotate(k, angles_BTF), v
 
     def finish(self, x_BTD: Array, attended_BTD: Array) -> Array:
+        """The layer's output: `x_BTD` with projected attention and MLP added."""
         x = x_BTD + self.o(attended_BTD)
         h = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
@@ -220,18 +227,19 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), size))
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_embeddings else nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), size[::-1])
+        self.lm_head = (
+            None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), size[::-1]))
         )
         self.config = config
 
     def unembedding(self) -> Float[Array, "D V"]:
-        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+        """The output matrix in the computation type."""
+        kernel = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+        return kernel.astype(self.config.dtype)
 
     def logits(self, hidden: Array) -> Array:
         """Float32 logits of hidden states of any leading shape."""
-        kernel = self.unembedding().astype(self.config.dtype)
-        return jnp.matmul(hidden.astype(self.config.dtype), kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
         hidden = self.embedding[...][tokens_BT].astype(self.config.dtype)
@@ -249,7 +257,7 @@ class Transformer(nnx.Module):
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
         graph, stacked = nnx.split(self.layers)
 
-        def one_layer(x: Array, weights: nnx.State) -> tuple[Array, tuple[Array, Array]]:
+        def one_layer(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
             layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles)
             return layer.finish(x, attend(q, [KeyValues(k, v, causal)])), (k, v)
@@ -258,6 +266,13 @@ class Transformer(nnx.Module):
         hidden, (k, v) = jax.lax.scan(body, hidden, stacked, unroll=self._unroll)
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(k, v, length)
+
+    def hidden_at(
+        self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"]
+    ) -> Float[Array, "B R D"]:
+        """Last hidden states at chosen positions only: what is not a target needs no logits."""
+        hidden_BTD, _ = self(tokens_BT)
+        return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)
 
     def extend(
         self,
@@ -305,12 +320,13 @@ class Transformer(nnx.Module):
 
 
 def abstract(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[nnx.GraphDef, Params, Params]:
-    """The module's graph with the shapes of its base weights and of its adapters, without allocating either."""
+    """The module's graph, and the shapes of its base weights and of its adapters; allocates neither."""
     model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def initialize(config: ModelConfig, key: Array) -> Params:
     """Random base weights (ordinary initialisation)."""
     _, _, base = nnx.split(Transformer(config, None, rngs=nnx.Rngs(key)), nnx.LoRAParam, ...)

@@ -1,0 +1,95 @@
+"""Preference training on the pairs of an iteration (section 4.3, eq 10 and 11).
+
+In: `pairs.jsonl`, and the policy the iteration began with, which is also the reference. Out: the iteration's adapters,
+and `reference.jsonl`, the reference's log-probabilities.
+"""
+
+from typing import Any
+
+from itool_jax import checkpoint, train
+from itool_jax.config import Config
+from itool_jax.data.batches import PairRow, pair_batches, sft_batches
+from itool_jax.data.records import read_rows, write_jsonl
+from itool_jax.metrics import Metrics, progress, say
+from itool_jax.model.transformer import Params, abstract
+from itool_jax.sampler import target_log_probs
+from itool_jax.stages import folder
+
+Row = dict[str, Any]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
+    phase = folder.phase_name(config.iteration)
+    return folder.once(config, phase, "dpo", lambda: _train(config, phase))
+
+
+def _train(config: Config, phase: str) -> dict[str, Any]:
+    before = folder.phase_name(config.iteration - 1)
+    folder.require_policy(config, before)
+    rows = folder.need(config, phase, "pairs.jsonl", "search")
+    adapters = folder.load_adapters(config, before)
+    if not rows:
+        say(f"{phase}: the search found no pair, the policy stays as it is")
+        checkpoint.save(folder.adapters_folder(config, phase), adapters)
+        return {"pairs": 0, "steps": 0}
+    trained, n_steps = (_control if config.preference.control else _prefer)(config, phase, before, rows, adapters)
+    checkpoint.save(folder.adapters_folder(config, phase), trained)
+    return {"pairs": len(rows), "steps": n_steps}
+
+
+def _prefer(config: Config, phase: str, before: str, rows: list[Row], adapters: Params) -> tuple[Params, int]:
+    settings, base = config.preference, folder.load_base(config)
+    # 1. The reference is the policy as it stands; its log-probabilities are computed once.
+    reference = _reference(config, phase, before, rows)
+    pairs = [
+        PairRow(
+            row["prompt_ids"],
+            row["chosen_ids"],
+            row["rejected_ids"],
+            reference[row["id"]],
+            (row["visits_chosen"], row["visits_rejected"]),
+        )
+        for row in rows
+    ]
+    # 2. Minimise the preference loss, carrying the adapters on.
+    batches = pair_batches(pairs, settings.batch_size, settings.epochs, config.seed + config.iteration)
+    graph = abstract(base.config, config.lora.config)[0]
+    loss = train.preference_loss(graph, settings.loss_settings)
+    return _fit(config, phase, loss, adapters, batches), len(batches)
+
+
+def _control(config: Config, phase: str, before: str, rows: list[Row], adapters: Params) -> tuple[Params, int]:
+    """Equal compute without preferences: the gold responses of the pairs' samples, for as many steps."""
+    del before
+    settings, base = config.preference, folder.load_base(config)
+    by_id = {sample.id: sample for sample in folder.samples(config, "train")}
+    encoded = folder.encode(config, [by_id[row["tree"]] for row in rows])
+    batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)
+    graph = abstract(base.config, config.lora.config)[0]
+    return _fit(config, phase, train.sft_loss(graph), adapters, batches), len(batches)
+
+
+def _fit(config: Config, phase: str, loss: train.LossFn, adapters: Params, batches: Any) -> Params:
+    return train.fit(
+        loss,
+        config.preference,
+        adapters,
+        folder.load_base(config).params,
+        batches,
+        len(batches),
+        what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
+        metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
+    )
+
+
+def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict[str, tuple[float, float]]:
+    path = config.run_dir / phase / "reference.jsonl"
+    if not path.exists():
+        policy = folder.load_policy(config, before)
+        steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
+        with progress("reference log-probs", len(steps)) as advance:
+            sums = target_log_probs(policy, steps, config.generate.tokens_per_batch, advance)
+        found = zip(rows, sums[::2], sums[1::2], strict=True)
+        write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
+    return {row["id"]: (row["chosen"], row["rejected"]) for _, row in read_rows(path)}

@@ -1,0 +1,102 @@
+"""Accuracy of a phase's policy on held-out samples: exact calls, greedy decoding.
+
+In: a phase with weights and the test (or validation) part. Out: `evaluation.jsonl`, a row a sample, and the accuracies,
+overall and by category: thirds of the calls by difficulty, irrelevance, multi-turn.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itool_jax import replay
+from itool_jax.config import Config
+from itool_jax.data.records import Sample, read_rows, write_jsonl
+from itool_jax.evaluation.statistics import standard_error
+from itool_jax.mcts.value import outcome
+from itool_jax.metrics import progress, say
+from itool_jax.sampler import respond
+from itool_jax.stages import folder
+from itool_jax.text.calls import read_calls
+
+CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
+
+Row = dict[str, Any]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Evaluates every phase of the run that has weights; returns the figures of each."""
+    found = {"base": evaluate(config, "base")}
+    iteration = 0
+    while folder.adapters_folder(config, phase := folder.phase_name(iteration)).is_dir():
+        found[phase] = evaluate(config, phase)
+        iteration += 1
+    return found
+
+
+def results_file(config: Config, phase: str) -> Path:
+    """Where a phase's results stand."""
+    return config.run_dir / phase / f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}.jsonl"
+
+
+def evaluate(config: Config, phase: str) -> dict[str, Any]:
+    """Evaluates one phase unless that is done."""
+    stage = results_file(config, phase).stem
+    return folder.once(config, phase, stage, lambda: _evaluate(config, phase))
+
+
+def read_results(config: Config, phase: str) -> dict[str, bool]:
+    """Whether each evaluated sample is right, by id."""
+    return {row["id"]: row["correct"] for _, row in read_rows(results_file(config, phase))}
+
+
+def _evaluate(config: Config, phase: str) -> dict[str, Any]:
+    samples = folder.samples(config, config.evaluate.split)
+    categories = categorize(samples)
+    samples = samples[: config.evaluate.limit or None]
+    base, policy = folder.load_base(config), folder.load_policy(config, phase)
+    encoded = folder.encode(config, samples)
+    table = folder.step_table(base, "sentence")
+    with progress(f"evaluate {phase}", len(samples)) as advance:
+        prompts = [(row.id, row.prompt_ids) for row in encoded]
+        greedy = config.generate.greedy()
+        responses = respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance)
+    rows = [
+        _grade(sample, response, categories[sample.id], base.chat)
+        for sample, response in zip(samples, responses, strict=True)
+    ]
+    write_jsonl(results_file(config, phase), rows)
+    figures = summarize(rows)
+    say(f"{phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures["accuracy"].items()))
+    return figures
+
+
+def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
+    """The categories each sample counts in, besides overall."""
+    calls = [sample for sample in samples if read_calls(sample.target) is not None]
+    thirds = replay.curriculum([replay.sample_features(sample) for sample in calls], "easy_to_hard", 0)
+    found = {sample.id: ["irrelevance"] for sample in samples}
+    for name, ids in zip(("easy", "medium", "hard"), thirds, strict=True):
+        found |= {sample_id: [name] for sample_id in ids}
+    for sample in samples:
+        if any(message["role"] == "assistant" for message in sample.messages):
+            found[sample.id].append("multi_turn")
+    return found
+
+
+def _grade(sample: Sample, response: list[int], categories: list[str], chat: Any) -> Row:
+    finished = bool(response) and response[-1] in chat.stop_ids
+    text = chat.tokenizer.decode(response[:-1] if finished else response)
+    correct = outcome(sample.target, text, finished=finished, tools=sample.tools) > 0
+    row = {"id": sample.id, "categories": categories, "correct": correct, "finished": finished}
+    return row | {"response": text, "target": sample.target}
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy, count and standard error by category."""
+    marks = {name: [r["correct"] for r in rows if name in ("overall", *r["categories"])] for name in CATEGORIES}
+    marks = {name: found for name, found in marks.items() if found}
+    return {
+        "accuracy": {name: sum(found) / len(found) for name, found in marks.items()},
+        "n": {name: len(found) for name, found in marks.items()},
+        "standard_error": {name: standard_error(found) for name, found in marks.items()},
+    }

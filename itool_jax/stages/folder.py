@@ -1,0 +1,209 @@
+"""The run directory: what each stage reads and writes, and where; nothing else couples stages.
+
+    config.yaml  summary.json  metrics.jsonl
+    data/{train,validation,test}.jsonl
+    base/ warmup/ iteration_1/ …    a phase each: adapters/ (but base), evaluation.jsonl, and of an iteration
+                                    scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
+A stage's `<stage>.json` is written last: where it stands, the stage is done.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from itool_jax import checkpoint, replay
+from itool_jax.config import Config
+from itool_jax.data import generated, sources
+from itool_jax.data.records import Sample, read_rows, sample_row, write_jsonl
+from itool_jax.metrics import say
+from itool_jax.model import hf
+from itool_jax.model.lora import initialize_adapters, merge_adapters
+from itool_jax.model.transformer import ModelConfig, Params, abstract
+from itool_jax.sampler import Policy
+from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
+from itool_jax.text.steps import Granularity, StepTable, build_step_table
+
+HELD_OUT = {"test": 0.1, "validation": 0.05}
+"""Shares of a data set without parts of its own that are kept for evaluation."""
+
+
+class Base(NamedTuple):
+    """A loaded checkpoint."""
+
+    config: ModelConfig
+    params: Params
+    chat: Chat
+
+
+def phase_name(iteration: int) -> str:
+    """The phase that iteration 1, 2, … ends with; 0 is the warm-up."""
+    return f"iteration_{iteration}" if iteration else "warmup"
+
+
+def model_folder(config: Config) -> Path:
+    """Where the model's files are."""
+    if config.model == "embedded":
+        return Path(__file__).parent.parent / "embedded" / "model"
+    return hf.find(config.model)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(folder: Path, dtype: str) -> Base:
+    model_config, params = hf.load(folder, dtype)
+    return Base(model_config, params, Chat(load_tokenizer(str(folder))))
+
+
+def load_base(config: Config) -> Base:
+    """The checkpoint a run starts from."""
+    base = _load(model_folder(config), config.dtype)
+    if (n := len(base.chat.tokenizer)) > base.config.vocab_size:
+        raise ValueError(
+            f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
+        )
+    return base
+
+
+def step_table(base: Base, granularity: Granularity) -> StepTable:
+    """Step boundaries and stop tokens of the model's vocabulary."""
+    return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)
+
+
+def adapters_folder(config: Config, phase: str) -> Path:
+    """Where a phase's adapters are."""
+    return config.run_dir / phase / "adapters"
+
+
+def load_adapters(config: Config, phase: str) -> Params:
+    """A phase's adapters; those of `base` are new and change nothing."""
+    base = load_base(config)
+    fresh = initialize_adapters(base.config, config.lora.config, jax.random.key(config.seed))
+    return fresh if phase == "base" else checkpoint.restore(adapters_folder(config, phase), fresh)
+
+
+def load_policy(config: Config, phase: str) -> Policy:
+    """A phase's policy, adapters merged into the weights, to run and not to train."""
+    base = load_base(config)
+    graph = abstract(base.config)[0]
+    if phase == "base":
+        return Policy(graph, base.params)
+    adapters = load_adapters(config, phase)
+    return Policy(graph, jax.jit(merge_adapters, static_argnums=2)(base.params, adapters, config.lora.config))
+
+
+def samples(config: Config, part: str) -> list[Sample]:
+    """The train, validation or test part; made and written down when first asked for."""
+    path = config.run_dir / "data" / f"{part}.jsonl"
+    if not path.exists():
+        for name, rows in _make_parts(config).items():
+            write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in rows))
+    found = sources.read_samples(path, need_target=True)
+    return [sample for sample in found if isinstance(sample, Sample)]
+
+
+def _make_parts(config: Config) -> dict[str, list[Sample]]:
+    if config.data == "generated":
+        sizes = config.generated
+        counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
+        return {part: generated.generate(part, count, 0) for part, count in counts.items()}
+    found = sources.load(config.data)
+    by_id = {sample.id: sample for sample in found}
+    rest, test = replay.split(by_id, 1 - HELD_OUT["test"], config.seed)
+    train, validation = replay.split(rest, 1 - HELD_OUT["validation"], config.seed + 1)
+    parts = {"train": train, "validation": validation, "test": test}
+    if empty := [part for part, ids in parts.items() if not ids]:
+        raise ValueError(f"data {config.data} has {len(found)} samples: too few, its {empty[0]} part would be empty")
+    return {part: [by_id[i] for i in ids] for part, ids in parts.items()}
+
+
+def encode(config: Config, found: Sequence[Sample]) -> list[Encoded]:
+    """Samples as token ids; ValueError names one that does not fit the model's context."""
+    base = load_base(config)
+    encoded = [encode_sample(base.chat, sample) for sample in found]
+    check_lengths(encoded, base.config.max_length)
+    return encoded
+
+
+def check_lengths(encoded: Sequence[Encoded], limit: int) -> None:
+    """Every prompt and target must fit the context together, and neither may be empty."""
+    for row in encoded:
+        if not row.target_ids:
+            raise ValueError(f"sample {row.id}: there is no target")
+    check_room(encoded, limit)
+
+
+def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
+    """Every prompt, with its target and `room` more, must fit the context, and none may be empty."""
+    for row in encoded:
+        length = len(row.prompt_ids) + len(row.target_ids)
+        if not row.prompt_ids:
+            raise ValueError(f"sample {row.id}: the prompt is empty")
+        if length + room > limit:
+            raise ValueError(
+                f"sample {row.id}: its {length} tokens do not fit the model's context of {limit}; "
+                "remove the sample, or take a model with a longer context"
+            )
+
+
+def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
+    """The training samples: those of the warm-up, and the replay buffer."""
+    by_id = {sample.id: sample for sample in samples(config, "train")}
+    warmup, buffer = replay.split(by_id, 1 - config.replay.replay_fraction, config.seed)
+    if not warmup or not buffer:
+        raise ValueError(f"{len(by_id)} training samples are too few to split off a replay buffer; add data")
+    return [by_id[i] for i in warmup], [by_id[i] for i in buffer]
+
+
+def done_file(config: Config, phase: str, stage: str) -> Path:
+    """What marks a stage of a phase as done, and holds its figures."""
+    return config.run_dir / phase / f"{stage}.json"
+
+
+def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
+    """The figures of a finished stage, or None."""
+    path = done_file(config, phase, stage)
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def once(config: Config, phase: str, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took."""
+    if (figures := read_done(config, phase, stage)) is not None:
+        say(f"{phase}: {stage} is done already")
+        return figures
+    start = time.monotonic()
+    figures = work()
+    figures |= {"seconds": round(time.monotonic() - start, 2)}
+    write_json(done_file(config, phase, stage), figures)
+    return figures
+
+
+def need(config: Config, phase: str, name: str, stage: str) -> list[dict[str, Any]]:
+    """The rows of a file that an earlier stage writes; ValueError names the stage to run."""
+    path = config.run_dir / phase / name
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run --stage={stage} --iteration={phase.removeprefix('iteration_')} first")
+    return [row for _, row in read_rows(path)]
+
+
+def require_policy(config: Config, phase: str) -> None:
+    """ValueError where the phase before has no weights yet."""
+    if not adapters_folder(config, phase).is_dir():
+        stage = "warmup" if phase == "warmup" else "dpo"
+        raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run --stage={stage} first")

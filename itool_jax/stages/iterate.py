@@ -1,0 +1,105 @@
+"""The whole method: warm-up, then rounds of score, search and preference training, evaluated after each phase.
+
+In: the settings. Out: a run directory with everything, `summary.json`, and a table.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from itool_jax.config import Config
+from itool_jax.evaluation.statistics import describe, paired_difference
+from itool_jax.metrics import console_out, say
+from itool_jax.stages import dpo, evaluate, folder, score, search, warmup
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Runs what is not done yet; returns the summary."""
+    evaluate.evaluate(config, "base")
+    warmup.run(config)
+    evaluate.evaluate(config, "warmup")
+    for iteration in range(1, config.iterations + 1):
+        now = dataclasses.replace(config, iteration=iteration)
+        score.run(now)
+        search.run(now)
+        dpo.run(now)
+        evaluate.evaluate(now, folder.phase_name(iteration))
+    summary = summarize(config)
+    folder.write_json(config.run_dir / "summary.json", summary)
+    show(config, summary)
+    return summary
+
+
+def phases(config: Config) -> list[str]:
+    """All phases in order."""
+    return ["base", *(folder.phase_name(i) for i in range(config.iterations + 1))]
+
+
+def summarize(config: Config) -> dict[str, Any]:
+    """What the run came to, from the figures its stages left."""
+    stage = evaluate.results_file(config, "base").stem
+    found = []
+    for name in phases(config):
+        figures = folder.read_done(config, name, stage) or {}
+        figures["seconds"] = round(sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage)), 2)
+        found.append({"name": name, **figures})
+    searches = []
+    for i in range(1, config.iterations + 1):
+        figures = folder.read_done(config, folder.phase_name(i), "search") or {}
+        searches.append({"iteration": i, **figures})
+    return {
+        "finished": True,
+        "seed": config.seed,
+        "model": config.model,
+        "data": config.data,
+        "device": jax.devices()[0].device_kind,
+        "split": config.evaluate.split,
+        "phases": found,
+        "search": searches,
+        "comparisons": _comparisons(config),
+    }
+
+
+def _seconds(config: Config, phase: str, stage: str) -> float:
+    return (folder.read_done(config, phase, stage) or {}).get("seconds", 0.0)
+
+
+def _comparisons(config: Config) -> list[dict[str, Any]]:
+    """Each phase against the one before, and the last against the warm-up, paired over samples."""
+    names = phases(config)
+    pairs = list(zip(names[1:], names, strict=False))
+    if config.iterations > 1:
+        pairs.append((names[-1], "warmup"))
+    found = []
+    for phase, before in pairs:
+        a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
+        result = paired_difference([a[i] for i in a], [b[i] for i in a])
+        row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result)}
+        found.append(row)
+    return found
+
+
+def show(config: Config, summary: dict[str, Any]) -> None:
+    """Prints the summary as a table, and what is significant of it."""
+    names = [name for name in evaluate.CATEGORIES if name in summary["phases"][0]["accuracy"]]
+    table = Table(title=f"exact answers, % ± standard error, {summary['split']} part", title_justify="left")
+    table.add_column("phase")
+    for name in names:
+        table.add_column(f"{name}\nn={summary['phases'][0]['n'][name]}", justify="right")
+    table.add_column("seconds", justify="right")
+    for phase in summary["phases"]:
+        cells = [f"{100 * phase['accuracy'][n]:.1f} ± {100 * phase['standard_error'][n]:.1f}" for n in names]
+        table.add_row(phase["name"], *cells, f"{phase['seconds']:.0f}")
+    console_out.print(table)
+    for row in summary["search"]:
+        if "pairs" in row:
+            per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
+            console_out.print(
+                f"search {row['iteration']}: {row['prompts']} prompts, {row['pairs']} pairs, "
+                f"{row['solved']} solved, {row['generated_tokens']} tokens, {per_second:.0f} tokens/s"
+            )
+    for row in summary["comparisons"]:
+        console_out.print(f"{row['phase']} against {row['against']}: {row['text']}")
+    say(f"everything is in {config.run_dir}")

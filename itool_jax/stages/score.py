@@ -1,0 +1,70 @@
+"""Perplexity of the gold responses under the current policy (eq 4), and which samples are hardest.
+
+In a run: the replay buffer in, `scores.jsonl` of the iteration out, the hardest marked. With `--output`: any data file
+in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from itool_jax import losses, replay
+from itool_jax.config import Config
+from itool_jax.data.records import write_jsonl
+from itool_jax.data.sources import read_samples
+from itool_jax.metrics import progress, say
+from itool_jax.sampler import Policy, target_log_probs
+from itool_jax.stages import folder
+from itool_jax.text.calls import read_calls
+from itool_jax.text.chat import Encoded, encode_sample
+
+Row = dict[str, Any]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Scores a data file, or the replay buffer of a run unless that is done; returns the figures."""
+    if config.output is not None:
+        return _score_file(config, config.output)
+    phase = folder.phase_name(config.iteration)
+    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase))
+
+
+def _score_file(config: Config, output: Path) -> dict[str, Any]:
+    base = folder.load_base(config)
+    encoded = [encode_sample(base.chat, sample) for sample in read_samples(config.data, need_target=True)]
+    folder.check_lengths(encoded, base.config.max_length)
+    rows = perplexities(folder.load_policy(config, "base"), encoded, config)
+    write_jsonl(output, rows)
+    say(f"wrote {len(rows)} scores to {output}")
+    return {"samples": len(rows)}
+
+
+def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
+    before = folder.phase_name(config.iteration - 1)
+    folder.require_policy(config, before)
+    # 1. Score the whole buffer again, with the policy as it is now.
+    _, buffer = folder.warmup_and_replay(config)
+    rows = perplexities(folder.load_policy(config, before), folder.encode(config, buffer), config)
+    # 2. Take the hardest share, calls and texts apart.
+    is_call = {sample.id: read_calls(sample.target) is not None for sample in buffer}
+    scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]
+    rank = {sample_id: n for n, sample_id in enumerate(replay.select_hardest(scored, config.replay))}
+    write_jsonl(config.run_dir / phase / "scores.jsonl", (row | {"rank": rank.get(row["id"])} for row in rows))
+    mean = sum(row["perplexity"] for row in rows) / len(rows)
+    return {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
+
+
+def perplexities(policy: Policy, encoded: list[Encoded], config: Config) -> list[Row]:
+    """One row a sample, in the order given."""
+    with progress("perplexity", len(encoded)) as advance:
+        sums = target_log_probs(
+            policy, [(e.prompt_ids, e.target_ids) for e in encoded], config.generate.tokens_per_batch, advance
+        )
+    return [
+        {
+            "id": row.id,
+            "n_tokens": len(row.target_ids),
+            "logprob_sum": total,
+            "perplexity": float(losses.perplexity(total, len(row.target_ids))),
+        }
+        for row, total in zip(encoded, sums, strict=True)
+    ]

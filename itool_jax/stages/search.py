@@ -1,0 +1,287 @@
+"""Monte Carlo tree search on the hardest samples (section 4.3), and the preference pairs it yields.
+
+In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pairs.jsonl`, a pair a line with `prompt`,
+`chosen`, `rejected` as preference trainers read them, and token ids, Q values, visits, tree and node.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from itool_jax.config import Config
+from itool_jax.data.records import Sample, write_jsonl
+from itool_jax.mcts.pairs import Pair, preference_pairs
+from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
+from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
+from itool_jax.metrics import progress
+from itool_jax.model.cache import Prefix
+from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, text_key
+from itool_jax.stages import folder
+from itool_jax.stages.folder import Base
+from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
+from itool_jax.text.padding import bucket, pad
+from itool_jax.text.steps import StepTable, split_steps
+
+PROMPT_BUCKET, PATH_BUCKET = 256, 48  # smallest padded widths: few programs matter more than tight ones here
+
+Row = dict[str, Any]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Searches the hardest samples of an iteration unless that is done; returns the stage's figures."""
+    phase = folder.phase_name(config.iteration)
+    return folder.once(config, phase, "search", lambda: _search(config, phase))
+
+
+def _search(config: Config, phase: str) -> dict[str, Any]:
+    base, settings = folder.load_base(config), config.search
+    before = folder.phase_name(config.iteration - 1)
+    folder.require_policy(config, before)
+    policy, table = folder.load_policy(config, before), folder.step_table(base, settings.granularity)
+    # 1. The hardest samples, by the perplexities of this iteration.
+    scores = folder.need(config, phase, "scores.jsonl", "score")
+    ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
+    hardest = sorted((s for s in folder.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
+    batches = _batches(hardest, folder.encode(config, hardest), settings.batch)
+    trees, pairs, tokens = [], [], 0
+    with progress(f"search, iteration {config.iteration}", len(hardest) * settings.n_simulations) as advance:
+        for batch in batches:
+            # 2. Search a batch of them in lock-step (eq 5 to 9).
+            searcher = Searcher(policy, base, table, batch, settings, config.self_eval, config.seed)
+            forest = search(
+                searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings, advance
+            )
+            # 3. The best and the worst step at each node are a preference pair.
+            found = preference_pairs(
+                forest.tree, forest.step_tokens_BNS, forest.step_length_BN, base.chat.tokenizer.decode, config.pairs
+            )
+            pairs += [_pair_row(pair, batch[pair.tree], base.chat, config.iteration) for pair in found]
+            trees += [_tree_row(forest, b, batch[b], base.chat) for b in range(len(batch))]
+            tokens += forest.sampled_tokens
+    write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
+    write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
+    solved = sum(any(node["outcome"] > 0 and not node["gold"] for node in tree["nodes"]) for tree in trees)
+    figures = {"prompts": len(hardest), "trees": len(trees), "pairs": len(pairs)}
+    return figures | {"solved": solved, "generated_tokens": tokens}
+
+
+class Searched(NamedTuple):
+    """A sample under search."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+def _batches(samples: Sequence[Sample], encoded: Sequence[Encoded], size: int) -> list[list[Searched]]:
+    """Samples of similar prompt length together."""
+    rows = [Searched(sample, row) for sample, row in zip(samples, encoded, strict=True)]
+    rows.sort(key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+class Searcher:
+    """The policy as the functions that `mcts.search` takes, over one batch of samples.
+
+    Prompts, and prompts with the reference answer behind them, are computed once; every node reads those caches.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        base: Base,
+        table: StepTable,
+        batch: Sequence[Searched],
+        settings: SearchSettings,
+        self_eval: SelfEvaluationSettings,
+        seed: int,
+    ):
+        self.policy, self.chat, self.table, self.batch = policy, base.chat, table, batch
+        self.settings, self.key = settings, jax.random.key(seed)
+        self.letters = np.array(answer_ids(base.chat, self_eval.letters), np.int32)
+        self.stops = set(base.chat.stop_ids)
+        self.frames = [self._frame(row.encoded, self_eval) for row in batch]
+        self.limit = base.config.max_length
+        prompts = [row.encoded.prompt_ids for row in batch]
+        asked = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
+        # The last token of each opens its rows' own part, whose first pass gives the first logits.
+        self.prompt, self.prompt_end = self._prefill(prompts), [ids[-1] for ids in prompts]
+        self.asked, self.asked_end = self._prefill(asked), [ids[-1] for ids in asked]
+
+    def problems(self) -> list[Problem]:
+        """What to search."""
+        return [Problem(row.sample.id, split_steps(self.table, row.encoded.target_ids)) for row in self.batch]
+
+    def _frame(self, encoded: Encoded, self_eval: SelfEvaluationSettings) -> EvaluationFrame:
+        gold = [t for t in encoded.target_ids if t not in self.stops]
+        return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
+
+    def _prefill(self, prompts: Sequence[list[int]]) -> Prefix:
+        width = bucket(max(len(ids) for ids in prompts), PROMPT_BUCKET)
+        return prefill(*self.policy, *pad([ids[:-1] for ids in prompts], width, self.settings.batch))
+
+    def propose(self, states: list[State]) -> list[Proposal]:
+        """Samples `breadth` steps for each state and scores the gold's next one, in one compiled loop."""
+        s, slots = self.settings, self.settings.slots
+        count = self._padded(len(states))
+        whole = any(state.whole for state in states)
+        room = max(s.last_step_limit, s.step_limit) if whole else s.step_limit
+        rows = [state for state in states for _ in range(slots)]
+        n_rows = count * slots
+        is_gold = [w >= s.breadth for _ in states for w in range(slots)]
+        paths = [[self.prompt_end[state.problem], *state.path] for state in rows]
+        limits = [0 if g and not r.gold_step else self._limit(r, room) for r, g in zip(rows, is_gold, strict=True)]
+        forced, forced_length = pad(
+            [r.gold_step if g else [] for r, g in zip(rows, is_gold, strict=True)], room, n_rows
+        )
+        steps = sample_step(
+            self.policy.graph,
+            room,
+            self.policy.params,
+            self.table,
+            self._rows_of(self.prompt, [state.problem for state in states], count),
+            *pad(paths, _path_width(paths), n_rows),
+            self._keys(states, n_rows),
+            _column(limits, n_rows),
+            _column([r.whole for r in rows], n_rows, bool),
+            forced,
+            forced_length,
+            np.float32(s.temperature),
+        )
+        return _proposals(jax.device_get(steps), len(states), slots)
+
+    def _limit(self, state: State, room: int) -> int:
+        used = len(self.batch[state.problem].encoded.prompt_ids) + len(state.path)
+        return max(1, min(state.limit, room, self.limit - used))
+
+    def judge(self, states: list[tuple[int, list[int]]]) -> list[float]:
+        """Asks the policy about every state: one forward pass, one answer token each (eq 7)."""
+        slots = self.settings.slots
+        found = [0.0] * len(states)
+        by_problem: dict[int, list[int]] = {}
+        for i, (problem, _) in enumerate(states):
+            by_problem.setdefault(problem, []).append(i)
+        problems, count = list(by_problem), self._padded(len(by_problem))
+        paths: list[list[int]] = [[0]] * (count * slots)
+        place: dict[int, int] = {}
+        for p, problem in enumerate(problems):
+            for w, i in enumerate(by_problem[problem]):
+                shown = [t for t in states[i][1] if t not in self.stops]
+                paths[p * slots + w] = [self.asked_end[problem], *shown, *self.frames[problem].after]
+                place[i] = p * slots + w
+        prefix = self._rows_of(self.asked, problems, count)
+        logits_BA = answer(*self.policy, prefix, *pad(paths, _path_width(paths)), self.letters)
+        scores_B = np.asarray(_confidences(logits_BA))
+        for i, row in place.items():
+            found[i] = float(scores_B[row])
+        return found
+
+    def grade(self, problem: int, response: list[int], finished: bool) -> float:
+        """Outcome of a whole response against the gold (O of eq 6)."""
+        sample = self.batch[problem].sample
+        text = self.chat.tokenizer.decode([t for t in response if t not in self.stops])
+        grading = self.settings.grading
+        return outcome(sample.target, text, finished=finished, grading=grading, tools=sample.tools)
+
+    def _padded(self, count: int) -> int:
+        """Room for `count` prompts: the whole batch, or a quarter of it when few trees still grow."""
+        quarter = max(1, self.settings.batch // 4)
+        return quarter if count <= quarter else self.settings.batch
+
+    def _rows_of(self, prefix: Prefix, problems: list[int], count: int) -> Prefix:
+        index = np.zeros(count, np.int32)
+        index[: len(problems)] = problems
+        return _take(prefix, index)
+
+    def _keys(self, states: list[State], n_rows: int) -> jax.Array:
+        """A key a row from the prompt's id, the path of the node and the candidate: never from the batch slot."""
+        slots = self.settings.slots
+        ids = [text_key(self.batch[state.problem].sample.id) for state in states]
+        paths = [text_key(" ".join(map(str, state.path))) for state in states]
+        columns = (np.repeat(ids, slots), np.repeat(paths, slots), np.tile(np.arange(slots), len(states)))
+        return row_keys(self.key, *(_column(column, n_rows, np.uint32) for column in columns))
+
+
+@jax.jit
+def _take(prefix: Prefix, index_P: jax.Array) -> Prefix:
+    return Prefix(prefix.k_LPKHD[:, index_P], prefix.v_LPKHD[:, index_P], prefix.length_P[index_P])
+
+
+@jax.jit
+def _confidences(logits_BA: jax.Array) -> jax.Array:
+    if logits_BA.shape[1] == 2:
+        return confidence(logits_BA[:, 0], logits_BA[:, 1])
+    return four_grade_confidence(logits_BA)
+
+
+def _path_width(paths: Sequence[list[int]]) -> int:
+    longest = max(len(path) for path in paths)
+    return 1 if longest == 1 else bucket(longest, PATH_BUCKET)
+
+
+def _column(values: Any, size: int, dtype: Any = np.int32) -> np.ndarray:
+    found = np.zeros(size, dtype)
+    found[: len(values)] = values
+    return found
+
+
+def _proposals(steps: Any, n_states: int, slots: int) -> list[Proposal]:
+    def proposal(first: int) -> Proposal:
+        rows = range(first, first + slots)
+        return Proposal(
+            [steps.tokens_BT[r, : steps.length_B[r]].tolist() for r in rows],
+            [float(steps.log_prob_B[r]) for r in rows],
+            [bool(steps.stopped_B[r]) for r in rows],
+        )
+
+    return [proposal(i * slots) for i in range(n_states)]
+
+
+def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row:
+    prompt_ids = searched.encoded.prompt_ids + pair.path
+    decode = functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
+    return {
+        "id": f"{searched.sample.id}/{iteration}/{pair.node}",
+        "prompt": decode(prompt_ids),
+        "chosen": decode(pair.chosen_ids),
+        "rejected": decode(pair.rejected_ids),
+        "prompt_ids": prompt_ids,
+        "chosen_ids": pair.chosen_ids,
+        "rejected_ids": pair.rejected_ids,
+        "q_chosen": pair.q_chosen,
+        "q_rejected": pair.q_rejected,
+        "visits_chosen": pair.visits_chosen,
+        "visits_rejected": pair.visits_rejected,
+        "tree": searched.sample.id,
+        "node": pair.node,
+        "chosen_node": pair.chosen_node,
+        "rejected_node": pair.rejected_node,
+    }
+
+
+def _tree_row(forest: Forest, b: int, searched: Searched, chat: Chat) -> Row:
+    t, decode = forest.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
+
+    def node(n: int) -> Row:
+        ids = forest.step_tokens_BNS[b, n, : forest.step_length_BN[b, n]].tolist()
+        return {
+            "node": n,
+            "parent": int(t.parent_BN[b, n]),
+            "depth": int(t.depth_BN[b, n]),
+            "text": decode(ids),
+            "token_ids": ids,
+            "visits": int(t.visit_count_BN[b, n]),
+            "q": float(t.q_value_BN[b, n]),
+            "value": float(t.value_BN[b, n]),
+            "prior": float(t.prior_BN[b, n]),
+            "outcome": float(t.outcome_BN[b, n]),
+            "confidence": float(t.confidence_BN[b, n]),
+            "terminal": bool(t.terminal_BN[b, n]),
+            "gold": bool(t.on_gold_BN[b, n]),
+        }
+
+    nodes = [node(n) for n in range(int(t.n_nodes_B[b]))]
+    return {"id": searched.sample.id, "gold": searched.sample.target, "nodes": nodes}

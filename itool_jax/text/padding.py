@@ -1,0 +1,88 @@
+"""Token rows of any lengths to rectangular arrays of few shapes, so that few programs are compiled."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from itool_jax.types import AnyArray, FloatB
+
+SMALLEST_WIDTH = 128
+
+
+class TargetBatch(NamedTuple):
+    """Rows of prompt and target, right-padded, and where their target tokens are predicted.
+
+    R is half of T: a row is given a width of at least twice its target.
+    """
+
+    tokens_BT: Int[AnyArray, "B T"]
+    positions_BR: Int[AnyArray, "B R"]
+    """The position before each target token."""
+    targets_BR: Int[AnyArray, "B R"]
+    mask_BR: Bool[AnyArray, "B R"]
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs: the chosen rows, then the rejected ones; what the reference and the search said of them."""
+
+    both: TargetBatch
+    reference: tuple[FloatB, FloatB]
+    """Sums of log π_ref over the chosen and the rejected step."""
+    visits: tuple[FloatB, FloatB]
+    real_B: Bool[AnyArray, " B"]
+    """False for padding."""
+
+
+def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
+    """The padded length: the next of 128, 192, 256, 384, 512, …: powers of two and the halves between."""
+    power = max(smallest, 1 << max(0, length - 1).bit_length())
+    halfway = power * 3 // 4
+    return halfway if length <= halfway and halfway > smallest else power
+
+
+def target_width(prompt_length: int, target_length: int, smallest: int = SMALLEST_WIDTH) -> int:
+    """Width of a `TargetBatch` that holds such a row."""
+    return bucket(max(prompt_length + target_length, 2 * target_length), smallest)
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded int32 tokens [count or len(rows), width] and the rows' lengths; missing rows are empty."""
+    tokens = np.zeros((count or len(rows), width), np.int32)
+    lengths = np.zeros(len(tokens), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
+
+
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int) -> TargetBatch:
+    """(prompt, target) rows as one batch of `count` rows; the missing ones are empty and masked."""
+    half = width // 2
+    batch = TargetBatch(
+        np.zeros((count, width), np.int32),
+        np.zeros((count, half), np.int32),
+        np.zeros((count, half), np.int32),
+        np.zeros((count, half), bool),
+    )
+    for i, (prompt, target) in enumerate(rows):
+        p, n = len(prompt), len(target)
+        batch.tokens_BT[i, :p], batch.tokens_BT[i, p : p + n] = prompt, target
+        batch.positions_BR[i, :n] = np.arange(p - 1, p + n - 1)
+        batch.targets_BR[i, :n], batch.mask_BR[i, :n] = target, True
+    return batch
+
+
+def group(widths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[list[int], int, int]]:
+    """Groups rows of equal padded width: (indices, width, rows a batch), narrowest first.
+
+    The number of rows depends on the width alone, so that each width compiles once.
+    """
+    order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
+    start = 0
+    while start < len(order):
+        width = widths[order[start]]
+        rows = max(1, tokens_per_batch // width)
+        chosen = [i for i in order[start : start + rows] if widths[i] == width]
+        start += len(chosen)
+        yield chosen, width, rows

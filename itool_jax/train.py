@@ -1,0 +1,205 @@
+"""Training by gradient descent: one state, one compiled step, one loop, shared by SFT and preference training.
+
+In: a loss function that returns a sum and the weight to divide it by, and batches of arrays. Out: the trained state.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from itool_jax import losses
+from itool_jax.losses import LossSettings
+from itool_jax.metrics import Metrics, progress
+from itool_jax.model.transformer import Params
+from itool_jax.text.padding import PairBatch, TargetBatch
+
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+"""`loss_fn(trainable, frozen, batch) -> (loss, metrics)`; the loss is already divided by its global weight."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """AdamW with a cosine schedule, over some epochs of batches."""
+
+    section: ClassVar[str] = "training"
+
+    learning_rate: float
+    """Highest learning rate."""
+    batch_size: int
+    """Samples (or pairs) a step."""
+    epochs: int
+    """Passes over the data."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    rise: float = 0.1
+    """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
+    clip_norm: float = 1.0
+    """Largest norm of a gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.rise < 1:
+            raise ValueError(f"{self.section}.rise must be in [0, 1), got {self.rise}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
+        rise = self.rise * n_steps
+        if step < rise:
+            return self.learning_rate * (step + 1) / (rise + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupSettings(TrainingSettings):
+    """Warm-up: supervised fine-tuning from easy to hard (section 4.2)."""
+
+    section: ClassVar[str] = "warmup"
+
+    learning_rate: float = 5e-5
+    """Highest learning rate."""
+    batch_size: int = 16
+    """Samples a step."""
+    epochs: int = 1
+    """Passes over each of the three parts before the next."""
+    order: Literal["easy_to_hard", "mixed", "hard_to_easy"] = "easy_to_hard"
+    """Order of the three parts; the others are for comparison."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(LossSettings, TrainingSettings):
+    """Preference training on the searched pairs (section 4.3, eq 10 and 11)."""
+
+    section: ClassVar[str] = "preference"
+
+    learning_rate: float = 5e-6
+    """Highest learning rate."""
+    batch_size: int = 8
+    """Pairs a step."""
+    epochs: int = 2
+    """Passes over the pairs of an iteration."""
+    control: bool = False
+    """Train on the gold responses of the same prompts instead, for as many steps: the equal-compute control."""
+
+    def __post_init__(self) -> None:
+        LossSettings.__post_init__(self)
+        TrainingSettings.__post_init__(self)
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What the loss alone depends on."""
+        return LossSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossSettings)})
+
+
+class TrainState(NamedTuple):
+    """All that training changes."""
+
+    trainable: Params
+    optimizer: optax.OptState
+    step: Array
+
+
+@functools.cache
+def adamw(weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
+    """AdamW for a learning rate of 1: the rate comes with each step, so that no schedule is compiled in."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(1.0, weight_decay=weight_decay))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Params,
+    batch: Any,
+    learning_rate: Array | float,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update; metrics gain the loss and the gradient's norm."""
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+    updates = jax.tree.map(lambda update: learning_rate * update, updates)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = metrics | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+    return TrainState(trainable, optimizer_state, state.step + 1), metrics
+
+
+def fit(
+    loss_fn: LossFn,
+    settings: TrainingSettings,
+    trainable: Params,
+    frozen: Params,
+    batches: Iterable[Any],
+    n_steps: int,
+    *,
+    what: str,
+    metrics: Metrics,
+) -> Params:
+    """Trains over `batches` (`n_steps` of them in all) and returns the trained weights."""
+    optimizer = adamw(settings.weight_decay, settings.clip_norm)
+    # The step donates its state; the caller keeps its own copy of the weights it came with.
+    state = TrainState(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), jnp.int32(0))
+    pending: tuple[int, dict[str, Array]] | None = None
+    with progress(what, n_steps) as advance:
+        for step, batch in enumerate(batches):
+            rate = np.float32(settings.rate(step, n_steps))
+            state, values = train_step(loss_fn, optimizer, state, frozen, batch, rate)
+            # Metrics are read one step late, so that the device never waits for the host.
+            if pending is not None:
+                advance(1, note=_log(metrics, *pending))
+            pending = step + 1, values
+        if pending is not None:
+            advance(1, note=_log(metrics, *pending))
+    return state.trainable
+
+
+def _log(metrics: Metrics, step: int, values: dict[str, Array]) -> str:
+    numbers = {name: float(value) for name, value in values.items()}
+    metrics.write(step, **numbers)
+    return f"loss {numbers['loss']:.3f}"
+
+
+@functools.cache
+def sft_loss(graph: nnx.GraphDef) -> LossFn:
+    """Mean NLL over target tokens (eq 2), for `TargetBatch`es."""
+
+    def loss(trainable: Params, frozen: Params, batch: TargetBatch) -> tuple[Array, dict[str, Array]]:
+        total, count = losses.sft_loss(_log_probs(graph, trainable, frozen, batch), batch.mask_BR)
+        return total / count, {}
+
+    return loss
+
+
+@functools.cache
+def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
+    """Mean preference loss over the pairs of a `PairBatch` (eq 11 and its kin)."""
+
+    def loss(trainable: Params, frozen: Params, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
+        log_probs_BR = _log_probs(graph, trainable, frozen, batch.both)
+        chosen_B, rejected_B = jnp.split(losses.masked_log_prob_sum(log_probs_BR, batch.both.mask_BR), 2)
+        lengths = jnp.split(batch.both.mask_BR.sum(axis=1), 2)
+        pair = losses.PairLogProbs(chosen_B, rejected_B, *batch.reference, *lengths, *batch.visits)
+        weight_B = batch.real_B / batch.real_B.sum()
+        metrics = losses.pair_metrics(pair, settings.resolved_beta, weight_B)
+        # A padded pair has no tokens; what its loss is must not matter, not even as 0 times infinity.
+        loss_B = jnp.where(batch.real_B, losses.preference_loss(settings, pair), 0.0)
+        return (weight_B * loss_B).sum(), metrics
+
+    return loss
+
+
+def _log_probs(graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch) -> Array:
+    model = nnx.merge(graph, trainable, frozen)
+    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR)
+    return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

@@ -1,0 +1,155 @@
+"""Adapters: nothing at first, the same folded in or apart, on all linear layers, alone in the gradient."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from itool_jax.model.lora import LoraSettings, initialize_adapters, merge_adapters
+from itool_jax.model.transformer import LoraConfig, ModelConfig, Params, abstract
+from tests import tiny
+
+LORA = LoraConfig(rank=8, alpha=16.0)
+TOKENS_BT = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 9)), jnp.int32)
+LINEAR = {  # size in and out, of a Llama of width 32, four heads of 8 over two, and an MLP of 48
+    "q": (32, 32),
+    "k": (32, 16),
+    "v": (32, 16),
+    "o": (32, 32),
+    "gate": (32, 48),
+    "up": (32, 48),
+    "down": (48, 32),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    # Nine layers are a loop, which compiles faster than two in a row.
+    return tiny.model_config(tmp_path_factory.mktemp("lora"), num_hidden_layers=9)
+
+
+@pytest.fixture(scope="module")
+def base(config: ModelConfig) -> Params:
+    return tiny.random_params(config)
+
+
+@pytest.fixture(scope="module")
+def fresh(config: ModelConfig) -> Params:
+    return initialize_adapters(config, LORA, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def trained(fresh: Params) -> Params:
+    """Adapters as training leaves them: no part is zero."""
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + 0.2 * random.normal(size=x.shape).astype(np.float32), fresh)
+
+
+def logits(config: ModelConfig, base: Params, adapters: Params | None = None) -> jax.Array:
+    graph, _, _ = abstract(config, LORA if adapters else None)
+
+    @jax.jit
+    def run(*parts: Params) -> jax.Array:
+        model = nnx.merge(graph, *parts)
+        return model.logits(model(TOKENS_BT)[0])
+
+    return run(base, adapters) if adapters else run(base)
+
+
+def test_all_linear_layers_are_adapted(config: ModelConfig, fresh: Params) -> None:
+    assert set(fresh) == {"layers"}
+    assert set(fresh["layers"]) == set(LINEAR)
+    for name, (n_in, n_out) in LINEAR.items():
+        assert set(fresh["layers"][name]) == {"lora_a", "lora_b"}
+        assert fresh["layers"][name]["lora_a"].shape == (config.n_layers, n_in, LORA.rank)
+        assert fresh["layers"][name]["lora_b"].shape == (config.n_layers, LORA.rank, n_out)
+    _, shapes, adapter_shapes = abstract(config, LORA)
+    assert jax.tree.structure(adapter_shapes) == jax.tree.structure(fresh)
+    assert jax.tree.structure(shapes) == jax.tree.structure(abstract(config)[1])
+
+
+def test_a_starts_as_peft_starts_it(config: ModelConfig) -> None:
+    wide = initialize_adapters(config, LORA, jax.random.key(0))
+    for name, (n_in, _) in LINEAR.items():
+        a, b = wide["layers"][name]["lora_a"], wide["layers"][name]["lora_b"]
+        assert a.dtype == b.dtype == jnp.float32
+        assert not b.any()
+        # Kaiming-uniform with a = sqrt(5): uniform within 1 / sqrt(n_in).
+        assert 0.95 < float(jnp.abs(a).max()) * n_in**0.5 <= 1
+        assert float(a.std()) * n_in**0.5 == pytest.approx(3**-0.5, rel=0.1)
+    starts = [a for name in ("q", "k", "gate") for a in wide["layers"][name]["lora_a"]]
+    assert len({np.asarray(a[:8, :8]).tobytes() for a in starts}) == 3 * config.n_layers
+
+
+def test_adapters_depend_on_the_key_alone(config: ModelConfig, fresh: Params) -> None:
+    again, other = (initialize_adapters(config, LORA, jax.random.key(seed)) for seed in (0, 1))
+    a, b, c = (np.asarray(tree["layers"]["q"]["lora_a"]) for tree in (fresh, again, other))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_adapters_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
+    half = tiny.model_config(tmp_path, "bfloat16")
+    _, _, adapters = abstract(half, LORA)
+    assert {x.dtype.name for x in jax.tree.leaves(adapters)} == {"float32"}
+
+
+def test_fresh_adapters_change_nothing(config: ModelConfig, base: Params, fresh: Params) -> None:
+    assert np.array_equal(logits(config, base, fresh), logits(config, base))
+    merged = merge_adapters(base, fresh, LORA)
+    assert jax.tree.all(jax.tree.map(np.array_equal, merged, base))
+
+
+def test_folded_in_equals_apart(config: ModelConfig, base: Params, trained: Params) -> None:
+    plain, apart = logits(config, base), logits(config, base, trained)
+    assert float(jnp.abs(apart - plain).max()) > 0.5
+    merged = merge_adapters(base, trained, LORA)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    np.testing.assert_allclose(logits(config, merged), apart, rtol=0, atol=1e-4)
+
+
+def test_folding_adds_alpha_over_rank_times_the_product(base: Params, trained: Params) -> None:
+    merged = merge_adapters(base, trained, LORA)
+    for name in LINEAR:
+        part = {k: np.asarray(v, np.float64) for k, v in trained["layers"][name].items()}
+        change = np.asarray(merged["layers"][name]["kernel"] - base["layers"][name]["kernel"])
+        np.testing.assert_allclose(change, 2.0 * part["lora_a"] @ part["lora_b"], rtol=0, atol=1e-5)
+    untouched = [tree["layers"]["attention_norm"]["scale"] for tree in (merged, base)]
+    assert np.array_equal(*untouched)
+    assert np.array_equal(merged["embedding"], base["embedding"])
+
+
+def test_folding_keeps_the_type_of_the_base(trained: Params, base: Params) -> None:
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    merged = merge_adapters(half, trained, LORA)
+    assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"bfloat16"}
+
+
+def test_the_gradient_reaches_every_adapter(config: ModelConfig, base: Params, trained: Params) -> None:
+    graph, _, _ = abstract(config, LORA)
+
+    def loss(adapters: Params) -> jax.Array:
+        return (nnx.merge(graph, base, adapters)(TOKENS_BT)[0] ** 3).mean()
+
+    gradient = jax.jit(jax.grad(loss))(trained)
+    assert jax.tree.structure(gradient) == jax.tree.structure(trained)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        per_layer = np.abs(leaf).max(axis=(1, 2))
+        assert (per_layer > 1e-6).all(), path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "lora.rank must be positive, got 0"),
+        ({"alpha": 0.0}, "lora.alpha must be positive, got 0.0"),
+        ({"alpha": float("nan")}, "lora.alpha must be positive, got nan"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraSettings(**settings)
+    assert LoraSettings(rank=4, alpha=2.0).config == LoraConfig(4, 2.0)
