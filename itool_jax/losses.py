@@ -186,9 +186,7 @@ def conservative_dpo(pair: PairLogProbs, beta: float) -> FloatB:
 def ipo(pair: PairLogProbs, beta: float) -> FloatB:
     """(h_w/n_w - h_l/n_l - 1/(2β))² with h = logπ - logref, n tokens (https://arxiv.org/abs/2310.12036)."""
     chosen_B = _per_token(_float32(pair.policy_chosen_B) - pair.reference_chosen_B, pair.chosen_length_B)
-    rejected_B = _per_token(
-        _float32(pair.policy_rejected_B) - pair.reference_rejected_B, pair.rejected_length_B
-    )
+    rejected_B = _per_token(_float32(pair.policy_rejected_B) - pair.reference_rejected_B, pair.rejected_length_B)
     return jnp.square(chosen_B - rejected_B - 1.0 / (2.0 * beta))
 
 

@@ -6,6 +6,7 @@ being done, how far it is and how long it will take.
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ class Metrics(NamedTuple):
     stage: str
 
     def write(self, step: int, **values: float) -> None:
-        """Appends one line."""
-        row = {"time": round(time.time(), 3), "stage": self.stage, "step": step, **values}
+        """Appends one line; what is not finite becomes null, since JSON has no other word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {"time": round(time.time(), 3), "stage": self.stage, "step": step, **finite}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -63,7 +65,7 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
         def advance(units: int = 1, note: str = "") -> None:
             nonlocal done
             done += units
-            bar.update(task, advance=units, **({"note": note} if note else {}))
+            bar.update(task, advance=units, note=note)
 
         yield advance
     say(f"{what:<28} {done} in {time.monotonic() - start:.1f} s")

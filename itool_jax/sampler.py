@@ -184,9 +184,7 @@ def sample_step(
         last = loop.t - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.steps.tokens_BT, last, 1, axis=1)
         place_B1 = (position_B + last)[:, None]
-        hidden_B1D, suffix = model.extend(
-            token_B1, ~loop.done_B[:, None], place_B1, prefix, loop.suffix, S + last
-        )
+        hidden_B1D, suffix = model.extend(token_B1, ~loop.done_B[:, None], place_B1, prefix, loop.suffix, S + last)
         return _take(table, rows, model.logits(hidden_B1D[:, 0]), loop._replace(suffix=suffix))
 
     zeros_B = jnp.zeros(B, jnp.int32)

@@ -21,8 +21,10 @@ from itool_jax.losses import LossSettings
 from itool_jax.metrics import Metrics, progress
 from itool_jax.model.transformer import Params
 from itool_jax.text.padding import PairBatch, TargetBatch
+from itool_jax.types import AnyArray, Scalar
 
-LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+Loss = tuple[Scalar, dict[str, Scalar]]
+LossFn = Callable[..., Loss]
 """`loss_fn(trainable, frozen, batch) -> (loss, metrics)`; the loss is already divided by its global weight."""
 
 
@@ -129,8 +131,7 @@ def train_step(
     """One update; metrics gain the loss and the gradient's norm."""
     (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-    updates = jax.tree.map(lambda update: learning_rate * update, updates)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable = jax.tree.map(lambda p, u: p + learning_rate * u, state.trainable, updates)
     metrics = metrics | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
     return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
@@ -174,7 +175,7 @@ def _log(metrics: Metrics, step: int, values: dict[str, Array]) -> str:
 def sft_loss(graph: nnx.GraphDef) -> LossFn:
     """Mean NLL over target tokens (eq 2), for `TargetBatch`es."""
 
-    def loss(trainable: Params, frozen: Params, batch: TargetBatch) -> tuple[Array, dict[str, Array]]:
+    def loss(trainable: Params, frozen: Params, batch: TargetBatch) -> Loss:
         total, count = losses.sft_loss(_log_probs(graph, trainable, frozen, batch), batch.mask_BR)
         return total / count, {}
 
@@ -185,11 +186,13 @@ def sft_loss(graph: nnx.GraphDef) -> LossFn:
 def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
     """Mean preference loss over the pairs of a `PairBatch` (eq 11 and its kin)."""
 
-    def loss(trainable: Params, frozen: Params, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
+    def loss(trainable: Params, frozen: Params, batch: PairBatch) -> Loss:
         log_probs_BR = _log_probs(graph, trainable, frozen, batch.both)
         chosen_B, rejected_B = jnp.split(losses.masked_log_prob_sum(log_probs_BR, batch.both.mask_BR), 2)
         lengths = jnp.split(batch.both.mask_BR.sum(axis=1), 2)
-        pair = losses.PairLogProbs(chosen_B, rejected_B, *batch.reference, *lengths, *batch.visits)
+        pair = losses.PairLogProbs(
+            chosen_B, rejected_B, *batch.reference, lengths[0], lengths[1], batch.visits[0], batch.visits[1]
+        )
         weight_B = batch.real_B / batch.real_B.sum()
         metrics = losses.pair_metrics(pair, settings.resolved_beta, weight_B)
         # A padded pair has no tokens; what its loss is must not matter, not even as 0 times infinity.
@@ -199,7 +202,7 @@ def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
     return loss
 
 
-def _log_probs(graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch) -> Array:
+def _log_probs(graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
     hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR)
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

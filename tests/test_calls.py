@@ -177,9 +177,7 @@ def test_not_a_call_list(text: str) -> None:
     assert read_calls(text) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "attempt"), [("[f(", True), (" \n[]", True), ("No [f()]", False), ("", False)]
-)
+@pytest.mark.parametrize(("text", "attempt"), [("[f(", True), (" \n[]", True), ("No [f()]", False), ("", False)])
 def test_looks_like_calls(text: str, attempt: bool) -> None:
     assert looks_like_calls(text) is attempt
 
@@ -223,11 +221,7 @@ def test_long_list_is_read_whole() -> None:
 
 
 SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8)
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
 )
 VALUES = st.recursive(
     SCALARS,
@@ -238,9 +232,7 @@ NAMES = st.from_regex(r"[A-Za-z_][\w.\-/ ']{0,8}\w( \([a-z -]*[a-z]\))?", fullma
     lambda name: name == name.strip() and "( " not in name
 )
 CALLS = st.lists(
-    st.builds(
-        Call, NAMES, st.dictionaries(st.from_regex(r"\w[\w.-]{0,5}", fullmatch=True), VALUES, max_size=3)
-    ),
+    st.builds(Call, NAMES, st.dictionaries(st.from_regex(r"\w[\w.-]{0,5}", fullmatch=True), VALUES, max_size=3)),
     min_size=1,
     max_size=4,
 )
@@ -259,8 +251,7 @@ def test_written_calls_read_back(calls: list[Call]) -> None:
 @settings(deadline=None)
 def test_order_does_not_matter(calls: list[Call], random: Any) -> None:
     shuffled = [
-        Call(call.name, dict(random.sample(list(call.arguments.items()), len(call.arguments))))
-        for call in calls
+        Call(call.name, dict(random.sample(list(call.arguments.items()), len(call.arguments)))) for call in calls
     ]
     random.shuffle(shuffled)
     assert same_calls(calls, shuffled)

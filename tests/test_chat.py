@@ -189,9 +189,7 @@ def test_tools_that_a_template_would_leave_out_go_into_the_system_message():
 
 def test_answer_letters_are_what_a_target_would_begin_with(real):
     _, chat = real
-    assert [[i, chat.end_of_turn] for i in answer_ids(chat, "ABCD")] == [
-        chat.target_ids(letter) for letter in "ABCD"
-    ]
+    assert [[i, chat.end_of_turn] for i in answer_ids(chat, "ABCD")] == [chat.target_ids(letter) for letter in "ABCD"]
 
 
 def test_answer_letters_of_several_tokens_are_refused():
@@ -223,13 +221,9 @@ def test_no_template_matters_only_once_a_chat_is_rendered():
 
 def test_a_template_that_refuses_names_the_sample():
     chat = Chat(
-        byte_tokenizer(
-            QWEN, template=PLAIN + "{% if tools %}{{ raise_exception('one tool at most') }}{% endif %}"
-        )
+        byte_tokenizer(QWEN, template=PLAIN + "{% if tools %}{{ raise_exception('one tool at most') }}{% endif %}")
     )
-    with pytest.raises(
-        ValueError, match=r"sample s: chat template of .* refuses the conversation: one tool at most"
-    ):
+    with pytest.raises(ValueError, match=r"sample s: chat template of .* refuses the conversation: one tool at most"):
         encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(TOOL,)))
 
 

@@ -148,9 +148,7 @@ def test_refuses_what_it_does_not_compute(folder: Path, changes: dict[str, Any],
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "key", ["architectures", "vocab_size", "num_hidden_layers", "hidden_act", "rms_norm_eps"]
-)
+@pytest.mark.parametrize("key", ["architectures", "vocab_size", "num_hidden_layers", "hidden_act", "rms_norm_eps"])
 def test_names_a_key_that_is_absent(folder: Path, key: str) -> None:
     write_config(folder, {}, without=(key,))
     with pytest.raises(ValueError, match=f"lacks '{key}'"):
@@ -263,9 +261,7 @@ def shard(folder: Path, n: int = 3) -> dict[str, str]:
     """Replaces the single file by `n` shards and their index; returns the weight map."""
     tensors = load_file(folder / hf.WEIGHTS)
     (folder / hf.WEIGHTS).unlink()
-    weight_map = {
-        name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(sorted(tensors))
-    }
+    weight_map = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(weight_map.values()):
         save_file({t: v for t, v in tensors.items() if weight_map[t] == file}, folder / file)
     (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -310,9 +306,7 @@ def test_refuses_a_broken_index(folder: Path, content: str) -> None:
         hf.load(folder)
 
 
-@pytest.mark.parametrize(
-    "spoil", [lambda b: b[:-100], lambda b: b"garbage" * 9, lambda b: b"", lambda b: b[:50]]
-)
+@pytest.mark.parametrize("spoil", [lambda b: b[:-100], lambda b: b"garbage" * 9, lambda b: b"", lambda b: b[:50]])
 def test_refuses_a_corrupt_file(folder: Path, spoil: Callable[[bytes], bytes]) -> None:
     path = folder / hf.WEIGHTS
     path.write_bytes(spoil(path.read_bytes()))

@@ -52,9 +52,7 @@ def test_token_log_probs_match_a_float64_log_softmax() -> None:
     logits_BTV = np.asarray(hidden_BTD, np.float64) @ np.asarray(unembedding_DV, np.float64)
     log_softmax_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     expected_BT = np.take_along_axis(log_softmax_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(
-        losses.token_log_probs(hidden_BTD, unembedding_DV, targets_BT), expected_BT, atol=1e-5
-    )
+    np.testing.assert_allclose(losses.token_log_probs(hidden_BTD, unembedding_DV, targets_BT), expected_BT, atol=1e-5)
     from_logits_BT = losses.token_log_probs_from_logits(jnp.asarray(logits_BTV, jnp.float32), targets_BT)
     np.testing.assert_allclose(from_logits_BT, expected_BT, atol=1e-5)
 
@@ -67,9 +65,7 @@ def test_log_probs_of_low_precision_and_huge_logits_are_float32_and_finite() -> 
         np.testing.assert_allclose(log_probs_BT, [[expected]], rtol=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("batch", "time", "chunk"), [(3, 11, 1), (3, 11, 7), (3, 11, 32), (11, 3, 2), (1, 33, 12)]
-)
+@pytest.mark.parametrize(("batch", "time", "chunk"), [(3, 11, 1), (3, 11, 7), (3, 11, 32), (11, 3, 2), (1, 33, 12)])
 def test_chunked_log_probs_equal_plain_ones_gradients_included(batch: int, time: int, chunk: int) -> None:
     hidden_BTD, unembedding_DV, targets_BT = random_inputs(batch, time)
     weights_BT = jnp.arange(1.0, 1 + batch * time).reshape(batch, time)
@@ -97,9 +93,7 @@ def buffer_sizes(jaxpr: jax.extend.core.Jaxpr) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("chunk", "holds_all_logits"), [(16, False), (4 * 64, True)])
-def test_chunking_never_holds_all_logits_even_in_the_backward_pass(
-    chunk: int, holds_all_logits: bool
-) -> None:
+def test_chunking_never_holds_all_logits_even_in_the_backward_pass(chunk: int, holds_all_logits: bool) -> None:
     batch, time, vocabulary = 4, 64, 512
     hidden_BTD, unembedding_DV, targets_BT = random_inputs(batch, time, vocabulary=vocabulary)
     gradient = jax.grad(lambda h, u: losses.token_log_probs(h, u, targets_BT, chunk).sum(), argnums=(0, 1))
@@ -177,9 +171,7 @@ def test_orpo_worked_by_hand() -> None:
     pair = make_pair(-1 * 4, -2 * 3, 0, 0, 4, 3, 1, 1)
     np.testing.assert_allclose(losses.orpo(pair, 0.1), [1.023818], atol=1e-6)
     log_sigmoid = np.asarray(losses.orpo(pair, 0.0) - losses.orpo(pair, 1.0), np.float64)
-    np.testing.assert_allclose(
-        -np.log(np.expm1(-log_sigmoid)), [1.313262], atol=2e-6
-    )  # the log odds ratio itself
+    np.testing.assert_allclose(-np.log(np.expm1(-log_sigmoid)), [1.313262], atol=2e-6)  # the log odds ratio itself
 
 
 @pytest.mark.parametrize(
@@ -264,9 +256,7 @@ def test_padding_of_the_steps_does_not_matter(loss: LossName) -> None:
 
     def loss_of(log_probs_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
         sums, lengths = losses.masked_log_prob_sum(log_probs_BT, mask_BT), mask_BT.sum(-1)
-        pair = PairLogProbs(
-            *(sums[i : i + 1] for i in range(4)), lengths[:1], lengths[1:2], jnp.ones(1), jnp.ones(1)
-        )
+        pair = PairLogProbs(*(sums[i : i + 1] for i in range(4)), lengths[:1], lengths[1:2], jnp.ones(1), jnp.ones(1))
         return losses.preference_loss(LossSettings(loss=loss), pair)
 
     padded_BT = jnp.pad(
@@ -300,9 +290,7 @@ def test_losses_without_reference_ignore_it(loss: LossName) -> None:
     pair = random_pair(seed=7)
     other = pair._replace(reference_chosen_B=pair.reference_chosen_B - 5)
     settings = LossSettings(loss=loss)
-    np.testing.assert_array_equal(
-        losses.preference_loss(settings, pair), losses.preference_loss(settings, other)
-    )
+    np.testing.assert_array_equal(losses.preference_loss(settings, pair), losses.preference_loss(settings, other))
 
 
 @pytest.mark.parametrize("loss", ALL_LOSSES)
@@ -329,9 +317,7 @@ def test_losses_and_gradients_are_finite_at_the_extremes(loss: LossName) -> None
     *sums, counts = (x.ravel() for x in jnp.meshgrid(*[jnp.array(EXTREMES)] * 4, jnp.array([0, 1, 512])))
     pair, settings = PairLogProbs(*sums, *[counts] * 4), LossSettings(loss=loss, sft_weight=0.5)
     loss_B = losses.preference_loss(settings, pair)
-    gradient = jax.grad(lambda sums: losses.preference_loss(settings, PairLogProbs(*sums, *pair[4:])).sum())(
-        pair[:4]
-    )
+    gradient = jax.grad(lambda sums: losses.preference_loss(settings, PairLogProbs(*sums, *pair[4:])).sum())(pair[:4])
     assert jnp.isfinite(loss_B).all()
     assert all(jnp.isfinite(x).all() for x in gradient)
     assert max(jnp.abs(x).max() for x in gradient) > 0

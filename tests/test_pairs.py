@@ -39,9 +39,7 @@ def steps(batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return tokens_BNS, length_BN
 
 
-def pairs_of(
-    tree: Tree, settings: PairSettings = SETTINGS, decode: Callable[[list[int]], str] = str
-) -> list[Pair]:
+def pairs_of(tree: Tree, settings: PairSettings = SETTINGS, decode: Callable[[list[int]], str] = str) -> list[Pair]:
     return preference_pairs(tree, *steps(tree.parent_BN.shape[0]), decode, settings)
 
 

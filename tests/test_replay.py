@@ -27,10 +27,7 @@ def random_scores(n: int, seed: int = 0) -> list[ScoredSample]:
 
 def random_features(n: int, seed: int = 0) -> list[DifficultyFeatures]:
     rng = random.Random(seed)
-    return [
-        DifficultyFeatures(f"s{i}", rng.randint(1, 5), rng.randint(10, 40), rng.randint(0, 3))
-        for i in range(n)
-    ]
+    return [DifficultyFeatures(f"s{i}", rng.randint(1, 5), rng.randint(10, 40), rng.randint(0, 3)) for i in range(n)]
 
 
 # Split ------------------------------------------------------------------------------------------------------
@@ -94,8 +91,7 @@ def test_hardest_are_taken_separately_among_calls_and_texts() -> None:
 
 def test_ties_go_by_id_and_every_group_gives_at_least_one() -> None:
     scores = [
-        ScoredSample(id_, 2.0, is_call)
-        for id_, is_call in [("c", True), ("a", True), ("d", False), ("b", False)]
+        ScoredSample(id_, 2.0, is_call) for id_, is_call in [("c", True), ("a", True), ("d", False), ("b", False)]
     ]
     assert replay.select_hardest(scores, ReplaySettings(hardest_fraction=0.01)) == ["a", "b"]
     assert replay.select_hardest(scores[:2], ReplaySettings(hardest_fraction=0.01)) == ["a"]
@@ -145,9 +141,7 @@ def test_difficulty_worked_by_hand() -> None:
         DifficultyFeatures("d", 9, 999, 4),  # ranks 3, 3 and 3
     ]
     assert replay.difficulty(features) == pytest.approx([3 / 9, 3 / 9, 3 / 9, 1.0])
-    assert (
-        replay.difficulty(features)[0] == replay.difficulty(features)[1]
-    )  # exactly, or ties would not go by id
+    assert replay.difficulty(features)[0] == replay.difficulty(features)[1]  # exactly, or ties would not go by id
 
 
 def test_difficulty_of_equals_and_of_one_is_the_middle_and_of_none_is_nothing() -> None:
@@ -172,9 +166,7 @@ def test_difficulty_properties(n: int, seed: int) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 30, 100])
-def test_curriculum_is_three_equal_parts_of_everything_in_any_file_order(
-    n: int, order: CurriculumOrder
-) -> None:
+def test_curriculum_is_three_equal_parts_of_everything_in_any_file_order(n: int, order: CurriculumOrder) -> None:
     features = random_features(n)
     parts = replay.curriculum(features, order, seed=3)
     assert sorted(id_ for part in parts for id_ in part) == sorted(feature.id for feature in features)

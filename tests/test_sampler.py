@@ -123,9 +123,7 @@ def reference(
     """A step a row, without cache, loop or table in the device: `choose(row, t, log_probs)` picks tokens."""
     found = Expected([[] for _ in ROWS], [0.0] * B, [""] * B)
     for t in range(T):
-        log_probs_BV = log_softmax(
-            uncached(setup.policy, [r + x for r, x in zip(ROWS, found.tokens, strict=True)])
-        )
+        log_probs_BV = log_softmax(uncached(setup.policy, [r + x for r, x in zip(ROWS, found.tokens, strict=True)]))
         for b in range(B):
             if found.ends[b] or not limits[b]:
                 continue
@@ -304,9 +302,7 @@ def test_scores_equal_float64_sums_over_logits(setup: Setup) -> None:
     expected = []
     for prompt, target in rows:
         given = [prompt + target[:i] for i in range(len(target))] + [[STOP]] * (2 * B - len(target))
-        log_probs = log_softmax(
-            np.concatenate([uncached(setup.policy, half) for half in (given[:B], given[B:])])
-        )
+        log_probs = log_softmax(np.concatenate([uncached(setup.policy, half) for half in (given[:B], given[B:])]))
         expected.append(sum(log_probs[i, token] for i, token in enumerate(target)))
     told = []
     scored = target_log_probs(setup.policy, rows, 1024, told.append)

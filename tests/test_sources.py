@@ -184,8 +184,7 @@ TOOLACE = {
 XLAM = {
     "id": 7,
     "query": "q",
-    "tools": '[{"name": "f", "description": "d", "parameters":'
-    ' {"n": {"type": "int, optional", "default": "2"}}}]',
+    "tools": '[{"name": "f", "description": "d", "parameters": {"n": {"type": "int, optional", "default": "2"}}}]',
     "answers": '[{"name": "f", "arguments": {"n": 3}}, {"name": "f", "arguments": {}}]',
 }
 TOOLBENCH = {
@@ -213,8 +212,7 @@ TOOLRL = {
     "instruction": '**Available Tools**\n1. Name: f\nDescription: d\nParameters: {"n": {"type": "int"}}\n\n'
     "**Steps for Each Turn**\n1. Think",
     "input": "<user> q </user>",
-    "output": "<think> <tool_call> or not </think>\n"
-    '<tool_call>\n{"name": "f", "parameters": {"n": 1}}\n</tool_call>',
+    "output": '<think> <tool_call> or not </think>\n<tool_call>\n{"name": "f", "parameters": {"n": 1}}\n</tool_call>',
 }
 
 
@@ -302,12 +300,8 @@ def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
         load(path)
     tool = {"api_description": "d", "parameters": {"a": {"type": "str"}}, "required": []}
     names = {"gold": "A/x", "near": "A/x", "same": "A/y", "far": "B/z"}
-    write_jsonl(
-        tmp_path / "tool.jsonl", [tool | {"api_name": name, "field": where} for name, where in names.items()]
-    )
-    offered = {
-        n: {tool["function"]["name"] for tool in load(path, n_candidates=n)[0].tools} for n in (1, 2, 3, 9)
-    }
+    write_jsonl(tmp_path / "tool.jsonl", [tool | {"api_name": name, "field": where} for name, where in names.items()])
+    offered = {n: {tool["function"]["name"] for tool in load(path, n_candidates=n)[0].tools} for n in (1, 2, 3, 9)}
     assert offered == {
         1: {"gold"},
         2: {"gold", "near"},

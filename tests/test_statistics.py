@@ -20,9 +20,7 @@ def marks(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool]
     return a, b
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "expected"), [(50, 100, 0.05), (0, 10, 0), (10, 10, 0), (360, 400, 0.015)]
-)
+@pytest.mark.parametrize(("right", "n", "expected"), [(50, 100, 0.05), (0, 10, 0), (10, 10, 0), (360, 400, 0.015)])
 def test_binomial_standard_error(right: int, n: int, expected: float) -> None:
     assert standard_error([True] * right + [False] * (n - right)) == pytest.approx(expected)
 
@@ -90,9 +88,7 @@ def test_difference_and_its_error_are_those_of_the_per_sample_differences() -> N
 
 def test_pairing_sees_what_the_accuracies_alone_hide() -> None:
     paired = paired_difference(*marks(180, 20, 0, 200))
-    independent = math.hypot(
-        standard_error([True] * 200 + [False] * 200), standard_error([True] * 180 + [False] * 220)
-    )
+    independent = math.hypot(standard_error([True] * 200 + [False] * 200), standard_error([True] * 180 + [False] * 220))
     assert paired.difference == pytest.approx(0.05)
     assert paired.standard_error < independent / 3
 

@@ -311,16 +311,12 @@ def qwen_tokenizer():
 
     lines = shared_path("tokenizers/qwen/qwen.tiktoken").read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    added = json.loads(shared_path("tokenizers/qwen/qwen3_tokenizer_config.json").read_text())[
-        "added_tokens_decoder"
-    ]
+    added = json.loads(shared_path("tokenizers/qwen/qwen3_tokenizer_config.json").read_text())["added_tokens_decoder"]
     letters = byte_letters()
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(
-        [token["content"] for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
-    )
+    backend.add_special_tokens([token["content"] for _, token in sorted(added.items(), key=lambda item: int(item[0]))])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     return tokenizer, lambda pieces: [ranks[piece.encode()] for piece in pieces]
 

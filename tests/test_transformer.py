@@ -270,9 +270,7 @@ def uncached(policy: Policy, tails_BT: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("pieces", "rows"), [([6], 1), ([6], 3), ([1] * 6, 3)], ids=str)
-def test_cached_pieces_equal_the_whole(
-    tiny_model: tuple[ModelConfig, Policy], pieces: list[int], rows: int
-) -> None:
+def test_cached_pieces_equal_the_whole(tiny_model: tuple[ModelConfig, Policy], pieces: list[int], rows: int) -> None:
     tails_BT = random_tokens((len(PROMPTS) * rows, TAIL), seed=1)
     policy = tiny_model[1]
     close(extended(policy, tails_BT, pieces), uncached(policy, tails_BT), 1e-5)

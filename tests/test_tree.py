@@ -97,9 +97,7 @@ def run_search(
             active_B = jnp.asarray([bool(state.children) for state in here])
             tree, child_BW = expand(tree, node_B, candidates_of(here), active_B)
             for known, state, child_W in zip(states, here, np.asarray(child_BW), strict=True):
-                known.update(
-                    {int(i): c for i, c in zip(child_W, state.children, strict=False) if i != NO_CHILD}
-                )
+                known.update({int(i): c for i, c in zip(child_W, state.children, strict=False) if i != NO_CHILD})
             node_B = jnp.where(active_B, select_child(tree, node_B, exploration), node_B)
         tree = backup(tree, node_B, everywhere_B, discount, value_weight=value_weight)
         for b, state in enumerate(here):
@@ -127,16 +125,12 @@ class Reference:
     def simulate(self, exploration: float, discount: float, value_weight: ValueWeight) -> str:
         leaf = self.state.name
         if self.children:
-            scores = [
-                c.q + exploration * c.state.prior * math.sqrt(self.n) / (1 + c.n) for c in self.children
-            ]
+            scores = [c.q + exploration * c.state.prior * math.sqrt(self.n) / (1 + c.n) for c in self.children]
             child = self.children[scores.index(max(scores))]
             leaf = child.simulate(exploration, discount, value_weight)
             weights = [c.n if value_weight == "visits" else max(1, c.n) for c in self.children]
             self.v = sum(w * c.q for w, c in zip(weights, self.children, strict=True)) / sum(weights)
-            self.q = (
-                self.reward + discount * self.v if self.state.name else 0.0
-            )  # no edge leads into the root
+            self.q = self.reward + discount * self.v if self.state.name else 0.0  # no edge leads into the root
         self.n += 1
         return leaf
 
@@ -205,9 +199,7 @@ def test_a_new_edge_starts_at_its_step_reward(value_weight):
 
 
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
-@pytest.mark.parametrize(
-    ("exploration", "discount"), [(1.0, 1.0), (4.0, 1.0), (1.0, 0.9), (0.0, 1.0), (2.0, 0.0)]
-)
+@pytest.mark.parametrize(("exploration", "discount"), [(1.0, 1.0), (4.0, 1.0), (1.0, 0.9), (0.0, 1.0), (2.0, 0.0)])
 def test_random_trees_equal_the_plain_search(value_weight, exploration, discount):
     roots = random_states(seed=11, count=6)
     for root, search in zip(roots, run_search(roots, 20, exploration, discount, value_weight), strict=True):
@@ -326,9 +318,7 @@ def test_new_tree_is_a_root():
 def test_expand_writes_valid_candidates_contiguously():
     tree = trees.new_tree(1, 8, 3)
     root_B, yes_B = jnp.array([ROOT]), jnp.array([True])
-    first = children_of(
-        [0.25, 9.0, 0.75], [False] * 3, [True, False, True], [False, False, True], [0.2, 0.9, 0.4]
-    )
+    first = children_of([0.25, 9.0, 0.75], [False] * 3, [True, False, True], [False, False, True], [0.2, 0.9, 0.4])
     tree, child_BW = expand(tree, root_B, first, yes_B)
     assert child_BW.tolist() == [[1, NO_CHILD, 2]]
     second = children_of([1.5, 9.0, 9.0], [True, False, False], [True, False, False])
@@ -348,9 +338,7 @@ def test_expand_writes_valid_candidates_contiguously():
     assert tree.terminal_BN[0, used].tolist() == [False, False, False, True]
     assert tree.on_gold_BN[0, used].tolist() == [True, False, True, False]
     np.testing.assert_allclose(tree.prior_BN[0, used], [0.0, 0.2, 0.4, 0.5], rtol=1e-6)
-    assert not any(
-        np.asarray(array)[0, 4:].any() for array in (tree.state_score_BN, tree.q_value_BN, tree.depth_BN)
-    )
+    assert not any(np.asarray(array)[0, 4:].any() for array in (tree.state_score_BN, tree.q_value_BN, tree.depth_BN))
 
 
 def test_expand_leaves_alone_what_it_must_not_touch():
@@ -372,9 +360,7 @@ def test_expand_leaves_alone_what_it_must_not_touch():
 
 def test_expand_drops_what_does_not_fit():
     tree = trees.new_tree(1, 3, 3)
-    tree, child_BW = expand(
-        tree, jnp.array([ROOT]), children_of([0.1, 0.2, 0.3], [True] * 3), jnp.array([True])
-    )
+    tree, child_BW = expand(tree, jnp.array([ROOT]), children_of([0.1, 0.2, 0.3], [True] * 3), jnp.array([True]))
     assert child_BW.tolist() == [[1, 2, NO_CHILD]]
     assert tree.n_nodes_B.tolist() == [3]
     np.testing.assert_allclose(tree.state_score_BN, [[0.0, 0.1, 0.2]], rtol=1e-6)

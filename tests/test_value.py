@@ -109,18 +109,14 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": PARAME
     ],
 )
 @pytest.mark.parametrize("tool", [TOOL, TOOL["function"]])
-def test_optional_defaults_may_be_left_out(
-    gold: str, response: str, right: bool, tool: dict[str, Any]
-) -> None:
+def test_optional_defaults_may_be_left_out(gold: str, response: str, right: bool, tool: dict[str, Any]) -> None:
     assert outcome(gold, response, finished=True, tools=[tool]) == (1.0 if right else -1.0)
     assert outcome(gold, response, finished=True) == -1.0
     graded = outcome(gold, response, finished=True, tools=[tool], grading="graded")
     assert (graded == 1.0) is right
 
 
-@pytest.mark.parametrize(
-    "parameters", [None, {}, {"type": "object"}, {"properties": {"a": None}, "required": None}]
-)
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"properties": {"a": None}, "required": None}])
 def test_tools_without_defaults_change_nothing(parameters: Any) -> None:
     tools = [{"name": "f", "parameters": parameters}, {"name": "no_parameters"}]
     assert outcome("[f(a=1)]", "[f(a=1)]", finished=True, tools=tools) == 1.0
@@ -131,10 +127,7 @@ def test_tools_without_defaults_change_nothing(parameters: Any) -> None:
 def test_assignment_is_the_best(seed: int) -> None:
     numbers = random.Random(seed)
     n_rows, n_columns = numbers.randint(1, 5), numbers.randint(1, 5)
-    credit = [
-        [numbers.choice([0.0, 0.5, 1.0, 2.0, numbers.random()]) for _ in range(n_columns)]
-        for _ in range(n_rows)
-    ]
+    credit = [[numbers.choice([0.0, 0.5, 1.0, 2.0, numbers.random()]) for _ in range(n_columns)] for _ in range(n_rows)]
     wide = credit if n_rows <= n_columns else [list(column) for column in zip(*credit, strict=True)]
     best = max(
         sum(row[column] for row, column in zip(wide, columns, strict=True))
@@ -166,9 +159,7 @@ def test_confidence() -> None:
 
 def test_confidence_ignores_a_shift_of_both_logits() -> None:
     logits_B = jnp.array([-2.0, 0.0, 2.0])
-    np.testing.assert_allclose(
-        confidence(logits_B + 5, logits_B[::-1] + 5), confidence(logits_B, logits_B[::-1])
-    )
+    np.testing.assert_allclose(confidence(logits_B + 5, logits_B[::-1] + 5), confidence(logits_B, logits_B[::-1]))
 
 
 def test_four_grades() -> None:
@@ -176,6 +167,4 @@ def test_four_grades() -> None:
     np.testing.assert_allclose(four_grade_confidence(sure_GG), [0.25, 0.025, -0.25, -0.5], atol=1e-6)
     logits_B1G = jnp.log(jnp.array([[[0.4, 0.3, 0.2, 0.1]]])) + 7.0
     np.testing.assert_allclose(four_grade_confidence(logits_B1G), [[(0.4 + 0.03 - 0.2 - 0.2) / 4]], atol=1e-6)
-    np.testing.assert_allclose(
-        jax.jit(four_grade_confidence)(sure_GG), four_grade_confidence(sure_GG), atol=1e-6
-    )
+    np.testing.assert_allclose(jax.jit(four_grade_confidence)(sure_GG), four_grade_confidence(sure_GG), atol=1e-6)

@@ -177,9 +177,7 @@ def seal_tools_catalogue(rows: Iterable[Row]) -> SealTools:
     for row in rows:
         name, where = field(row, "api_name", str), field(row, "field", str)
         schema = flat_schema(field(row, "parameters", dict), field(row, "required", list))
-        catalogue.tools[name] = tool_schema(
-            {"name": name, "description": row["api_description"], "parameters": schema}
-        )
+        catalogue.tools[name] = tool_schema({"name": name, "description": row["api_description"], "parameters": schema})
         catalogue.field_of[name] = where
         catalogue.fields.setdefault(where, []).append(name)
         catalogue.areas.setdefault(where.partition("/")[0], []).append(name)
@@ -194,9 +192,7 @@ def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int) -> list[S
     earlier call.
     """
     name, calls = field(row, "id", str), field(row, "calling", list)
-    calling = [
-        {"name": field(call, "api", str), "arguments": field(call, "parameters", dict)} for call in calls
-    ]
+    calling = [{"name": field(call, "api", str), "arguments": field(call, "parameters", dict)} for call in calls]
     gold = list(dict.fromkeys(call["name"] for call in calling))
     if unknown := [tool for tool in gold if tool not in catalogue.tools]:
         raise ValueError(f'tool "{unknown[0]}" is not in the list of tools')
@@ -293,9 +289,7 @@ def _toolrl_message(tag: str, text: str) -> Row:
 def _api_bank_tool(tool: Row) -> Row:
     name = tool.get("apiCode") or tool.get("name")
     parameters = tool.get("input_parameters", tool.get("parameters", {}))
-    return tool_schema(
-        {"name": name, "description": tool.get("description"), "parameters": flat_schema(parameters)}
-    )
+    return tool_schema({"name": name, "description": tool.get("description"), "parameters": flat_schema(parameters)})
 
 
 def _api_bank_found(result: str) -> list[Row]:

@@ -21,8 +21,6 @@ TOOL_SHARES = {"train": 60, "validation": 15, "test": 25}
 NAME_SHARES = {"pretraining": 40, "pretraining_test": 10, "train": 25, "validation": 10, "test": 15}
 
 
-
-
 class Manner(NamedTuple):
     """How people speak in a corpus."""
 
@@ -47,8 +45,7 @@ class Tool(NamedTuple):
     def schema(self) -> dict[str, Any]:
         """The tool as an OpenAI function schema."""
         properties = {
-            p.name: {"type": p.type} | ({"enum": list(p.options)} if p.options else {})
-            for p in self.parameters
+            p.name: {"type": p.type} | ({"enum": list(p.options)} if p.options else {}) for p in self.parameters
         }
         parameters = {"type": "object", "properties": properties, "required": list(self.required)}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
@@ -63,9 +60,7 @@ class Request(NamedTuple):
 
 
 def _share_of(text: str, shares: dict[str, int]) -> str:
-    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % sum(
-        shares.values()
-    )
+    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % sum(shares.values())
     for name, share in shares.items():
         if (position := position - share) < 0:
             return name
@@ -80,9 +75,7 @@ def _name(rng: random.Random, part: Part) -> str:
             return name
 
 
-def _tool(
-    rng: random.Random, verb: Sequence[str], thing: Sequence[str], parameters: Sequence[Parameter]
-) -> Tool:
+def _tool(rng: random.Random, verb: Sequence[str], thing: Sequence[str], parameters: Sequence[Parameter]) -> Tool:
     chosen = rng.sample(parameters, k=min(len(parameters), rng.choice((1, 2, 2, 3, 3, 4))))
     required = tuple(p.name for i, p in enumerate(chosen) if i == 0 or rng.random() < 0.6)
     (verb_1, verb_2), (thing_1, thing_2) = rng.sample(verb, 2), rng.sample(thing, 2)
@@ -115,9 +108,7 @@ def _random_parameter(rng: random.Random, name: str, words: list[str]) -> Parame
     kind = rng.choice(("string", "string", "string", "integer", "number", "boolean", "enum"))
     if kind == "enum":
         return Parameter(name, "string", (f"as {{}} {name}",), tuple(rng.sample(words, 3)))
-    return Parameter(
-        name, kind, (f"with {name}", f"without {name}") if kind == "boolean" else (f"{name} {{}}",)
-    )
+    return Parameter(name, kind, (f"with {name}", f"without {name}") if kind == "boolean" else (f"{name} {{}}",))
 
 
 def _value(rng: random.Random, parameter: Parameter, part: Part) -> Any:
@@ -144,9 +135,7 @@ def _literal(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def _request(
-    rng: random.Random, tool: Tool, part: Part, given: tuple[str, Any, str] | None = None
-) -> Request:
+def _request(rng: random.Random, tool: Tool, part: Part, given: tuple[str, Any, str] | None = None) -> Request:
     """A call of `tool` and its words; `given` fixes one parameter: its name, value and phrase."""
     arguments, phrases = [], []
     for parameter in tool.parameters:
@@ -183,9 +172,7 @@ def _sentence(rng: random.Random, requests: list[Request]) -> str:
     return opening + joint.join(request.words for request in requests)
 
 
-def _earlier_turns(
-    rng: random.Random, tool: Tool, part: Part
-) -> tuple[list[dict[str, str]], tuple[str, Any, str]]:
+def _earlier_turns(rng: random.Random, tool: Tool, part: Part) -> tuple[list[dict[str, str]], tuple[str, Any, str]]:
     """A finished exchange about `tool`, and the parameter that the next question takes from it."""
     first = _request(rng, tool, part)
     result = _name(rng, part)
@@ -202,16 +189,12 @@ def _earlier_turns(
     return turns, ("", result, "")
 
 
-def _follow_up(
-    rng: random.Random, pool: list[Tool], part: Part
-) -> tuple[list[dict[str, str]], list[Tool], Request]:
+def _follow_up(rng: random.Random, pool: list[Tool], part: Part) -> tuple[list[dict[str, str]], list[Tool], Request]:
     """Earlier turns, the tools of both turns, and a request that refers back."""
     first = rng.choice(pool)
     turns, given = _earlier_turns(rng, first, part)
     fits = [
-        t
-        for t in pool
-        if any(p.type == "string" and not p.options and given[0] in ("", p.name) for p in t.parameters)
+        t for t in pool if any(p.type == "string" and not p.options and given[0] in ("", p.name) for p in t.parameters)
     ]
     if not fits:  # nothing takes a name: ask for the same tool once more
         return turns, [first], _request(rng, first, part)

@@ -221,12 +221,8 @@ TASK_DOMAINS = (
 NAME_STARTS = tuple(
     c + v for c in "Bal Bor Dan Del Fen Gar Hal Jor Kav Kel Lan Lor Mar Mel Nor".split() for v in "aeio"
 )
-NAME_STARTS += tuple(
-    c + v for c in "Pal Pel Ras Ron Sal Ser Tal Tor Val Vor Wen Yar Zan Zel".split() for v in "aeio"
-)
-NAME_ENDS = tuple(
-    c + v for c in "b d f g k l m n p r s t v z ch sh".split() for v in "an en in on ul ar".split()
-)
+NAME_STARTS += tuple(c + v for c in "Pal Pel Ras Ron Sal Ser Tal Tor Val Vor Wen Yar Zan Zel".split() for v in "aeio")
+NAME_ENDS = tuple(c + v for c in "b d f g k l m n p r s t v z ch sh".split() for v in "an en in on ul ar".split())
 
 # Words that made-up tools of the pretraining corpus are called by, besides all words above.
 FILLERS = tuple(

@@ -96,9 +96,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     try:
         with open(partial, "wb") as raw:
             # No time stamp: equal rows give equal bytes.
-            file = (
-                gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
-            )
+            file = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
             for count, row in enumerate(rows, 1):
                 file.write(_encode(row, place(path, count)))
             if file is not raw:

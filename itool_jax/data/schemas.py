@@ -55,9 +55,7 @@ def json_schema(schema: Row) -> Row:
         elif key == "properties" and isinstance(value, dict):
             # Tables fill the properties a tool lacks with None.
             kept = {name: item for name, item in value.items() if item is not None}
-            out[key] = {
-                name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()
-            }
+            out[key] = {name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()}
         elif key == "items" and isinstance(value, dict):
             out[key] = json_schema(value)
         elif key == "required" and value is None:
@@ -79,9 +77,7 @@ def flat_schema(parameters: Row, required: list[str] | None = None) -> Row:
         if not isinstance(parameter, dict):
             raise ValueError(f'parameter "{name}" is not described by an object')
         written = str(parameter.get("type", "string"))
-        schema = json_schema(
-            {"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")}
-        )
+        schema = json_schema({"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")})
         # An empty default stands for none in these data sets.
         if parameter.get("default") not in ("", None):
             schema["default"] = _typed(parameter["default"], schema.get("type"))
@@ -152,9 +148,7 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
 
 def _parameters(parameters: Row) -> Row:
     # A flat parameter may itself be called "type" or "properties"; its value is then an object.
-    full = isinstance(parameters.get("type"), str) or (
-        "properties" in parameters and "type" not in parameters
-    )
+    full = isinstance(parameters.get("type"), str) or ("properties" in parameters and "type" not in parameters)
     return json_schema(parameters) if full else flat_schema(parameters)
 
 

@@ -70,17 +70,13 @@ def _load_rows(rows: Numbered, where: Callable[[int], str], name: str, n_candida
     return [sample for sample in samples if isinstance(sample, Sample)]
 
 
-def _reader(
-    row: Row, where: str, path: pathlib.Path, n_candidates: int
-) -> Callable[[Row], list[Sample]] | None:
+def _reader(row: Row, where: str, path: pathlib.Path, n_candidates: int) -> Callable[[Row], list[Sample]] | None:
     """The function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
     if keys & {"messages", "prompt_ids", "prompt"}:
         return None
     if {"query", "calling"} <= keys:
-        return functools.partial(
-            formats.from_seal_tools, catalogue=_seal_tools_beside(path), n_candidates=n_candidates
-        )
+        return functools.partial(formats.from_seal_tools, catalogue=_seal_tools_beside(path), n_candidates=n_candidates)
     if {"query", "tools", "answers"} <= keys:
         return formats.from_xlam
     if {"system", "conversations"} <= keys:
@@ -90,12 +86,8 @@ def _reader(
     if "conversations" in keys:
         return formats.from_toolbench
     if {"instruction", "input", "output"} <= keys:
-        return (
-            formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else formats.from_api_bank
-        )
-    raise ValueError(
-        f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}'
-    )
+        return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else formats.from_api_bank
+    raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
 
 
 def _generic(

@@ -142,7 +142,9 @@ class Corpus:
             ids = self.chat.target_ids(other.target)
         return ids if ids != encoded.target_ids else [*ids[:-2], ids[-1]]
 
-    def question(self, rng: random.Random, encoded: Encoded, answer: list[int], right: bool) -> tuple[list[int], list[int]]:
+    def question(
+        self, rng: random.Random, encoded: Encoded, answer: list[int], right: bool
+    ) -> tuple[list[int], list[int]]:
         """A question of self-evaluation about a whole answer or its first steps, and the letter that answers it."""
         gold = encoded.target_ids[:-1]
         steps = split_steps(self.table, answer)
@@ -215,7 +217,7 @@ def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tu
 
 
 def accuracy(policy: Policy, corpus: Corpus, count: int) -> dict[str, float]:
-    """Exact answers on held-out samples: overall, thirds by difficulty, irrelevance, multi-turn; and self-evaluation."""
+    """Exact answers on held-out samples: overall, thirds by difficulty, irrelevance, multi-turn."""
     samples, encoded = held_out(count, corpus.chat, corpus.settings.seed)
     found = answers(policy, corpus, encoded, temperature=0.0)
     right = {e.id: ids == e.target_ids[:-1] for e, ids in zip(encoded, found, strict=True)}
@@ -251,7 +253,8 @@ def train(settings: Settings) -> None:
         state, values = train_step(loss, optimizer, state, {}, batch)
         recent.append(values["loss"])
         if step % 100 == 0:
-            say(f"step {step}/{n_steps}  {time.monotonic() - started:.0f} s  loss {np.mean([float(x) for x in recent]):.3f}")
+            mean = float(np.mean([float(x) for x in recent]))
+            say(f"step {step}/{n_steps}  {time.monotonic() - started:.0f} s  loss {mean:.3f}")
             recent = []
         if step in (int(0.6 * n_steps), int(0.8 * n_steps)):
             corpus.own = judge_own(Policy(graph, state.trainable), corpus, start=10**7 + step, count=2048)

@@ -1,9 +1,10 @@
 """Initial weights that can already copy: what a small model would otherwise spend most of its training to find.
 
-The residual stream starts in orthogonal parts: a token's code, the codes of the tokens one and two back, and a constant. Two heads of
-layer 0 look back by position and fill the middle parts; the heads of layer 1 are induction heads: they find where the last one or two
-tokens stood before and copy what followed (https://arxiv.org/abs/2209.11895). The other heads start mimetic: they
-attend to similar tokens (https://arxiv.org/abs/2305.09828). In: a model's shapes and a seed. Out: its weights, to be trained as any.
+The residual stream starts in orthogonal parts: a token's code, the codes of the tokens one and two back, the kind of
+the last marker (such as <|tools|>), and a constant. Heads of layer 0 look back by position and fill the middle parts;
+heads of layer 1 are induction heads: they find where the last one or two tokens stood before and copy what followed
+(https://arxiv.org/abs/2209.11895). The rest starts mimetic: attending to similar tokens
+(https://arxiv.org/abs/2305.09828). In: a model's shapes and a seed. Out: its weights, to be trained as any.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ Layer = dict[str, np.ndarray]
 
 
 def structured_start(config: ModelConfig, markers: list[int], seed: int) -> Params:
-    """Weights of a model without biases, with six heads or more; `markers` are the ids that open a part of the prompt."""
+    """Weights of a model without biases, of six heads or more; `markers` are ids that open a part of the prompt."""
     rng = np.random.default_rng(seed)
     D, size = config.hidden_size, config.head_dim
     basis_DD = _orthonormal(rng, D)
@@ -100,9 +101,15 @@ def _look_back(
 
 
 def _look_for_marker(
-    layer: Layer, head: int, constant: np.ndarray, marked: np.ndarray, code: np.ndarray, part: np.ndarray, config: ModelConfig
+    layer: Layer,
+    head: int,
+    constant: np.ndarray,
+    marked: np.ndarray,
+    code: np.ndarray,
+    part: np.ndarray,
+    config: ModelConfig,
 ) -> None:
-    """A head that attends to the last marker, by a rotary pair slow enough to tell near from far, and keeps its code."""
+    """A head that attends to the last marker, by a rotary pair that tells near from far, and keeps its code."""
     size, D = config.head_dim, config.hidden_size
     own, pair = slice(head * size, (head + 1) * size), FAST_PAIRS
     strength = np.sqrt(SHARPNESS * np.sqrt(size))
@@ -116,7 +123,12 @@ def _look_for_marker(
 
 
 def _attend_match(
-    layer: Layer, head: int, match: list[tuple[np.ndarray, np.ndarray]], read: np.ndarray, write: np.ndarray, config: ModelConfig
+    layer: Layer,
+    head: int,
+    match: list[tuple[np.ndarray, np.ndarray]],
+    read: np.ndarray,
+    write: np.ndarray,
+    config: ModelConfig,
 ) -> None:
     """A head that attends to where all (current, kept) codes of `match` agree, and writes what it reads there."""
     D, size = config.hidden_size, config.head_dim

@@ -21,10 +21,8 @@ OTHER_WORDS = (
     "None tools None none kindly should same result results code off on True False correct incorrect or so far "
     "Candidate answer Reply your Is A B C D fully mostly wrong now yes no"
 ).split()
-PUNCTUATION = (
-    '[ ] ( ) { } = =" " \' , . : ; | _ - + * / ? ! < > @ # $ % & ~ ^ `'.split()
-    + ['", ', ", ", '"), ', "), ", ")]", '")]', "]", '"]', "()", "()]", "(), ", ": "]
-)
+SIGNS = '[ ] ( ) { } = =" " \' , . : ; | _ - + * / ? ! < > @ # $ % & ~ ^ `'.split()
+PUNCTUATION = (*SIGNS, '", ', ", ", '"), ', "), ", ")]", '")]', "]", '"]', "()", "()]", "(), ", ": ")
 PATTERN = (
     r":(?:" + "|".join(TYPES) + r")\??(?:, |\)\n)?"
     r"| (?:" + "|".join(SMALL_WORDS) + r")(?![A-Za-z0-9])"

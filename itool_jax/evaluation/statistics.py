@@ -53,9 +53,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
         return PairedDifference(math.nan, math.nan, p_value, n, wins, losses, significant=False)
     difference = (wins - losses) / n
     error = math.sqrt(((wins + losses) / n - difference**2) / n)
-    return PairedDifference(
-        difference, error, p_value, n, wins, losses, significant=p_value < SIGNIFICANCE_LEVEL
-    )
+    return PairedDifference(difference, error, p_value, n, wins, losses, significant=p_value < SIGNIFICANCE_LEVEL)
 
 
 def describe(difference: PairedDifference) -> str:

@@ -8,7 +8,7 @@ keeps their tokens and decides which states need the model.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ import numpy as np
 from itool_jax import losses
 from itool_jax.mcts import tree as trees
 from itool_jax.mcts.tree import ROOT, Candidates, Tree, ValueWeight
-from itool_jax.mcts.value import Grading
 from itool_jax.text.steps import Granularity
 
 
@@ -48,7 +47,7 @@ class SearchSettings:
     """Longest last step, in tokens."""
     inject_gold: bool = True
     """Whether the gold's next step joins the candidates where the response so far is the gold's."""
-    grading: Grading = "binary"
+    grading: Literal["binary", "graded"] = "binary"
     """Outcome of a finished response: +1 or -1 (binary), or partial credit from 0 to 1 (graded)."""
     batch: int = 64
     """Prompts searched together."""
@@ -162,7 +161,7 @@ def search(
     for _ in range(s.n_simulations):
         leaf_B = np.asarray(_descend(tree, s.exploration))
         while len(rows := np.flatnonzero(active_B & ~_of(tree.terminal_BN, leaf_B))):
-            states = [_state(tree, problems[b], b, int(leaf_B[b]), nodes, s) for b in rows]
+            states = [_state(tree, problems[b], b, int(leaf_B[b]), nodes, s) for b in rows.tolist()]
             proposals = propose(states)
             sampled += sum(len(step) for p in proposals for step in p.steps[: s.breadth])
             candidates, steps = _candidates(states, proposals, problems, judge, grade, s)

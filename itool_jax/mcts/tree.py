@@ -22,10 +22,10 @@ NO_CHILD = -1
 
 ValueWeight = Literal["visits", "max1"]
 
-IntBW = Int[Array, "B W"]
-FloatBW = Float[Array, "B W"]
-BoolB = Bool[Array, "B"]
-BoolBW = Bool[Array, "B W"]
+IntBW = Int[AnyArray, "B W"]
+FloatBW = Float[AnyArray, "B W"]
+BoolB = Bool[AnyArray, "B"]
+BoolBW = Bool[AnyArray, "B W"]
 
 
 class Tree(NamedTuple):
@@ -141,9 +141,7 @@ def expand(tree: Tree, node_B: IntB, candidates: Candidates, active_B: BoolB) ->
     """
     max_children = tree.children_BNW.shape[2]
     if candidates.valid_BW.shape[1] != max_children:
-        raise ValueError(
-            f"the tree has {max_children} child slots, got {candidates.valid_BW.shape[1]} candidates"
-        )
+        raise ValueError(f"the tree has {max_children} child slots, got {candidates.valid_BW.shape[1]} candidates")
     active_B = active_B & is_leaf(tree, node_B) & ~_pick(tree.terminal_BN, node_B)
     child_BW = _allocate(tree, candidates.valid_BW & active_B[:, None])
     old_children_BW = _children(tree, node_B)
@@ -156,9 +154,7 @@ def expand(tree: Tree, node_B: IntB, candidates: Candidates, active_B: BoolB) ->
     return _write_nodes(tree, node_B, child_BW, candidates), child_BW
 
 
-def backup(
-    tree: Tree, leaf_B: IntB, active_B: BoolB, discount: float | Array, value_weight: ValueWeight
-) -> Tree:
+def backup(tree: Tree, leaf_B: IntB, active_B: BoolB, discount: float | Array, value_weight: ValueWeight) -> Tree:
     """Counts one simulation that ended at `leaf_B` and renews V and Q from there up to the root, if active.
 
     N += 1; V(s) = sum(w Q) / sum(w) over the children (eq 9); Q(s, a) = r + discount * V(s') (eq 8).

@@ -48,9 +48,7 @@ def find(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model {name} is no folder here and cannot be had from the hub: {reason}"
-        ) from error
+        raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
 
 
 def read_config(folder: Path, dtype: str) -> ModelConfig:
@@ -216,9 +214,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read(
-    files: dict[str, Path], folder: Path, name: str, shape: tuple[int, ...], transposed: bool
-) -> np.ndarray:
+def _read(files: dict[str, Path], folder: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
     """A tensor of the shape given, which is that of the parameters."""
     from safetensors import safe_open
 
@@ -228,9 +224,7 @@ def _read(
         value = file.get_tensor(name)
     wanted = shape[::-1] if transposed else shape
     if value.shape != wanted:
-        raise ValueError(
-            f"{files[name]}: tensor {name} has shape {value.shape}, config.json asks for {wanted}"
-        )
+        raise ValueError(f"{files[name]}: tensor {name} has shape {value.shape}, config.json asks for {wanted}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{files[name]}: tensor {name} holds {value.dtype}, not floating-point numbers")
     return value.T if transposed else value

@@ -64,9 +64,7 @@ class LoraConfig(NamedTuple):
 class Linear(nnx.Module):
     """x @ kernel (+ bias) (+ alpha/rank · x @ A @ B), with A and B in float32."""
 
-    def __init__(
-        self, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig | None, dtype: str, rngs: nnx.Rngs
-    ):
+    def __init__(self, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig | None, dtype: str, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
@@ -227,9 +225,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), size))
         self.layers = stack(rngs)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), size[::-1]))
-        )
+        self.lm_head = None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), size[::-1]))
         self.config = config
 
     def unembedding(self) -> Float[Array, "D V"]:
@@ -267,9 +263,7 @@ class Transformer(nnx.Module):
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(k, v, length)
 
-    def hidden_at(
-        self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"]
-    ) -> Float[Array, "B R D"]:
+    def hidden_at(self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"]) -> Float[Array, "B R D"]:
         """Last hidden states at chosen positions only: what is not a target needs no logits."""
         hidden_BTD, _ = self(tokens_BT)
         return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)

@@ -198,7 +198,9 @@ def need(config: Config, phase: str, name: str, stage: str) -> list[dict[str, An
     """The rows of a file that an earlier stage writes; ValueError names the stage to run."""
     path = config.run_dir / phase / name
     if not path.exists():
-        raise ValueError(f"{path} does not exist; run --stage={stage} --iteration={phase.removeprefix('iteration_')} first")
+        raise ValueError(
+            f"{path} does not exist; run --stage={stage} --iteration={phase.removeprefix('iteration_')} first"
+        )
     return [row for _, row in read_rows(path)]
 
 

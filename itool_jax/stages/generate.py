@@ -1,6 +1,6 @@
 """Responses of a model to prompts from a file.
 
-In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without a file, the text of each.
+In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without it, the texts.
 """
 
 from typing import Any

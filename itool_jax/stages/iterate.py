@@ -43,7 +43,9 @@ def summarize(config: Config) -> dict[str, Any]:
     found = []
     for name in phases(config):
         figures = folder.read_done(config, name, stage) or {}
-        figures["seconds"] = round(sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage)), 2)
+        figures["seconds"] = round(
+            sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage)), 2
+        )
         found.append({"name": name, **figures})
     searches = []
     for i in range(1, config.iterations + 1):

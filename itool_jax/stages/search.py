@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from itool_jax.config import Config
@@ -25,6 +24,7 @@ from itool_jax.stages.folder import Base
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, split_steps
+from itool_jax.types import AnyArray
 
 PROMPT_BUCKET, PATH_BUCKET = 256, 48  # smallest padded widths: few programs matter more than tight ones here
 
@@ -52,9 +52,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
         for batch in batches:
             # 2. Search a batch of them in lock-step (eq 5 to 9).
             searcher = Searcher(policy, base, table, batch, settings, config.self_eval, config.seed)
-            forest = search(
-                searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings, advance
-            )
+            forest = search(searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings, advance)
             # 3. The best and the worst step at each node are a preference pair.
             found = preference_pairs(
                 forest.tree, forest.step_tokens_BNS, forest.step_length_BN, base.chat.tokenizer.decode, config.pairs
@@ -211,7 +209,7 @@ def _take(prefix: Prefix, index_P: jax.Array) -> Prefix:
 
 
 @jax.jit
-def _confidences(logits_BA: jax.Array) -> jax.Array:
+def _confidences(logits_BA: jax.Array) -> AnyArray:
     if logits_BA.shape[1] == 2:
         return confidence(logits_BA[:, 0], logits_BA[:, 1])
     return four_grade_confidence(logits_BA)

@@ -238,9 +238,7 @@ def _unescape(match: re.Match[str]) -> str:
 
 
 def _written_call(call: Call) -> str:
-    arguments = ", ".join(
-        f"{_checked(key, _KEYWORD)}={_written(value, 0)}" for key, value in call.arguments.items()
-    )
+    arguments = ", ".join(f"{_checked(key, _KEYWORD)}={_written(value, 0)}" for key, value in call.arguments.items())
     return f"{_checked(call.name, _NAME)}({arguments})"
 
 
@@ -275,11 +273,7 @@ def _written_scalar(value: Any) -> str:
 
 def _openai_call(entry: Any) -> Call:
     function = entry.get("function", entry) if isinstance(entry, dict) else None
-    if (
-        not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-        or "arguments" not in function
-    ):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         raise ValueError('expected {"name": ..., "arguments": ...}, alone or under "function"')
     arguments = function["arguments"]
     if isinstance(arguments, str):

@@ -94,9 +94,7 @@ class Chat:
         """Ids of a text, nothing added."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def render(
-        self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool
-    ) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it, thinking off and the date fixed.
 
         Raises:
@@ -161,9 +159,7 @@ def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
     return Encoded(sample.id, prompt_ids, chat.target_ids(sample.target))
 
 
-def evaluation_frame(
-    chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary"
-) -> EvaluationFrame:
+def evaluation_frame(chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary") -> EvaluationFrame:
     """The self-evaluation question as a continuation of any prompt, whose cache it shares (C of eq 6).
 
     With a reference (its ids, without end of turn) the assistant has answered it, and the user shows the

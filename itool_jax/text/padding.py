@@ -39,7 +39,7 @@ def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
     """The padded length: the next of 128, 192, 256, 384, 512, …: powers of two and the halves between."""
     power = max(smallest, 1 << max(0, length - 1).bit_length())
     halfway = power * 3 // 4
-    return halfway if length <= halfway and halfway > smallest else power
+    return halfway if length <= halfway and halfway >= smallest else power
 
 
 def target_width(prompt_length: int, target_length: int, smallest: int = SMALLEST_WIDTH) -> int:

@@ -67,9 +67,7 @@ class StepState(NamedTuple):
     depth: IntAny
 
 
-def build_step_table(
-    tokenizer: Any, granularity: Granularity, vocab_size: int, stop_ids: Sequence[int]
-) -> StepTable:
+def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, stop_ids: Sequence[int]) -> StepTable:
     """Read the vocabulary into a table of `vocab_size` rows, the model's (1.6 s for 150,000).
 
     Special tokens, and ids beyond the tokenizer's (padding), change nothing. `stop_ids` are the end-of-turn
@@ -79,16 +77,12 @@ def build_step_table(
         ValueError: a stop id is outside the vocabulary.
     """
     if max(stop_ids) >= vocab_size:
-        raise ValueError(
-            f"end-of-turn token {max(stop_ids)} is outside the model's vocabulary of {vocab_size}"
-        )
+        raise ValueError(f"end-of-turn token {max(stop_ids)} is outside the model's vocabulary of {vocab_size}")
     texts = _token_texts(tokenizer, vocab_size)
     signatures = [_signature(text) for text in texts]
     index = {signature: i for i, signature in enumerate(dict.fromkeys(signatures))}
     # U distinct signatures (1,615 in a vocabulary of 150,000), F the four fields of a scan.
-    rows_UQF = np.array(
-        [[_scan(signature, state) for state in range(N_STATES)] for signature in index], np.int32
-    )
+    rows_UQF = np.array([[_scan(signature, state) for state in range(N_STATES)] for signature in index], np.int32)
     rows_VQF = rows_UQF[np.array([index[signature] for signature in signatures])]
     is_stop_V = np.zeros(vocab_size, bool)
     is_stop_V[list(stop_ids)] = True

@@ -1,0 +1,118 @@
+"""Training batches: every row once an epoch, in an order that the seed alone decides, in few shapes."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from itool_jax.data.batches import PairRow, collate_pairs, pair_batches, sft_batches
+from itool_jax.text.chat import Encoded
+from itool_jax.text.padding import TargetBatch, bucket
+
+
+def encoded(count: int) -> list[Encoded]:
+    """Rows of many lengths; each opens with a token of its own."""
+    rng = random.Random(0)
+    lengths = [(rng.randint(1, 300), rng.randint(1, 80)) for _ in range(count)]
+    return [Encoded(f"row {i}", [1000 + i] + [1] * p, [2 + i] * t) for i, (p, t) in enumerate(lengths)]
+
+
+def pairs(count: int) -> list[PairRow]:
+    rng = random.Random(1)
+    return [
+        PairRow(
+            [1000 + i] + [1] * rng.randint(0, 300),
+            [2 + i] * rng.randint(1, 80),
+            [500 + i] * rng.randint(1, 80),
+            (-float(i) - 0.5, -float(i) - 0.25),
+            (i + 1, 2 * i),
+        )
+        for i in range(count)
+    ]
+
+
+def targets(batch: TargetBatch, b: int) -> list[int]:
+    return batch.targets_BR[b, batch.mask_BR[b]].tolist()
+
+
+def opening(batch: TargetBatch) -> list[int]:
+    """The rows of a batch by number; -1 is padding."""
+    return [int(token) - 1000 if token else -1 for token in batch.tokens_BT[:, 0]]
+
+
+def flat(batches: Any) -> list[np.ndarray]:
+    return [array for batch in batches for array in batch]
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "epochs"), [(1, 4, 1), (12, 4, 2), (13, 4, 3), (3, 8, 2), (70, 2, 1), (5, 1, 2)]
+)
+def test_every_sample_comes_once_an_epoch(count: int, batch_size: int, epochs: int) -> None:
+    rows = encoded(count)
+    batches = list(sft_batches(rows, batch_size, epochs, seed=0))
+    a_pass = -(-count // batch_size)
+    assert len(batches) == len(sft_batches(rows, batch_size, epochs, seed=0)) == epochs * a_pass
+    for epoch in range(epochs):
+        seen = [i for batch in batches[epoch * a_pass : (epoch + 1) * a_pass] for i in opening(batch)]
+        assert Counter(seen) == Counter([*range(count), *[-1] * (a_pass * batch_size - count)])
+    for batch in batches:
+        for b, i in enumerate(opening(batch)):
+            assert targets(batch, b) == (rows[i].target_ids if i >= 0 else [])
+            whole = rows[i].prompt_ids + rows[i].target_ids if i >= 0 else []
+            assert batch.tokens_BT[b, : len(whole)].tolist() == whole
+            assert not batch.tokens_BT[b, len(whole) :].any()
+
+
+def test_the_seed_alone_decides_the_order() -> None:
+    rows = encoded(50)
+    first, again, other = (list(sft_batches(rows, 4, 2, seed)) for seed in (3, 3, 4))
+    for one, two in zip(flat(first), flat(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert [opening(batch) for batch in first] != [opening(batch) for batch in other]
+    assert [opening(batch) for batch in first[:13]] != [opening(batch) for batch in first[13:]]  # epochs differ
+
+
+def test_rows_of_one_length_come_together_in_few_shapes() -> None:
+    rows = encoded(400)
+    batches = list(sft_batches(rows, 4, 1, seed=0))
+    widths = [batch.tokens_BT.shape[1] for batch in batches]
+    assert {batch.tokens_BT.shape[0] for batch in batches} == {4}
+    assert all(width == bucket(width) for width in widths)
+    assert len(set(widths)) <= 4
+    used = sum(len(row.prompt_ids) + len(row.target_ids) for row in rows)
+    assert used / (4 * sum(widths)) > 0.7  # of random rows, padded to the longest of four, about half is used
+    assert widths != sorted(widths)
+
+
+def test_pairs_carry_reference_and_visits() -> None:
+    rows = pairs(11)
+    seen = []
+    for batch in pair_batches(rows, 4, 1, seed=0):
+        chosen, rejected = opening(batch.both)[:4], opening(batch.both)[4:]
+        assert chosen == rejected
+        assert batch.real_B.tolist() == [i >= 0 for i in chosen]
+        for b, i in enumerate(chosen):
+            row = rows[i] if i >= 0 else PairRow([], [], [], (0.0, 0.0), (0, 0))
+            assert targets(batch.both, b) == row.chosen_ids
+            assert targets(batch.both, 4 + b) == row.rejected_ids
+            assert (batch.reference[0][b], batch.reference[1][b]) == row.reference
+            assert (batch.visits[0][b], batch.visits[1][b]) == row.visits
+        seen += [i for i in chosen if i >= 0]
+    assert sorted(seen) == list(range(11))
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [(1, 150), (150, 1)])
+def test_a_pair_is_as_wide_as_its_longer_side(chosen: int, rejected: int) -> None:
+    row = PairRow([7], [2] * chosen, [3] * rejected, (0.0, 0.0), (1, 1))
+    (batch,) = pair_batches([row], 1, 1, seed=0)
+    assert batch.both.tokens_BT.shape == (2, 384)  # half of a row must hold the longer step
+    assert batch.both.mask_BR.sum(axis=1).tolist() == [chosen, rejected]
+
+
+def test_a_batch_may_hold_no_pair() -> None:
+    batch = collate_pairs([], 128, 2)
+    assert not batch.real_B.any()
+    assert not batch.both.mask_BR.any()
+    assert batch.reference[0].tolist() == [0, 0]
