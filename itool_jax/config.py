@@ -3,8 +3,12 @@
 A YAML file holds differences from the defaults only; the command line wins over it. Every run saves its settings.
 """
 
+import contextlib
 import dataclasses
-import sys
+import errno
+import io
+import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +28,7 @@ from itool_jax.train import PreferenceSettings, WarmupSettings
 Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate"]
 
 DEMO = "demo"
+PROGRAM = "python -m itool_jax.main"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,13 @@ class Config:
             raise ValueError(f"iterations must not be negative, got {self.iterations}")
         if self.iteration < 1:
             raise ValueError(f"iteration must be positive, got {self.iteration}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if self.output is not None and self.stage not in ("score", "generate"):
+            raise ValueError(f"output is for the stages score and generate, got it with stage {self.stage}")
+        for name, value in self.flat().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""
@@ -87,13 +99,50 @@ class Config:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The settings of a command line; tyro prints help and errors and exits with 0 and 2."""
+    """The settings of a command line; `--help` is printed and exits with 0.
+
+    Raises:
+        ValueError: one line that names the setting, and the YAML file where it stands in one.
+    """
     arguments = list(arguments)
     chosen = _chosen_file(arguments)
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
-    from_file = _file_arguments(find_config(chosen)) if chosen else []
-    return tyro.cli(Config, args=[*from_file, *arguments], prog="python -m itool_jax.main")
+    from_file: list[str] = []
+    if chosen is not None:
+        path = find_config(chosen)
+        from_file = _file_arguments(path)
+        try:
+            _parse(["--stage=iterate", *from_file])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return _parse([*from_file, *arguments])
+
+
+def _parse(arguments: list[str]) -> Config:
+    """What tyro makes of them, its errors as one line."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Config, args=arguments, prog=PROGRAM)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(printed.getvalue())) from stop
+
+
+def _one_line(box: str) -> str:
+    """The text in a box that tyro printed, without its frame, colours and last part, which points to --help."""
+    lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch("[─-]+", line):
+            parts.append([])
+        elif line and not line.startswith(("╭", "╰", "+")):
+            parts[-1].append(line)
+    text = "; ".join(" ".join(part) for part in (parts[:-1] or parts))
+    # tyro puts the section before what a dataclass of ours says, which names the setting itself.
+    return re.sub(r"^Error parsing \w+: ", "", text) + "; see --help"
 
 
 def _chosen_file(arguments: list[str]) -> str | None:
@@ -120,7 +169,7 @@ def _file_arguments(path: Path) -> list[str]:
     """A YAML file as command-line arguments, so that one parser checks both."""
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
@@ -151,33 +200,60 @@ def _defaults() -> dict[str, Any]:
 
 
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
-FREE = ("stage", "config", "run_dir", "output", "iterations", "iteration", "evaluate.", "generate.")
+FREE = (
+    *("stage", "config", "run_dir", "output", "iterations", "iteration"),
+    *("evaluate.", "generate.temperature", "generate.tokens_per_batch"),
+)
 
 
 def save_or_check(config: Config) -> None:
-    """Saves the settings in the run directory; an existing one must have been made with the same.
+    """Saves the settings in the run directory; one with finished work must have been made with the same.
+
+    Stages that write one file of their own need no run directory, only a place for that file.
 
     Raises:
         ValueError: it was made with other settings; names the first.
     """
-    path = config.run_dir / "config.yaml"
-    flat = config.flat()
-    if not path.exists():
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(flat, sort_keys=False))
-        partial.replace(path)
+    if config.output is not None:
+        if config.output.is_dir():
+            raise ValueError(f"output {config.output} is a folder, not a file")
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+    if config.output is not None or config.stage == "generate":
         return
-    saved = yaml.safe_load(path.read_text())
-    for name, value in flat.items():
-        if not name.startswith(FREE) and isinstance(saved, dict) and saved.get(name) != value:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path = config.run_dir / "config.yaml"
+    # A command that failed before it computed anything binds nobody to its settings.
+    if path.exists() and any(not entry.name.startswith("config.") for entry in config.run_dir.iterdir()):
+        _check_saved(path, config)
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(config.flat(), sort_keys=False))
+    partial.replace(path)
+
+
+def _check_saved(path: Path, config: Config) -> None:
+    mend = "choose another --run_dir"
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); {mend}") from error
+    for name, value in config.flat().items():
+        if name.startswith(FREE):
+            continue
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
+        if saved[name] != value:
             raise ValueError(
-                f"run directory {config.run_dir} was made with {name}={saved.get(name)}, now it is {value}; "
-                "choose another --run_dir or the same settings"
+                f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "
+                f"{mend} or the same settings"
             )
 
 
-def describe_error(error: BaseException) -> str:
-    """One line for the user."""
+def describe_error(error: BaseException, where: Path | None = None) -> str:
+    """One line for the user; `where` is what was being written, for errors that name no file."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return f"{Path(sys.argv[0]).name}: error: {text}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or where or 'error'}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += "; free some space and run the same command again: what is finished is kept"
+    return f"{PROGRAM}: error: {text}"

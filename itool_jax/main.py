@@ -8,17 +8,38 @@ from pathlib import Path
 from itool_jax import config as settings
 from itool_jax.config import Config
 
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code: 0, or 2 for what the user can mend."""
     try:
-        _run(settings.parse(sys.argv[1:] if arguments is None else arguments))
+        code = _main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output went away; the interpreter shall not complain about that when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def _main(arguments: Sequence[str]) -> int:
+    where = None
+    try:
+        config = settings.parse(arguments)
+        where = config.output or config.run_dir
+        _run(config)
+    except BrokenPipeError:
+        raise
+    except SystemExit as stop:  # after --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped, what is finished is kept", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         if os.environ.get("ITOOL_TRACEBACK"):
             raise
-        print(settings.describe_error(error), file=sys.stderr)
+        print(settings.describe_error(error, where), file=sys.stderr)
         return USAGE_ERROR
     return 0
 
@@ -41,8 +62,7 @@ def _run(config: Config) -> None:
         "evaluate": evaluate.run,
         "generate": generate.run,
     }
-    if config.output is None and config.stage != "generate":
-        settings.save_or_check(config)
+    settings.save_or_check(config)
     stages[config.stage](config)
 
 

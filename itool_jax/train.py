@@ -132,7 +132,7 @@ def train_step(
     (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = jax.tree.map(lambda p, u: p + learning_rate * u, state.trainable, updates)
-    metrics = metrics | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+    metrics = metrics | {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
     return TrainState(trainable, optimizer_state, state.step + 1), metrics
 
 

@@ -64,7 +64,11 @@ def test_a_terminal_sees_how_far_the_work_is(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_error_passes_through_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="inside"), progress("counting", 2) as advance:
-        advance()
-        raise ValueError("inside")
+    def fail() -> None:
+        with progress("counting", 2) as advance:
+            advance()
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
     assert "counting" not in capsys.readouterr().err

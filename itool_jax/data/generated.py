@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Sequence
@@ -86,12 +87,17 @@ def _tool(rng: random.Random, verb: Sequence[str], thing: Sequence[str], paramet
 
 def _domain_tools(part: Part, domain: Domain, rng: random.Random) -> list[Tool]:
     """All tools of a domain that belong to a part; the task's tools are fixed, those of pretraining vary."""
-    if part in ("pretraining", "pretraining_test"):
+    if part not in TOOL_SHARES:
         pairs = [(v, t) for v in rng.sample(lexicon.VERBS, 6) for t in domain.things]
         return [_tool(rng, v, t, domain.parameters) for v, t in pairs]
+    return list(_task_tools(part, domain))
+
+
+@functools.cache
+def _task_tools(part: Part, domain: Domain) -> tuple[Tool, ...]:
     pairs = [(v, t) for v in lexicon.VERBS + lexicon.TASK_VERBS for t in domain.things]
     mine = [(v, t) for v, t in pairs if _share_of(f"{v[0]} {t[0]}", TOOL_SHARES) == part]
-    return [_tool(random.Random(f"{v[0]} {t[0]}"), v, t, domain.parameters) for v, t in mine]
+    return tuple(_tool(random.Random(f"{v[0]} {t[0]}"), v, t, domain.parameters) for v, t in mine)
 
 
 def _random_tools(rng: random.Random) -> list[Tool]:

@@ -9,25 +9,26 @@ from typing import Any
 from itool_jax import checkpoint, train
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
-from itool_jax.data.records import read_rows, write_jsonl
+from itool_jax.data.records import write_jsonl
 from itool_jax.metrics import Metrics, progress, say
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import folder
 
 Row = dict[str, Any]
+PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "dpo", lambda: _train(config, phase))
+    return folder.once(config, phase, "dpo", lambda: _train(config, phase), ["adapters"])
 
 
 def _train(config: Config, phase: str) -> dict[str, Any]:
     before = folder.phase_name(config.iteration - 1)
     folder.require_policy(config, before)
-    rows = folder.need(config, phase, "pairs.jsonl", "search")
+    rows = folder.need(config, phase, "pairs.jsonl", "search", PAIR_KEYS)
     adapters = folder.load_adapters(config, before)
     if not rows:
         say(f"{phase}: the search found no pair, the policy stays as it is")
@@ -92,4 +93,9 @@ def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict
             sums = target_log_probs(policy, steps, config.generate.tokens_per_batch, advance)
         found = zip(rows, sums[::2], sums[1::2], strict=True)
         write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
-    return {row["id"]: (row["chosen"], row["rejected"]) for _, row in read_rows(path)}
+    reference = {
+        row["id"]: (row["chosen"], row["rejected"]) for row in folder.read_table(path, ["id", "chosen", "rejected"])
+    }
+    if missing := [row["id"] for row in rows if row["id"] not in reference]:
+        raise ValueError(f"{path} holds no row of pair {missing[0]}; delete it to compute it again")
+    return reference

@@ -10,7 +10,7 @@ from typing import Any
 
 from itool_jax import replay
 from itool_jax.config import Config
-from itool_jax.data.records import Sample, read_rows, write_jsonl
+from itool_jax.data.records import Sample, write_jsonl
 from itool_jax.evaluation.statistics import standard_error
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
@@ -40,13 +40,14 @@ def results_file(config: Config, phase: str) -> Path:
 
 def evaluate(config: Config, phase: str) -> dict[str, Any]:
     """Evaluates one phase unless that is done."""
-    stage = results_file(config, phase).stem
-    return folder.once(config, phase, stage, lambda: _evaluate(config, phase))
+    file = results_file(config, phase)
+    return folder.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name])
 
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Whether each evaluated sample is right, by id."""
-    return {row["id"]: row["correct"] for _, row in read_rows(results_file(config, phase))}
+    rows = folder.read_table(results_file(config, phase), ["id", "correct"])
+    return {row["id"]: row["correct"] for row in rows}
 
 
 def _evaluate(config: Config, phase: str) -> dict[str, Any]:

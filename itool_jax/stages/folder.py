@@ -19,7 +19,7 @@ import jax
 from itool_jax import checkpoint, replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
-from itool_jax.data.records import Sample, read_rows, sample_row, write_jsonl
+from itool_jax.data.records import Sample, place, read_rows, sample_row, write_jsonl
 from itool_jax.metrics import say
 from itool_jax.model import hf
 from itool_jax.model.lora import initialize_adapters, merge_adapters
@@ -95,11 +95,21 @@ def load_policy(config: Config, phase: str) -> Policy:
     return Policy(graph, jax.jit(merge_adapters, static_argnums=2)(base.params, adapters, config.lora.config))
 
 
+def data_file(config: Config) -> str:
+    """The data file of the stages that read one of their own."""
+    if config.data == "generated":
+        raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or of raw prompts")
+    return config.data
+
+
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made and written down when first asked for."""
     path = config.run_dir / "data" / f"{part}.jsonl"
     if not path.exists():
-        for name, rows in _make_parts(config).items():
+        parts = _make_parts(config)
+        for rows in parts.values():
+            encode(config, rows)  # a sample that the model cannot take is met now, not hours later
+        for name, rows in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in rows))
     found = sources.read_samples(path, need_target=True)
     return [sample for sample in found if isinstance(sample, Sample)]
@@ -136,6 +146,13 @@ def check_lengths(encoded: Sequence[Encoded], limit: int) -> None:
     check_room(encoded, limit)
 
 
+def check_ids(encoded: Sequence[Encoded], vocab_size: int) -> None:
+    """Every token id must have an embedding: raw rows may hold any number."""
+    for row in encoded:
+        if (largest := max((*row.prompt_ids, *row.target_ids), default=0)) >= vocab_size:
+            raise ValueError(f"sample {row.id}: token id {largest} is not in the model's vocabulary of {vocab_size}")
+
+
 def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
     """Every prompt, with its target and `room` more, must fit the context, and none may be empty."""
     for row in encoded:
@@ -169,9 +186,12 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        figures = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
+    if not isinstance(figures, dict) or "seconds" not in figures:
+        raise ValueError(f"{path} is damaged (it holds no seconds); delete it to run the stage again")
+    return figures
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -182,9 +202,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def once(config: Config, phase: str, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took."""
-    if (figures := read_done(config, phase, stage)) is not None:
+def once(
+    config: Config, phase: str, stage: str, work: Callable[[], dict[str, Any]], outputs: Sequence[str]
+) -> dict[str, Any]:
+    """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took.
+
+    It is done where the figures and all `outputs`, names in the phase's folder, are there.
+    """
+    figures = read_done(config, phase, stage)
+    if figures is not None and all((config.run_dir / phase / name).exists() for name in outputs):
         say(f"{phase}: {stage} is done already")
         return figures
     start = time.monotonic()
@@ -194,18 +220,31 @@ def once(config: Config, phase: str, stage: str, work: Callable[[], dict[str, An
     return figures
 
 
-def need(config: Config, phase: str, name: str, stage: str) -> list[dict[str, Any]]:
-    """The rows of a file that an earlier stage writes; ValueError names the stage to run."""
+def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file of the run; ValueError names a row that lacks one of the keys."""
+    found = []
+    for number, row in read_rows(path):
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f'{place(path, number)}: no "{missing[0]}"; delete the file to compute it again')
+        found.append(row)
+    return found
+
+
+def need(config: Config, phase: str, name: str, stage: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file that an earlier stage writes; ValueError names the stage to run, or a row without a key."""
     path = config.run_dir / phase / name
     if not path.exists():
-        raise ValueError(
-            f"{path} does not exist; run --stage={stage} --iteration={phase.removeprefix('iteration_')} first"
-        )
-    return [row for _, row in read_rows(path)]
+        raise ValueError(f"{path} does not exist; run {_command(stage, phase)} first")
+    return read_table(path, keys)
 
 
 def require_policy(config: Config, phase: str) -> None:
     """ValueError where the phase before has no weights yet."""
     if not adapters_folder(config, phase).is_dir():
         stage = "warmup" if phase == "warmup" else "dpo"
-        raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run --stage={stage} first")
+        raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run {_command(stage, phase)} first")
+
+
+def _command(stage: str, phase: str) -> str:
+    iteration = phase.removeprefix("iteration_")
+    return f"--stage={stage}" + (f" --iteration={iteration}" if iteration != phase else "")

@@ -4,6 +4,8 @@ In a run: the replay buffer in, `scores.jsonl` of the iteration out, the hardest
 in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it is.
 """
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ def run(config: Config) -> dict[str, Any]:
     if config.output is not None:
         return _score_file(config, config.output)
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase))
+    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase), ["scores.jsonl"])
 
 
 def _score_file(config: Config, output: Path) -> dict[str, Any]:
     base = folder.load_base(config)
-    encoded = [encode_sample(base.chat, sample) for sample in read_samples(config.data, need_target=True)]
+    encoded = [encode_sample(base.chat, sample) for sample in read_samples(folder.data_file(config), need_target=True)]
+    folder.check_ids(encoded, base.config.vocab_size)
     folder.check_lengths(encoded, base.config.max_length)
     rows = perplexities(folder.load_policy(config, "base"), encoded, config)
     write_jsonl(output, rows)
@@ -59,12 +62,19 @@ def perplexities(policy: Policy, encoded: list[Encoded], config: Config) -> list
         sums = target_log_probs(
             policy, [(e.prompt_ids, e.target_ids) for e in encoded], config.generate.tokens_per_batch, advance
         )
+    for row, total in zip(encoded, sums, strict=True):
+        if not math.isfinite(total):
+            raise ValueError(
+                f"sample {row.id}: its log-probability is {total}; the weights are damaged, "
+                "or training diverged: lower its learning_rate"
+            )
     return [
         {
             "id": row.id,
             "n_tokens": len(row.target_ids),
             "logprob_sum": total,
-            "perplexity": float(losses.perplexity(total, len(row.target_ids))),
+            # JSON has no infinity.
+            "perplexity": min(float(losses.perplexity(total, len(row.target_ids))), sys.float_info.max),
         }
         for row, total in zip(encoded, sums, strict=True)
     ]

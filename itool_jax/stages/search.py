@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def run(config: Config) -> dict[str, Any]:
     """Searches the hardest samples of an iteration unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "search", lambda: _search(config, phase))
+    return folder.once(config, phase, "search", lambda: _search(config, phase), ["trees.jsonl", "pairs.jsonl"])
 
 
 def _search(config: Config, phase: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     folder.require_policy(config, before)
     policy, table = folder.load_policy(config, before), folder.step_table(base, settings.granularity)
     # 1. The hardest samples, by the perplexities of this iteration.
-    scores = folder.need(config, phase, "scores.jsonl", "score")
+    scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
     hardest = sorted((s for s in folder.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
     batches = _batches(hardest, folder.encode(config, hardest), settings.batch)
@@ -62,6 +62,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
             tokens += forest.sampled_tokens
     write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
     write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
+    (config.run_dir / phase / "reference.jsonl").unlink(missing_ok=True)  # of the pairs of an earlier search
     solved = sum(any(node["outcome"] > 0 and not node["gold"] for node in tree["nodes"]) for tree in trees)
     figures = {"prompts": len(hardest), "trees": len(trees), "pairs": len(pairs)}
     return figures | {"solved": solved, "generated_tokens": tokens}

@@ -18,7 +18,7 @@ PHASE = "warmup"
 
 def run(config: Config) -> dict[str, Any]:
     """Trains from the base unless that is done; returns the stage's figures."""
-    return folder.once(config, PHASE, "warmup", lambda: _warm_up(config))
+    return folder.once(config, PHASE, "warmup", lambda: _warm_up(config), ["adapters"])
 
 
 def _warm_up(config: Config) -> dict[str, Any]:

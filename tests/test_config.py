@@ -1,0 +1,253 @@
+"""Settings: defaults, YAML, command line, their order, what is refused, and what binds a run directory."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from itool_jax import config as settings
+from itool_jax.config import Config
+from tests.conftest import REPOSITORY
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a command line is refused with."""
+    with pytest.raises(ValueError) as caught:
+        settings.parse(arguments)
+    line = str(caught.value)
+    assert line
+    assert "\n" not in line
+    assert not re.search("[│╭╰─\x1b]", line)
+    return line
+
+
+# Where values come from -------------------------------------------------------------------------------------
+
+
+def test_without_model_or_data_the_demo_is_run():
+    demo = yaml.safe_load((REPOSITORY / "configs/demo.yaml").read_text())
+    config = settings.parse(["--stage=iterate"])
+    assert config.run_dir == Path(demo["run_dir"])
+    assert config.generated.train == demo["generated"]["train"]
+    assert config.preference.sft_weight == demo["preference"]["sft_weight"]
+
+
+@pytest.mark.parametrize("own", ["--model=some/model", "--data=rows.jsonl"])
+def test_with_a_model_or_data_the_defaults_hold(own: str):
+    config = settings.parse(["--stage=iterate", own])
+    assert config == dataclasses.replace(Config(stage="iterate"), **dict([own[2:].split("=")]))
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path):
+    path = write(tmp_path / "c.yaml", "seed: 5\nsearch: {breadth: 7, inject_gold: false}\npreference.beta: 0.3\n")
+    config = settings.parse(["--stage=search", f"--config={path}", "--search.breadth=2"])
+    assert (config.seed, config.search.breadth, config.preference.beta) == (5, 2, 0.3)
+    assert not config.search.inject_gold
+    assert config.search.max_depth == Config(stage="search").search.max_depth
+    config = settings.parse(["--config", str(path), "--stage=search", "--search.inject_gold", "--preference.beta=None"])
+    assert config.search.inject_gold
+    assert config.preference.beta is None
+
+
+def test_names_are_taken_with_underscores_and_with_hyphens():
+    flags = ["--run_dir=a", "--search.n_simulations=3"]
+    assert settings.parse(["--stage=iterate", *flags]) == settings.parse(
+        ["--stage=iterate", *(flag.replace("_", "-") for flag in flags)]
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_ships_is_valid_and_short(path: Path):
+    name = str(path.relative_to(REPOSITORY / "configs").with_suffix(""))
+    config = settings.parse(["--stage=iterate", f"--config={name}"])
+    assert settings.find_config(name) == path
+    assert len(path.read_text().splitlines()) <= 40
+    given = dict(settings._flatten(yaml.safe_load(path.read_text())))
+    assert given
+    assert {name: config.flat()[name] for name in given} == pytest.approx(given)
+
+
+def test_a_saved_config_gives_the_same_settings_again(tmp_path: Path):
+    config = settings.parse(
+        ["--stage=iterate", "--model=m", f"--run_dir={tmp_path / 'run'}", "--search.no-inject_gold", "--seed=3"]
+    )
+    settings.save_or_check(config)
+    again = settings.parse(["--stage=score", f"--config={tmp_path / 'run/config.yaml'}"])
+    assert dataclasses.replace(again, config=None, stage="iterate") == config
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--stage=walk", ["--stage", "'walk'", "iterate", "evaluate"]),
+        ("--search.breadht=3", ["--search.breadht=3", "--search.breadth"]),
+        ("surplus", ["surplus"]),
+        ("--search.breadth=three", ["--search.breadth", "'three'"]),
+        ("--search.breadth", ["--search.breadth"]),
+        ("--search.breadth=0", ["search.breadth must be positive, got 0"]),
+        ("--search.n_simulations=-1", ["search.n_simulations must be positive, got -1"]),
+        ("--search.exploration=nan", ["search.exploration", "nan"]),
+        ("--search.discount=2", ["search.discount must be in [0, 1], got 2.0"]),
+        ("--search.granularity=word", ["--search.granularity", "'word'", "sentence"]),
+        ("--replay.replay_fraction=1", ["replay.replay_fraction"]),
+        ("--replay.hardest_fraction=nan", ["replay.hardest_fraction", "nan"]),
+        ("--warmup.learning_rate=0", ["warmup.learning_rate must be positive, got 0.0"]),
+        ("--warmup.learning_rate=inf", ["warmup.learning_rate", "inf"]),
+        ("--warmup.batch_size=0", ["warmup.batch_size must be positive, got 0"]),
+        ("--preference.epochs=0", ["preference.epochs must be positive, got 0"]),
+        ("--preference.beta=-1", ["preference.beta", "-1"]),
+        ("--preference.beta=nan", ["preference.beta", "nan"]),
+        ("--preference.loss=mse", ["--preference.loss", "'mse'", "dpo"]),
+        ("--pairs.min_q_gap=nan", ["pairs.min_q_gap", "nan"]),
+        ("--lora.rank=0", ["lora.rank must be positive, got 0"]),
+        ("--lora.alpha=inf", ["lora.alpha", "inf"]),
+        ("--generate.temperature=nan", ["generate.temperature", "nan"]),
+        ("--generate.max_tokens=0", ["generate.max_tokens must be positive, got 0"]),
+        ("--evaluate.limit=-1", ["evaluate.limit must not be negative, got -1"]),
+        ("--generated.train=0", ["generated.train", "0"]),
+        ("--iterations=-1", ["iterations must not be negative, got -1"]),
+        ("--iteration=0", ["iteration must be positive, got 0"]),
+        ("--seed=-1", ["seed must be from 0", "-1"]),
+        ("--seed=99999999999999999999", ["seed must be from 0", "99999999999999999999"]),
+        ("--output=x.jsonl", ["output", "score and generate", "iterate"]),
+        ("--dtype=float16", ["--dtype", "'float16'", "float32"]),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line_that_names_it(argument: str, words: list[str]):
+    line = refused("--stage=iterate", argument)
+    assert [word for word in words if word not in line] == []
+
+
+def test_a_missing_stage_is_named_with_its_choices():
+    line = refused("--seed=1")
+    assert "--stage {iterate,warmup" in line
+    assert "must be" not in line
+
+
+def test_the_order_of_arguments_does_not_matter_to_an_error():
+    assert refused("--search.breadth=0", "--stage=iterate") == refused("--stage=iterate", "--search.breadth=0")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("search: {breadht: 3}\n", ["unknown setting search.breadht", "--help"]),
+        ("serach: {breadth: 3}\n", ["unknown setting serach.breadth"]),
+        ("search: 3\n", ["unknown setting search;"]),
+        ("seed: [1\n", ["is not valid YAML"]),
+        ("seed\n", ["must hold settings"]),
+        ("", ["must hold settings"]),
+        ("seed: one\n", ["--seed", "'one'"]),
+        ("search: {breadth: 0}\n", ["search.breadth must be positive, got 0"]),
+        ("preference: {beta: .nan}\n", ["preference.beta", "nan"]),
+        ("stage: walk\n", ["--stage", "'walk'"]),
+        ("\x00", ["is not valid YAML"]),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path: Path, text: str, words: list[str]):
+    path = write(tmp_path / "c.yaml", text)
+    line = refused("--stage=iterate", f"--config={path}")
+    assert line.startswith(str(path))
+    assert [word for word in words if word not in line] == []
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "c.yaml").write_bytes(b"seed: \xff\xfe\n")
+    assert str(tmp_path / "c.yaml") in refused("--stage=iterate", f"--config={tmp_path / 'c.yaml'}")
+
+
+def test_an_unknown_config_is_refused_with_the_known_ones():
+    line = refused("--stage=iterate", "--config=dmeo")
+    assert line == "config dmeo is no file, and none of: " + ", ".join(
+        sorted(str(p.relative_to(REPOSITORY / "configs").with_suffix("")) for p in CONFIGS)
+    )
+
+
+# The run directory ------------------------------------------------------------------------------------------
+
+
+def started(tmp_path: Path, *changes: str) -> Config:
+    """The settings of a run in `tmp_path / "run"`."""
+    return settings.parse(["--stage=iterate", "--model=m", f"--run_dir={tmp_path / 'run'}", *changes])
+
+
+def make_run(tmp_path: Path) -> Path:
+    """A run directory in which something has been computed."""
+    settings.save_or_check(started(tmp_path))
+    (tmp_path / "run/base").mkdir()
+    return tmp_path / "run/config.yaml"
+
+
+def test_all_settings_are_saved_by_their_names(tmp_path: Path):
+    saved = yaml.safe_load(make_run(tmp_path).read_text())
+    assert saved == started(tmp_path).flat()
+    assert saved["search.n_simulations"] == 16
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_file()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--seed=1", "--search.breadth=2", "--data=d", "--preference.sft_weight=1", "--generate.max_tokens=3"],
+)
+def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: str):
+    saved = make_run(tmp_path)
+    before = saved.read_bytes()
+    name, value = change[2:].split("=")
+    with pytest.raises(
+        ValueError, match=rf"^run directory .*run was made with {name}=.*, now it is {value}.*--run_dir"
+    ):
+        settings.save_or_check(started(tmp_path, change))
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--stage=search"])
+def test_settings_that_change_no_earlier_result_are_free(tmp_path: Path, change: str):
+    saved = make_run(tmp_path)
+    before = saved.read_bytes()
+    settings.save_or_check(started(tmp_path, change))
+    assert saved.read_bytes() == before
+
+
+def test_a_command_that_computed_nothing_binds_nobody(tmp_path: Path):
+    settings.save_or_check(started(tmp_path, "--seed=1"))
+    settings.save_or_check(started(tmp_path, "--seed=2"))
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [b"seed: [", b"", b"just text", b"\xff\xfe", b"- 1\n", b"seed: 0\n"], ids=lambda damage: repr(damage)
+)
+def test_a_damaged_config_is_refused_by_name(tmp_path: Path, damage: bytes):
+    saved = make_run(tmp_path)
+    saved.write_bytes(damage)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(saved))} is damaged.*choose another --run_dir") as caught:
+        settings.save_or_check(started(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert saved.read_bytes() == damage
+
+
+@pytest.mark.parametrize("stage", ["score", "generate"])
+def test_a_file_of_its_own_needs_no_run_directory(tmp_path: Path, stage: str):
+    output = tmp_path / "new/folder/out.jsonl"
+    arguments = [f"--stage={stage}", "--data=d", f"--output={output}", f"--run_dir={tmp_path / 'run'}"]
+    settings.save_or_check(settings.parse(arguments))
+    assert output.parent.is_dir()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(tmp_path: Path):
+    config = settings.parse(["--stage=score", "--data=d", f"--output={tmp_path}"])
+    with pytest.raises(ValueError, match=f"^output {re.escape(str(tmp_path))} is a folder"):
+        settings.save_or_check(config)

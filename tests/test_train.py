@@ -1,0 +1,335 @@
+"""Training: losses against sums worked out from plain logits, one program for all fits, adapters only."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from itool_jax import losses, train
+from itool_jax.data.batches import PairRow, collate_pairs
+from itool_jax.losses import LossName, LossSettings, PairLogProbs
+from itool_jax.metrics import Metrics
+from itool_jax.model.lora import initialize_adapters
+from itool_jax.model.transformer import LoraConfig, ModelConfig, Params, abstract
+from itool_jax.text.padding import PairBatch, TargetBatch, collate
+from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, fit, train_step
+from tests import tiny
+
+V, WIDTH = 24, 16
+LORA = LoraConfig(4, 8.0)
+ROWS = [([3, 5, 7], [9, 2]), ([4], [11, 12, 13, 2]), ([6, 6, 8, 1, 9], [2]), ([7, 3], [5, 6, 7])]
+PAIRS = [([3, 5, 7], [9, 2], [9, 8, 2]), ([4], [11, 12, 13, 2], [2]), ([6, 6, 8, 1, 9], [10], [12, 2, 5])]
+VISITS = [(4, 1), (2, 6), (1, 1)]
+
+
+class Model(NamedTuple):
+    config: ModelConfig
+    graph: nnx.GraphDef
+    base: Params
+    adapters: Params
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """One layer of random weights; adapters that change its answers already."""
+    config = tiny.model_config(tmp_path_factory.mktemp("train"), vocab_size=V, num_hidden_layers=1)
+    fresh = initialize_adapters(config, LORA, jax.random.key(0))
+    noise = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), fresh)
+    return Model(config, abstract(config, LORA)[0], tiny.random_params(config), adapters)
+
+
+def token_log_probs(model: Model, prompt: list[int], target: list[int]) -> np.ndarray:
+    """Float64 log π of each target token, from the logits of the whole row alone."""
+    policy = nnx.merge(model.graph, model.adapters, model.base)
+    tokens_BT = np.zeros((1, WIDTH), np.int32)
+    tokens_BT[0, : len(prompt) + len(target)] = prompt + target
+    logits_TV = np.asarray(policy.logits(policy(jnp.asarray(tokens_BT))[0])[0], np.float64)
+    log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+    return np.array([log_probs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(target)])
+
+
+@pytest.fixture(scope="module")
+def gathered(model: Model) -> dict[str, Any]:
+    """Log-probs of the rows' targets, and sums over the chosen and the rejected steps."""
+    return {
+        "rows": [token_log_probs(model, *row) for row in ROWS],
+        "chosen": [token_log_probs(model, prompt, chosen).sum() for prompt, chosen, _ in PAIRS],
+        "rejected": [token_log_probs(model, prompt, rejected).sum() for prompt, _, rejected in PAIRS],
+    }
+
+
+# The compiled functions are shared by the tests: shapes and settings decide how often they compile.
+_value_and_gradient = jax.jit(jax.value_and_grad(lambda loss, *a: loss(*a), argnums=1, has_aux=True), static_argnums=0)
+
+
+def evaluate(loss: train.LossFn, model: Model, batch: Any) -> tuple[float, dict[str, Any], Params]:
+    """Value, metrics and gradient."""
+    (value, metrics), gradient = _value_and_gradient(loss, model.adapters, model.base, batch)
+    return float(value), jax.tree.map(float, metrics), gradient
+
+
+def assert_close(one: Params, two: Params) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+
+
+# Supervised loss ---------------------------------------------------------------------------------------------
+
+
+def test_sft_is_the_mean_over_target_tokens(model: Model, gathered: dict[str, Any]) -> None:
+    loss = train.sft_loss(model.graph)
+    value, _, gradient = evaluate(loss, model, collate(ROWS, WIDTH, 4))
+    every = np.concatenate(gathered["rows"])
+    assert len(every) == 10
+    assert value == pytest.approx(-every.mean(), abs=1e-4)
+    assert value != pytest.approx(-np.mean([row.mean() for row in gathered["rows"]]), abs=1e-3)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-2
+
+
+def test_sft_ignores_padding_rows_and_the_order(model: Model) -> None:
+    loss = train.sft_loss(model.graph)
+    value, _, gradient = evaluate(loss, model, collate(ROWS, WIDTH, 4))
+    padded = collate(ROWS, WIDTH, 6)
+    for batch in (padded, garbled(padded), collate(ROWS[::-1], WIDTH, 4)):
+        other, _, other_gradient = evaluate(loss, model, batch)
+        assert other == pytest.approx(value, abs=1e-5)
+        assert_close(gradient, other_gradient)
+    less, _, _ = evaluate(loss, model, collate(ROWS[:3], WIDTH, 4))
+    assert abs(less - value) > 1e-3
+
+
+def garbled(batch: TargetBatch) -> TargetBatch:
+    """The same batch with other tokens wherever it holds none."""
+    used_BT = np.zeros(batch.tokens_BT.shape, bool)
+    for b, (prompt, target) in enumerate(ROWS):
+        used_BT[b, : len(prompt) + len(target)] = True
+    return batch._replace(
+        tokens_BT=np.where(used_BT, batch.tokens_BT, 21).astype(np.int32),
+        targets_BR=np.where(batch.mask_BR, batch.targets_BR, 20).astype(np.int32),
+    )
+
+
+# Preference losses -------------------------------------------------------------------------------------------
+
+
+def pair_batch(reference: list[tuple[float, float]], order: tuple[int, ...] = (0, 1, 2), count: int = 3) -> PairBatch:
+    rows = [PairRow(*PAIRS[i], reference[i], VISITS[i]) for i in order]
+    return collate_pairs(rows, WIDTH, count)
+
+
+REFERENCE = [(-5.0, -9.0), (-20.0, -2.5), (-4.0, -12.0)]
+
+
+def by_hand(gathered: dict[str, Any], reference: list[tuple[float, float]]) -> PairLogProbs:
+    lengths = [[len(pair[side]) for pair in PAIRS] for side in (1, 2)]
+    columns = (gathered["chosen"], gathered["rejected"], *zip(*reference, strict=True), *lengths)
+    return PairLogProbs(*(np.array(c, np.float32) for c in (*columns, *zip(*VISITS, strict=True))))
+
+
+def test_dpo_is_that_of_sums_gathered_by_hand(model: Model, gathered: dict[str, Any]) -> None:
+    settings = LossSettings(beta=0.3)
+    value, metrics, _ = evaluate(train.preference_loss(model.graph, settings), model, pair_batch(REFERENCE))
+    pair = by_hand(gathered, REFERENCE)
+    assert value == pytest.approx(float(losses.dpo(pair, 0.3).mean()), abs=1e-4)
+    expected = {name: float(x) for name, x in losses.pair_metrics(pair, 0.3).items()}
+    assert metrics == pytest.approx(expected, abs=1e-4)
+    assert 0 < expected["reward_accuracy"] < 1
+
+
+@pytest.mark.parametrize("loss", ["dpo", "conservative_dpo"])
+def test_it_is_ln_2_where_the_policy_is_the_reference(model: Model, gathered: dict[str, Any], loss: LossName) -> None:
+    reference = list(zip(gathered["chosen"], gathered["rejected"], strict=True))
+    settings = LossSettings(loss=loss, beta=0.7)
+    value, metrics, gradient = evaluate(train.preference_loss(model.graph, settings), model, pair_batch(reference))
+    assert value == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["reward_margin"] == pytest.approx(0, abs=1e-4)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+@pytest.mark.parametrize("name", get_args(LossName))
+def test_every_loss_is_finite_and_ignores_padding_and_order(
+    model: Model, gathered: dict[str, Any], name: LossName, sft_weight: float
+) -> None:
+    settings = LossSettings(loss=name, sft_weight=sft_weight)
+    loss = train.preference_loss(model.graph, settings)
+    value, metrics, gradient = evaluate(loss, model, pair_batch(REFERENCE, count=4))
+    expected = losses.preference_loss(settings, by_hand(gathered, REFERENCE)).mean()
+    assert value == pytest.approx(float(expected), rel=1e-4)
+    leaves = jax.tree.leaves(gradient)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert max(float(np.abs(leaf).max()) for leaf in leaves) > 1e-4
+    other, other_metrics, other_gradient = evaluate(loss, model, pair_batch(REFERENCE, (2, 0, 1), count=4))
+    assert other == pytest.approx(value, rel=1e-5)
+    assert other_metrics == pytest.approx(metrics, abs=1e-4)
+    assert_close(gradient, other_gradient)
+    # What stands in the columns of a pair that does not count must not matter either.
+    spoiled = pair_batch(REFERENCE, count=4)
+    for column in (*spoiled.reference, *spoiled.visits):
+        column[3] = -1e30
+    assert evaluate(loss, model, spoiled)[:1] == (value,)
+
+
+def test_a_loss_is_made_once() -> None:
+    """Else every fit would compile its step again."""
+    graph = object()
+    cached: Callable[..., Any] = train.preference_loss.__wrapped__
+    assert train.preference_loss is not cached
+    settings = PreferenceSettings(loss="ipo", beta=0.2, epochs=7).loss_settings
+    assert settings == LossSettings(loss="ipo", beta=0.2)
+    assert type(settings) is LossSettings
+    assert hash(settings) == hash(LossSettings(loss="ipo", beta=0.2))
+    del graph
+
+
+# Steps -------------------------------------------------------------------------------------------------------
+
+
+def toy_loss(trainable: Params, frozen: Params, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    error = trainable["w"] * frozen["scale"] - batch
+    return (error**2).sum(), {"size": jnp.abs(trainable["w"]).sum()}
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e6])
+def test_a_step_is_adamw_at_its_rate(clip_norm: float) -> None:
+    settings = WarmupSettings(learning_rate=0.05, weight_decay=0.1, clip_norm=clip_norm)
+    frozen, n_steps = {"scale": jnp.array([1.0, 2.0])}, 6
+    start = {"w": jnp.array([1.0, -3.0])}
+    rates = jnp.array([settings.rate(step, n_steps) for step in range(n_steps)])
+    own = train.adamw(settings.weight_decay, settings.clip_norm)
+    plain = optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.adamw(lambda step: rates[step], weight_decay=0.1)
+    )
+    weights, plain_state = start, plain.init(start)
+    state = TrainState(jax.tree.map(jnp.copy, start), own.init(start), jnp.int32(0))
+    for step in range(n_steps):
+        batch = jnp.array([step / 2, -1.0])
+        (value, _), gradient = jax.value_and_grad(toy_loss, has_aux=True)(weights, frozen, batch)
+        updates, plain_state = plain.update(gradient, plain_state, weights)
+        weights = optax.apply_updates(weights, updates)
+        state, metrics = train_step(toy_loss, own, state, frozen, batch, np.float32(rates[step]))
+        np.testing.assert_allclose(state.trainable["w"], weights["w"], rtol=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+        norm = np.sqrt((np.asarray(gradient["w"]) ** 2).sum())
+        assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
+        assert "size" in metrics
+    assert int(state.step) == n_steps
+    assert np.abs(np.asarray(weights["w"]) - np.asarray(start["w"])).min() > 1e-3
+
+
+def run(
+    model: Model, path: Path, n_steps: int, loss: train.LossFn, batch: Any, settings: TrainingSettings | None = None
+) -> tuple[Params, list[dict[str, Any]]]:
+    """A fit on one batch over and over; the adapters and the lines of its metrics."""
+    settings = settings or WarmupSettings(learning_rate=0.03)
+    batches: Iterator[Any] = iter([batch] * n_steps)
+    metrics = Metrics(path / "metrics.jsonl", "warmup")
+    trained = fit(loss, settings, model.adapters, model.base, batches, n_steps, what="test", metrics=metrics)
+    return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
+
+
+def test_fit_overfits_two_samples_and_changes_adapters_only(model: Model, tmp_path: Path) -> None:
+    before = jax.tree.map(np.array, (model.adapters, model.base))
+    trained, lines = run(model, tmp_path, 60, train.sft_loss(model.graph), collate(ROWS[:2], WIDTH, 4))
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert {line["stage"] for line in lines} == {"warmup"}
+    assert lines[0]["loss"] > 1
+    assert lines[-1]["loss"] < 0.05
+    # Neither the base nor the adapters that the caller came with have changed, or been given away.
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, (model.adapters, model.base)))
+    assert jax.tree.structure(trained) == jax.tree.structure(model.adapters)
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, model.adapters)
+    assert all(jax.tree.leaves(changed))
+    learnt = model._replace(adapters=trained)
+    assert all(np.exp(token_log_probs(learnt, *row)).min() > 0.8 for row in ROWS[:2])
+
+
+def test_preference_training_prefers(model: Model, gathered: dict[str, Any], tmp_path: Path) -> None:
+    reference = list(zip(gathered["chosen"], gathered["rejected"], strict=True))
+    settings = PreferenceSettings(learning_rate=0.02)
+    loss = train.preference_loss(model.graph, settings.loss_settings)
+    _, lines = run(model, tmp_path, 25, loss, pair_batch(reference, count=4), settings)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert lines[-1]["loss"] < 0.3
+    assert lines[-1]["reward_accuracy"] == pytest.approx(1)
+    assert lines[-1]["reward_margin"] > 1
+
+
+def test_a_shape_compiles_once_however_long_the_fit(model: Model, tmp_path: Path) -> None:
+    """Shapes that no other test here has; steps and rates differ, programs do not."""
+    loss = train.sft_loss(model.graph)
+    before = train_step._cache_size()
+    for n_steps, rate in ((1, 1e-3), (3, 2e-3), (5, 1e-3)):
+        run(model, tmp_path, n_steps, loss, collate(ROWS, WIDTH, 5), WarmupSettings(learning_rate=rate))
+    assert train_step._cache_size() == before + 1
+    assert train.sft_loss(abstract(model.config, LORA)[0]) is loss
+    run(model, tmp_path, 2, train.sft_loss(abstract(model.config, LORA)[0]), collate(ROWS, WIDTH, 5))
+    assert train_step._cache_size() == before + 1
+    run(model, tmp_path, 1, loss, collate(ROWS, WIDTH, 7))
+    assert train_step._cache_size() == before + 2
+
+
+def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
+    loss = train.sft_loss(model.graph)
+    same = fit(loss, WarmupSettings(), model.adapters, model.base, [], 0, what="none", metrics=metrics)
+    jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
+    assert not metrics.path.exists()
+
+
+# Settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 10, 100, 1001])
+@pytest.mark.parametrize("rise", [0.0, 0.1, 0.5])
+def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
+    settings = WarmupSettings(learning_rate=2e-3, rise=rise)
+    rates = np.array([settings.rate(step, n_steps) for step in range(n_steps)])
+    assert (rates > 0).all()
+    assert rates.max() <= 2e-3
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) > 0).all()
+    assert (np.diff(rates[top:]) < 0).all()
+    assert abs(top - rise * n_steps) <= 1
+    if n_steps >= 100:
+        assert rates.max() == pytest.approx(2e-3, rel=1e-3)
+        assert rates[-1] < 1e-3 * 2e-3 * 2
+        halfway = round((rise + 1) / 2 * n_steps)
+        assert rates[halfway] == pytest.approx(1e-3, rel=0.03)
+        if rise:
+            assert np.diff(rates[:top]) == pytest.approx(2e-3 / (rise * n_steps + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("settings", "section"), [(WarmupSettings, "warmup"), (PreferenceSettings, "preference")])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", 0.0, "must be positive, got 0.0"),
+        ("learning_rate", math.nan, "must be positive, got nan"),
+        ("batch_size", 0, "must be positive, got 0"),
+        ("epochs", -1, "must be positive, got -1"),
+        ("clip_norm", 0.0, "must be positive, got 0.0"),
+        ("rise", 1.0, r"must be in \[0, 1\), got 1.0"),
+        ("rise", -0.1, r"must be in \[0, 1\), got -0.1"),
+        ("weight_decay", -0.01, "must not be negative, got -0.01"),
+    ],
+)
+def test_bad_settings_are_named(settings: Any, section: str, name: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{section}.{name} {message}$"):
+        settings(**{name: value})
+
+
+def test_preference_settings_check_the_loss_too() -> None:
+    with pytest.raises(ValueError, match=r"^preference.beta must be positive and finite, got 0.0$"):
+        PreferenceSettings(beta=0.0)
+    names = {field.name for field in dataclasses.fields(PreferenceSettings)}
+    assert names >= {field.name for field in dataclasses.fields(LossSettings)}
