@@ -16,11 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output went away; the interpreter shall not complain about that when it exits.
+        return code
+    except BrokenPipeError:  # whoever read the output went away: nothing to complain about at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    return code
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -53,17 +52,10 @@ def _run(config: Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    stages = {
-        "iterate": iterate.run,
-        "warmup": warmup.run,
-        "score": score.run,
-        "search": search.run,
-        "dpo": dpo.run,
-        "evaluate": evaluate.run,
-        "generate": generate.run,
-    }
+    stages = {"iterate": iterate, "warmup": warmup, "score": score, "search": search, "dpo": dpo}
+    stages |= {"evaluate": evaluate, "generate": generate}
     settings.save_or_check(config)
-    stages[config.stage](config)
+    stages[config.stage].run(config)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Training: losses against sums worked out from plain logits, one program for all fits, adapters only."""
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -48,12 +49,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(config, abstract(config, LORA)[0], tiny.random_params(config), adapters)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(graph: nnx.GraphDef, adapters: Params, base: Params, tokens_BT: jax.Array) -> jax.Array:
+    policy = nnx.merge(graph, adapters, base)
+    return policy.logits(policy(tokens_BT)[0])
+
+
 def token_log_probs(model: Model, prompt: list[int], target: list[int]) -> np.ndarray:
     """Float64 log π of each target token, from the logits of the whole row alone."""
-    policy = nnx.merge(model.graph, model.adapters, model.base)
     tokens_BT = np.zeros((1, WIDTH), np.int32)
     tokens_BT[0, : len(prompt) + len(target)] = prompt + target
-    logits_TV = np.asarray(policy.logits(policy(jnp.asarray(tokens_BT))[0])[0], np.float64)
+    logits_TV = np.asarray(all_logits(model.graph, model.adapters, model.base, tokens_BT)[0], np.float64)
     log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
     return np.array([log_probs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(target)])
 
@@ -86,8 +92,7 @@ def assert_close(one: Params, two: Params) -> None:
 
 
 def test_sft_is_the_mean_over_target_tokens(model: Model, gathered: dict[str, Any]) -> None:
-    loss = train.sft_loss(model.graph)
-    value, _, gradient = evaluate(loss, model, collate(ROWS, WIDTH, 4))
+    value, _, gradient = evaluate(train.sft_loss(model.graph), model, collate(ROWS, WIDTH, 6))
     every = np.concatenate(gathered["rows"])
     assert len(every) == 10
     assert value == pytest.approx(-every.mean(), abs=1e-4)
@@ -95,15 +100,15 @@ def test_sft_is_the_mean_over_target_tokens(model: Model, gathered: dict[str, An
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-2
 
 
-def test_sft_ignores_padding_rows_and_the_order(model: Model) -> None:
-    loss = train.sft_loss(model.graph)
-    value, _, gradient = evaluate(loss, model, collate(ROWS, WIDTH, 4))
-    padded = collate(ROWS, WIDTH, 6)
-    for batch in (padded, garbled(padded), collate(ROWS[::-1], WIDTH, 4)):
-        other, _, other_gradient = evaluate(loss, model, batch)
+def test_sft_ignores_padding_and_the_order(model: Model, gathered: dict[str, Any]) -> None:
+    loss, batch = train.sft_loss(model.graph), collate(ROWS, WIDTH, 6)
+    value, _, gradient = evaluate(loss, model, batch)
+    for same in (garbled(batch), collate(ROWS[::-1], WIDTH, 6)):
+        other, _, other_gradient = evaluate(loss, model, same)
         assert other == pytest.approx(value, abs=1e-5)
         assert_close(gradient, other_gradient)
-    less, _, _ = evaluate(loss, model, collate(ROWS[:3], WIDTH, 4))
+    less, _, _ = evaluate(loss, model, collate(ROWS[:3], WIDTH, 6))
+    assert less == pytest.approx(-np.concatenate(gathered["rows"][:3]).mean(), abs=1e-4)
     assert abs(less - value) > 1e-3
 
 
@@ -121,9 +126,9 @@ def garbled(batch: TargetBatch) -> TargetBatch:
 # Preference losses -------------------------------------------------------------------------------------------
 
 
-def pair_batch(reference: list[tuple[float, float]], order: tuple[int, ...] = (0, 1, 2), count: int = 3) -> PairBatch:
+def pair_batch(reference: list[tuple[float, float]], order: tuple[int, ...] = (0, 1, 2)) -> PairBatch:
     rows = [PairRow(*PAIRS[i], reference[i], VISITS[i]) for i in order]
-    return collate_pairs(rows, WIDTH, count)
+    return collate_pairs(rows, WIDTH, 4)
 
 
 REFERENCE = [(-5.0, -9.0), (-20.0, -2.5), (-4.0, -12.0)]
@@ -136,11 +141,11 @@ def by_hand(gathered: dict[str, Any], reference: list[tuple[float, float]]) -> P
 
 
 def test_dpo_is_that_of_sums_gathered_by_hand(model: Model, gathered: dict[str, Any]) -> None:
-    settings = LossSettings(beta=0.3)
+    settings = LossSettings()
     value, metrics, _ = evaluate(train.preference_loss(model.graph, settings), model, pair_batch(REFERENCE))
     pair = by_hand(gathered, REFERENCE)
-    assert value == pytest.approx(float(losses.dpo(pair, 0.3).mean()), abs=1e-4)
-    expected = {name: float(x) for name, x in losses.pair_metrics(pair, 0.3).items()}
+    assert value == pytest.approx(float(losses.dpo(pair, 0.1).mean()), abs=1e-4)
+    expected = {name: float(x) for name, x in losses.pair_metrics(pair, 0.1).items()}
     assert metrics == pytest.approx(expected, abs=1e-4)
     assert 0 < expected["reward_accuracy"] < 1
 
@@ -148,47 +153,44 @@ def test_dpo_is_that_of_sums_gathered_by_hand(model: Model, gathered: dict[str, 
 @pytest.mark.parametrize("loss", ["dpo", "conservative_dpo"])
 def test_it_is_ln_2_where_the_policy_is_the_reference(model: Model, gathered: dict[str, Any], loss: LossName) -> None:
     reference = list(zip(gathered["chosen"], gathered["rejected"], strict=True))
-    settings = LossSettings(loss=loss, beta=0.7)
+    settings = LossSettings(loss=loss)
     value, metrics, gradient = evaluate(train.preference_loss(model.graph, settings), model, pair_batch(reference))
     assert value == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["reward_margin"] == pytest.approx(0, abs=1e-4)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
 
 
-@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
-@pytest.mark.parametrize("name", get_args(LossName))
+@pytest.mark.parametrize(("name", "sft_weight"), [*((name, 0.0) for name in get_args(LossName)), ("dpo", 0.5)])
 def test_every_loss_is_finite_and_ignores_padding_and_order(
     model: Model, gathered: dict[str, Any], name: LossName, sft_weight: float
 ) -> None:
     settings = LossSettings(loss=name, sft_weight=sft_weight)
     loss = train.preference_loss(model.graph, settings)
-    value, metrics, gradient = evaluate(loss, model, pair_batch(REFERENCE, count=4))
+    value, metrics, gradient = evaluate(loss, model, pair_batch(REFERENCE))
     expected = losses.preference_loss(settings, by_hand(gathered, REFERENCE)).mean()
     assert value == pytest.approx(float(expected), rel=1e-4)
     leaves = jax.tree.leaves(gradient)
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert max(float(np.abs(leaf).max()) for leaf in leaves) > 1e-4
-    other, other_metrics, other_gradient = evaluate(loss, model, pair_batch(REFERENCE, (2, 0, 1), count=4))
+    other, other_metrics, other_gradient = evaluate(loss, model, pair_batch(REFERENCE, (2, 0, 1)))
     assert other == pytest.approx(value, rel=1e-5)
     assert other_metrics == pytest.approx(metrics, abs=1e-4)
     assert_close(gradient, other_gradient)
     # What stands in the columns of a pair that does not count must not matter either.
-    spoiled = pair_batch(REFERENCE, count=4)
+    spoiled = pair_batch(REFERENCE)
     for column in (*spoiled.reference, *spoiled.visits):
         column[3] = -1e30
     assert evaluate(loss, model, spoiled)[:1] == (value,)
 
 
-def test_a_loss_is_made_once() -> None:
+def test_a_loss_is_made_once(model: Model) -> None:
     """Else every fit would compile its step again."""
-    graph = object()
-    cached: Callable[..., Any] = train.preference_loss.__wrapped__
-    assert train.preference_loss is not cached
-    settings = PreferenceSettings(loss="ipo", beta=0.2, epochs=7).loss_settings
-    assert settings == LossSettings(loss="ipo", beta=0.2)
-    assert type(settings) is LossSettings
-    assert hash(settings) == hash(LossSettings(loss="ipo", beta=0.2))
-    del graph
+    graph, settings = abstract(model.config, LORA)[0], PreferenceSettings(loss="ipo", beta=0.2, epochs=7)
+    assert train.sft_loss(graph) is train.sft_loss(model.graph)
+    assert settings.loss_settings == LossSettings(loss="ipo", beta=0.2)
+    same = train.preference_loss(graph, settings.loss_settings)
+    assert same is train.preference_loss(model.graph, LossSettings(loss="ipo", beta=0.2))
+    assert same is not train.preference_loss(model.graph, LossSettings(loss="ipo", beta=0.3))
 
 
 # Steps -------------------------------------------------------------------------------------------------------
@@ -206,9 +208,7 @@ def test_a_step_is_adamw_at_its_rate(clip_norm: float) -> None:
     start = {"w": jnp.array([1.0, -3.0])}
     rates = jnp.array([settings.rate(step, n_steps) for step in range(n_steps)])
     own = train.adamw(settings.weight_decay, settings.clip_norm)
-    plain = optax.chain(
-        optax.clip_by_global_norm(clip_norm), optax.adamw(lambda step: rates[step], weight_decay=0.1)
-    )
+    plain = optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(lambda step: rates[step], weight_decay=0.1))
     weights, plain_state = start, plain.init(start)
     state = TrainState(jax.tree.map(jnp.copy, start), own.init(start), jnp.int32(0))
     for step in range(n_steps):
@@ -232,14 +232,16 @@ def run(
     """A fit on one batch over and over; the adapters and the lines of its metrics."""
     settings = settings or WarmupSettings(learning_rate=0.03)
     batches: Iterator[Any] = iter([batch] * n_steps)
+    path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     trained = fit(loss, settings, model.adapters, model.base, batches, n_steps, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
 def test_fit_overfits_two_samples_and_changes_adapters_only(model: Model, tmp_path: Path) -> None:
-    before = jax.tree.map(np.array, (model.adapters, model.base))
-    trained, lines = run(model, tmp_path, 60, train.sft_loss(model.graph), collate(ROWS[:2], WIDTH, 4))
+    before, programs = jax.tree.map(np.array, (model.adapters, model.base)), train_step._cache_size()
+    loss, batch = train.sft_loss(model.graph), collate(ROWS[:2], WIDTH, 4)
+    trained, lines = run(model, tmp_path / "long", 60, loss, batch)
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert {line["stage"] for line in lines} == {"warmup"}
     assert lines[0]["loss"] > 1
@@ -251,31 +253,23 @@ def test_fit_overfits_two_samples_and_changes_adapters_only(model: Model, tmp_pa
     assert all(jax.tree.leaves(changed))
     learnt = model._replace(adapters=trained)
     assert all(np.exp(token_log_probs(learnt, *row)).min() > 0.8 for row in ROWS[:2])
+    # Other numbers of steps and rates, and the same loss asked for anew: still one program.
+    again = train.sft_loss(abstract(model.config, LORA)[0])
+    for n_steps, rate in ((1, 1e-3), (3, 2e-3)):
+        other = collate(ROWS[n_steps - 1 :], WIDTH, 4)
+        run(model, tmp_path / str(n_steps), n_steps, again, other, WarmupSettings(learning_rate=rate))
+    assert train_step._cache_size() == programs + 1
 
 
 def test_preference_training_prefers(model: Model, gathered: dict[str, Any], tmp_path: Path) -> None:
     reference = list(zip(gathered["chosen"], gathered["rejected"], strict=True))
     settings = PreferenceSettings(learning_rate=0.02)
     loss = train.preference_loss(model.graph, settings.loss_settings)
-    _, lines = run(model, tmp_path, 25, loss, pair_batch(reference, count=4), settings)
+    _, lines = run(model, tmp_path, 25, loss, pair_batch(reference), settings)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert lines[-1]["loss"] < 0.3
     assert lines[-1]["reward_accuracy"] == pytest.approx(1)
     assert lines[-1]["reward_margin"] > 1
-
-
-def test_a_shape_compiles_once_however_long_the_fit(model: Model, tmp_path: Path) -> None:
-    """Shapes that no other test here has; steps and rates differ, programs do not."""
-    loss = train.sft_loss(model.graph)
-    before = train_step._cache_size()
-    for n_steps, rate in ((1, 1e-3), (3, 2e-3), (5, 1e-3)):
-        run(model, tmp_path, n_steps, loss, collate(ROWS, WIDTH, 5), WarmupSettings(learning_rate=rate))
-    assert train_step._cache_size() == before + 1
-    assert train.sft_loss(abstract(model.config, LORA)[0]) is loss
-    run(model, tmp_path, 2, train.sft_loss(abstract(model.config, LORA)[0]), collate(ROWS, WIDTH, 5))
-    assert train_step._cache_size() == before + 1
-    run(model, tmp_path, 1, loss, collate(ROWS, WIDTH, 7))
-    assert train_step._cache_size() == before + 2
 
 
 def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
 class KeyValues(NamedTuple):
     """Keys and values of `rows` rows; `mask` [rows, T or 1, K] says which of them a query may see."""
 
-    k_BKHD: Array
-    v_BKHD: Array
+    k_BHKD: Array
+    v_BHKD: Array
     mask_BTK: Array
 
 
@@ -139,26 +139,31 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     at the end, when every segment's share is known. Returns [B, T, H · D].
     """
     B, T, H, D = q_BTHD.shape
-    folded = [_segment_scores(q_BTHD, segment) for segment in segments]
+    kv_heads = segments[0].k_BHKD.shape[1]
+    q = q_BTHD.reshape(B, T, kv_heads, H // kv_heads, D).transpose(0, 2, 3, 1, 4)
+    folded = [_segment_scores(q, segment) for segment in segments]
     best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
     best = jax.lax.stop_gradient(best)
     total, out = jnp.zeros(()), jnp.zeros(())
     for s, (_, v, _) in zip(folded, segments, strict=True):
         weight = jnp.exp(s - _fold(best, len(s))[..., None])
         total += _unfold(weight.sum(axis=-1), B)
-        out += _unfold(weight.astype(v.dtype) @ v.swapaxes(1, 2)[:, :, None], B)
+        rows, heads, group, length, K = weight.shape
+        flat = weight.astype(v.dtype).reshape(rows, heads, group * length, K)
+        mixed = jnp.matmul(flat, v, preferred_element_type=jnp.float32)
+        out += _unfold(mixed.reshape(rows, heads, group, length, D), B)
     out = (out / total[..., None]).astype(q_BTHD.dtype)  # [B, kv heads, group, T, D]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
-def _segment_scores(q_BTHD: Array, segment: KeyValues) -> Array:
+def _segment_scores(q: Array, segment: KeyValues) -> Array:
     """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
     k, _, mask = segment
-    B, T, _, D = q_BTHD.shape
-    q = q_BTHD.reshape(B, T, k.shape[2], -1, D).transpose(0, 2, 3, 1, 4)
-    keys = k.transpose(0, 2, 3, 1)[:, :, None]
-    scores = jnp.matmul(_fold(q, len(k)), keys, preferred_element_type=jnp.float32) * D**-0.5
-    return jnp.where(mask[:, None, None], scores, MASKED)
+    folded = _fold(q, len(k))
+    rows, heads, group, length, D = folded.shape
+    flat = folded.reshape(rows, heads, group * length, D)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", flat, k, preferred_element_type=jnp.float32) * D**-0.5
+    return jnp.where(mask[:, None, None], scores.reshape(rows, heads, group, length, -1), MASKED)
 
 
 def _fold(x: Array, rows: int) -> Array:
@@ -256,12 +261,13 @@ class Transformer(nnx.Module):
         def one_layer(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
             layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles)
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             return layer.finish(x, attend(q, [KeyValues(k, v, causal)])), (k, v)
 
         body = jax.checkpoint(one_layer) if self.config.remat else one_layer
         hidden, (k, v) = jax.lax.scan(body, hidden, stacked, unroll=self._unroll)
         length = jnp.full(B, T) if length_B is None else length_B
-        return self.norm(hidden), Prefix(k, v, length)
+        return self.norm(hidden), Prefix(tuple(k), tuple(v), length)
 
     def hidden_at(self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"]) -> Float[Array, "B R D"]:
         """Last hidden states at chosen positions only: what is not a target needs no logits."""
@@ -287,25 +293,19 @@ class Transformer(nnx.Module):
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
         seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
         own_mask = valid_BS[:, None] & seen_TS[None]
-        prefix_mask = (jnp.arange(prefix.k_LPKHD.shape[2])[None] < prefix.length_P[:, None])[:, None]
+        prefix_mask = (jnp.arange(prefix.k[0].shape[2])[None] < prefix.length_P[:, None])[:, None]
         graph, stacked = nnx.split(self.layers)
-
-        def one_layer(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            x, k_cache, v_cache = carry
-            index, weights, prefix_k, prefix_v = inputs
-            layer = nnx.merge(graph, weights)
-            q, k, v = layer.project(x, angles)
-            # The whole cache is carried and written in place; only this layer's part is read.
-            k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], (index, 0, slot, 0, 0))
-            v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], (index, 0, slot, 0, 0))
-            own = KeyValues(k_cache[index], v_cache[index], own_mask)
-            shared = KeyValues(prefix_k, prefix_v, prefix_mask)
-            return (layer.finish(x, attend(q, [shared, own])), k_cache, v_cache), None
-
-        layers = (jnp.arange(self.config.n_layers), stacked, prefix.k_LPKHD, prefix.v_LPKHD)
-        start = (hidden, suffix.k_LBSHD, suffix.v_LBSHD)
-        (hidden, k, v), _ = jax.lax.scan(one_layer, start, layers, unroll=self._unroll)
-        return self.norm(hidden), Suffix(k, v, valid_BS)
+        k_new, v_new = [], []
+        for i, (prefix_k, prefix_v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
+            layer = nnx.merge(graph, jax.tree.map(lambda weights, i=i: weights[i], stacked))
+            q, k, v = layer.project(hidden, angles)
+            k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.swapaxes(1, 2), slot, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
+            shared, own = KeyValues(prefix_k, prefix_v, prefix_mask), KeyValues(k, v, own_mask)
+            hidden = layer.finish(hidden, attend(q, [shared, own]))
+            k_new.append(k)
+            v_new.append(v)
+        return self.norm(hidden), Suffix(tuple(k_new), tuple(v_new), valid_BS)
 
     @property
     def _unroll(self) -> int:

@@ -86,14 +86,16 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
 def show(config: Config, summary: dict[str, Any]) -> None:
     """Prints the summary as a table, and what is significant of it."""
     names = [name for name in evaluate.CATEGORIES if name in summary["phases"][0]["accuracy"]]
-    table = Table(title=f"exact answers, % ± standard error, {summary['split']} part", title_justify="left")
-    table.add_column("phase")
+    # No frame and narrow gaps: the widest row just fits 80 columns.
+    title = f"exact answers, % ± standard error, {summary['split']} part"
+    table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
+    table.add_column("phase", no_wrap=True)
     for name in names:
         table.add_column(f"{name}\nn={summary['phases'][0]['n'][name]}", justify="right")
-    table.add_column("seconds", justify="right")
+    table.add_column("time", justify="right")
     for phase in summary["phases"]:
-        cells = [f"{100 * phase['accuracy'][n]:.1f} ± {100 * phase['standard_error'][n]:.1f}" for n in names]
-        table.add_row(phase["name"], *cells, f"{phase['seconds']:.0f}")
+        cells = [f"{100 * phase['accuracy'][n]:.1f}±{100 * phase['standard_error'][n]:.1f}" for n in names]
+        table.add_row(phase["name"], *cells, f"{phase['seconds']:.0f}s")
     console_out.print(table)
     for row in summary["search"]:
         if "pairs" in row:

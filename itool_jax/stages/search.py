@@ -206,7 +206,7 @@ class Searcher:
 
 @jax.jit
 def _take(prefix: Prefix, index_P: jax.Array) -> Prefix:
-    return Prefix(prefix.k_LPKHD[:, index_P], prefix.v_LPKHD[:, index_P], prefix.length_P[index_P])
+    return jax.tree.map(lambda x: x[index_P], prefix)
 
 
 @jax.jit
