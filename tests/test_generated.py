@@ -14,7 +14,7 @@ from itool_jax.text.calls import Call, read_calls
 
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK: tuple[Part, ...] = ("train", "validation", "test")
-COUNT = 500
+COUNT = 400
 NAMES = {start + end for start in lexicon.NAME_STARTS for end in lexicon.NAME_ENDS}
 VERBS = {word: verb[0] for verb in lexicon.VERBS + lexicon.TASK_VERBS for word in verb}
 TASK_THINGS = {word: thing[0] for domain in lexicon.TASK_DOMAINS for thing in domain.things for word in thing}

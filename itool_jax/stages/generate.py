@@ -16,8 +16,9 @@ from itool_jax.text.chat import encode_sample
 
 def run(config: Config) -> dict[str, Any]:
     """Generates for every row of the data file; returns how many."""
+    samples = read_samples(folder.data_file(config), need_target=False)
     base = folder.load_base(config)
-    encoded = [encode_sample(base.chat, sample) for sample in read_samples(folder.data_file(config), need_target=False)]
+    encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_room(encoded, base.config.max_length, room=1)
     with progress("generate", len(encoded)) as advance:

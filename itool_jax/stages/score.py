@@ -31,8 +31,9 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _score_file(config: Config, output: Path) -> dict[str, Any]:
+    samples = read_samples(folder.data_file(config), need_target=True)
     base = folder.load_base(config)
-    encoded = [encode_sample(base.chat, sample) for sample in read_samples(folder.data_file(config), need_target=True)]
+    encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_lengths(encoded, base.config.max_length)
     rows = perplexities(folder.load_policy(config, "base"), encoded, config)
