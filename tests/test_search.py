@@ -567,7 +567,7 @@ def test_gold_is_found_and_rewarded(searches: Searches, setup: Setup) -> None:
 @pytest.mark.parametrize("scale", ["binary", "four_grades"])
 def test_a_judgement_is_that_of_the_uncached_model(setup: Setup, reference: Any, scale: Any) -> None:
     chat, self_eval = setup.base.chat, SelfEvaluationSettings(reference=reference, scale=scale)
-    candidates = [(0, chat.encode('[f(a="x"')), (2, chat.encode("No.")), (0, setup.batch[0].encoded.target_ids)]
+    candidates = [(2, chat.encode("No.")), (0, chat.encode('[f(a="x"')), (0, setup.batch[0].encoded.target_ids)]
     candidates += [(0, chat.encode("[g")), (3, setup.batch[3].encoded.target_ids)]
     found = setup.searcher(self_eval=self_eval).judge(candidates)
     letters = answer_ids(chat, self_eval.letters)
