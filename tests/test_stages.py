@@ -415,7 +415,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
         assert phase["seconds"] > 0
     assert [row["iteration"] for row in summary["search"]] == list(range(1, ITERATIONS + 1))
     for row, phase in zip(summary["search"], PHASES[2:], strict=True):
-        assert set(row) == {"iteration", "prompts", "trees", "pairs", "solved", "generated_tokens", "seconds"}
+        assert set(row) == {"iteration", "prompts", "trees", "pairs", "generated_tokens", "seconds"}
         trees = read(made.folder / phase / "trees.jsonl")
         assert row["prompts"] == row["trees"] == len(trees)
         assert row["pairs"] == len(read(made.folder / phase / "pairs.jsonl"))

@@ -102,7 +102,7 @@ def show(config: Config, summary: dict[str, Any]) -> None:
             per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
             console_out.print(
                 f"search {row['iteration']}: {row['prompts']} prompts, {row['pairs']} pairs, "
-                f"{row['solved']} solved, {row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
+                f"{row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
                 soft_wrap=True,
             )
     for row in summary["comparisons"]:

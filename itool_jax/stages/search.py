@@ -63,9 +63,8 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
     write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
     (config.run_dir / phase / "reference.jsonl").unlink(missing_ok=True)  # of the pairs of an earlier search
-    solved = sum(any(node["outcome"] > 0 and not node["gold"] for node in tree["nodes"]) for tree in trees)
     figures = {"prompts": len(hardest), "trees": len(trees), "pairs": len(pairs)}
-    return figures | {"solved": solved, "generated_tokens": tokens}
+    return figures | {"generated_tokens": tokens}
 
 
 class Searched(NamedTuple):
