@@ -51,8 +51,9 @@ class Config:
 
     stage: Stage
     """What to run: iterate is the whole loop, the others are its parts."""
-    config: Path | None = None
-    """YAML file, or the name of one in configs/; without a model, data or config of your own it is demo."""
+    config: str | None = None
+    """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
+    config of your own it is demo."""
     model: str = "embedded"
     """Model folder in Hugging Face layout, a hub name, or the embedded checkpoint."""
     data: str = "generated"
@@ -108,15 +109,15 @@ def parse(arguments: Sequence[str]) -> Config:
     chosen = _chosen_file(arguments)
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
-    from_file: list[str] = []
-    if chosen is not None:
-        path = find_config(chosen)
-        from_file = _file_arguments(path)
+    from_files: list[str] = []
+    for name in chosen.split(",") if chosen is not None else ():
+        path = find_config(name)
+        from_files += _file_arguments(path)
         try:
-            _parse(["--stage=iterate", *from_file])
+            _parse(["--stage=iterate", *from_files])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return _parse([*from_file, *arguments])
+    return _parse([*from_files, *arguments])
 
 
 def _parse(arguments: list[str]) -> Config:

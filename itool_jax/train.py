@@ -110,7 +110,6 @@ class TrainState(NamedTuple):
 
     trainable: Params
     optimizer: optax.OptState
-    step: Array
 
 
 @functools.cache
@@ -133,7 +132,7 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = jax.tree.map(lambda p, u: p + learning_rate * u, state.trainable, updates)
     metrics = metrics | {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-    return TrainState(trainable, optimizer_state, state.step + 1), metrics
+    return TrainState(trainable, optimizer_state), metrics
 
 
 def fit(
@@ -150,7 +149,7 @@ def fit(
     """Trains over `batches` (`n_steps` of them in all) and returns the trained weights."""
     optimizer = adamw(settings.weight_decay, settings.clip_norm)
     # The step donates its state; the caller keeps its own copy of the weights it came with.
-    state = TrainState(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), jnp.int32(0))
+    state = TrainState(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable))
     pending: tuple[int, dict[str, Array]] | None = None
     with progress(what, n_steps) as advance:
         for step, batch in enumerate(batches):
@@ -187,9 +186,10 @@ def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
     """Mean preference loss over the pairs of a `PairBatch` (eq 11 and its kin)."""
 
     def loss(trainable: Params, frozen: Params, batch: PairBatch) -> Loss:
-        log_probs_BR = _log_probs(graph, trainable, frozen, batch.both)
-        chosen_B, rejected_B = jnp.split(losses.masked_log_prob_sum(log_probs_BR, batch.both.mask_BR), 2)
-        lengths = jnp.split(batch.both.mask_BR.sum(axis=1), 2)
+        log_probs = jnp.split(_log_probs(graph, trainable, frozen, batch.row, batch.branch_BT), 2, axis=1)
+        masks = jnp.split(batch.row.mask_BR, 2, axis=1)
+        chosen_B, rejected_B = map(losses.masked_log_prob_sum, log_probs, masks)
+        lengths = [mask_BR.sum(axis=1) for mask_BR in masks]
         pair = losses.PairLogProbs(
             chosen_B, rejected_B, *batch.reference, lengths[0], lengths[1], batch.visits[0], batch.visits[1]
         )
@@ -202,7 +202,9 @@ def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
     return loss
 
 
-def _log_probs(graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch) -> AnyArray:
+def _log_probs(
+    graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch, branch_BT: AnyArray | None = None
+) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
-    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR)
+    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT)
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

@@ -14,23 +14,14 @@ The aliases hold for arrays of JAX and of NumPy alike; tests check them, and the
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int
 
 AnyArray = jax.Array | np.ndarray
 
-TokensT = Int[AnyArray, "T"]
 TokensBT = Int[AnyArray, "B T"]
-TokensBP = Int[AnyArray, "B P"]
-TokensBS = Int[AnyArray, "B S"]
 LengthsB = Int[AnyArray, "B"]
 IntB = Int[AnyArray, "B"]
 IntBN = Int[AnyArray, "B N"]
-MaskBT = Bool[AnyArray, "B T"]
-MaskBN = Bool[AnyArray, "B N"]
 FloatB = Float[AnyArray, "B"]
 FloatBT = Float[AnyArray, "B T"]
-FloatBN = Float[AnyArray, "B N"]
-LogitsBV = Float[AnyArray, "B V"]
-LogitsBTV = Float[AnyArray, "B T V"]
 Scalar = Float[AnyArray, ""]
-Key = PRNGKeyArray

@@ -6,6 +6,7 @@ Out: `shared_path`, which finds a file of the public data or skips the test.
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -41,3 +42,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     from tests import tiny  # it imports the package, which the hook above must see first
 
     return tiny.tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def restored_jax_settings() -> Iterator[None]:
+    """What `main` sets for the whole process does not reach other tests."""
+    names = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

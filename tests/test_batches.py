@@ -92,16 +92,20 @@ def test_pairs_carry_reference_and_visits() -> None:
     rows = pairs(11)
     seen = []
     for batch in pair_batches(rows, 4, 1, seed=0):
-        chosen, rejected = opening(batch.both)[:4], opening(batch.both)[4:]
-        assert chosen == rejected
-        assert batch.real_B.tolist() == [i >= 0 for i in chosen]
-        for b, i in enumerate(chosen):
+        numbers = opening(batch.row)
+        assert batch.real_B.tolist() == [i >= 0 for i in numbers]
+        for b, i in enumerate(numbers):
             row = rows[i] if i >= 0 else PairRow([], [], [], (0.0, 0.0), (0, 0))
-            assert targets(batch.both, b) == row.chosen_ids
-            assert targets(batch.both, 4 + b) == row.rejected_ids
+            assert targets(batch.row, b) == row.chosen_ids + row.rejected_ids
+            whole = row.prompt_ids + row.chosen_ids + row.rejected_ids
+            assert batch.row.tokens_BT[b, : len(whole)].tolist() == whole
+            assert np.bincount(batch.branch_BT[b], minlength=3).tolist()[1:] == [
+                len(row.chosen_ids),
+                len(row.rejected_ids),
+            ]
             assert (batch.reference[0][b], batch.reference[1][b]) == row.reference
             assert (batch.visits[0][b], batch.visits[1][b]) == row.visits
-        seen += [i for i in chosen if i >= 0]
+        seen += [i for i in numbers if i >= 0]
     assert sorted(seen) == list(range(11))
 
 
@@ -109,12 +113,12 @@ def test_pairs_carry_reference_and_visits() -> None:
 def test_a_pair_is_as_wide_as_its_longer_side(chosen: int, rejected: int) -> None:
     row = PairRow([7], [2] * chosen, [3] * rejected, (0.0, 0.0), (1, 1))
     (batch,) = pair_batches([row], 1, 1, seed=0)
-    assert batch.both.tokens_BT.shape == (2, 384)  # half of a row must hold the longer step
-    assert batch.both.mask_BR.sum(axis=1).tolist() == [chosen, rejected]
+    assert batch.row.tokens_BT.shape == (1, 384)  # half of a row must hold the longer step
+    assert [half.sum() for half in np.split(batch.row.mask_BR, 2, axis=1)] == [chosen, rejected]
 
 
 def test_a_batch_may_hold_no_pair() -> None:
     batch = collate_pairs([], 128, 2)
     assert not batch.real_B.any()
-    assert not batch.both.mask_BR.any()
+    assert not batch.row.mask_BR.any()
     assert batch.reference[0].tolist() == [0, 0]

@@ -26,11 +26,12 @@ from itool_jax.embedded import tokenizer as embedded_tokenizer
 from itool_jax.embedded.pretrain import Corpus, Settings
 from itool_jax.embedded.structured_start import structured_start
 from itool_jax.model import hf
-from itool_jax.model.transformer import ModelConfig, Params, abstract, initialize
+from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import TargetBatch, collate
 from itool_jax.text.steps import build_step_table, split_steps
+from tests import tiny
 
 LONGEST = 384
 NAMES = [start + end for start in lexicon.NAME_STARTS for end in lexicon.NAME_ENDS]
@@ -206,7 +207,7 @@ def test_induction_works_from_the_start(length: int, seed: int) -> None:
 
 def test_ordinary_weights_know_no_induction() -> None:
     tokens_BT = repeated(20)
-    found_BT = next_tokens(initialize(CONFIG, jax.random.key(0)), tokens_BT)
+    found_BT = next_tokens(tiny.random_params(CONFIG), tokens_BT)
     assert (found_BT[:, 20:-1] == tokens_BT[:, 21:]).mean() < 0.2
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,11 @@ from itool_jax.stages import generate, iterate, score
 from tests import tiny
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+
 Run = Callable[..., str]
 
 SAMPLE = {"id": "a", "messages": [{"role": "user", "content": "hi"}], "tools": [], "target": "[f()]"}
-
-
-@pytest.fixture(autouse=True)
-def _settings_of_jax() -> Iterator[None]:
-    """What `main` sets for the whole process does not reach other tests."""
-    names = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture

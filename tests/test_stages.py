@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +28,9 @@ from itool_jax.text.chat import Chat, load_tokenizer
 from tests import tiny
 from tests.conftest import shared_path
 
+pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+
 Row = dict[str, Any]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _settings_of_jax() -> Iterator[None]:
-    """What `main` sets for the whole process does not reach other tests."""
-    names = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def read(path: Path) -> list[Row]:

@@ -210,7 +210,7 @@ def test_a_step_is_adamw_at_its_rate(clip_norm: float) -> None:
     own = train.adamw(settings.weight_decay, settings.clip_norm)
     plain = optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(lambda step: rates[step], weight_decay=0.1))
     weights, plain_state = start, plain.init(start)
-    state = TrainState(jax.tree.map(jnp.copy, start), own.init(start), jnp.int32(0))
+    state = TrainState(jax.tree.map(jnp.copy, start), own.init(start))
     for step in range(n_steps):
         batch = jnp.array([step / 2, -1.0])
         (value, _), gradient = jax.value_and_grad(toy_loss, has_aux=True)(weights, frozen, batch)
@@ -222,7 +222,6 @@ def test_a_step_is_adamw_at_its_rate(clip_norm: float) -> None:
         norm = np.sqrt((np.asarray(gradient["w"]) ** 2).sum())
         assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
         assert "size" in metrics
-    assert int(state.step) == n_steps
     assert np.abs(np.asarray(weights["w"]) - np.asarray(start["w"])).min() > 1e-3
 
 

@@ -404,13 +404,3 @@ def test_backup_counts_active_trees_only():
     assert after.visit_count_BN[:, :3].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert after.value_BN[0, ROOT] == pytest.approx(0.3)
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[1], other[1]), tree, after)
-
-
-def test_complete_when_every_leaf_is_terminal():
-    tree = trees.new_tree(1, 8, 2)
-    yes_B = jnp.array([True])
-    assert not trees.complete(tree)[0]
-    tree, _ = expand(tree, jnp.array([ROOT]), children_of([1.0, 0.5], [True, False]), yes_B)
-    assert not trees.complete(tree)[0]
-    tree, _ = expand(tree, jnp.array([2]), children_of([1.0, -1.0], [True, True]), yes_B)
-    assert trees.complete(tree)[0]

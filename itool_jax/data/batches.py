@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from itool_jax.text.chat import Encoded
-from itool_jax.text.padding import PairBatch, TargetBatch, collate, target_width
+from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, target_width
 
 WINDOW = 16  # batches whose rows are sorted by length among themselves
 
@@ -40,9 +40,7 @@ def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int
 
 def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
     """Batches of pairs; the last of an epoch is filled up with pairs that do not count."""
-    widths = [
-        max(target_width(len(row.prompt_ids), len(ids)) for ids in (row.chosen_ids, row.rejected_ids)) for row in rows
-    ]
+    widths = [bucket(max(sum(map(len, row[:3])), 2 * len(row.chosen_ids), 2 * len(row.rejected_ids))) for row in rows]
 
     def make(chosen: list[int]) -> PairBatch:
         return collate_pairs([rows[i] for i in chosen], max(widths[i] for i in chosen), batch_size)
@@ -52,16 +50,27 @@ def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: in
 
 def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
     """One batch of `count` pairs, the missing ones empty."""
-    missing = count - len(rows)
-    empty: list[tuple[list[int], list[int]]] = [([], [])] * missing
-    chosen = [(row.prompt_ids, row.chosen_ids) for row in rows] + empty
-    rejected = [(row.prompt_ids, row.rejected_ids) for row in rows] + empty
+    missing, half = count - len(rows), width // 2
+    chosen = collate([(row.prompt_ids, row.chosen_ids) for row in rows], width, count)
+    rejected = collate([(row.prompt_ids, row.rejected_ids) for row in rows], width, count)
+    both = TargetBatch(
+        chosen.tokens_BT, *(np.concatenate(x, axis=1) for x in zip(chosen[1:], rejected[1:], strict=True))
+    )
+    branch_BT = np.zeros((count, width), np.int32)
+    for i, row in enumerate(rows):
+        fork, middle = len(row.prompt_ids), len(row.prompt_ids) + len(row.chosen_ids)
+        end = middle + len(row.rejected_ids)
+        both.tokens_BT[i, middle:end] = row.rejected_ids
+        branch_BT[i, fork:middle], branch_BT[i, middle:end] = 1, 2
+        # The first token of either step is predicted where the prompt ends.
+        both.positions_BR[i, half + 1 : half + end - middle] += middle - fork
 
     def column(values: list[float]) -> np.ndarray:
         return np.array(values + [0.0] * missing, np.float32)
 
     return PairBatch(
-        collate(chosen + rejected, width, 2 * count),
+        both,
+        branch_BT,
         (column([row.reference[0] for row in rows]), column([row.reference[1] for row in rows])),
         (column([row.visits[0] for row in rows]), column([row.visits[1] for row in rows])),
         np.arange(count) < len(rows),

@@ -231,7 +231,7 @@ def train(settings: Settings) -> None:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, b2=0.98, weight_decay=0.01))
     loss = sft_loss(graph)
-    state = TrainState(params, optimizer.init(params), jnp.int32(0))
+    state = TrainState(params, optimizer.init(params))
     starts = [int(share * n_steps) for share in (0.0, settings.short_tokens / settings.tokens, 0.4, 0.6, 0.8, 1.0)]
     for phase, (first, last) in enumerate(itertools.pairwise(starts)):
         # 1. Short samples; 2. all; 3. questions about spoiled answers too; 4. and 5. also about the model's own.

@@ -161,7 +161,11 @@ def search(
     for _ in range(s.n_simulations):
         leaf_B = np.asarray(_descend(tree, s.exploration))
         while len(rows := np.flatnonzero(active_B & ~_of(tree.terminal_BN, leaf_B))):
-            states = [_state(tree, problems[b], b, int(leaf_B[b]), nodes, s) for b in rows.tolist()]
+            depth_B, on_gold_B = _of(tree.depth_BN, leaf_B), _of(tree.on_gold_BN, leaf_B)
+            states = [
+                _state(problems[b], b, nodes.paths[b][int(leaf_B[b])], int(depth_B[b]), bool(on_gold_B[b]), s)
+                for b in rows.tolist()
+            ]
             proposals = propose(states)
             sampled += sum(len(step) for p in proposals for step in p.steps[: s.breadth])
             candidates, steps = _candidates(states, proposals, problems, judge, grade, s)
@@ -179,12 +183,11 @@ def _of(array_BN: jax.Array, node_B: np.ndarray) -> np.ndarray:
     return np.asarray(array_BN)[np.arange(len(node_B)), node_B]
 
 
-def _state(tree: Tree, problem: Problem, b: int, node: int, nodes: _Nodes, s: SearchSettings) -> State:
-    path = nodes.paths[b][node]
-    whole = int(tree.depth_BN[b, node]) + 1 >= s.max_depth
+def _state(problem: Problem, b: int, path: list[int], depth: int, on_gold: bool, s: SearchSettings) -> State:
+    whole = depth + 1 >= s.max_depth
     limit = s.last_step_limit if whole else s.step_limit
-    gold = _next_gold_step(problem.gold_steps, len(path), whole) if tree.on_gold_BN[b, node] else []
-    return State(b, path, limit, whole, gold[:limit] if s.inject_gold else [])
+    gold = _next_gold_step(problem.gold_steps, len(path), whole) if on_gold and s.inject_gold else []
+    return State(b, path, limit, whole, gold[:limit])
 
 
 def _next_gold_step(gold_steps: list[list[int]], done: int, whole: bool) -> list[int]:

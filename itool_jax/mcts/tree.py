@@ -174,13 +174,6 @@ def backup(tree: Tree, leaf_B: IntB, active_B: BoolB, discount: float | Array, v
     return jax.lax.while_loop(any_left, step, (tree, start_B))[0]
 
 
-def complete(tree: Tree) -> BoolB:
-    """Returns whether nothing is left to expand: every node without children is terminal."""
-    leaf_BN = jnp.all(tree.children_BNW == NO_CHILD, axis=2)
-    used_BN = jnp.arange(leaf_BN.shape[1]) < tree.n_nodes_B[:, None]
-    return ~jnp.any(used_BN & leaf_BN & ~tree.terminal_BN, axis=1)
-
-
 def _update_node(tree: Tree, node_B: IntB, discount: float | Array, value_weight: ValueWeight) -> Tree:
     """One step of the backup; a node that is NO_PARENT stands for a tree that is done."""
     row_B = jnp.arange(node_B.shape[0])

@@ -7,7 +7,6 @@ scanned. The module is split once into `(graph, params)`; everything compiled wo
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -247,31 +246,41 @@ class Transformer(nnx.Module):
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], length_B: Int[Array, " B"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        length_B: Int[Array, " B"] | None = None,
+        branch_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Prefix]:
         """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
 
-        `length_B` goes into the returned prefix only: causality already hides the padding.
+        `length_B` goes into the returned prefix only: causality already hides the padding. Where `branch_BT` is
+        given, a token sees those before it of branch 0 and of its own, as if no other branch were there.
         """
         B, T = tokens_BT.shape
-        hidden, angles = self._start(tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)))
-        causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+        seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        if branch_BT is not None:
+            seen &= (branch_BT[:, None] == 0) | (branch_BT[:, None] == branch_BT[:, :, None])
+            positions = seen.sum(axis=-1) - 1
+        hidden, angles = self._start(tokens_BT, positions)
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
             layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            return layer.finish(x, attend(q, [KeyValues(k, v, causal)])), (k, v)
+            return layer.finish(x, attend(q, [KeyValues(k, v, seen)])), (k, v)
 
         body = jax.checkpoint(one_layer) if self.config.remat else one_layer
         hidden, (k, v) = jax.lax.scan(body, hidden, stacked, unroll=self._unroll)
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(tuple(k), tuple(v), length)
 
-    def hidden_at(self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"]) -> Float[Array, "B R D"]:
+    def hidden_at(
+        self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"], branch_BT: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B R D"]:
         """Last hidden states at chosen positions only: what is not a target needs no logits."""
-        hidden_BTD, _ = self(tokens_BT)
+        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT)
         return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)
 
     def extend(
@@ -318,10 +327,3 @@ def abstract(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[nnx.G
     model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def initialize(config: ModelConfig, key: Array) -> Params:
-    """Random base weights (ordinary initialisation)."""
-    _, _, base = nnx.split(Transformer(config, None, rngs=nnx.Rngs(key)), nnx.LoRAParam, ...)
-    return nnx.to_pure_dict(base)

@@ -6,16 +6,19 @@ and `reference.jsonl`, the reference's log-probabilities.
 
 from typing import Any
 
+import grain
+
 from itool_jax import checkpoint, train
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.data.records import write_jsonl
 from itool_jax.metrics import Metrics, progress, say
-from itool_jax.model.transformer import Params, abstract
+from itool_jax.model.transformer import abstract
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import folder
 
 Row = dict[str, Any]
+Batches = grain.MapDataset
 PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
 
 
@@ -34,14 +37,24 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
         say(f"{phase}: the search found no pair, the policy stays as it is")
         checkpoint.save(folder.adapters_folder(config, phase), adapters)
         return {"pairs": 0, "steps": 0}
-    trained, n_steps = (_control if config.preference.control else _prefer)(config, phase, before, rows, adapters)
+    loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
+    trained = train.fit(
+        loss,
+        config.preference,
+        adapters,
+        folder.load_base(config).params,
+        batches,
+        len(batches),
+        what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
+        metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
+    )
     checkpoint.save(folder.adapters_folder(config, phase), trained)
-    return {"pairs": len(rows), "steps": n_steps}
+    return {"pairs": len(rows), "steps": len(batches)}
 
 
-def _prefer(config: Config, phase: str, before: str, rows: list[Row], adapters: Params) -> tuple[Params, int]:
+def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[train.LossFn, Batches]:
+    """The preference loss over the pairs; the reference is the policy as it stands, computed once."""
     settings, base = config.preference, folder.load_base(config)
-    # 1. The reference is the policy as it stands; its log-probabilities are computed once.
     reference = _reference(config, phase, before, rows)
     pairs = [
         PairRow(
@@ -53,35 +66,19 @@ def _prefer(config: Config, phase: str, before: str, rows: list[Row], adapters: 
         )
         for row in rows
     ]
-    # 2. Minimise the preference loss, carrying the adapters on.
-    batches = pair_batches(pairs, settings.batch_size, settings.epochs, config.seed + config.iteration)
     graph = abstract(base.config, config.lora.config)[0]
-    loss = train.preference_loss(graph, settings.loss_settings)
-    return _fit(config, phase, loss, adapters, batches), len(batches)
+    batches = pair_batches(pairs, settings.batch_size, settings.epochs, config.seed + config.iteration)
+    return train.preference_loss(graph, settings.loss_settings), batches
 
 
-def _control(config: Config, phase: str, before: str, rows: list[Row], adapters: Params) -> tuple[Params, int]:
+def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
     """Equal compute without preferences: the gold responses of the pairs' samples, for as many steps."""
-    del before
     settings, base = config.preference, folder.load_base(config)
     by_id = {sample.id: sample for sample in folder.samples(config, "train")}
     encoded = folder.encode(config, [by_id[row["tree"]] for row in rows])
-    batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)
     graph = abstract(base.config, config.lora.config)[0]
-    return _fit(config, phase, train.sft_loss(graph), adapters, batches), len(batches)
-
-
-def _fit(config: Config, phase: str, loss: train.LossFn, adapters: Params, batches: Any) -> Params:
-    return train.fit(
-        loss,
-        config.preference,
-        adapters,
-        folder.load_base(config).params,
-        batches,
-        len(batches),
-        what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
-        metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
-    )
+    batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)
+    return train.sft_loss(graph), batches
 
 
 def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict[str, tuple[float, float]]:

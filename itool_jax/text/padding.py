@@ -25,9 +25,14 @@ class TargetBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Preference pairs: the chosen rows, then the rejected ones; what the reference and the search said of them."""
+    """Preference pairs, one a row: the prompt once, then both steps, neither of which sees the other.
 
-    both: TargetBatch
+    R is T: the first half belongs to the chosen steps, the second to the rejected ones.
+    """
+
+    row: TargetBatch
+    branch_BT: Int[AnyArray, "B T"]
+    """Which step a token belongs to: 1 chosen, 2 rejected, 0 none, so that both see it."""
     reference: tuple[FloatB, FloatB]
     """Sums of log π_ref over the chosen and the rejected step."""
     visits: tuple[FloatB, FloatB]
