@@ -379,7 +379,7 @@ def test_sampled_tokens_are_counted_and_progress_is_told() -> None:
     told: list[int] = []
     toy = Toy(PROBLEMS[:3], settings(n_simulations=7, inject_gold=True))
     forest = toy.run(told.append)
-    assert told == [3] * 7
+    assert sum(told) == 3 * 7
     assert forest.sampled_tokens == toy.sampled > 0
     assert not forest.step_tokens_BNS[np.arange(8) >= forest.step_length_BN[..., None]].any()
     assert not forest.step_length_BN[:, ROOT].any()

@@ -156,11 +156,19 @@ def search(
     size = (s.batch, s.max_nodes)
     width = max(s.step_limit, s.last_step_limit)
     nodes = _Nodes(np.zeros((*size, width), np.int32), np.zeros(size, np.int32), [{ROOT: []} for _ in problems])
-    active_B = np.arange(s.batch) < len(problems)
+    # A tree whose simulation has reached a terminal state begins its next one while others still expand theirs:
+    # every call of the model serves all unfinished trees.
+    left_B = np.where(np.arange(s.batch) < len(problems), s.n_simulations, 0)
+    leaf_B = np.asarray(_descend(tree, s.exploration))
     sampled = 0
-    for _ in range(s.n_simulations):
-        leaf_B = np.asarray(_descend(tree, s.exploration))
-        while len(rows := np.flatnonzero(active_B & ~_of(tree.terminal_BN, leaf_B))):
+    while left_B.any():
+        while (ended_B := (left_B > 0) & _of(tree.terminal_BN, leaf_B)).any():
+            tree = _backup(tree, leaf_B, ended_B, s.discount, s.value_weight)
+            leaf_B = np.where(ended_B, np.asarray(_descend(tree, s.exploration)), leaf_B)
+            left_B = left_B - ended_B
+            advance(int(ended_B.sum()))
+        rows = np.flatnonzero(left_B)
+        if len(rows):
             depth_B, on_gold_B = _of(tree.depth_BN, leaf_B), _of(tree.on_gold_BN, leaf_B)
             states = [
                 _state(problems[b], b, nodes.paths[b][int(leaf_B[b])], int(depth_B[b]), bool(on_gold_B[b]), s)
@@ -169,12 +177,9 @@ def search(
             proposals = propose(states)
             sampled += sum(len(step) for p in proposals for step in p.steps[: s.breadth])
             candidates, steps = _candidates(states, proposals, problems, judge, grade, s)
-            open_B = np.isin(np.arange(s.batch), rows)
-            tree, child_BW = _expand(tree, leaf_B, candidates, open_B)
+            tree, child_BW = _expand(tree, leaf_B, candidates, left_B > 0)
             _keep(nodes, states, leaf_B, steps, np.asarray(child_BW))
-            leaf_B = np.where(open_B, np.asarray(_select(tree, leaf_B, s.exploration)), leaf_B)
-        tree = _backup(tree, leaf_B, active_B, s.discount, s.value_weight)
-        advance(len(problems))
+            leaf_B = np.where(left_B > 0, np.asarray(_select(tree, leaf_B, s.exploration)), leaf_B)
     tree = jax.tree.map(lambda x: np.asarray(x)[: len(problems)], tree)
     return Forest(tree, nodes.tokens_BNS[: len(problems)], nodes.length_BN[: len(problems)], sampled)
 
