@@ -58,6 +58,16 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert config.preference.beta is None
 
 
+def test_of_several_files_the_later_ones_win(tmp_path: Path):
+    first = write(tmp_path / "a.yaml", "seed: 5\nsearch: {breadth: 7}\n")
+    second = write(tmp_path / "b.yaml", "search: {breadth: 4, max_depth: 2}\n")
+    config = settings.parse(["--stage=search", f"--config={first},{second}", "--search.max_depth=6"])
+    assert (config.seed, config.search.breadth, config.search.max_depth) == (5, 4, 6)
+    demo, ipo = (settings.parse(["--stage=iterate", f"--config={name}"]) for name in ("demo", "demo,ablations/ipo"))
+    changed = {name for name, value in ipo.flat().items() if demo.flat()[name] != value}
+    assert changed == {"config", "run_dir", "preference.loss"}
+
+
 def test_names_are_taken_with_underscores_and_with_hyphens():
     flags = ["--run_dir=a", "--search.n_simulations=3"]
     assert settings.parse(["--stage=iterate", *flags]) == settings.parse(

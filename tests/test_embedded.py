@@ -368,6 +368,16 @@ def test_training_writes_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: py
     assert not np.allclose(params["embedding"], start["embedding"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
     assert "| overall (n=100) | 50.0 | 5.0 |" in (tmp_path / "README.md").read_text()
+    # Trained on from there, its card tells both commands.
+    again = Settings(output=tmp_path / "2", start=tmp_path, seed=1, tokens=40, short_tokens=0, tokens_per_batch=1)
+    pretrain.train(again)
+    further = hf.load(tmp_path / "2")[1]["embedding"]
+    moved, from_start = (np.abs(further - other).max() for other in (params["embedding"], start["embedding"]))
+    assert 0 < moved < from_start
+    card = (tmp_path / "2/README.md").read_text()
+    first, second = (line.strip() for line in card.splitlines() if "pretrain" in line)
+    assert first.endswith("--output DIR1 --tokens 103 --short-tokens 20 --tokens-per-batch 1")
+    assert second.endswith("--output DIR2 --start DIR1 --seed 1 --tokens 40 --short-tokens 0 --tokens-per-batch 1")
 
 
 def chat_markers(folder: Path) -> list[int]:

@@ -157,6 +157,22 @@ def test_no_token_sees_what_comes_after_it(tiny_model: tuple[ModelConfig, Policy
     np.testing.assert_array_equal(last[:39], plain[:39])
 
 
+@pytest.mark.parametrize("lengths", [(20, 7, 9), (1, 30, 5), (12, 0, 4), (12, 4, 0)])
+def test_branches_share_what_is_before_them_and_do_not_see_each_other(
+    tiny_model: tuple[ModelConfig, Policy], lengths: tuple[int, int, int]
+) -> None:
+    policy = tiny_model[1]
+    tokens_T, branch_T = random_tokens((40,)), np.zeros(40, np.int32)
+    before, one, two = lengths
+    branch_T[before : before + one], branch_T[before + one : sum(lengths)] = 1, 2
+    model = nnx.merge(*policy)
+    found_TV = model.logits(model(jnp.asarray(tokens_T[None]), branch_BT=jnp.asarray(branch_T[None]))[0])[0]
+    for branch in (1, 2):
+        kept = np.flatnonzero((branch_T == 0) & (np.arange(40) < before) | (branch_T == branch))
+        alone_TV = forward(policy, np.pad(tokens_T[kept], (0, 40 - len(kept)))[None])[0, : len(kept)]
+        np.testing.assert_allclose(found_TV[kept], alone_TV, rtol=0, atol=2e-5)
+
+
 def test_rows_do_not_see_each_other(tiny_model: tuple[ModelConfig, Policy]) -> None:
     policy = tiny_model[1]
     tokens_BT = random_tokens((3, 40))

@@ -29,7 +29,7 @@ class Manner(NamedTuple):
     shuffled: float  # share of requests that name parameters in another order than the tool does
 
 
-PRETRAINING_MANNER = Manner(synonyms=0.25, shuffled=0.15)
+PRETRAINING_MANNER = Manner(synonyms=0.4, shuffled=0.4)
 TASK_MANNER = Manner(synonyms=0.5, shuffled=0.5)
 
 

@@ -44,6 +44,8 @@ class Settings:
 
     output: Path
     """Folder of the new checkpoint."""
+    start: Path | None = None
+    """Folder of a checkpoint of this script to train on; without one, training begins from a structured start."""
     seed: int = 0
     """Seed of weights, corpus and order."""
     tokens: float = 18e6
@@ -221,13 +223,17 @@ def train(settings: Settings) -> None:
     embedded_tokenizer.save(settings.output)
     chat = Chat(chat_format.load_tokenizer(str(settings.output)))
     config = model_config(-(-len(chat.tokenizer) // 16) * 16)
-    markers = chat.tokenizer.convert_tokens_to_ids(["<|user|>", "<|tools|>", "<|assistant|>", "<|tool|>"])
-    params = jax.tree.map(jnp.asarray, structured_start(config, markers, settings.seed))
+    if settings.start is None:
+        markers = chat.tokenizer.convert_tokens_to_ids(["<|user|>", "<|tools|>", "<|assistant|>", "<|tool|>"])
+        params = jax.tree.map(jnp.asarray, structured_start(config, markers, settings.seed))
+    else:
+        params = hf.load(settings.start, "float32")[1]
     graph = abstract(config)[0]
     corpus = Corpus(chat, settings, config.vocab_size)
     n_steps = int(settings.tokens / settings.tokens_per_batch)
+    rise = min(100, n_steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, 100, n_steps, 0.05 * settings.learning_rate
+        0.0, settings.learning_rate, rise, n_steps, 0.05 * settings.learning_rate
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, b2=0.98, weight_decay=0.01))
     loss = sft_loss(graph)
@@ -235,6 +241,8 @@ def train(settings: Settings) -> None:
     starts = [int(share * n_steps) for share in (0.0, settings.short_tokens / settings.tokens, 0.4, 0.6, 0.8, 1.0)]
     for phase, (first, last) in enumerate(itertools.pairwise(starts)):
         # 1. Short samples; 2. all; 3. questions about spoiled answers too; 4. and 5. also about the model's own.
+        if first == last:
+            continue
         corpus.short_only, corpus.spoiled = phase == 0, phase >= 2
         if phase >= 3:
             corpus.own = judge_own(Policy(graph, state.trainable), corpus, start=phase * 10**7, count=2048)
@@ -263,7 +271,7 @@ A Llama of {n_weights:,} weights that calls tools in a small made-up English. It
 laptop, and for tests; it is of no other use. Trained from nothing, from a structured start, on generated samples of
 eight domains (travel, food, media, office, home, shop, sport, money) and of tools named by random words.
 
-    python -m itool_jax.embedded.pretrain --output DIR --seed {seed} --tokens {tokens:.0f}
+{commands}
 
 Exact answers, greedy, on {count} held-out samples of the domains it was trained on (names it never saw, tools drawn
 anew; easy, medium and hard are thirds of the calls by number of tools, length of the tool list and number of calls):
@@ -280,8 +288,22 @@ def write_card(settings: Settings, measured: dict[str, tuple[float, float, int]]
     """The model card, with what was measured."""
     rows = "\n".join(f"| {name} (n={n}) | {100 * p:.1f} | {100 * e:.1f} |" for name, (p, e, n) in measured.items())
     count = measured["overall"][2]
-    card = CARD.format(n_weights=n_weights, seed=settings.seed, tokens=settings.tokens, count=count, rows=rows)
+    card = CARD.format(n_weights=n_weights, commands="\n".join(_commands(settings)), count=count, rows=rows)
     (settings.output / "README.md").write_text(card)
+
+
+def _commands(settings: Settings) -> list[str]:
+    """The commands that led to a checkpoint, those of the one it started from first."""
+    indent, program = "    ", "python -m itool_jax.embedded.pretrain"
+    earlier: list[str] = []
+    if settings.start is not None:
+        card = (settings.start / "README.md").read_text()
+        earlier = [line for line in card.splitlines() if line.startswith(indent + program)]
+    folders = [f"--output DIR{len(earlier) + 1}"] + [f"--start DIR{len(earlier)}"] * bool(earlier)
+    given = [f for f in dataclasses.fields(settings) if f.name not in ("output", "start")]
+    changed = [(f.name, getattr(settings, f.name)) for f in given if getattr(settings, f.name) != f.default]
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed]
+    return [*earlier, indent + " ".join([program, *folders, *flags])]
 
 
 if __name__ == "__main__":
