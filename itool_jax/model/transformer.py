@@ -125,7 +125,7 @@ def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
 class KeyValues(NamedTuple):
     """Keys and values of `rows` rows; `mask` [rows, T or 1, K] says which of them a query may see."""
 
-    k_BHKD: Array
+    k_BHDK: Array
     v_BHKD: Array
     mask_BTK: Array
 
@@ -138,7 +138,7 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     at the end, when every segment's share is known. Returns [B, T, H · D].
     """
     B, T, H, D = q_BTHD.shape
-    kv_heads = segments[0].k_BHKD.shape[1]
+    kv_heads = segments[0].k_BHDK.shape[1]
     q = q_BTHD.reshape(B, T, kv_heads, H // kv_heads, D).transpose(0, 2, 3, 1, 4)
     folded = [_segment_scores(q, segment) for segment in segments]
     best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
@@ -161,7 +161,7 @@ def _segment_scores(q: Array, segment: KeyValues) -> Array:
     folded = _fold(q, len(k))
     rows, heads, group, length, D = folded.shape
     flat = folded.reshape(rows, heads, group * length, D)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", flat, k, preferred_element_type=jnp.float32) * D**-0.5
+    scores = jnp.matmul(flat, k, preferred_element_type=jnp.float32) * D**-0.5
     return jnp.where(mask[:, None, None], scores.reshape(rows, heads, group, length, -1), MASKED)
 
 
@@ -268,7 +268,7 @@ class Transformer(nnx.Module):
         def one_layer(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
             layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles)
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             return layer.finish(x, attend(q, [KeyValues(k, v, seen)])), (k, v)
 
         body = jax.checkpoint(one_layer) if self.config.remat else one_layer
@@ -302,13 +302,13 @@ class Transformer(nnx.Module):
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
         seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
         own_mask = valid_BS[:, None] & seen_TS[None]
-        prefix_mask = (jnp.arange(prefix.k[0].shape[2])[None] < prefix.length_P[:, None])[:, None]
+        prefix_mask = (jnp.arange(prefix.k[0].shape[3])[None] < prefix.length_P[:, None])[:, None]
         graph, stacked = nnx.split(self.layers)
         k_new, v_new = [], []
         for i, (prefix_k, prefix_v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
             layer = nnx.merge(graph, jax.tree.map(lambda weights, i=i: weights[i], stacked))
             q, k, v = layer.project(hidden, angles)
-            k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.swapaxes(1, 2), slot, axis=2)
+            k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
             shared, own = KeyValues(prefix_k, prefix_v, prefix_mask), KeyValues(k, v, own_mask)
             hidden = layer.finish(hidden, attend(q, [shared, own]))
