@@ -4,9 +4,11 @@ In: the environment variables ITOOL_SHARED (public data, default `../shared`) an
 Out: `shared_path`, which finds a file of the public data or skips the test.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -33,6 +35,17 @@ def shared_path(relative: str) -> pathlib.Path:
     path = folder / relative
     if not path.exists():
         pytest.skip(f"needs {relative} of the public data: set ITOOL_SHARED to the folder that holds it")
+    return path
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+    """Writes a JSONL file and returns its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

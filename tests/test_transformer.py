@@ -163,7 +163,7 @@ def test_branches_share_what_is_before_them_and_do_not_see_each_other(
 ) -> None:
     policy = tiny_model[1]
     tokens_T, branch_T = random_tokens((40,)), np.zeros(40, np.int32)
-    before, one, two = lengths
+    before, one, _ = lengths
     branch_T[before : before + one], branch_T[before + one : sum(lengths)] = 1, 2
     model = nnx.merge(*policy)
     found_TV = model.logits(model(jnp.asarray(tokens_T[None]), branch_BT=jnp.asarray(branch_T[None]))[0])[0]
