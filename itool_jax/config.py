@@ -67,7 +67,7 @@ class Config:
     iteration: int = 1
     """Which round the stages score, search and dpo work on when run alone."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random, but for the generated corpus, which is always the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation type."""
     lora: LoraSettings = LoraSettings()
@@ -106,7 +106,7 @@ def parse(arguments: Sequence[str]) -> Config:
         ValueError: one line that names the setting, and the YAML file where it stands in one.
     """
     arguments = list(arguments)
-    chosen = _chosen_file(arguments)
+    chosen = _chosen_files(arguments)
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
     from_files: list[str] = []
@@ -146,20 +146,20 @@ def _one_line(box: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", text) + "; see --help"
 
 
-def _chosen_file(arguments: list[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-        if argument == "--config" and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
+def _chosen_files(arguments: list[str]) -> str | None:
+    """What follows --config; ValueError where it stands twice."""
+    flat = [part for argument in arguments for part in argument.split("=", 1)]
+    places = [i for i, part in enumerate(flat) if part == "--config"]
+    if len(places) > 1:
+        raise ValueError("--config is given twice; join the names with a comma, later ones win")
+    return flat[places[0] + 1] if places and places[0] + 1 < len(flat) else None
 
 
 def find_config(name: str) -> Path:
-    """The YAML file of that path, or of that name among the configs that come with the program."""
+    """The YAML file of that name among the configs that come with the program, or of that path."""
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
-    for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
+    for path in (*(folder / f"{name}.yaml" for folder in folders), Path(name)):
         if path.is_file():
             return path
     known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders if f.is_dir() for p in f.rglob("*.yaml")})

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -71,17 +72,19 @@ def sample_features(sample: Sample) -> DifficultyFeatures:
     return DifficultyFeatures(sample.id, len(sample.tools), length, len(read_calls(sample.target) or ()))
 
 
-def split(ids: Iterable[str], warmup_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """(warm-up ids, replay ids), each sorted. An id's side depends on itself and the seed, on no other id.
+def split(ids: Iterable[str], fraction: float, purpose: str, seed: int) -> tuple[list[str], list[str]]:
+    """About `fraction` of the ids, and the rest, each in an order that is random but always the same.
 
-    The sizes are therefore only about `warmup_fraction` of the whole and the rest.
+    An id's side depends on itself, the purpose and the seed, on no other id; splits for different purposes are
+    independent of each other. The turns of a conversation, ID, ID/2, ID/3, …, stay on one side.
     """
-    if not 0 <= warmup_fraction <= 1:
-        raise ValueError(f"warmup_fraction must be in [0, 1], got {warmup_fraction}")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be in [0, 1], got {fraction}")
     ids = sorted(ids)
     _reject_duplicates(ids)
-    is_warmup = {id_: _uniform("split", seed, id_) < warmup_fraction for id_ in ids}
-    return [id_ for id_ in ids if is_warmup[id_]], [id_ for id_ in ids if not is_warmup[id_]]
+    place = {id_: _uniform(purpose, seed, re.sub(r"/\d+$", "", id_)) for id_ in ids}
+    ids.sort(key=lambda id_: place[id_])
+    return [id_ for id_ in ids if place[id_] < fraction], [id_ for id_ in ids if place[id_] >= fraction]
 
 
 def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:

@@ -34,46 +34,62 @@ def random_features(n: int, seed: int = 0) -> list[DifficultyFeatures]:
 
 
 def test_split_is_a_partition_of_about_the_asked_sizes() -> None:
-    warmup, kept = replay.split(IDS, 0.9, seed=0)
+    warmup, kept = replay.split(IDS, 0.9, "replay", seed=0)
     assert sorted(warmup + kept) == sorted(IDS)
     assert abs(len(kept) - 500) < 5 * math.sqrt(5000 * 0.9 * 0.1)
 
 
 def test_split_does_not_depend_on_file_order_and_does_on_the_seed() -> None:
-    assert replay.split(shuffled(IDS), 0.9, seed=0) == replay.split(IDS, 0.9, seed=0)
-    _, kept = replay.split(IDS, 0.9, seed=0)
-    _, kept_by_another_seed = replay.split(IDS, 0.9, seed=1)
+    assert replay.split(shuffled(IDS), 0.9, "replay", seed=0) == replay.split(IDS, 0.9, "replay", seed=0)
+    _, kept = replay.split(IDS, 0.9, "replay", seed=0)
+    _, kept_by_another_seed = replay.split(IDS, 0.9, "replay", seed=1)
     assert len(set(kept) & set(kept_by_another_seed)) < len(kept) / 3  # about a tenth, were they independent
 
 
 def test_an_ids_side_does_not_depend_on_other_ids_or_flip_back_with_the_fraction() -> None:
-    _, kept = replay.split(IDS, 0.9, seed=0)
-    _, kept_of_some = replay.split(IDS[::3], 0.9, seed=0)
-    assert kept_of_some == sorted(set(kept) & set(IDS[::3]))
-    _, kept_by_more = replay.split(IDS, 0.8, seed=0)
+    _, kept = replay.split(IDS, 0.9, "replay", seed=0)
+    _, kept_of_some = replay.split(IDS[::3], 0.9, "replay", seed=0)
+    assert kept_of_some == [id_ for id_ in kept if id_ in set(IDS[::3])]
+    _, kept_by_more = replay.split(IDS, 0.8, "replay", seed=0)
     assert set(kept) < set(kept_by_more)
 
 
+def test_splits_for_different_purposes_are_independent() -> None:
+    rest, test = replay.split(IDS, 0.9, "test", seed=0)
+    assert 0.05 < len(replay.split(rest, 0.9, "replay", seed=0)[1]) / len(rest) < 0.15
+    assert 0.05 < len(replay.split(test, 0.9, "replay", seed=0)[1]) / len(test) < 0.15
+
+
+def test_the_turns_of_a_conversation_stay_together_and_the_order_is_random() -> None:
+    turns = [f"{id_}{turn}" for id_ in IDS[:300] for turn in ("", "/2", "/3")]
+    sides = replay.split(turns, 0.5, "test", seed=0)
+    for side in sides:
+        assert {id_.split("/")[0] for id_ in side} == {id_ for id_ in side if "/" not in id_}
+        assert side != sorted(side)
+    assert min(map(len, sides)) > 300
+
+
 def test_split_is_the_same_on_every_machine() -> None:
-    assert replay.split([f"id{i}" for i in range(12)], 0.5, seed=7)[1] == ["id11", "id3", "id5", "id6", "id9"]
+    ids = [f"id{i}" for i in range(12)]
+    assert replay.split(ids, 0.5, "replay", seed=7)[1] == ["id8", "id11", "id4", "id6"]
 
 
 def test_split_at_its_ends_and_on_nothing() -> None:
-    assert replay.split(IDS, 1.0, seed=0) == (sorted(IDS), [])
-    assert replay.split(IDS, 0.0, seed=0) == ([], sorted(IDS))
-    assert replay.split([], 0.9, seed=0) == ([], [])
+    assert sorted(replay.split(IDS, 1.0, "replay", seed=0)[0]) == sorted(IDS)
+    assert sorted(replay.split(IDS, 0.0, "replay", seed=0)[1]) == sorted(IDS)
+    assert replay.split([], 0.9, "replay", seed=0) == ([], [])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
 def test_split_refuses_impossible_fractions(fraction: float) -> None:
-    with pytest.raises(ValueError, match="warmup_fraction must be in"):
-        replay.split(IDS, fraction, seed=0)
+    with pytest.raises(ValueError, match="fraction must be in"):
+        replay.split(IDS, fraction, "replay", seed=0)
 
 
 def test_repeated_ids_are_refused() -> None:
     message = "sample id 'b' appears 2 times"
     with pytest.raises(ValueError, match=message):
-        replay.split(["a", "b", "b"], 0.9, seed=0)
+        replay.split(["a", "b", "b"], 0.9, "replay", seed=0)
     with pytest.raises(ValueError, match=message):
         replay.select_hardest([ScoredSample("b", 1.0, True), ScoredSample("b", 2.0, False)], ReplaySettings())
     with pytest.raises(ValueError, match=message):

@@ -110,11 +110,13 @@ STEP_FILES = ("scores.jsonl", "trees.jsonl", "pairs.jsonl", "reference.jsonl")
 
 def test_a_run_leaves_all_its_files(made: Made):
     expected = {"config.yaml", "summary.json", "metrics.jsonl"}
-    expected |= {f"data/{part}.jsonl" for part in ("train", "validation", "test")}
+    expected |= {f"data/{part}.jsonl" for part in ("train", "validation", "test")} | {"data/sources.json"}
     expected |= {f"{phase}/evaluation_test_all.{kind}" for phase in PHASES for kind in ("json", "jsonl")}
     expected |= {"warmup/warmup.json"}
     for phase in PHASES[2:]:
-        expected |= {f"{phase}/{name}" for name in (*STEP_FILES, "score.json", "search.json", "dpo.json")}
+        expected |= {
+            f"{phase}/{name}" for name in (*STEP_FILES, "score.json", "search.json", "reference.json", "dpo.json")
+        }
     found = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
     assert {name for name in found if "/adapters/" not in name} == expected
     assert [p for p in PHASES if (made.folder / p / "adapters").is_dir()] == PHASES[1:]
@@ -132,7 +134,7 @@ def test_every_sample_is_in_one_part_and_reads_back(made: Made):
 
 def test_the_hardest_of_the_buffer_are_searched(made: Made):
     train = [row["id"] for row in read(made.folder / "data/train.jsonl")]
-    buffer = split(train, 0.8, 0)[1]
+    buffer = split(train, 0.8, "replay", 0)[1]
     targets = {row["id"]: row["target"] for row in made.samples}
     for phase in PHASES[2:]:
         scores = read(made.folder / phase / "scores.jsonl")
@@ -328,6 +330,39 @@ def test_a_stage_is_done_only_where_its_files_are(
     assert capsys.readouterr().err.count("is done already") == N_STAGES - 1
     assert path.exists()
     assert contents(folder, "config.yaml").keys() >= contents(made.folder, "config.yaml", "reference.jsonl").keys()
+
+
+def test_what_was_made_from_changed_results_is_made_again(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = copy_run(made, tmp_path)
+    path = folder / "iteration_1/pairs.jsonl"
+    write(path, read(path)[1:])  # another search
+    done = json.loads((folder / "iteration_1/search.json").read_text())
+    (folder / "iteration_1/search.json").write_text(json.dumps(done | {"outputs": {}}))
+    assert again(made, folder) == 0
+    err = capsys.readouterr().err
+    stale = [line.split(" was made from")[0] for line in err.splitlines() if "have changed since" in line]
+    assert stale[:3] == ["iteration_1: dpo", "iteration_1: reference", "iteration_1: evaluation_test_all"]
+    assert stale[3:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", "evaluation_test_all")]
+    assert len(read(folder / "iteration_1/reference.jsonl")) == len(read(path))
+    assert again(made, folder) == 0
+    assert capsys.readouterr().err.count("is done already") == N_STAGES
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_a_run_directory_of_other_files_is_refused(
+    made: Made, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+):
+    """The same names on the command line, and other content behind them."""
+    folder, before = copy_run(made, tmp_path), contents(made.folder)
+    sources = json.loads((folder / "data/sources.json").read_text())
+    name = sorted(sources[what])[0]
+    sources[what][name] = "0" * 32
+    (folder / "data/sources.json").write_text(json.dumps(sources))
+    line = refused(capsys, made, folder)
+    assert line.startswith(f"run directory {folder} was made with another {name} of --{what}=")
+    assert contents(folder) == before
 
 
 def test_later_settings_may_change_what_is_evaluated(made: Made, tmp_path: Path):

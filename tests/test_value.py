@@ -1,8 +1,6 @@
-"""Outcome and self-evaluation: both gradings, the best assignment, defaults, and the numbers of eq 7."""
+"""Outcome and self-evaluation: which responses are right, defaults, and the numbers of eq 7."""
 
-import itertools
 import math
-import random
 import time
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itool_jax.mcts.value import best_assignment, confidence, four_grade_confidence, outcome
+from itool_jax.mcts.value import confidence, four_grade_confidence, outcome
 
 CALLS = '[f(a="x", b=1), g(c=[1, 2])]'
 TEXT = "I cannot help with that."
@@ -39,48 +37,20 @@ TEXT = "I cannot help with that."
         (TEXT, "[]", False),
         ("[Note] no tool fits.", "[Note] no tool fits. ", True),
         ("[Note] no tool fits.", "[f()]", False),
+        ("[f(Paris)]", TEXT, False),  # a gold that attempts calls rewards no refusal
+        ("[f(Paris)]", " [f(Paris)]", True),
     ],
 )
-def test_binary_outcome(gold: str, response: str, right: bool) -> None:
+def test_outcome(gold: str, response: str, right: bool) -> None:
     assert outcome(gold, response, finished=True) == (1.0 if right else -1.0)
     assert outcome(gold, response, finished=False) == -1.0
-    assert (outcome(gold, response, finished=True, grading="graded") == 1.0) is right
-    assert outcome(gold, response, finished=False, grading="graded") == 0.0
-
-
-@pytest.mark.parametrize(
-    ("gold", "response", "expected"),
-    [
-        ("[f(a=1, b=2)]", "[f(a=1, b=3)]", 0.9 * (1 + 1 + 1) / 4),
-        ("[f(a=1, b=2)]", "[f(a=1)]", 0.9 * (1 + 1 / 2 + 1) / 4),
-        ("[f(a=1)]", "[f(a=1, b=2)]", 0.9 * (1 + 1 / 2 + 1) / 3),
-        ("[f(a=1)]", "[g(a=1)]", 0.0),
-        ("[f(a=1), g()]", "[f(a=1)]", 0.9 * (1 / 2 + 2) / 4),
-        ("[f(a=1)]", "[f(a=1), f(a=1)]", 0.9 * (1 / 2 + 2) / 3),
-        ("[f(a=1), f(a=2)]", "[f(a=2), f(a=3)]", 0.9 * (1 + 2 + 1) / 5),
-        ("[f(a=1), f(a=2)]", "[f(a=2)]", 0.9 * (1 / 2 + 2) / 5),
-        ("[f()]", "[f(a=1)]", 0.9 * (1 + 0) / 2),
-        ("[f(a=1)]", "[f(a=", 0.0),
-        ("[f(a=1)]", TEXT, 0.0),
-        (TEXT, "[f(a=1)]", 0.0),
-    ],
-)
-def test_graded_outcome(gold: str, response: str, expected: float) -> None:
-    assert outcome(gold, response, finished=True, grading="graded") == pytest.approx(expected, abs=1e-12)
-
-
-def test_better_responses_earn_more() -> None:
-    ladder = ["[f(a=", "[h()]", "[f()]", "[f(a=2)]", "[f(a=1)]", "[f(a=1, b=3)]", "[f(b=2, a=1)]"]
-    earned = [outcome("[f(a=1, b=2)]", response, finished=True, grading="graded") for response in ladder]
-    assert earned[0] == earned[1] == 0.0
-    assert all(low < high for low, high in itertools.pairwise(earned[1:]))
 
 
 @settings(deadline=None)
-@given(st.text(), st.text(), st.booleans(), st.sampled_from(["binary", "graded"]))
-def test_any_text_gets_an_outcome(gold: str, response: str, finished: bool, grading: Any) -> None:
-    value = outcome(gold, "[" + response, finished=finished, grading=grading)
-    assert value in (-1.0, 1.0) if grading == "binary" else 0.0 <= value <= 1.0
+@given(st.text(), st.text(), st.booleans())
+def test_any_text_gets_an_outcome(gold: str, response: str, finished: bool) -> None:
+    assert outcome(gold, "[" + response, finished=finished) in (-1.0, 1.0)
+    assert outcome(gold, gold, finished=finished) == (1.0 if finished else -1.0)
 
 
 PARAMETERS = {
@@ -112,8 +82,6 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": PARAME
 def test_optional_defaults_may_be_left_out(gold: str, response: str, right: bool, tool: dict[str, Any]) -> None:
     assert outcome(gold, response, finished=True, tools=[tool]) == (1.0 if right else -1.0)
     assert outcome(gold, response, finished=True) == -1.0
-    graded = outcome(gold, response, finished=True, tools=[tool], grading="graded")
-    assert (graded == 1.0) is right
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"properties": {"a": None}, "required": None}])
@@ -123,31 +91,12 @@ def test_tools_without_defaults_change_nothing(parameters: Any) -> None:
     assert outcome("[f(a=1)]", "[f()]", finished=True, tools=tools) == -1.0
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_assignment_is_the_best(seed: int) -> None:
-    numbers = random.Random(seed)
-    n_rows, n_columns = numbers.randint(1, 5), numbers.randint(1, 5)
-    credit = [[numbers.choice([0.0, 0.5, 1.0, 2.0, numbers.random()]) for _ in range(n_columns)] for _ in range(n_rows)]
-    wide = credit if n_rows <= n_columns else [list(column) for column in zip(*credit, strict=True)]
-    best = max(
-        sum(row[column] for row, column in zip(wide, columns, strict=True))
-        for columns in itertools.permutations(range(len(wide[0])), len(wide))
-    )
-    assert best_assignment(credit) == pytest.approx(best, abs=1e-9)
-
-
-@pytest.mark.parametrize("credit", [[], [[], []]])
-def test_assignment_of_nothing(credit: list[list[float]]) -> None:
-    assert best_assignment(credit) == 0.0
-
-
 def test_many_repeated_calls_take_little_time() -> None:
-    gold = "[" + ", ".join(f"f(a={i})" for i in range(60)) + "]"
-    response = "[" + ", ".join(f"f(a={i})" for i in range(200, 20, -1)) + "]"
+    gold, response = (f"[{', '.join(f'f(a={i % 7})' for i in range(n))}]" for n in (2000, 2001))
     start = time.perf_counter()
-    value = outcome(gold, response, finished=True, grading="graded")
+    assert outcome(gold, gold, finished=True) == 1.0
+    assert outcome(gold, response, finished=True) == -1.0
     assert time.perf_counter() - start < 5.0
-    assert value == pytest.approx(0.9 * (60 / 180 + 60 + 39) / 121)
 
 
 def test_confidence() -> None:

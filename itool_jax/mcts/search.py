@@ -8,7 +8,7 @@ keeps their tokens and decides which states need the model.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -47,8 +47,6 @@ class SearchSettings:
     """Longest last step, in tokens."""
     inject_gold: bool = True
     """Whether the gold's next step joins the candidates where the response so far is the gold's."""
-    grading: Literal["binary", "graded"] = "binary"
-    """Outcome of a finished response: +1 or -1 (binary), or partial credit from 0 to 1 (graded)."""
     batch: int = 64
     """Prompts searched together."""
 
@@ -69,12 +67,13 @@ class SearchSettings:
 
     @property
     def max_nodes(self) -> int:
-        """Nodes of a full tree: only the node on the gold's path has a child more."""
+        """The most nodes a tree can have. In a full one, only the node on the gold's path has a child more."""
         total, level = 1, 1
         for _ in range(self.max_depth):
             level = level * self.breadth + self.inject_gold
             total += level
-        return total
+        # Nor can a tree hold more than its simulations expand, at most one node a level each.
+        return min(total, 1 + self.n_simulations * self.max_depth * self.slots)
 
 
 class Problem(NamedTuple):

@@ -5,9 +5,7 @@ Out: O, one number a response, and C, one number a state.
 """
 
 import dataclasses
-import math
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,8 +14,6 @@ from jaxtyping import Float
 
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, same_calls, value_key
 from itool_jax.types import AnyArray
-
-Grading = Literal["binary", "graded"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,26 +31,15 @@ class SelfEvaluationSettings:
         return "AB" if self.scale == "binary" else "ABCD"
 
 
-def outcome(
-    gold: str,
-    response: str,
-    *,
-    finished: bool,
-    grading: Grading = "binary",
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> float:
-    """O of eq 6 for a terminal state: how far `response` agrees with `gold`.
+def outcome(gold: str, response: str, *, finished: bool, tools: Sequence[Mapping[str, Any]] = ()) -> float:
+    """O of eq 6 for a terminal state: +1.0 where `response` agrees with `gold`, else -1.0.
 
-    `binary` gives +1.0 where the calls are equal as multisets of typed calls and -1.0 otherwise; `graded`
-    gives 0.0 to 1.0, with partial credit for names, parameters and values (after ToolRL, arXiv 2504.13958).
-    Gold that is no call list is text: then a response is right when it attempts no call list, or is the gold
-    itself. A response that ran into the length limit (`finished` false) is wrong. `tools` are OpenAI tool
-    schemas; an optional parameter left out counts as given with its default.
+    Calls agree where they are equal as multisets of typed calls. Gold that is no call list is text: then a response
+    is right when it attempts no call list, or is the gold itself. A response that ran into the length limit
+    (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out counts as given with
+    its default.
     """
-    agreement = _agreement(gold, response, tools) if finished else 0.0
-    if grading == "graded":
-        return agreement
-    return 1.0 if agreement == 1.0 else -1.0
+    return 1.0 if finished and _is_right(gold, response, tools) else -1.0
 
 
 def confidence(
@@ -73,95 +58,15 @@ def four_grade_confidence(logits_BG: Float[AnyArray, "... 4"]) -> Float[AnyArray
     return jnp.sum(probabilities_BG * jnp.array([1.0, 0.1, -1.0, -2.0]), axis=-1) / 4
 
 
-def _agreement(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> float:
-    """1.0 for a right response, 0.0 for an unreadable one or the wrong kind, partial credit below 0.9."""
+def _is_right(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> bool:
     gold_calls, calls = read_calls(gold), read_calls(response)
     if gold_calls is None:
-        return float(not looks_like_calls(response) or response.strip() == gold.strip())
+        # A gold that attempts calls and cannot be read can only be met word for word.
+        return response.strip() == gold.strip() or not (looks_like_calls(gold) or looks_like_calls(response))
     if calls is None:
-        return 0.0
+        return False
     defaults = _optional_defaults(tools)
-    gold_calls = [_without_defaults(call, defaults) for call in gold_calls]
-    calls = [_without_defaults(call, defaults) for call in calls]
-    return 1.0 if same_calls(gold_calls, calls) else _partial_credit(gold_calls, calls)
-
-
-def _partial_credit(gold_calls: Sequence[Call], calls: Sequence[Call]) -> float:
-    """0.9 · [J(names) + Σ matched calls (J(parameters) + equal values)] / [1 + Σ gold (1 + parameters)].
-
-    J is the Jaccard index; calls match under the assignment that earns most, and only with a call of the
-    same name.
-    """
-    credit = _jaccard((call.name for call in gold_calls), (call.name for call in calls))
-    by_name: defaultdict[str, tuple[list[Call], list[Call]]] = defaultdict(lambda: ([], []))
-    for side, group in enumerate((gold_calls, calls)):
-        for call in group:
-            by_name[call.name][side].append(call)
-    for gold_group, group in by_name.values():
-        credit += best_assignment([[_call_credit(a, b) for b in group] for a in gold_group])
-    return 0.9 * credit / (1 + sum(1 + len(call.arguments) for call in gold_calls))
-
-
-def _call_credit(gold: Call, call: Call) -> float:
-    shared = gold.arguments.keys() & call.arguments.keys()
-    equal = sum(value_key(gold.arguments[name]) == value_key(call.arguments[name]) for name in shared)
-    return _jaccard(gold.arguments, call.arguments) + equal
-
-
-def _jaccard(a: Iterable[Hashable], b: Iterable[Hashable]) -> float:
-    """Jaccard index of two multisets; two empty ones agree."""
-    counts_a, counts_b = Counter(iter(a)), Counter(iter(b))  # a mapping stands for its keys
-    union = (counts_a | counts_b).total()
-    return (counts_a & counts_b).total() / union if union else 1.0
-
-
-def best_assignment(credit: Sequence[Sequence[float]]) -> float:
-    """The largest sum of entries, at most one of each row and one of each column (the Hungarian method).
-
-    `credit` is rectangular and not negative, rows by columns; an empty one gives 0.0.
-    """
-    rows = list(credit)
-    if not rows or not rows[0]:
-        return 0.0
-    if len(rows) > len(rows[0]):
-        rows = list(zip(*rows, strict=True))
-    row_of: list[int | None] = [None] * len(rows[0])
-    row_price, column_price = [0.0] * len(rows), [0.0] * len(rows[0])
-    for row in range(len(rows)):
-        _place(row, rows, row_of, row_price, column_price)
-    return sum(rows[row][column] for column, row in enumerate(row_of) if row is not None)
-
-
-def _place(
-    row: int,
-    credit: Sequence[Sequence[float]],
-    row_of: list[int | None],
-    row_price: list[float],
-    column_price: list[float],
-) -> None:
-    """Gives `row` a column by the cheapest path of exchanges; changes `row_of` (by column) and the prices."""
-    distance, previous = [math.inf] * len(row_of), [-1] * len(row_of)
-    open_columns, reached, column, here = set(range(len(row_of))), 0.0, -1, row
-    while True:
-        for other in open_columns:
-            step = reached - credit[here][other] - row_price[here] - column_price[other]
-            if step < distance[other]:
-                distance[other], previous[other] = step, column
-        column = min(open_columns, key=lambda other: distance[other])
-        open_columns.remove(column)
-        reached = distance[column]
-        if (owner := row_of[column]) is None:
-            break
-        here = owner
-    row_price[row] += reached
-    for other in set(range(len(row_of))) - open_columns - {column}:
-        owner = row_of[other]
-        assert owner is not None  # only the last column of the path was free
-        row_price[owner] += reached - distance[other]
-        column_price[other] -= reached - distance[other]
-    while column != -1:
-        row_of[column] = row if previous[column] == -1 else row_of[previous[column]]
-        column = previous[column]
+    return same_calls(*([_without_defaults(call, defaults) for call in side] for side in (gold_calls, calls)))
 
 
 def _optional_defaults(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Hashable]]:

@@ -4,6 +4,8 @@ In: `pairs.jsonl`, and the policy the iteration began with, which is also the re
 and `reference.jsonl`, the reference's log-probabilities.
 """
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -25,7 +27,7 @@ PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", 
 def run(config: Config) -> dict[str, Any]:
     """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "dpo", lambda: _train(config, phase), ["adapters"])
+    return folder.once(config, phase, "dpo", lambda: _train(config, phase), ["adapters"], [(phase, "search")])
 
 
 def _train(config: Config, phase: str) -> dict[str, Any]:
@@ -35,8 +37,8 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
     adapters = folder.load_adapters(config, before)
     if not rows:
         say(f"{phase}: the search found no pair, the policy stays as it is")
-        checkpoint.save(folder.adapters_folder(config, phase), adapters)
-        return {"pairs": 0, "steps": 0}
+        digest = checkpoint.save(folder.adapters_folder(config, phase), adapters)
+        return {"pairs": 0, "steps": 0, "weights": digest}
     loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
     trained = train.fit(
         loss,
@@ -48,8 +50,8 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
         what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
         metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
     )
-    checkpoint.save(folder.adapters_folder(config, phase), trained)
-    return {"pairs": len(rows), "steps": len(batches)}
+    digest = checkpoint.save(folder.adapters_folder(config, phase), trained)
+    return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
 def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[train.LossFn, Batches]:
@@ -83,16 +85,20 @@ def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
 
 def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict[str, tuple[float, float]]:
     path = config.run_dir / phase / "reference.jsonl"
-    if not path.exists():
-        policy = folder.load_policy(config, before)
-        steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-        with progress("reference log-probs", len(steps)) as advance:
-            sums = target_log_probs(policy, steps, config.generate.tokens_per_batch, advance)
-        found = zip(rows, sums[::2], sums[1::2], strict=True)
-        write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
-    reference = {
-        row["id"]: (row["chosen"], row["rejected"]) for row in folder.read_table(path, ["id", "chosen", "rejected"])
-    }
-    if missing := [row["id"] for row in rows if row["id"] not in reference]:
+    work = functools.partial(_score_pairs, config, path, before, rows)
+    folder.once(config, phase, "reference", work, [path.name], [(phase, "search")])
+    table = folder.read_table(path, ["id", "chosen", "rejected"])
+    found = {row["id"]: (row["chosen"], row["rejected"]) for row in table}
+    if missing := [row["id"] for row in rows if row["id"] not in found]:
         raise ValueError(f"{path} holds no row of pair {missing[0]}; delete it to compute it again")
-    return reference
+    return found
+
+
+def _score_pairs(config: Config, path: Path, before: str, rows: list[Row]) -> dict[str, Any]:
+    policy = folder.load_policy(config, before)
+    steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
+    with progress("reference log-probs", len(steps)) as advance:
+        sums = target_log_probs(policy, steps, config.generate.tokens_per_batch, advance)
+    found = zip(rows, sums[::2], sums[1::2], strict=True)
+    write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
+    return {"pairs": len(rows)}

@@ -16,7 +16,7 @@ from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
 from itool_jax.stages import folder
-from itool_jax.text.calls import read_calls
+from itool_jax.text.calls import looks_like_calls
 
 CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
 
@@ -41,7 +41,8 @@ def results_file(config: Config, phase: str) -> Path:
 def evaluate(config: Config, phase: str) -> dict[str, Any]:
     """Evaluates one phase unless that is done."""
     file = results_file(config, phase)
-    return folder.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name])
+    after = [] if phase == "base" else [folder.policy_stage(phase)]
+    return folder.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name], after)
 
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
@@ -67,13 +68,14 @@ def _evaluate(config: Config, phase: str) -> dict[str, Any]:
     ]
     write_jsonl(results_file(config, phase), rows)
     figures = summarize(rows)
-    say(f"{phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures["accuracy"].items()))
+    known = {name: value for name, value in figures["accuracy"].items() if value is not None}
+    say(f"{phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
     return figures
 
 
 def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
     """The categories each sample counts in, besides overall."""
-    calls = [sample for sample in samples if read_calls(sample.target) is not None]
+    calls = [sample for sample in samples if looks_like_calls(sample.target)]
     thirds = replay.curriculum([replay.sample_features(sample) for sample in calls], "easy_to_hard", 0)
     found = {sample.id: ["irrelevance"] for sample in samples}
     for name, ids in zip(("easy", "medium", "hard"), thirds, strict=True):
@@ -93,11 +95,10 @@ def _grade(sample: Sample, response: list[int], categories: list[str], chat: Any
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Accuracy, count and standard error by category."""
+    """Accuracy, count and standard error by category; null where a category has no sample."""
     marks = {name: [r["correct"] for r in rows if name in ("overall", *r["categories"])] for name in CATEGORIES}
-    marks = {name: found for name, found in marks.items() if found}
     return {
-        "accuracy": {name: sum(found) / len(found) for name, found in marks.items()},
+        "accuracy": {name: sum(found) / len(found) if found else None for name, found in marks.items()},
         "n": {name: len(found) for name, found in marks.items()},
-        "standard_error": {name: standard_error(found) for name, found in marks.items()},
+        "standard_error": {name: standard_error(found) if found else None for name, found in marks.items()},
     }

@@ -4,10 +4,11 @@
     data/{train,validation,test}.jsonl
     base/ warmup/ iteration_1/ …    a phase each: adapters/ (but base), evaluation.jsonl, and of an iteration
                                     scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
-A stage's `<stage>.json` is written last: where it stands, the stage is done.
+A stage's `<stage>.json` is written last: where it stands, and what the stage was made from is as it was, it is done.
 """
 
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -47,9 +48,12 @@ def phase_name(iteration: int) -> str:
 
 def model_folder(config: Config) -> Path:
     """Where the model's files are."""
-    if config.model == "embedded":
-        return Path(__file__).parent.parent / "embedded" / "model"
-    return hf.find(config.model)
+    return _find_model(config.model)
+
+
+@functools.lru_cache(maxsize=1)
+def _find_model(name: str) -> Path:
+    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -105,12 +109,14 @@ def data_file(config: Config) -> str:
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made and written down when first asked for."""
     path = config.run_dir / "data" / f"{part}.jsonl"
+    _check_sources(config)
     if not path.exists():
         parts = _make_parts(config)
         for rows in parts.values():
             encode(config, rows)  # a sample that the model cannot take is met now, not hours later
         for name, rows in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in rows))
+        write_json(config.run_dir / "data" / "sources.json", _fingerprints(config))
     found = sources.read_samples(path, need_target=True)
     return [sample for sample in found if isinstance(sample, Sample)]
 
@@ -122,12 +128,40 @@ def _make_parts(config: Config) -> dict[str, list[Sample]]:
         return {part: generated.generate(part, count, 0) for part, count in counts.items()}
     found = sources.load(config.data)
     by_id = {sample.id: sample for sample in found}
-    rest, test = replay.split(by_id, 1 - HELD_OUT["test"], config.seed)
-    train, validation = replay.split(rest, 1 - HELD_OUT["validation"], config.seed + 1)
+    # Always the same parts, whatever the seed, so that runs of several seeds can be compared.
+    rest, test = replay.split(by_id, 1 - HELD_OUT["test"], "test", 0)
+    train, validation = replay.split(rest, 1 - HELD_OUT["validation"], "validation", 0)
     parts = {"train": train, "validation": validation, "test": test}
     if empty := [part for part, ids in parts.items() if not ids]:
         raise ValueError(f"data {config.data} has {len(found)} samples: too few, its {empty[0]} part would be empty")
     return {part: [by_id[i] for i in ids] for part, ids in parts.items()}
+
+
+def _fingerprints(config: Config) -> dict[str, Any]:
+    """What tells one content of the model's and the data's files from another, without reading big ones whole."""
+    folders = {"model": model_folder(config), "data": Path(config.data)}
+    files = {name: [path] if path.is_file() else sorted(path.glob("*.*")) for name, path in folders.items()}
+    return {name: {path.name: _ends(path) for path in paths if path.is_file()} for name, paths in files.items()}
+
+
+def _ends(path: Path, size: int = 1 << 20) -> str:
+    """A hash of a file's length, beginning and end."""
+    with path.open("rb") as file:
+        length, beginning = path.stat().st_size, file.read(size)
+        file.seek(max(0, length - size))
+        return _hash(b"%d " % length + beginning + file.read())
+
+
+def _check_sources(config: Config) -> None:
+    """ValueError where the files of the model or the data are no longer those that the run began with."""
+    path = config.run_dir / "data" / "sources.json"
+    if not path.exists():
+        return
+    then, now = _read_json(path), _fingerprints(config)
+    for name in ("model", "data"):
+        if changed := sorted(file for file, _ in set(then[name].items()) ^ set(now[name].items())):
+            source = f"{changed[0]} of --{name}={getattr(config, name)}"
+            raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
 
 
 def encode(config: Config, found: Sequence[Sample]) -> list[Encoded]:
@@ -169,7 +203,7 @@ def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
 def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
     """The training samples: those of the warm-up, and the replay buffer."""
     by_id = {sample.id: sample for sample in samples(config, "train")}
-    warmup, buffer = replay.split(by_id, 1 - config.replay.replay_fraction, config.seed)
+    warmup, buffer = replay.split(by_id, 1 - config.replay.replay_fraction, "replay", config.seed)
     if not warmup or not buffer:
         raise ValueError(f"{len(by_id)} training samples are too few to split off a replay buffer; add data")
     return [by_id[i] for i in warmup], [by_id[i] for i in buffer]
@@ -185,13 +219,20 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     path = done_file(config, phase, stage)
     if not path.exists():
         return None
-    try:
-        figures = json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
-    if not isinstance(figures, dict) or "seconds" not in figures:
+    figures = _read_json(path)
+    if "seconds" not in figures:
         raise ValueError(f"{path} is damaged (it holds no seconds); delete it to run the stage again")
     return figures
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it is no JSON object); delete it to run the stage again")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -203,21 +244,51 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def once(
-    config: Config, phase: str, stage: str, work: Callable[[], dict[str, Any]], outputs: Sequence[str]
+    config: Config,
+    phase: str,
+    stage: str,
+    work: Callable[[], dict[str, Any]],
+    outputs: Sequence[str],
+    after: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took.
 
-    It is done where the figures and all `outputs`, names in the phase's folder, are there.
+    It is done where the figures and all `outputs`, names in the phase's folder, are there, and the results of the
+    stages it comes `after`, (phase, stage) each, are still those it was made from.
     """
+    _check_sources(config)
+    basis = {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
     figures = read_done(config, phase, stage)
     if figures is not None and all((config.run_dir / phase / name).exists() for name in outputs):
-        say(f"{phase}: {stage} is done already")
-        return figures
+        if figures.get("after") == basis:
+            say(f"{phase}: {stage} is done already")
+            return figures
+        say(f"{phase}: {stage} was made from results that have changed since, so it is done again")
     start = time.monotonic()
     figures = work()
-    figures |= {"seconds": round(time.monotonic() - start, 2)}
+    files = [path for name in outputs if (path := config.run_dir / phase / name).is_file()]
+    figures |= {"seconds": round(time.monotonic() - start, 2), "after": basis}
+    figures |= {"outputs": {path.name: _hash(path.read_bytes()) for path in files}}
     write_json(done_file(config, phase, stage), figures)
     return figures
+
+
+def policy_stage(phase: str) -> tuple[str, str]:
+    """The (phase, stage) that makes a phase's weights."""
+    return phase, "warmup" if phase == "warmup" else "dpo"
+
+
+def _result_digest(config: Config, phase: str, stage: str) -> str | None:
+    """A hash of all that a stage came to, but for the time it took; None where it is not done."""
+    figures = read_done(config, phase, stage)
+    if figures is None:
+        return None
+    lasting = {name: value for name, value in figures.items() if name != "seconds"}
+    return _hash(json.dumps(lasting, sort_keys=True).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

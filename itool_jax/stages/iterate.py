@@ -14,6 +14,8 @@ from itool_jax.evaluation.statistics import describe, paired_difference
 from itool_jax.metrics import console_out, say
 from itool_jax.stages import dpo, evaluate, folder, score, search, warmup
 
+SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
+
 
 def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet; returns the summary."""
@@ -42,15 +44,14 @@ def summarize(config: Config) -> dict[str, Any]:
     stage = evaluate.results_file(config, "base").stem
     found = []
     for name in phases(config):
-        figures = folder.read_done(config, name, stage) or {}
-        figures["seconds"] = round(
-            sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage)), 2
-        )
-        found.append({"name": name, **figures})
+        figures = _figures(config, name, stage)
+        seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage))
+        measured = {key: figures[key] for key in ("accuracy", "n", "standard_error")}
+        found.append({"name": name, **measured, "seconds": round(seconds, 2)})
     searches = []
     for i in range(1, config.iterations + 1):
-        figures = folder.read_done(config, folder.phase_name(i), "search") or {}
-        searches.append({"iteration": i, **figures})
+        figures = _figures(config, folder.phase_name(i), "search")
+        searches.append({"iteration": i, **{key: figures[key] for key in SEARCH_KEYS}})
     return {
         "finished": True,
         "seed": config.seed,
@@ -64,8 +65,15 @@ def summarize(config: Config) -> dict[str, Any]:
     }
 
 
+def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
+    figures = folder.read_done(config, phase, stage)
+    assert figures is not None  # every stage was just run
+    return figures
+
+
 def _seconds(config: Config, phase: str, stage: str) -> float:
-    return (folder.read_done(config, phase, stage) or {}).get("seconds", 0.0)
+    figures = folder.read_done(config, phase, stage)
+    return figures["seconds"] if figures else 0.0
 
 
 def _comparisons(config: Config) -> list[dict[str, Any]]:
@@ -85,7 +93,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
 
 def show(config: Config, summary: dict[str, Any]) -> None:
     """Prints the summary as a table, and what is significant of it."""
-    names = [name for name in evaluate.CATEGORIES if name in summary["phases"][0]["accuracy"]]
+    names = [name for name, count in summary["phases"][0]["n"].items() if count]
     # No frame and narrow gaps: the widest row just fits 80 columns.
     title = f"exact answers, % ± standard error, {summary['split']} part"
     table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
@@ -98,13 +106,12 @@ def show(config: Config, summary: dict[str, Any]) -> None:
         table.add_row(phase["name"], *cells, f"{phase['seconds']:.0f}s")
     console_out.print(table)
     for row in summary["search"]:
-        if "pairs" in row:
-            per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
-            console_out.print(
-                f"search {row['iteration']}: {row['prompts']} prompts, {row['pairs']} pairs, "
-                f"{row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
-                soft_wrap=True,
-            )
+        per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
+        console_out.print(
+            f"search {row['iteration']}: {row['prompts']} prompts, {row['pairs']} pairs, "
+            f"{row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
+            soft_wrap=True,
+        )
     for row in summary["comparisons"]:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
     say(f"everything is in {config.run_dir}")

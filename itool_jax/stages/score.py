@@ -16,7 +16,7 @@ from itool_jax.data.sources import read_samples
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import Policy, target_log_probs
 from itool_jax.stages import folder
-from itool_jax.text.calls import read_calls
+from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
 
 Row = dict[str, Any]
@@ -27,7 +27,8 @@ def run(config: Config) -> dict[str, Any]:
     if config.output is not None:
         return _score_file(config, config.output)
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase), ["scores.jsonl"])
+    after = [folder.policy_stage(folder.phase_name(config.iteration - 1))]
+    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase), ["scores.jsonl"], after)
 
 
 def _score_file(config: Config, output: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     _, buffer = folder.warmup_and_replay(config)
     rows = perplexities(folder.load_policy(config, before), folder.encode(config, buffer), config)
     # 2. Take the hardest share, calls and texts apart.
-    is_call = {sample.id: read_calls(sample.target) is not None for sample in buffer}
+    is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer}
     scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]
     rank = {sample_id: n for n, sample_id in enumerate(replay.select_hardest(scored, config.replay))}
     write_jsonl(config.run_dir / phase / "scores.jsonl", (row | {"rank": rank.get(row["id"])} for row in rows))

@@ -34,7 +34,8 @@ Row = dict[str, Any]
 def run(config: Config) -> dict[str, Any]:
     """Searches the hardest samples of an iteration unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "search", lambda: _search(config, phase), ["trees.jsonl", "pairs.jsonl"])
+    outputs, after = ["trees.jsonl", "pairs.jsonl"], [(phase, "score")]
+    return folder.once(config, phase, "search", lambda: _search(config, phase), outputs, after)
 
 
 def _search(config: Config, phase: str) -> dict[str, Any]:
@@ -62,7 +63,6 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
             tokens += forest.sampled_tokens
     write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
     write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
-    (config.run_dir / phase / "reference.jsonl").unlink(missing_ok=True)  # of the pairs of an earlier search
     figures = {"prompts": len(hardest), "trees": len(trees), "pairs": len(pairs)}
     return figures | {"generated_tokens": tokens}
 
@@ -102,9 +102,16 @@ class Searcher:
         self.letters = np.array(answer_ids(base.chat, self_eval.letters), np.int32)
         self.stops = set(base.chat.stop_ids)
         self.frames = [self._frame(row.encoded, self_eval) for row in batch]
-        self.limit = base.config.max_length
         prompts = [row.encoded.prompt_ids for row in batch]
         asked = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
+        # A response may be as long as the question about it fits the context.
+        lengths = [len(ids) + len(frame.after) for ids, frame in zip(asked, self.frames, strict=True)]
+        self.room = [base.config.max_length - length for length in lengths]
+        if short := [row.sample.id for row, room in zip(batch, self.room, strict=True) if room < 1]:
+            raise ValueError(
+                f"sample {short[0]}: the question about its answers does not fit the model's context of "
+                f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
+            )
         # The last token of each opens its rows' own part, whose first pass gives the first logits.
         self.prompt, self.prompt_end = self._prefill(prompts), [ids[-1] for ids in prompts]
         self.asked, self.asked_end = self._prefill(asked), [ids[-1] for ids in asked]
@@ -152,8 +159,7 @@ class Searcher:
         return _proposals(jax.device_get(steps), len(states), slots)
 
     def _limit(self, state: State, room: int) -> int:
-        used = len(self.batch[state.problem].encoded.prompt_ids) + len(state.path)
-        return max(1, min(state.limit, room, self.limit - used))
+        return max(1, min(state.limit, room, self.room[state.problem] - len(state.path)))
 
     def judge(self, states: list[tuple[int, list[int]]]) -> list[float]:
         """Asks the policy about every state: one forward pass, one answer token each (eq 7)."""
@@ -181,8 +187,7 @@ class Searcher:
         """Outcome of a whole response against the gold (O of eq 6)."""
         sample = self.batch[problem].sample
         text = self.chat.tokenizer.decode([t for t in response if t not in self.stops])
-        grading = self.settings.grading
-        return outcome(sample.target, text, finished=finished, grading=grading, tools=sample.tools)
+        return outcome(sample.target, text, finished=finished, tools=sample.tools)
 
     def _padded(self, count: int) -> int:
         """Room for `count` prompts: the whole batch, or a quarter of it when few trees still grow."""

@@ -45,5 +45,5 @@ def _warm_up(config: Config) -> dict[str, Any]:
         metrics=Metrics(config.run_dir / "metrics.jsonl", PHASE),
     )
     # 3. Keep the policy π0.
-    checkpoint.save(folder.adapters_folder(config, PHASE), adapters)
-    return {"samples": len(samples), "steps": n_steps}
+    digest = checkpoint.save(folder.adapters_folder(config, PHASE), adapters)
+    return {"samples": len(samples), "steps": n_steps, "weights": digest}
