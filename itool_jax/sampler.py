@@ -160,9 +160,8 @@ def sample_step(
     """Samples one step for every row, in one compiled loop that ends when the last row does.
 
     Args:
-        graph: the model's graph.
+        graph, params: the model.
         max_tokens: room for a step.
-        params: the model's weights.
         table: step boundaries and stop tokens.
         prefix: P prompts without their last token; B = P · R rows continue them, R to a prompt.
         path_BS: right-padded; the prompt's last token, then the response so far.

@@ -1,6 +1,7 @@
 """Chat templates on ids: a prompt and its target are what the template writes, and nothing is read twice."""
 
 import json
+import logging
 from collections.abc import Sequence
 
 import pytest
@@ -225,6 +226,32 @@ def test_a_template_that_refuses_names_the_sample():
     )
     with pytest.raises(ValueError, match=r"sample s: chat template of .* refuses the conversation: one tool at most"):
         encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(TOOL,)))
+
+
+def test_a_template_that_trips_over_a_type_names_the_sample():
+    chat = Chat(
+        byte_tokenizer(QWEN, template=PLAIN + "{% for t in tools or [] %}{{ t.function.name + ':' }}{% endfor %}")
+    )
+    tool = {"type": "function", "function": {"name": 5}}
+    with pytest.raises(ValueError, match=r"^sample s: chat template of .* refuses the conversation: unsupported"):
+        encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(tool,)))
+
+
+def test_a_text_longer_than_the_model_takes_is_encoded_without_a_word(tmp_path, monkeypatch):
+    said = []
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(logger, "warning", lambda *words: said.append(words))
+    saved = byte_tokenizer(QWEN, template=PLAIN)
+    saved.model_max_length = 8
+    saved.save_pretrained(tmp_path)
+    for tokenizer in (saved, load_tokenizer(str(tmp_path))):
+        assert tokenizer.model_max_length == 8
+        chat = Chat(tokenizer)
+        sample = Sample(id="s", messages=(QUESTION,), target="x" * 99)
+        encoded = encode_sample(chat, sample)
+        assert len(encoded.prompt_ids) > 8
+        assert len(encoded.target_ids) == 100
+    assert said == []
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(None, []), (7, [7]), ([7, 9], [7, 9])])

@@ -98,6 +98,25 @@ def test_the_score_of_a_sample_is_what_a_plain_computation_gives(tmp_path: Path,
     assert rows[0]["logprob_sum"] == rows[1]["logprob_sum"]
 
 
+def test_public_data_is_scored_and_continued_as_it_is(tmp_path: Path, tiny_folder: Path):
+    tools = '[{"name": "f", "description": "d", "parameters": {"n": {"type": "int"}}}]'
+    xlam = {"id": 7, "query": "hi", "tools": tools, "answers": '[{"name": "f", "arguments": {"n": 3}}]'}
+    toolrl = {
+        "instruction": '**Available Tools**\n1. Name: f\nDescription: d\nParameters: {"n": {"type": "int"}}',
+        "input": "<user> hi </user>",
+        "output": '<think> so </think>\n<tool_call>\n{"name": "f", "parameters": {"n": 3}}\n</tool_call>',
+    }
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
+    same = {"id": "same", "messages": MESSAGES, "tools": [tool], "target": "[f(n=3)]"}
+    for stage in ("score", "generate"):
+        [expected] = run_file(stage, tiny_folder, write(tmp_path / "openai.jsonl", [same]))
+        for row in (xlam, toolrl):
+            [found] = run_file(stage, tiny_folder, write(tmp_path / "public.jsonl", [row]))
+            assert found.pop("id").startswith(("xlam-7", "toolrl-"))
+            assert found == {key: value for key, value in expected.items() if key != "id"}
+
+
 def test_parquet_holds_the_same_as_json_lines(tmp_path: Path, tiny_folder: Path):
     import pyarrow
     import pyarrow.parquet

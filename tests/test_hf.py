@@ -122,6 +122,8 @@ def test_accepts_every_spelling(
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "type yarn is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type linear is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
+        ({"rope_scaling": "linear"}, r"config\.json: rope_scaling must be an object, got 'linear'"),
+        ({"rope_parameters": "linear"}, r"config\.json: rope_parameters must be an object, got 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"attention_bias": True}, "attention_bias=True"),

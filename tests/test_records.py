@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import os
+import threading
 
 import pyarrow
 import pyarrow.parquet
@@ -49,6 +51,7 @@ def test_numbers_are_line_numbers_whatever_blank_lines_stand_between(tmp_path):
         ("a.jsonl", b'{"a":' * 100_000, "a.jsonl line 1: not valid JSON"),
         ("a.json", b'[{"id": 1}, 2]', "a.json row 2: not a JSON object"),
         ("a.json", b'[{"id": 1}', "a.json: not valid JSON"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl line 1: not valid JSON"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "a.jsonl.gz cannot be read"),
         ("a.parquet", b"not parquet", "a.parquet cannot be read"),
@@ -96,6 +99,33 @@ def test_no_file_appears_before_all_rows_are_there(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_jsonl(path, rows())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_one_and_its_file_is_written(tmp_path, exists):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "rows.jsonl", tmp_path / "link.jsonl"
+    if exists:
+        target.write_text("earlier")
+    link.symlink_to(target)
+    assert write_jsonl(link, ROWS) == 2
+    assert link.is_symlink()
+    assert [row for _, row in read_rows(target)] == ROWS
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["elsewhere", "link.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path, linked):
+    pipe, link = tmp_path / "pipe.jsonl", tmp_path / "link.jsonl"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    assert write_jsonl(link if linked else pipe, ROWS) == 2
+    assert pipe.is_fifo()
+    reader.join(timeout=20)
+    assert [json.loads(line) for line in found[0].split(b"\n")[:-1]] == ROWS
 
 
 def test_equal_rows_give_equal_bytes_even_gzipped(tmp_path):

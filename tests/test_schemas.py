@@ -63,8 +63,18 @@ def test_json_types_stay(name):
 
 def test_a_proper_schema_passes_through_to_the_order_of_its_keys():
     assert json.dumps(tool_schema(PROPER)) == json.dumps(PROPER)
-    bare = {"type": "function", "function": {"name": "f"}}
-    assert tool_schema(bare) == bare
+
+
+@pytest.mark.parametrize(
+    "parameters", [{}, {"parameters": None}, {"parameters": {}}, {"parameters": {"type": "object"}}]
+)
+def test_parameters_and_a_description_that_a_tool_lacks_are_filled_in(parameters):
+    expected = {"name": "ping", "description": "", "parameters": {"type": "object", "properties": {}}}
+    for function in ({"name": "ping"} | parameters, {"name": "ping", "description": None} | parameters):
+        tool = tool_schema({"type": "function", "function": function})
+        assert tool == {"type": "function", "function": expected}
+        assert tool_schema(tool) == tool
+    assert tool_schema({"function": {"name": "ping"}})["type"] == "function"
 
 
 def test_python_types_are_replaced_at_every_level():
@@ -109,6 +119,11 @@ def test_bare_functions_are_wrapped_with_parameters_flat_or_not():
         ("[{", "not valid JSON"),
         ([{"name": "f", "parameters": []}], 'parameters of tool "f"'),
         ([{"name": "f", "parameters": {"a": "str"}}], 'parameter "a"'),
+        ([{"name": "f", "description": 5}], '"description" of tool "f" is no text'),
+        ([{"name": "f", "parameters": {"properties": {}, "required": True}}], '"required" of tool "f" is no list'),
+        ([{"function": {"name": "f", "description": 5}}], '"description" of tool "f" is no text'),
+        ([{"function": {"name": "f", "parameters": {"required": True}}}], '"required" of tool "f" is no list'),
+        ([{"function": {"name": "f", "parameters": {"properties": []}}}], '"properties" of tool "f" is no object'),
     ],
 )
 def test_wrong_tools_are_named(tools, reason):
@@ -123,9 +138,11 @@ def test_tools_are_found_inside_a_text(write):
     found, start, end = tools_inside(text)
     assert found == tools
     assert text[start:end] == write(tools)
-    assert tools_inside("no list [x] here, nor [{here}]")[0] == []
+    for nothing in ("no list [x] here, nor [{here}]", "[{[1]: 2}]"):
+        assert tools_inside(nothing)[0] == []
 
 
 def test_absent_properties_and_requirements_of_tables_are_left_out():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": None}, "required": None}
+    string = {"type": "string", "enum": None}
+    schema = {"type": "object", "properties": {"a": string, "b": None}, "required": None}
     assert json_schema(schema) == {"type": "object", "properties": {"a": {"type": "string"}}}

@@ -11,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 from itool_jax.data.records import Row, Sample, content_id
@@ -79,7 +80,9 @@ def from_glaive(row: Row) -> list[Sample]:
 
     Turns are from human, gpt, function_call and observation.
     """
-    return samples_from_conversation(content_id("glaive", row), _turns(row), tool_schemas(row["tools"]))
+    # Tables fill the tools that a row lacks with None.
+    tools = tool_schemas(field(row, "tools", str, list, NoneType))
+    return samples_from_conversation(content_id("glaive", row), _turns(row), tools)
 
 
 def from_toolbench(row: Row) -> list[Sample]:
@@ -105,13 +108,14 @@ def from_xlam(row: Row) -> list[Sample]:
 
     Where the list of answers is empty, the target is `NO_CALL`.
     """
-    answers = row["answers"]
+    answers = field(row, "answers", str, list)
     answers = read_json("answers", answers) if isinstance(answers, str) else answers
     if not isinstance(answers, list):
         raise ValueError('"answers" is not a list of calls')
     name = f"xlam-{row['id']}" if "id" in row else content_id("xlam", row)
+    tools = tool_schemas(field(row, "tools", str, list))
     target = _bracketed(answers) if answers else NO_CALL
-    return [_question(name, field(row, "query", str), tool_schemas(row["tools"]), target)]
+    return [_question(name, field(row, "query", str), tools, target)]
 
 
 def from_toolrl(row: Row) -> list[Sample]:
@@ -171,25 +175,31 @@ class SealTools(NamedTuple):
     field_of: dict[str, str]
 
 
-def seal_tools_catalogue(rows: Iterable[Row]) -> SealTools:
-    """The catalogue of tool.jsonl's rows, {api_name, api_description, field, parameters, required}."""
+def seal_tools_entry(row: Row) -> tuple[str, Row]:
+    """The field and the tool of a row of tool.jsonl, {api_name, api_description, field, parameters, required}."""
+    name, description = field(row, "api_name", str), field(row, "api_description", str)
+    schema = flat_schema(field(row, "parameters", dict), field(row, "required", list))
+    return field(row, "field", str), tool_schema({"name": name, "description": description, "parameters": schema})
+
+
+def seal_tools_catalogue(entries: Iterable[tuple[str, Row]]) -> SealTools:
+    """The catalogue of (field, tool) pairs."""
     catalogue = SealTools({}, {}, {}, {})
-    for row in rows:
-        name, where = field(row, "api_name", str), field(row, "field", str)
-        schema = flat_schema(field(row, "parameters", dict), field(row, "required", list))
-        catalogue.tools[name] = tool_schema({"name": name, "description": row["api_description"], "parameters": schema})
+    for where, tool in entries:
+        name = tool["function"]["name"]
+        catalogue.tools[name] = tool
         catalogue.field_of[name] = where
         catalogue.fields.setdefault(where, []).append(name)
         catalogue.areas.setdefault(where.partition("/")[0], []).append(name)
     return catalogue
 
 
-def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int) -> list[Sample]:
+def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int = 10) -> list[Sample]:
     """Seal-Tools (arXiv 2405.08355): {id, query, calling: [{api, parameters}]}.
 
-    The candidates are the gold tools and distractors, of the same field first and then of the same area, up
-    to `n_candidates` in all, drawn and shuffled by the row's id. A value "API_call_2" names the output of an
-    earlier call.
+    Rows name the gold tools only. The candidates are these and distractors, of the same field first and then of
+    the same area, up to `n_candidates` in all, drawn and shuffled by the row's id. A value "API_call_2" names the
+    output of an earlier call.
     """
     name, calls = field(row, "id", str), field(row, "calling", list)
     calling = [{"name": field(call, "api", str), "arguments": field(call, "parameters", dict)} for call in calls]
@@ -204,11 +214,11 @@ def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int) -> list[S
     return [_question(name, field(row, "query", str), tools, target)]
 
 
-def field(row: Any, key: str, kind: type) -> Any:
-    """The value of a row's key; ValueError where it is absent or of another type."""
-    if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-        names = {str: "text", list: "list", dict: "object"}
-        raise ValueError(f'"{key}" is missing or no {names[kind]}')
+def field(row: Any, key: str, *kinds: type) -> Any:
+    """The value of a row's key; ValueError where it is absent or of none of these types."""
+    if not isinstance(row, dict) or key not in row or not isinstance(row[key], kinds):
+        names = {str: "text", list: "list", dict: "object", NoneType: "null"}
+        raise ValueError(f'"{key}" is missing or no {" or ".join(names[kind] for kind in kinds)}')
     return row[key]
 
 
@@ -286,7 +296,9 @@ def _toolrl_message(tag: str, text: str) -> Row:
     return {"role": {"user": "user", "obs": "tool", "response": "assistant"}[tag], "content": text}
 
 
-def _api_bank_tool(tool: Row) -> Row:
+def _api_bank_tool(tool: Any) -> Row:
+    if not isinstance(tool, dict):
+        raise ValueError("a tool is not an object")
     name = tool.get("apiCode") or tool.get("name")
     parameters = tool.get("input_parameters", tool.get("parameters", {}))
     return tool_schema({"name": name, "description": tool.get("description"), "parameters": flat_schema(parameters)})
@@ -296,7 +308,7 @@ def _api_bank_found(result: str) -> list[Row]:
     """The tools among a call's results; results that are no Python literal hold none."""
     try:
         value = ast.literal_eval(result)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return []
     # Some results list a tool's parameters as a set, without their types: such tools cannot be described.
     return [

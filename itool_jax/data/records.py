@@ -12,7 +12,7 @@ import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -83,29 +83,39 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     """Writes rows as JSON lines, gzipped where the name ends in .gz, and returns how many.
 
-    The file takes its name only when it is whole, so that a reader never meets half of one.
+    The file takes its name only when it is whole, so that a reader never meets half of one. A link keeps
+    pointing where it does; a pipe or a device is written to as it is.
 
     Raises:
         ValueError: a row holds a value that is not JSON, such as NaN; names file and row.
         OSError: the disk is full or the folder cannot be written; the earlier file is untouched.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    count = 0
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as raw:
+            return _write_rows(raw, path, rows)
+    target = pathlib.Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as raw:
-            # No time stamp: equal rows give equal bytes.
-            file = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
-            for count, row in enumerate(rows, 1):
-                file.write(_encode(row, place(path, count)))
-            if file is not raw:
-                file.close()
+            count = _write_rows(raw, path, rows)
             raw.flush()
             os.fsync(raw.fileno())
-        os.replace(partial, path)
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+    return count
+
+
+def _write_rows(raw: BinaryIO, path: pathlib.Path, rows: Iterable[Row]) -> int:
+    # No time stamp: equal rows give equal bytes.
+    file = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
+    count = 0
+    for count, row in enumerate(rows, 1):
+        file.write(_encode(row, place(path, count)))
+    if file is not raw:
+        file.close()
     return count
 
 
@@ -128,6 +138,8 @@ def _decode(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON (a number has too many digits)") from error
     except RecursionError as error:
         raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
 

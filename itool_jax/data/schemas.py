@@ -2,7 +2,8 @@
 
 In: definitions as data sets write them: bare functions, flat parameters, Python's types, lists inside texts.
 Out: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}; what is already of
-this form is returned as it is.
+this form is returned as it is, but for what chat templates rely on: an absent description becomes "", absent
+parameters an object without properties.
 """
 
 import ast
@@ -58,19 +59,21 @@ def json_schema(schema: Row) -> Row:
             out[key] = {name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()}
         elif key == "items" and isinstance(value, dict):
             out[key] = json_schema(value)
-        elif key == "required" and value is None:
+        elif key in ("required", "enum") and value is None:
             continue
         else:
             out[key] = value
     return out
 
 
-def flat_schema(parameters: Row, required: list[str] | None = None) -> Row:
+def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
     """The JSON schema of parameters written as {name: {"type", "description", "default"}}.
 
     Where `required` is not given, a parameter is required unless its type says "optional" or it has a
     default.
     """
+    if not isinstance(parameters, dict):
+        raise ValueError("the parameters of a tool are not an object")
     properties: Row = {}
     needed: list[str] = []
     for name, parameter in parameters.items():
@@ -91,30 +94,28 @@ def tool_schema(tool: Any) -> Row:
     """The OpenAI tool schema of one definition: a tool schema, or a bare function, parameters flat or not.
 
     Raises:
-        ValueError: the definition has no name or its parameters are no object.
+        ValueError: the definition has no name, or parts of types that no chat template can write.
     """
     wrapped = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
     function = tool["function"] if wrapped else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f'a tool has no "name": {json.dumps(tool, default=str)[:80]}')
-    rest = dict(function)
     # Some ToolACE definitions call them arguments.
-    parameters = rest.get("parameters", rest.get("arguments", {}))
-    # ToolACE writes a "required" of its own beside the parameters.
-    outside = rest.pop("required", None) if not wrapped else None
+    parameters = function.get("parameters", function.get("arguments"))
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f'the parameters of tool "{function["name"]}" are not an object')
-    if wrapped:
-        typed = tool if "type" in tool else {"type": "function"} | tool
-        return typed | {"function": rest | ({"parameters": json_schema(parameters)} if parameters else {})}
-    schema = _parameters(parameters or {})
-    if outside and "required" not in schema:
-        schema["required"] = outside
-    name, description = rest.pop("name"), rest.pop("description", None) or ""
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": schema},
-    }
+    schema = json_schema(parameters or {"type": "object"}) if wrapped else _parameters(parameters or {})
+    # ToolACE writes a "required" of its own beside the parameters.
+    if not wrapped and function.get("required") and "required" not in schema:
+        schema["required"] = function["required"]
+    if schema.get("type") == "object" and schema.get("properties") is None:
+        schema["properties"] = {}
+    named = {"name": function["name"], "description": function.get("description") or "", "parameters": schema}
+    _check_types(named)
+    if not wrapped:
+        return {"type": "function", "function": named}
+    # Nothing is lost of a tool schema, and what it has keeps its place.
+    return {**({} if "type" in tool else {"type": "function"}), **tool, "function": function | named}
 
 
 def tool_schemas(tools: Any) -> tuple[Row, ...]:
@@ -146,6 +147,14 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
     return [], len(text), len(text)
 
 
+def _check_types(function: Row) -> None:
+    schema = function["parameters"]
+    parts = ((function, "description", str, "text"), (schema, "properties", dict, "object"))
+    for part, key, kind, name in (*parts, (schema, "required", list, "list")):
+        if key in part and not isinstance(part[key], kind):
+            raise ValueError(f'"{key}" of tool "{function["name"]}" is no {name}')
+
+
 def _parameters(parameters: Row) -> Row:
     # A flat parameter may itself be called "type" or "properties"; its value is then an object.
     full = isinstance(parameters.get("type"), str) or ("properties" in parameters and "type" not in parameters)
@@ -156,7 +165,7 @@ def _python_list(text: str, start: int) -> tuple[Any, int]:
     end = text.rfind("]") + 1
     try:
         return ast.literal_eval(text[start:end]), end
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None, start
 
 

@@ -25,58 +25,66 @@ Path = str | os.PathLike[str]
 Numbered = list[tuple[int, Row]]
 
 
-def load(source: Path, *, n_candidates: int = 10) -> list[Sample]:
+def load(source: Path) -> list[Sample]:
     """All training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
 
-    A conversation gives one sample for each assistant turn that follows a user turn. `n_candidates` is the
-    number of tools offered with a query of Seal-Tools, whose rows name the gold tools only.
+    A conversation gives one sample for each assistant turn that follows a user turn.
 
     Raises:
-        ValueError: one line that names the source, and the row where one is wrong.
+        ValueError: one line that names the source, and the row where one is wrong; or a row is raw.
     """
+    return _load(source, need_target=True, for_training=True)
+
+
+def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
+    """The samples of a file, a folder or `hf:OWNER/NAME`, raw ones and ones without a target among them.
+
+    The raw forms are {id, prompt_ids, target_ids}, {id, prompt_ids} and {id, prompt}. In the OpenAI form, {id,
+    messages, tools, target}, a row is one sample: its target is a text or an assistant message, whose `tool_calls`
+    become a bracketed list; where there is none and the messages end with an assistant turn, that turn is the
+    target. A row without an id gets one made from its content. The public forms are read as `load` reads them.
+
+    Raises:
+        ValueError: one line that names the source, and the row where one is wrong; or an id stands twice.
+    """
+    return _load(source, need_target, for_training=False)
+
+
+def _load(source: Path, need_target: bool, for_training: bool) -> list[Any]:
     name = os.fspath(source)
     if name.startswith(HUB):
-        return _load_rows(_hub_rows(name), lambda number: f"{name} row {number}", name, n_candidates)
-    samples: list[Sample] = []
+        return _samples(name, _hub_rows(name), lambda number: f"{name} row {number}", need_target, for_training)
+    samples: list[Sample | RawSample] = []
     for file in _files(pathlib.Path(name)):
-        samples += _load_rows(list(read_rows(file)), functools.partial(place, file), str(file), n_candidates)
+        rows = list(read_rows(file))
+        samples += _samples(str(file), rows, functools.partial(place, file), need_target, for_training)
     return _distinct(samples)
 
 
-def read_samples(path: Path, need_target: bool, every_turn: bool = False) -> list[Sample | RawSample]:
-    """The samples of a file in the OpenAI form, {id, messages, tools, target}, or raw.
-
-    The raw forms are {id, prompt_ids, target_ids}, {id, prompt_ids} and {id, prompt}. A target is a text or
-    an assistant message, whose `tool_calls` become a bracketed list. Where there is none and the messages end
-    with an assistant turn, that turn is the target, or with `every_turn` each assistant turn that follows a
-    user turn is one. A row without an id gets one made from its content.
-
-    Raises:
-        ValueError: one line that names the file, and the row where one is wrong; or an id stands twice.
-    """
-    rows = list(read_rows(path))
-    return _generic(rows, functools.partial(place, path), os.fspath(path), need_target, every_turn)
-
-
-def _load_rows(rows: Numbered, where: Callable[[int], str], name: str, n_candidates: int) -> list[Sample]:
-    if not rows:
+def _samples(
+    name: str, rows: Numbered, where: Callable[[int], str], need_target: bool, for_training: bool
+) -> list[Sample | RawSample]:
+    samples: list[Sample | RawSample] = []
+    if rows:
+        read = _public_reader(rows[0][1], where(rows[0][0]), pathlib.Path(name))
+        if read is None:
+            _refuse_repeated_ids(rows, where)
+            read = functools.partial(_openai_or_raw, need_target=need_target, every_turn=for_training)
+        samples = [sample for number, row in rows for sample in _at(where(number), read, row)]
+    if not samples:
         raise ValueError(f"{name} holds no samples")
-    reader = _reader(rows[0][1], where(rows[0][0]), pathlib.Path(name), n_candidates)
-    if reader is not None:
-        return _distinct(sample for number, row in rows for sample in _at(where(number), reader, row))
-    samples = _generic(rows, where, name, need_target=True, every_turn=True)
-    if any(isinstance(sample, RawSample) for sample in samples):
+    if for_training and any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError(f"{name} holds raw prompts, which only the stages score and generate read")
-    return [sample for sample in samples if isinstance(sample, Sample)]
+    return _distinct(samples)
 
 
-def _reader(row: Row, where: str, path: pathlib.Path, n_candidates: int) -> Callable[[Row], list[Sample]] | None:
+def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], list[Sample]] | None:
     """The function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
     if keys & {"messages", "prompt_ids", "prompt"}:
         return None
     if {"query", "calling"} <= keys:
-        return functools.partial(formats.from_seal_tools, catalogue=_seal_tools_beside(path), n_candidates=n_candidates)
+        return functools.partial(formats.from_seal_tools, catalogue=_seal_tools_beside(path))
     if {"query", "tools", "answers"} <= keys:
         return formats.from_xlam
     if {"system", "conversations"} <= keys:
@@ -90,22 +98,14 @@ def _reader(row: Row, where: str, path: pathlib.Path, n_candidates: int) -> Call
     raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
 
 
-def _generic(
-    rows: Numbered, where: Callable[[int], str], name: str, need_target: bool, every_turn: bool
-) -> list[Sample | RawSample]:
-    read = functools.partial(_generic_row, need_target=need_target, every_turn=every_turn)
-    samples: list[Sample | RawSample] = []
+def _refuse_repeated_ids(rows: Numbered, where: Callable[[int], str]) -> None:
     first: dict[str, int] = {}
     for number, row in rows:
         if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
             raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
-        samples += _at(where(number), read, row)
-    if not samples:
-        raise ValueError(f"{name} holds no samples")
-    return _distinct(samples)
 
 
-def _generic_row(row: Row, need_target: bool, every_turn: bool) -> list[Any]:
+def _openai_or_raw(row: Row, need_target: bool, every_turn: bool) -> list[Any]:
     if row.get("messages") is None and row.keys() & {"prompt_ids", "prompt"}:
         return [_raw(row, need_target)]
     messages = row.get("messages")
@@ -192,11 +192,16 @@ def _target(target: Any) -> str:
     return target
 
 
-def _at(where: str, read: Callable[[Row], list[Any]], row: Row) -> list[Any]:
+def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
+    """What `read` makes of a row, which may hold anything; where it fails, the reason with the place."""
     try:
         return read(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f'{where}: lacks "{error.args[0]}"') from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where}: a value is of the wrong type ({error})") from error
 
 
 def _distinct(samples: Iterable[Any]) -> list[Any]:
@@ -229,7 +234,8 @@ def _seal_tools_beside(path: pathlib.Path) -> formats.SealTools:
 
 @functools.lru_cache(maxsize=2)
 def _seal_tools(file: str) -> formats.SealTools:
-    return formats.seal_tools_catalogue(row for _, row in read_rows(file))
+    entries = (_at(place(file, number), formats.seal_tools_entry, row) for number, row in read_rows(file))
+    return formats.seal_tools_catalogue(entries)
 
 
 def _hub_rows(name: str) -> Numbered:

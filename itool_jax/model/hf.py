@@ -79,8 +79,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise ValueError(f"architecture {names} is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unknown_features(raw, names[0])
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or rope
+    rope = _object(raw, "rope_parameters")
     n_heads = _positive(raw, "num_attention_heads")
     n_kv_heads = n_heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads")
     if n_heads % n_kv_heads:
@@ -99,7 +98,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
         rms_norm_eps=float(raw["rms_norm_eps"]),
         # Llama 2's config.json predates the key; its paper's value holds there.
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(scaling),
+        rope_scaling=_rope_scaling(_object(raw, "rope_scaling") or rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=ARCHITECTURES[names[0]],
         max_length=_positive(raw, "max_position_embeddings"),
@@ -114,6 +113,14 @@ def _positive(raw: dict[str, Any], key: str) -> int:
     return value
 
 
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key, empty where there is none."""
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must be an object, got {value!r}")
+    return value
+
+
 def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if raw.get(key):
@@ -125,7 +132,7 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
     window = raw.get("sliding_window", 4096 if is_mistral else None)
     if window and raw.get("use_sliding_window", is_mistral) and window < raw["max_position_embeddings"]:
         raise ValueError(f"sliding_window={window} is not supported, only full attention")
-    rope = (raw.get("rope_parameters") or {}) | raw
+    rope = _object(raw, "rope_parameters") | raw
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
 

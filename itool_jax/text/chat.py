@@ -92,7 +92,8 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        # Not verbose: that a text is too long for the model is for who knows the sample to say.
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it, thinking off and the date fixed.
@@ -120,7 +121,7 @@ class Chat:
                 tokenize=False,
                 **settings,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: a template adds text to a number, say
             raise ValueError(f"chat template of {self.name} refuses the conversation: {error}") from error
 
     def _find_end_of_turn(self) -> int:
