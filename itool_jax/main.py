@@ -46,6 +46,7 @@ def run(config: Config) -> None:
 
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     stages = {"iterate": iterate, "warmup": warmup, "score": score, "search": search, "dpo": dpo}

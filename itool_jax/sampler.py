@@ -160,7 +160,8 @@ def sample_step(
     """Samples one step for every row, in one compiled loop that ends when the last row does.
 
     Args:
-        graph, params: the model.
+        graph: the model's graph.
+        params: its weights.
         max_tokens: room for a step.
         table: step boundaries and stop tokens.
         prefix: P prompts without their last token; B = P · R rows continue them, R to a prompt.

@@ -60,7 +60,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def restored_jax_settings() -> Iterator[None]:
     """What `main` sets for the whole process does not reach other tests."""
-    names = ("jax_compilation_cache_dir", "jax_default_matmul_precision")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_default_matmul_precision")
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():

@@ -159,7 +159,7 @@ def test_a_model_searches_many_as_each_alone_in_any_order(searches: Searches) ->
 def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) -> None:
     lengths = [len(row.encoded.prompt_ids) for row in setup.batch]
     prompts = {bucket(n, stage.PROMPT_BUCKET) for n in lengths}
-    sizes, rooms = 2, 2  # all problems or a quarter of them; a step or the whole remainder
+    sizes, rooms = 3, 2  # all problems, a half or a quarter of them; a step or the whole remainder
     paths = {kind: {bucket(n, stage.PATH_BUCKET) for n in found} for kind, found in searches.widths.items()}
     assert len(set(lengths)) == 4
     assert len(prompts) == 2
@@ -240,7 +240,8 @@ def test_no_gold_step_is_no_candidate_and_the_last_step_may_be_longer(setup: Set
 
 def test_a_step_ends_where_the_context_does(setup: Setup) -> None:
     prompt = setup.batch[0].encoded.prompt_ids
-    config = dataclasses.replace(setup.base.config, max_length=len(prompt) + 3)
+    frame = setup.searcher([0]).frames[0]  # the question about a response must fit as well
+    config = dataclasses.replace(setup.base.config, max_length=len(prompt) + len(frame.before) + len(frame.after) + 3)
     short = setup._replace(base=setup.base._replace(config=config))
     paths = [[], setup.base.chat.encode("[f"), setup.base.chat.encode("[f(a")]
     for path, room in zip(paths, (3, 1, 1), strict=True):
@@ -250,6 +251,9 @@ def test_a_step_ends_where_the_context_does(setup: Setup) -> None:
             for step in short.searcher([0], seed=seed).propose([State(0, path, 6, False, [])])[0].steps[:-1]
         ]
         assert max(map(len, steps)) == room
+    none = setup.base._replace(config=dataclasses.replace(config, max_length=config.max_length - 3))
+    with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: the question about its answers"):
+        setup._replace(base=none).searcher([0])
 
 
 def test_samples_depend_on_seed_id_path_and_candidate(setup: Setup) -> None:

@@ -190,9 +190,9 @@ class Searcher:
         return outcome(sample.target, text, finished=finished, tools=sample.tools)
 
     def _padded(self, count: int) -> int:
-        """Room for `count` prompts: the whole batch, or a quarter of it when few trees still grow."""
-        quarter = max(1, self.settings.batch // 4)
-        return quarter if count <= quarter else self.settings.batch
+        """Room for `count` prompts: the whole batch, or a half or a quarter of it when few trees still grow."""
+        sizes = [max(1, self.settings.batch // part) for part in (4, 2)]
+        return next((size for size in sizes if count <= size), self.settings.batch)
 
     def _rows_of(self, prefix: Prefix, problems: list[int], count: int) -> Prefix:
         index = np.zeros(count, np.int32)
