@@ -46,7 +46,8 @@ def compare(s: Settings) -> None:
         options = [*common, *s.control_options, "--preference.control", f"--run_dir={s.output / f'control_{seed}'}"]
         control = settings.parse(options)
         _share(demo, control)
-        main.run(control)
+        for iteration in range(1, demo.iterations + 1):
+            main.run(dataclasses.replace(control, stage="dpo", iteration=iteration))
         rows.append({kind: _results(run) for kind, run in (("demo", demo), ("control", control))})
     folder.write_json(s.output / "evidence.json", _report(rows))
 
