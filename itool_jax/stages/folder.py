@@ -140,7 +140,10 @@ def _make_parts(config: Config) -> dict[str, list[Sample]]:
 def _fingerprints(config: Config) -> dict[str, Any]:
     """What tells one content of the model's and the data's files from another, without reading big ones whole."""
     folders = {"model": model_folder(config), "data": Path(config.data)}
-    files = {name: [path] if path.is_file() else sorted(path.glob("*.*")) for name, path in folders.items()}
+    files = {
+        name: [path] if path.is_file() else [p for p in sorted(path.glob("*.*")) if p.suffix != ".md"]
+        for name, path in folders.items()
+    }
     return {name: {path.name: _ends(path) for path in paths if path.is_file()} for name, paths in files.items()}
 
 
