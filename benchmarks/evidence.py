@@ -84,10 +84,11 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 marks = [row[kind][split][phase] for row in rows]
                 values = [100 * sum(found.values()) / len(found) for found in marks]
                 mean, error = mean_and_standard_error(values)
-                figures = {"by_seed": values, "mean": mean, "standard_error": error}
+                figures = {"by_seed": values, "mean": mean, "standard_error": error if len(rows) > 1 else None}
                 report["accuracy"][f"{kind} {phase} {split}"] = figures
                 by_seed = ", ".join(f"{value:.2f}" for value in values)
-                print(f"{kind:<8} {phase:<12} {split:<11} {mean:6.2f} ± {error:.2f}   by seed: {by_seed}")
+                spread = f" ± {error:.2f}" if len(rows) > 1 else ""
+                print(f"{kind:<8} {phase:<12} {split:<11} {mean:6.2f}{spread}   by seed: {by_seed}")
             means[phase] = report["accuracy"][f"{kind} {phase} validation"]["mean"]
         report["best"][kind] = max((p for p in means if p.startswith("iteration")), key=lambda phase: means[phase])
     demo, control = ("demo", report["best"]["demo"]), ("control", report["best"]["control"])
