@@ -4,10 +4,12 @@ In: the environment variables ITOOL_SHARED (public data, default `../shared`) an
 Out: `shared_path`, which finds a file of the public data or skips the test.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -43,10 +45,21 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+def write(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> pathlib.Path:
     """Writes a JSONL file and returns its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def file(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    """Writes rows to a new JSONL file and returns its path."""
+    numbers = itertools.count()
+
+    def write_rows(*rows: dict[str, Any]) -> pathlib.Path:
+        return write(tmp_path / f"data{next(numbers)}.jsonl", rows)
+
+    return write_rows
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +70,27 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
-def restored_jax_settings() -> Iterator[None]:
+@contextlib.contextmanager
+def keep_jax_settings() -> Iterator[None]:
     """What `main` sets for the whole process does not reach other tests."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_default_matmul_precision")
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def restored_jax_settings() -> Iterator[None]:
+    """Settings of jax are what they were once the module's tests are through."""
+    with keep_jax_settings():
+        yield
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: pathlib.Path) -> Any:
+    """A finished run of the tiny model, and what it was made from; tests change copies only."""
+    from tests import runs
+
+    with keep_jax_settings():
+        return runs.make_run(tmp_path_factory.mktemp("iterate"), tiny_folder)

@@ -1,111 +1,33 @@
 """The stages through the command line: a whole run of a tiny model, end to end.
 
-The run of `iterate` is made once; the other tests read it, or go on from a copy.
+The run is that of `runs.make_run`; the tests read it, or go on from a copy.
 """
 
-import contextlib
-import errno
-import io
 import json
 import math
-import os
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import pytest
 import yaml
 
-from itool_jax.data import records
-from itool_jax.main import main
 from itool_jax.replay import split
-from itool_jax.text.chat import Chat, load_tokenizer
-from tests.conftest import read, write
+from tests.conftest import read
+from tests.runs import (
+    BREADTH,
+    DEPTH,
+    ITERATIONS,
+    PHASES,
+    SIMULATIONS,
+    STEP_FILES,
+    Made,
+    Row,
+    again,
+    copy_run,
+    rewrite_config,
+)
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
-
-Row = dict[str, Any]
-
-
-SMALL = ("--generate.max_tokens=12", "--generate.tokens_per_batch=1024")  # alike everywhere: fewer programs
-
-
-ITERATIONS, BREADTH, DEPTH, SIMULATIONS = 2, 2, 2, 4
-
-
-class Made(NamedTuple):
-    """A finished run and what it was made from."""
-
-    folder: Path
-    settings: list[str]
-    samples: list[Row]
-    chat: Chat
-    output: str
-
-
-def make_samples(n: int = 120) -> list[Row]:
-    """Short ones: calls, a quarter refusals, a few with an earlier turn."""
-    rows = []
-    for i in range(n):
-        name = f"f{i % 3}"
-        tool = {"name": name, "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
-        turns = [{"role": "user", "content": f"{name} {i}"}]
-        if i % 5 == 0:
-            turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, *turns]
-        target = f"[{name}(x={i})]" if i % 4 else "I cannot."
-        target = f"[{name}(x={i}), {name}(x=1)]" if i % 4 == 1 else target
-        tools = [{"type": "function", "function": tool}]
-        rows.append({"id": f"s{i}", "messages": turns, "tools": tools, "target": target})
-    return rows
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Made:
-    folder = tmp_path_factory.mktemp("iterate")
-    samples = make_samples()
-    data = write(folder / "d.jsonl", samples)
-    settings = [
-        *(
-            f"--model={tiny_folder}",
-            f"--data={data}",
-            f"--iterations={ITERATIONS}",
-            "--lora.rank=2",
-            "--evaluate.limit=0",
-        ),
-        *("--replay.replay_fraction=0.2", "--replay.hardest_fraction=0.4", "--warmup.batch_size=8"),
-        *(f"--search.n_simulations={SIMULATIONS}", f"--search.breadth={BREADTH}", f"--search.max_depth={DEPTH}"),
-        *("--search.step_limit=8", "--search.last_step_limit=12", "--search.batch=4"),
-        *("--preference.learning_rate=1e-3", *SMALL),
-    ]
-    chat = Chat(load_tokenizer(str(tiny_folder)))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["--stage=iterate", f"--run_dir={folder / 'run'}", *settings]) == 0
-    return Made(folder / "run", settings, samples, chat, out.getvalue())
-
-
-def again(made: Made, folder: Path, *changes: str, stage: str = "iterate") -> int:
-    """The same command on another run directory."""
-    return main([f"--stage={stage}", f"--run_dir={folder}", *made.settings, *changes])
-
-
-def copy_run(made: Made, folder: Path) -> Path:
-    return Path(shutil.copytree(made.folder, folder / "run"))
-
-
-def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:
-    """All files of a run but the checkpoints, whose inner names are random, and the clock's: times and seconds."""
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {
-        name: path.read_bytes()
-        for name, path in files.items()
-        if "adapters" not in name and not name.endswith((".json", "metrics.jsonl", *leave_out))
-    }
-
-
-PHASES = ["base", "warmup", *(f"iteration_{i + 1}" for i in range(ITERATIONS))]
-N_STAGES = 3 + 4 * ITERATIONS  # warm-up and two evaluations; score, search, dpo and evaluation
-STEP_FILES = ("scores.jsonl", "trees.jsonl", "pairs.jsonl", "reference.jsonl")
 
 
 def test_a_run_leaves_all_its_files(made: Made):
@@ -271,230 +193,6 @@ def test_the_first_step_of_each_iteration_has_a_dpo_loss_of_ln_2(made: Made):
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
         assert steps[0]["reward_margin"] == pytest.approx(0, abs=1e-4)
         assert steps[-1]["loss"] < math.log(2) - 1e-4
-
-
-def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]):
-    files = [path for path in made.folder.rglob("*") if path.is_file()]
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-    assert again(made, made.folder) == 0
-    assert sorted(path for path in made.folder.rglob("*") if path.is_file()) == sorted(files)
-    for path, (content, time) in before.items():
-        assert path.read_bytes() == content, path
-        assert path.stat().st_mtime_ns == time or path.name == "summary.json"
-    out, err = capsys.readouterr()
-    assert out == made.output
-    assert err.count("is done already") == N_STAGES
-    assert err.count("\n") == N_STAGES + 1  # and where everything is
-
-
-def test_each_stage_alone_in_another_folder_gives_the_same_run(made: Made, tmp_path: Path):
-    folder = tmp_path / "run"
-    assert again(made, folder, stage="warmup") == 0
-    for iteration in range(1, ITERATIONS + 1):
-        for stage in ("score", "search", "dpo"):
-            assert again(made, folder, f"--iteration={iteration}", stage=stage) == 0
-    assert again(made, folder, stage="evaluate") == 0
-    assert not (folder / "summary.json").exists()
-    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
-    assert len(contents(folder)) == 1 + 3 + len(PHASES) + len(STEP_FILES) * ITERATIONS
-    assert again(made, folder) == 0
-    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, made.folder))
-    assert ours["comparisons"] == theirs["comparisons"]
-
-
-def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """As if killed after the trees of iteration 1 were written and before its pairs were."""
-    folder = copy_run(made, tmp_path)
-    shutil.rmtree(folder / "iteration_2")
-    shutil.rmtree(folder / "iteration_1/adapters")
-    for name in ("search.json", "pairs.jsonl", "reference.jsonl", "dpo.json", "evaluation_test_all.json"):
-        (folder / "iteration_1" / name).unlink()
-    (folder / "summary.json").unlink()
-    kept = (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns
-    assert again(made, folder) == 0
-    assert (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns == kept
-    assert capsys.readouterr().err.count("is done already") == 4  # base, warm-up and its evaluation, score
-    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
-    assert json.loads((folder / "summary.json").read_text())["finished"]
-
-
-@pytest.mark.parametrize("lost", ["warmup/adapters", "iteration_1/pairs.jsonl", "base/evaluation_test_all.jsonl"])
-def test_a_stage_is_done_only_where_its_files_are(
-    made: Made, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
-):
-    """What the messages about damaged files advise, to delete them, must help."""
-    folder = copy_run(made, tmp_path)
-    path = folder / lost
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert again(made, folder) == 0
-    assert capsys.readouterr().err.count("is done already") == N_STAGES - 1
-    assert path.exists()
-    assert contents(folder, "config.yaml").keys() >= contents(made.folder, "config.yaml", "reference.jsonl").keys()
-
-
-def test_what_was_made_from_changed_results_is_made_again(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    folder = copy_run(made, tmp_path)
-    path = folder / "iteration_1/pairs.jsonl"
-    write(path, read(path)[1:])  # another search
-    done = json.loads((folder / "iteration_1/search.json").read_text())
-    (folder / "iteration_1/search.json").write_text(json.dumps(done | {"outputs": {}}))
-    assert again(made, folder) == 0
-    err = capsys.readouterr().err
-    stale = [line.split(" was made from")[0] for line in err.splitlines() if "have changed since" in line]
-    assert stale[:3] == ["iteration_1: dpo", "iteration_1: reference", "iteration_1: evaluation_test_all"]
-    assert stale[3:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", "evaluation_test_all")]
-    assert len(read(folder / "iteration_1/reference.jsonl")) == len(read(path))
-    assert again(made, folder) == 0
-    assert capsys.readouterr().err.count("is done already") == N_STAGES
-
-
-@pytest.mark.parametrize("what", ["model", "data"])
-def test_a_run_directory_of_other_files_is_refused(
-    made: Made, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
-):
-    """The same names on the command line, and other content behind them."""
-    folder, before = copy_run(made, tmp_path), contents(made.folder)
-    sources = json.loads((folder / "data/sources.json").read_text())
-    name = sorted(sources[what])[0]
-    sources[what][name] = "0" * 32
-    (folder / "data/sources.json").write_text(json.dumps(sources))
-    line = refused(capsys, made, folder)
-    assert line.startswith(f"run directory {folder} was made with another {name} of --{what}=")
-    assert contents(folder) == before
-
-
-def test_later_settings_may_change_what_is_evaluated(made: Made, tmp_path: Path):
-    folder = copy_run(made, tmp_path)
-    assert again(made, folder, "--evaluate.limit=3", "--evaluate.split=validation", stage="evaluate") == 0
-    rows = read(folder / "warmup/evaluation_validation_3.jsonl")
-    validation = [row["id"] for row in read(folder / "data/validation.jsonl")]
-    assert [row["id"] for row in rows] == validation[:3]
-
-
-# What can go wrong in a run directory -----------------------------------------------------------------------
-
-
-def refused(capsys: pytest.CaptureFixture[str], made: Made, folder: Path, *changes: str, stage: str = "iterate") -> str:
-    """The last line on stderr of a command that ends with code 2; what goes before it is progress."""
-    capsys.readouterr()
-    assert again(made, folder, *changes, stage=stage) == 2
-    *before, last = capsys.readouterr().err.splitlines()
-    assert not any("Traceback" in line or "error" in line for line in before)
-    assert last.startswith("python -m itool_jax.main: error: ")
-    return last.removeprefix("python -m itool_jax.main: error: ")
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("score", "has no weights of warmup yet; run --stage=warmup first"),
-        ("search", "has no weights of warmup yet; run --stage=warmup first"),
-        ("dpo", "has no weights of warmup yet; run --stage=warmup first"),
-        ("score --iteration=3", "has no weights of iteration_2 yet; run --stage=dpo --iteration=2 first"),
-    ],
-)
-def test_a_stage_before_its_time_names_the_one_to_run(
-    made: Made, tmp_path: Path, command: str, message: str, capsys: pytest.CaptureFixture[str]
-):
-    stage, *changes = command.split()
-    line = refused(capsys, made, tmp_path / "run", *changes, stage=stage)
-    assert line == f"{tmp_path / 'run'} {message}"
-
-
-def test_missing_scores_and_pairs_are_named_with_the_stage_that_writes_them(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    folder = copy_run(made, tmp_path)
-    for name, stage, writer in (("scores", "search", "score"), ("pairs", "dpo", "search")):
-        for path in (f"{name}.jsonl", f"{stage}.json"):
-            (folder / "iteration_1" / path).unlink()
-        line = refused(capsys, made, folder, stage=stage)
-        path = folder / f"iteration_1/{name}.jsonl"
-        assert line == f"{path} does not exist; run --stage={writer} --iteration=1 first"
-
-
-def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    before = contents(made.folder)
-    line = refused(capsys, made, made.folder, "--search.breadth=3")
-    assert line.startswith(f"run directory {made.folder} was made with search.breadth={BREADTH}, now it is 3; choose")
-    assert contents(made.folder) == before
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("config.yaml", "seed: [", "config.yaml is damaged"),
-        ("warmup/warmup.json", '{"samples": 1', "warmup/warmup.json is damaged"),
-        ("warmup/warmup.json", "[]", "warmup/warmup.json is damaged"),
-        ("base/evaluation_test_all.json", "", "base/evaluation_test_all.json is damaged"),
-        ("base/evaluation_test_all.jsonl", '{"id": "s1"}\n', 'base/evaluation_test_all.jsonl line 1: no "correct"'),
-        ("data/train.jsonl", "{\n", "data/train.jsonl line 1: not valid JSON"),
-        ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
-        ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
-        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
-        ("iteration_1/adapters/_METADATA", "{", "iteration_1/adapters: "),
-    ],
-)
-def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
-    made: Made, tmp_path: Path, file: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
-):
-    folder = copy_run(made, tmp_path)
-    # The last stages are still to be done, so that each file is read.
-    for name in (
-        ("search.json", "dpo.json") if "scores" in file or "adapters" in file or "data" in file else ("dpo.json",)
-    ):
-        (folder / "iteration_2" / name).unlink()
-    (folder / file).write_text(content)
-    before = contents(folder)
-    line = refused(capsys, made, folder)
-    assert line.removeprefix("checkpoint ").startswith(f"{folder}/{message}")
-    assert contents(folder) == before
-
-
-def test_a_full_disk_loses_nothing(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    folder = copy_run(made, tmp_path)
-    for name in ("trees.jsonl", "pairs.jsonl", "reference.jsonl", "search.json", "dpo.json"):
-        (folder / "iteration_2" / name).unlink()
-    before = contents(folder)
-
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", fail)
-        line = refused(capsys, made, folder)
-    assert line.startswith(f"{folder}: No space left on device; free some space and run the same command again")
-    assert contents(folder) == before
-    assert again(made, folder) == 0
-    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_a_disk_that_is_full_in_earnest(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").symlink_to("/dev/full")
-    line = refused(capsys, made, folder, stage="warmup")
-    assert line.startswith(f"{folder}: No space left on device; free some space")
-    assert not (folder / "warmup").exists()
-    (folder / "metrics.jsonl").unlink()
-    assert again(made, folder, stage="warmup") == 0
-    ours, theirs = (read(f / "metrics.jsonl") for f in (folder, made.folder))
-    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs if row["stage"] == "warmup"]
-
-
-def rewrite_config(folder: Path, **changes: Any) -> list[str]:
-    """Changes settings of a run directory; returns them as arguments."""
-    path = folder / "config.yaml"
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
-    return [f"--{name}={value}" for name, value in changes.items() if value is not True] + [
-        f"--{name}" for name, value in changes.items() if value is True
-    ]
 
 
 def test_a_search_without_pairs_leaves_the_policy_as_it_is(

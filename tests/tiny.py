@@ -1,4 +1,4 @@
-"""A two-layer Llama, a byte tokenizer and the folder that holds both, as small as the code allows.
+"""A two-layer Llama, a byte tokenizer and the folder that holds both, as small as the code allows; and small rows.
 
 In: changes to the configuration, a seed. Out: a configuration, weights with no zero, one or symmetry in them
 (so that a forgotten bias or norm shows), a tokenizer with a chat template, or a complete model folder.
@@ -43,6 +43,14 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
+
+# One of each for the rows of data files: a tool, a question, a call.
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+USER = {"role": "user", "content": "q"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
 def raw_config(**changes: Any) -> dict[str, Any]:

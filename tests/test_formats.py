@@ -1,0 +1,373 @@
+"""Readers of the public data sets: their rows give samples, and a wrong one is named."""
+
+import contextlib
+import copy
+import gzip
+import json
+import re
+import sys
+import types
+
+import pytest
+
+from itool_jax.data.formats import NO_CALL, from_seal_tools, seal_tools_catalogue, seal_tools_entry
+from itool_jax.data.records import sample_row, write_jsonl
+from itool_jax.data.sources import load, read_samples
+from itool_jax.text.calls import read_calls
+from tests.conftest import shared_path
+from tests.tiny import CALL, TOOL, USER
+
+TOOLACE = {
+    "system": "Today is Monday.\nHere is a list of functions in JSON format that you can invoke:\n"
+    '[{"name": "Trends API", "description": "d", "parameters": {"type": "dict", "properties":'
+    ' {"n": {"type": "int"}}, "required": ["n"]}, "required": null}]. \n'
+    "Put it in the format of [func1(a=1), func2()]\n",
+    "conversations": [
+        {"from": "user", "value": "q"},
+        {"from": "assistant", "value": "[Trends API(n=1)]"},
+        {"from": "tool", "value": "{}"},
+        {"from": "assistant", "value": "done"},
+        {"from": "user", "value": "thanks"},
+        {"from": "assistant", "value": "welcome"},
+    ],
+}
+XLAM = {
+    "id": 7,
+    "query": "q",
+    "tools": '[{"name": "f", "description": "d", "parameters": {"n": {"type": "int, optional", "default": "2"}}}]',
+    "answers": '[{"name": "f", "arguments": {"n": 3}}, {"name": "f", "arguments": {}}]',
+}
+TOOLBENCH = {
+    "id": "Step 1: q",
+    "conversations": [
+        {
+            "from": "system",
+            "value": "You are AutoGPT.\nSpecifically, you have access to the following APIs: "
+            "[{'name': 'get_for_x', 'description': \"it's\", 'parameters': {'type': 'object', 'properties': "
+            "{'q': {'type': 'string'}}, 'required': ['q'], 'optional': []}}, "
+            "{'name': 'Finish', 'description': 'd', 'parameters': {}}]",
+        },
+        {"from": "user", "value": "\nfind it\nBegin!\n"},
+        {"from": "assistant", "value": '\nThought: \nAction: get_for_x\nAction Input: {\n  "q": "it"\n}'},
+        {"from": "function", "value": "{}"},
+        {
+            "from": "assistant",
+            "value": "\nThought: \nAction: Finish\n"
+            'Action Input: {"return_type": "give_answer", "final_answer": "found"}',
+        },
+    ],
+}
+
+TOOLRL = {
+    "instruction": '**Available Tools**\n1. Name: f\nDescription: d\nParameters: {"n": {"type": "int"}}\n\n'
+    "**Steps for Each Turn**\n1. Think",
+    "input": "<user> q </user>",
+    "output": '<think> <tool_call> or not </think>\n<tool_call>\n{"name": "f", "parameters": {"n": 1}}\n</tool_call>',
+}
+GLAIVE = {
+    "conversations": [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"n": 1}}'},
+        {"from": "observation", "value": "{}"},
+        {"from": "gpt", "value": "done"},
+    ],
+    "tools": '[{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}]',
+}
+API_BANK = {
+    "instruction": "Generate an API request.",
+    "input": '{"apiCode": "ToolSearcher", "description": "d", "input_parameters": {"keywords": {"type": "str"}}}\n'
+    "User: q\nAPI-Request: [ToolSearcher(keywords='f')]->{'name': 'f', 'description': 'd', 'input_parameters': "
+    "{'n': {'type': 'int'}}}\nGenerate API Request:",
+    "output": "API-Request: [f(n=1)]",
+}
+SEAL_TOOL = {
+    "api_name": "f",
+    "api_description": "d",
+    "field": "A/x",
+    "parameters": {"n": {"type": "int", "description": "d"}},
+    "required": ["n"],
+}
+ROWS = {
+    "openai": {
+        "id": "a",
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, USER],
+        "tools": [TOOL],
+        "target": {"role": "assistant", "content": [{"type": "text", "text": "t"}]},
+        "category": "c",
+    },
+    "xlam": XLAM,
+    "glaive": GLAIVE,
+    "toolace": TOOLACE,
+    "toolbench": TOOLBENCH,
+    "toolrl": TOOLRL,
+    "api_bank": API_BANK,
+    "seal_tools": {"id": "r", "query": "q", "calling": [{"api": "f", "parameters": {"n": 1}}]},
+}
+
+
+@pytest.mark.parametrize("result", ["{[1]: 2}", "{'name': 'g', 'input_parameters': {'n'}}", "not found"])
+def test_api_bank_searches_that_found_no_tool_offer_none(file, result):
+    head, _, _ = API_BANK["input"].partition("->")
+    (found,), (none,) = load(file(API_BANK)), load(file(API_BANK | {"input": f"{head}->{result}"}))
+    assert [tool["function"]["name"] for tool in found.tools] == ["ToolSearcher", "f"]
+    assert none.tools == found.tools[:1]
+    assert none.messages[-1] == {"role": "tool", "content": result}
+
+
+def test_glaive_without_tools_offers_none(file):
+    with_tools, without = load(file(GLAIVE, GLAIVE | {"tools": None}))
+    assert [tool["function"]["name"] for tool in with_tools.tools] == ["f"]
+    assert without.tools == ()
+    assert without.target == with_tools.target == "[f(n=1)]"
+
+
+def test_scores_and_responses_are_had_of_folders_too(file, tmp_path):
+    file(XLAM)
+    file({"id": "a", "prompt_ids": [1], "target_ids": [2]})
+    assert [sample.id for sample in read_samples(tmp_path, need_target=True)] == ["xlam-7", "a"]
+
+
+def test_toolrl_takes_the_answer_after_the_thought(file):
+    row = TOOLRL | {"output": "<think> so </think>\n<response> text </response>"}
+    calls, text = load(file(TOOLRL, row))
+    assert (calls.messages, calls.target, text.target) == ((USER,), "[f(n=1)]", "text")
+    assert calls.tools[0]["function"]["parameters"]["required"] == ["n"]
+
+
+def test_a_name_with_parts_of_a_value_in_it_does_not_spoil_the_data(file):
+    spilt = '<tool_call>\n{"name": "f", "parameters": {"\\"2 h\\"}], n": 1}}\n</tool_call>'
+    (sample,) = load(file(TOOLRL | {"output": spilt}))
+    assert read_calls(sample.target) == [("f", {"2 h n": 1})]
+
+
+def test_toolace_cuts_the_tools_out_of_the_system_text(file):
+    first, second = load(file(TOOLACE))
+    assert first.messages[0]["content"] == "Today is Monday.\nPut it in the format of [func1(a=1), func2()]"
+    assert first.messages[1:] == (USER,)
+    assert first.tools[0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+    }
+    assert (first.target, second.target) == ("[Trends API(n=1)]", "welcome")
+    assert second.id == f"{first.id}/2"
+
+
+def test_xlam_reads_its_json_texts(file):
+    calls, none = load(file(XLAM, XLAM | {"id": 8, "answers": "[]"}))
+    assert (calls.id, calls.target, calls.messages) == ("xlam-7", "[f(n=3), f()]", (USER,))
+    assert calls.tools[0]["function"]["parameters"]["properties"]["n"] == {"type": "integer", "default": 2}
+    assert none.target == NO_CALL
+
+
+def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
+    (sample,) = load(file(TOOLBENCH))
+    assert sample.messages == ({"role": "user", "content": "find it"},)
+    assert sample.target == '[get_for_x(q="it")]'
+    assert [tool["function"]["name"] for tool in sample.tools] == ["get_for_x"]
+    system, user, _, _, finish = TOOLBENCH["conversations"]
+    (sample,) = load(file({"conversations": [system, user, finish]}))
+    assert sample.target == "found"
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "reason"),
+    [
+        (TOOLACE, {"conversations": [{"from": "bot", "value": "x"}]}, 'from "bot"'),
+        (TOOLACE, {"conversations": "x"}, '"conversations" is missing or no list'),
+        (XLAM, {"answers": "[{"}, '"answers" is not valid JSON'),
+        (XLAM, {"answers": '[{"name": "f"}]'}, "tool call 1"),
+        (XLAM, {"answers": "{}"}, '"answers" is not a list'),
+        (XLAM, {"tools": '[{"name": "f", "parameters": {"a": 1}}]'}, 'parameter "a"'),
+        (XLAM, {"query": None}, '"query" is missing or no text'),
+        (XLAM, {"answers": 3}, '"answers" is missing or no text or list'),
+        (XLAM, {"tools": None}, '"tools" is missing or no text or list'),
+        (XLAM, {"tools": '[{"name": "f", "description": 5}]'}, '"description" of tool "f" is no text'),
+        (GLAIVE, {"tools": 3}, '"tools" is missing or no text'),
+        (TOOLRL, {"instruction": TOOLRL["instruction"].replace('{"n": {"type": "int"}}', "3")}, "are not an object"),
+        (TOOLBENCH, {"conversations": []}, "does not begin with the system turn"),
+        (TOOLRL, {"output": "x"}, "no answer"),
+        (TOOLRL, {"input": ""}, "no dialogue"),
+        (TOOLRL, {"output": "<tool_call>\n{]\n</tool_call>"}, '"tool_call" is not valid JSON'),
+        (TOOLRL, {"instruction": "**Available Tools**\n1. Name: f\nWhat: d"}, "a tool is not written as"),
+        ({"instruction": "x", "input": "", "output": ""}, {}, "no turn of the user"),
+        (API_BANK, {"input": f"3\n{API_BANK['input']}"}, "a tool is not an object"),
+    ],
+)
+def test_a_wrong_row_of_a_public_form_is_named(tmp_path, row, change, reason):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row | change]))
+    for read in (load, lambda path: read_samples(path, need_target=False)):
+        with pytest.raises(ValueError, match=reason) as error:
+            read(path)
+        assert str(error.value).startswith(f"{path} row 1: ")
+
+
+@pytest.mark.parametrize("row", [XLAM, GLAIVE, TOOLACE, TOOLBENCH, TOOLRL, API_BANK])
+def test_the_public_forms_are_read_with_and_without_need_of_a_target(file, row):
+    path = file(row, row)
+    samples = load(path)
+    assert len({sample.id for sample in samples}) == len(samples) >= 2
+    assert read_samples(path, need_target=True) == read_samples(path, need_target=False) == samples
+
+
+@pytest.mark.parametrize(("row", "key"), [(XLAM, "answers"), (XLAM, "tools"), (GLAIVE, "tools")])
+def test_what_a_later_row_lacks_is_named(file, row, key):
+    path = file(row, {name: value for name, value in row.items() if name != key})
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value).startswith(f'{path} line 2: "{key}" is missing')
+
+
+def test_a_row_that_no_reader_foresaw_is_still_named(file, monkeypatch):
+    for error, reason in [
+        (KeyError("answers"), 'lacks "answers"'),
+        (TypeError("no text"), r"a value is of the wrong type \(no text\)"),
+        (AttributeError("no items"), r"a value is of the wrong type \(no items\)"),
+    ]:
+
+        def read(row, error=error):
+            raise error
+
+        monkeypatch.setattr("itool_jax.data.formats.from_xlam", read)
+        with pytest.raises(ValueError, match=f"line 1: {reason}$"):
+            load(file(XLAM))
+
+
+def spoilt(value):
+    """Copies of a JSON value, each with one value in it of another type, inside JSON texts too."""
+    yield from (other for other in (None, True, 5, "x", [], [5], {}, {"x": 5}) if type(other) is not type(value))
+    for match in re.finditer(r"[\[{].*", value) if isinstance(value, str) else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            inside, end = json.JSONDecoder().raw_decode(value, match.start())
+            yield from (f"{value[: match.start()]}{json.dumps(other)}{value[end:]}" for other in spoilt(inside))
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        without = copy.copy(value)
+        del without[key]
+        yield without
+        for other in spoilt(value[key]):
+            changed = copy.copy(value)
+            changed[key] = other
+            yield changed
+
+
+@pytest.mark.parametrize(
+    "form", ["openai", "xlam", "glaive", "toolace", "toolbench", "toolrl", "api_bank", "seal_tools"]
+)
+def test_whatever_type_a_value_has_the_row_is_read_or_named(tmp_path, form):
+    row = ROWS[form]
+    write_jsonl(tmp_path / "tool.jsonl", [SEAL_TOOL])
+    path, lines = tmp_path / "rows.jsonl", []
+    for change in spoilt(row):
+        if not isinstance(change, dict):
+            continue
+        write_jsonl(path, [row, change])
+        try:
+            assert len(load(path)) >= 1
+        except ValueError as error:
+            lines.append(str(error))
+    assert len(lines) > 5
+    assert [line for line in lines if not line.startswith(f"{path} line 2: ") or "\n" in line] == []
+
+
+def test_hub_data_goes_through_the_same_readers(monkeypatch):
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: {("o/n", "train"): [XLAM]}[(name, split)])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert [sample.id for sample in load("hf:o/n")] == ["xlam-7"]
+    with pytest.raises(ValueError, match=r"hf:o/absent could not be fetched"):
+        load("hf:o/absent")
+
+
+def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
+    row = {"id": "r", "query": "q", "calling": [{"api": "gold", "parameters": {"a": "x"}}]}
+    path = file(row)
+    with pytest.raises(ValueError, match=r"needs the tools, tool\.jsonl"):
+        load(path)
+    names = {"gold": "A/x", "near": "A/x", "same": "A/y", "far": "B/z"}
+    listed = [SEAL_TOOL | {"api_name": name, "field": where} for name, where in names.items()]
+    write_jsonl(tmp_path / "tool.jsonl", listed)
+    catalogue = seal_tools_catalogue(map(seal_tools_entry, listed))
+    (sample,) = load(path)
+    assert [sample] == from_seal_tools(row, catalogue) == read_samples(path, need_target=True)
+    samples = {n: from_seal_tools(row, catalogue, n)[0] for n in (1, 2, 3, 9)}
+    assert {n: {tool["function"]["name"] for tool in sample.tools} for n, sample in samples.items()} == {
+        1: {"gold"},
+        2: {"gold", "near"},
+        3: {"gold", "near", "same"},
+        9: {"gold", "near", "same"},
+    }
+    unknown = file(row | {"calling": [{"api": "absent", "parameters": {}}]})
+    with pytest.raises(ValueError, match='line 1: tool "absent" is not in the list'):
+        load(unknown)
+
+
+@pytest.mark.parametrize("key", ["api_name", "api_description", "field", "parameters", "required"])
+def test_a_wrong_row_among_the_tools_of_seal_tools_is_named(file, tmp_path, key):
+    for wrong in ({k: v for k, v in SEAL_TOOL.items() if k != key}, SEAL_TOOL | {key: 5}):
+        tools = tmp_path / "tool.jsonl.gz"
+        tools.write_bytes(gzip.compress("\n".join(map(json.dumps, [SEAL_TOOL, wrong])).encode()))
+        with pytest.raises(ValueError) as error:
+            load(file(ROWS["seal_tools"]))
+        assert str(error.value).startswith(f'{tools} line 2: "{key}" is missing or no ')
+
+
+@pytest.mark.parametrize(
+    ("source", "n_samples", "n_calls"),
+    [
+        ("seal_tools", 2054, 2054),
+        ("toolrl_sft", 400, 346),
+        ("glaive", 746, 211),
+        ("api_bank/lv3-api-train.json.gz", 907, 907),
+    ],
+)
+def test_public_data_is_read_to_the_last_row(source, n_samples, n_calls):
+    samples = load(shared_path(f"data/{source}"))
+    assert len(samples) == len({sample.id for sample in samples}) == n_samples
+    calls = [read_calls(sample.target) for sample in samples]
+    assert sum(call is not None for call in calls) == n_calls
+    for sample, call in zip(samples, calls, strict=True):
+        assert sample.target
+        assert call is not None or not sample.target.startswith("[")
+        assert any(message["role"] == "user" for message in sample.messages)
+        for tool in sample.tools:
+            assert tool["function"]["parameters"]["type"] == "object"
+    json.dumps([sample_row(sample) for sample in samples], allow_nan=False)
+
+
+def test_seal_tools_offers_the_gold_tools_among_ten_and_the_same_ones_every_time():
+    path = shared_path("data/seal_tools/dev.jsonl.gz")
+    samples = load(path)
+    assert len(samples) == 700
+    places = set()
+    for sample in samples:
+        offered = [tool["function"]["name"] for tool in sample.tools]
+        gold = {call.name for call in read_calls(sample.target) or []}
+        assert gold <= set(offered)
+        assert len(offered) == len(set(offered)) <= 10
+        places |= {offered.index(name) for name in gold}
+    assert places == set(range(10))
+    assert load(path) == samples
+
+
+def test_toolrl_targets_are_the_published_calls():
+    path = shared_path("data/toolrl_sft/rlla_sft.json.gz")
+    samples = load(path)
+    assert samples[0].target == '[Search Managers(name="Alex Ferguson")]'
+    assert samples[0].messages == (
+        {"role": "user", "content": "Could you help me find information on the manager Alex Ferguson?"},
+    )
+    assert len(samples[0].tools) == 5
+    assert sum(len(sample.messages) > 1 for sample in samples) == 40
+    # Nothing of the published format, nor of its thoughts, is left in what the model learns.
+    assert not any("<tool_call>" in sample.target or "<think>" in sample.target for sample in samples)
+
+
+def test_api_bank_offers_the_tools_that_searches_found():
+    samples = load(shared_path("data/api_bank/lv3-api-train.json.gz"))
+    found = [sample for sample in samples if len(sample.tools) > 1]
+    assert len(found) == 517
+    known = 0
+    for sample in found:
+        calls = read_calls(sample.target) or []
+        known += calls[0].name in {tool["function"]["name"] for tool in sample.tools}
+    assert known / len(found) > 0.95

@@ -1,0 +1,226 @@
+"""A run directory used again: what is done is kept, what is missing, stale or damaged is made again or named."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from itool_jax.data import records
+from tests.conftest import read, write
+from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
+
+pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+
+
+def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]):
+    files = [path for path in made.folder.rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    assert again(made, made.folder) == 0
+    assert sorted(path for path in made.folder.rglob("*") if path.is_file()) == sorted(files)
+    for path, (content, time) in before.items():
+        assert path.read_bytes() == content, path
+        assert path.stat().st_mtime_ns == time or path.name == "summary.json"
+    out, err = capsys.readouterr()
+    assert out == made.output
+    assert err.count("is done already") == N_STAGES
+    assert err.count("\n") == N_STAGES + 1  # and where everything is
+
+
+def test_each_stage_alone_in_another_folder_gives_the_same_run(made: Made, tmp_path: Path):
+    folder = tmp_path / "run"
+    assert again(made, folder, stage="warmup") == 0
+    for iteration in range(1, ITERATIONS + 1):
+        for stage in ("score", "search", "dpo"):
+            assert again(made, folder, f"--iteration={iteration}", stage=stage) == 0
+    assert again(made, folder, stage="evaluate") == 0
+    assert not (folder / "summary.json").exists()
+    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
+    assert len(contents(folder)) == 1 + 3 + len(PHASES) + len(STEP_FILES) * ITERATIONS
+    assert again(made, folder) == 0
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, made.folder))
+    assert ours["comparisons"] == theirs["comparisons"]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As if killed after the trees of iteration 1 were written and before its pairs were."""
+    folder = copy_run(made, tmp_path)
+    shutil.rmtree(folder / "iteration_2")
+    shutil.rmtree(folder / "iteration_1/adapters")
+    for name in ("search.json", "pairs.jsonl", "reference.jsonl", "dpo.json", "evaluation_test_all.json"):
+        (folder / "iteration_1" / name).unlink()
+    (folder / "summary.json").unlink()
+    kept = (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns
+    assert again(made, folder) == 0
+    assert (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns == kept
+    assert capsys.readouterr().err.count("is done already") == 4  # base, warm-up and its evaluation, score
+    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
+    assert json.loads((folder / "summary.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("lost", ["warmup/adapters", "iteration_1/pairs.jsonl", "base/evaluation_test_all.jsonl"])
+def test_a_stage_is_done_only_where_its_files_are(
+    made: Made, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+):
+    """What the messages about damaged files advise, to delete them, must help."""
+    folder = copy_run(made, tmp_path)
+    path = folder / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert again(made, folder) == 0
+    assert capsys.readouterr().err.count("is done already") == N_STAGES - 1
+    assert path.exists()
+    assert contents(folder, "config.yaml").keys() >= contents(made.folder, "config.yaml", "reference.jsonl").keys()
+
+
+def test_what_was_made_from_changed_results_is_made_again(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = copy_run(made, tmp_path)
+    path = folder / "iteration_1/pairs.jsonl"
+    write(path, read(path)[1:])  # another search
+    done = json.loads((folder / "iteration_1/search.json").read_text())
+    (folder / "iteration_1/search.json").write_text(json.dumps(done | {"outputs": {}}))
+    assert again(made, folder) == 0
+    err = capsys.readouterr().err
+    stale = [line.split(" was made from")[0] for line in err.splitlines() if "have changed since" in line]
+    assert stale[:3] == ["iteration_1: dpo", "iteration_1: reference", "iteration_1: evaluation_test_all"]
+    assert stale[3:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", "evaluation_test_all")]
+    assert len(read(folder / "iteration_1/reference.jsonl")) == len(read(path))
+    assert again(made, folder) == 0
+    assert capsys.readouterr().err.count("is done already") == N_STAGES
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_a_run_directory_of_other_files_is_refused(
+    made: Made, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+):
+    """The same names on the command line, and other content behind them."""
+    folder, before = copy_run(made, tmp_path), contents(made.folder)
+    sources = json.loads((folder / "data/sources.json").read_text())
+    name = sorted(sources[what])[0]
+    sources[what][name] = "0" * 32
+    (folder / "data/sources.json").write_text(json.dumps(sources))
+    line = refused(capsys, made, folder)
+    assert line.startswith(f"run directory {folder} was made with another {name} of --{what}=")
+    assert contents(folder) == before
+
+
+def test_later_settings_may_change_what_is_evaluated(made: Made, tmp_path: Path):
+    folder = copy_run(made, tmp_path)
+    assert again(made, folder, "--evaluate.limit=3", "--evaluate.split=validation", stage="evaluate") == 0
+    rows = read(folder / "warmup/evaluation_validation_3.jsonl")
+    validation = [row["id"] for row in read(folder / "data/validation.jsonl")]
+    assert [row["id"] for row in rows] == validation[:3]
+
+
+def refused(capsys: pytest.CaptureFixture[str], made: Made, folder: Path, *changes: str, stage: str = "iterate") -> str:
+    """The last line on stderr of a command that ends with code 2; what goes before it is progress."""
+    capsys.readouterr()
+    assert again(made, folder, *changes, stage=stage) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line or "error" in line for line in before)
+    assert last.startswith("python -m itool_jax.main: error: ")
+    return last.removeprefix("python -m itool_jax.main: error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("score", "has no weights of warmup yet; run --stage=warmup first"),
+        ("search", "has no weights of warmup yet; run --stage=warmup first"),
+        ("dpo", "has no weights of warmup yet; run --stage=warmup first"),
+        ("score --iteration=3", "has no weights of iteration_2 yet; run --stage=dpo --iteration=2 first"),
+    ],
+)
+def test_a_stage_before_its_time_names_the_one_to_run(
+    made: Made, tmp_path: Path, command: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    stage, *changes = command.split()
+    line = refused(capsys, made, tmp_path / "run", *changes, stage=stage)
+    assert line == f"{tmp_path / 'run'} {message}"
+
+
+def test_missing_scores_and_pairs_are_named_with_the_stage_that_writes_them(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = copy_run(made, tmp_path)
+    for name, stage, writer in (("scores", "search", "score"), ("pairs", "dpo", "search")):
+        for path in (f"{name}.jsonl", f"{stage}.json"):
+            (folder / "iteration_1" / path).unlink()
+        line = refused(capsys, made, folder, stage=stage)
+        path = folder / f"iteration_1/{name}.jsonl"
+        assert line == f"{path} does not exist; run --stage={writer} --iteration=1 first"
+
+
+def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = contents(made.folder)
+    line = refused(capsys, made, made.folder, "--search.breadth=3")
+    assert line.startswith(f"run directory {made.folder} was made with search.breadth={BREADTH}, now it is 3; choose")
+    assert contents(made.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", "seed: [", "config.yaml is damaged"),
+        ("warmup/warmup.json", '{"samples": 1', "warmup/warmup.json is damaged"),
+        ("warmup/warmup.json", "[]", "warmup/warmup.json is damaged"),
+        ("base/evaluation_test_all.json", "", "base/evaluation_test_all.json is damaged"),
+        ("base/evaluation_test_all.jsonl", '{"id": "s1"}\n', 'base/evaluation_test_all.jsonl line 1: no "correct"'),
+        ("data/train.jsonl", "{\n", "data/train.jsonl line 1: not valid JSON"),
+        ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
+        ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
+        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
+        ("iteration_1/adapters/_METADATA", "{", "iteration_1/adapters: "),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
+    made: Made, tmp_path: Path, file: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    folder = copy_run(made, tmp_path)
+    # The last stages are still to be done, so that each file is read.
+    for name in (
+        ("search.json", "dpo.json") if "scores" in file or "adapters" in file or "data" in file else ("dpo.json",)
+    ):
+        (folder / "iteration_2" / name).unlink()
+    (folder / file).write_text(content)
+    before = contents(folder)
+    line = refused(capsys, made, folder)
+    assert line.removeprefix("checkpoint ").startswith(f"{folder}/{message}")
+    assert contents(folder) == before
+
+
+def test_a_full_disk_loses_nothing(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = copy_run(made, tmp_path)
+    for name in ("trees.jsonl", "pairs.jsonl", "reference.jsonl", "search.json", "dpo.json"):
+        (folder / "iteration_2" / name).unlink()
+    before = contents(folder)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.os, "fsync", fail)
+        line = refused(capsys, made, folder)
+    assert line.startswith(f"{folder}: No space left on device; free some space and run the same command again")
+    assert contents(folder) == before
+    assert again(made, folder) == 0
+    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_disk_that_is_full_in_earnest(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    line = refused(capsys, made, folder, stage="warmup")
+    assert line.startswith(f"{folder}: No space left on device; free some space")
+    assert not (folder / "warmup").exists()
+    (folder / "metrics.jsonl").unlink()
+    assert again(made, folder, stage="warmup") == 0
+    ours, theirs = (read(f / "metrics.jsonl") for f in (folder, made.folder))
+    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs if row["stage"] == "warmup"]
