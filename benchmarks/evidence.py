@@ -2,8 +2,8 @@
 
 For each seed: the demo, then its control (the gold responses of the same prompts, for as many steps, from the same
 warm-up), both evaluated on the whole test part. The best iteration of either is chosen on the validation part. Prints
-accuracies with standard errors over seeds, and the paired differences over all test samples; writes evidence.json.
-Finished runs are not run again.
+accuracies with standard errors over seeds, and differences: for each seed, paired over the test samples, and their
+mean with its standard error over seeds; writes evidence.json. Finished runs are not run again.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, mean_and_standard_error, paired_difference
 from itool_jax.stages import evaluate, folder, iterate
 
-FROM_SEARCH = ("score.json", "search.json", "scores.jsonl", "pairs.jsonl", "trees.jsonl")
+FROM_SEARCH = ("search.json", "pairs.jsonl", "trees.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Settings:
     """Folder of the runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One demo and one control each."""
-    options: tuple[str, ...] = ()
-    """Further settings for both, such as --preference.learning_rate=1e-4."""
-    control_options: tuple[str, ...] = ()
+    options: str = ""
+    """Further settings for both: --options="--preference.learning_rate=1e-4 --preference.epochs=2"."""
+    control_options: str = ""
     """Settings for the control alone."""
 
 
@@ -40,11 +40,11 @@ def compare(s: Settings) -> None:
     """Makes the runs that are missing, compares them and writes evidence.json."""
     rows: list[dict[str, Any]] = []
     for seed in s.seeds:
-        common = ["--stage=iterate", f"--seed={seed}", "--evaluate.limit=0", *s.options]
+        common = ["--stage=iterate", f"--seed={seed}", "--evaluate.limit=0", *s.options.split()]
         demo = settings.parse([*common, f"--run_dir={s.output / f'demo_{seed}'}"])
         main.run(demo)
-        options = [*common, *s.control_options, "--preference.control", f"--run_dir={s.output / f'control_{seed}'}"]
-        control = settings.parse(options)
+        options = [*s.control_options.split(), "--preference.control", f"--run_dir={s.output / f'control_{seed}'}"]
+        control = settings.parse([*common, *options])
         _share(demo, control)
         for iteration in range(1, demo.iterations + 1):
             main.run(dataclasses.replace(control, stage="dpo", iteration=iteration))
@@ -56,7 +56,8 @@ def _share(demo: Config, control: Config) -> None:
     """Gives the control the data, the warm-up and the searches of the demo."""
     settings.save_or_check(control)
     for name in ("data", "base", "warmup"):
-        shutil.copytree(demo.run_dir / name, control.run_dir / name, dirs_exist_ok=True)
+        if not (control.run_dir / name).exists():
+            shutil.copytree(demo.run_dir / name, control.run_dir / name)
     for i in range(1, demo.iterations + 1):
         target = control.run_dir / folder.phase_name(i)
         target.mkdir(parents=True, exist_ok=True)
@@ -93,12 +94,22 @@ def _report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         report["best"][kind] = max((p for p in means if p.startswith("iteration")), key=lambda phase: means[phase])
     demo, control = ("demo", report["best"]["demo"]), ("control", report["best"]["control"])
     for a, b in ((demo, ("demo", "warmup")), (control, ("control", "warmup")), (demo, control)):
-        marks = [[row[k]["test"][p][i] for row in rows for i in row["demo"]["test"]["warmup"]] for k, p in (a, b)]
-        result, name = paired_difference(*marks), f"{' '.join(a)} against {' '.join(b)}"
-        report["comparisons"][name] = {**result._asdict(), "text": describe(result)}
-        print(f"{name}: {describe(result)}")
+        name = f"{' '.join(a)} against {' '.join(b)}"
+        report["comparisons"][name] = _difference(name, [[row[k]["test"][p] for k, p in (a, b)] for row in rows])
     return report
 
 
+def _difference(name: str, rows: list[list[dict[str, bool]]]) -> dict[str, Any]:
+    """Two runs against each other, sample by sample, seed by seed: seeds share the samples and cannot be pooled."""
+    results = [paired_difference([a[i] for i in a], [b[i] for i in a]) for a, b in rows]
+    mean, error = mean_and_standard_error([100 * result.difference for result in results])
+    print(f"{name}: {mean:+.2f}" + (f" ± {error:.2f} points over {len(rows)} seeds" if len(rows) > 1 else " points"))
+    for result in results:
+        print(f"    {describe(result)}")
+    by_seed = [{**result._asdict(), "text": describe(result)} for result in results]
+    return {"mean": mean, "standard_error": error if len(rows) > 1 else None, "by_seed": by_seed}
+
+
 if __name__ == "__main__":
+    main.keep_freed_memory()
     compare(tyro.cli(Settings, description=__doc__))

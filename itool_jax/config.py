@@ -17,6 +17,7 @@ import tyro
 import yaml
 
 from itool_jax.data.generated import GeneratedSettings
+from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
@@ -224,12 +225,11 @@ def save_or_check(config: Config) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything binds nobody to its settings.
-    if path.exists() and any(not entry.name.startswith("config.") for entry in config.run_dir.iterdir()):
+    if path.exists() and any(entry != path for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(config.flat(), sort_keys=False))
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(config.flat(), sort_keys=False).encode())
 
 
 def _check_saved(path: Path, config: Config) -> None:

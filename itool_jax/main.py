@@ -1,5 +1,6 @@
 """`python -m itool_jax.main --stage=…`: reads the settings, runs the stage, turns errors of the user into one line."""
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,8 +10,6 @@ from itool_jax import config as settings
 from itool_jax.config import Config
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-# glibc gives large buffers back to the system after each step and has them zeroed again for the next. It reads these
-# when a process starts, so the program starts itself once more; setting any of them oneself prevents that.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(config)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # whoever read the output went away: nothing to complain about at exit either
+    except BrokenPipeError:  # whoever read the output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
@@ -42,19 +41,21 @@ def run(config: Config) -> None:
     """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
     import jax  # slow to import; --help and errors of the command line come without it
 
-    from itool_jax.stages import dpo, evaluate, generate, iterate, score, search, warmup
-
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    stages = {"iterate": iterate, "warmup": warmup, "score": score, "search": search, "dpo": dpo}
     settings.save_or_check(config)
-    (stages | {"evaluate": evaluate, "generate": generate})[config.stage].run(config)
+    importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+
+
+def keep_freed_memory() -> None:
+    """Starts the program again with glibc told to keep large buffers, unless one of its settings is there already."""
+    if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
+    keep_freed_memory()
     sys.exit(main())

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -72,19 +71,19 @@ def sample_features(sample: Sample) -> DifficultyFeatures:
     return DifficultyFeatures(sample.id, len(sample.tools), length, len(read_calls(sample.target) or ()))
 
 
-def split(ids: Iterable[str], fraction: float, purpose: str, seed: int) -> tuple[list[str], list[str]]:
-    """About `fraction` of the ids, and the rest, each in an order that is random but always the same.
+def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """About `fraction` of the samples, and the rest, each in an order that is random but always the same.
 
-    An id's side depends on itself, the purpose and the seed, on no other id; splits for different purposes are
-    independent of each other. The turns of a conversation, ID, ID/2, ID/3, …, stay on one side.
+    A sample's side depends on its id, the purpose and the seed, on no other sample; splits for different purposes are
+    independent of each other. The turns of a conversation stay on one side: there its id decides.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
-    ids = sorted(ids)
-    _reject_duplicates(ids)
-    place = {id_: _uniform(purpose, seed, re.sub(r"/\d+$", "", id_)) for id_ in ids}
-    ids.sort(key=lambda id_: place[id_])
-    return [id_ for id_ in ids if place[id_] < fraction], [id_ for id_ in ids if place[id_] >= fraction]
+    samples = sorted(samples, key=lambda sample: sample.id)
+    _reject_duplicates(sample.id for sample in samples)
+    place = {sample.id: _uniform(purpose, seed, sample.conversation or sample.id) for sample in samples}
+    samples.sort(key=lambda sample: place[sample.id])
+    return [s for s in samples if place[s.id] < fraction], [s for s in samples if place[s.id] >= fraction]
 
 
 def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:

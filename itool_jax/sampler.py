@@ -214,10 +214,6 @@ class GenerateSettings:
         if self.tokens_per_batch < 1:
             raise ValueError(f"generate.tokens_per_batch must be positive, got {self.tokens_per_batch}")
 
-    def greedy(self) -> "GenerateSettings":
-        """The same at temperature 0."""
-        return dataclasses.replace(self, temperature=0.0)
-
 
 def text_key(text: str) -> int:
     """A number to fold into a random key, that depends on the text alone."""

@@ -1,6 +1,6 @@
 """Training by gradient descent: one state, one compiled step, one loop, shared by SFT and preference training.
 
-In: a loss function that returns a sum and the weight to divide it by, and batches of arrays. Out: the trained state.
+In: a loss function, its weights and batches of arrays. Out: the trained weights.
 """
 
 import dataclasses

@@ -8,11 +8,21 @@ from typing import TypeVar
 import pytest
 
 from itool_jax import replay
+from itool_jax.data.records import Sample
 from itool_jax.replay import CurriculumOrder, DifficultyFeatures, ReplaySettings, ScoredSample
 
 Item = TypeVar("Item")
 ORDERS: list[CurriculumOrder] = ["easy_to_hard", "mixed", "hard_to_easy"]
 IDS = [f"sample-{i}" for i in range(5000)]
+
+
+def split(
+    ids: Sequence[str], fraction: float, purpose: str, seed: int, together: str = ""
+) -> tuple[list[str], list[str]]:
+    """Ids of each side, for samples of one turn, or for conversations that an id names before `together`."""
+    samples = [Sample(id=i, messages=(), conversation=i.split(together)[0] if together else "") for i in ids]
+    first, rest = replay.split(samples, fraction, purpose, seed)
+    return [s.id for s in first], [s.id for s in rest]
 
 
 def shuffled(items: Sequence[Item], seed: int = 0) -> list[Item]:
@@ -34,35 +44,35 @@ def random_features(n: int, seed: int = 0) -> list[DifficultyFeatures]:
 
 
 def test_split_is_a_partition_of_about_the_asked_sizes() -> None:
-    warmup, kept = replay.split(IDS, 0.9, "replay", seed=0)
+    warmup, kept = split(IDS, 0.9, "replay", seed=0)
     assert sorted(warmup + kept) == sorted(IDS)
     assert abs(len(kept) - 500) < 5 * math.sqrt(5000 * 0.9 * 0.1)
 
 
 def test_split_does_not_depend_on_file_order_and_does_on_the_seed() -> None:
-    assert replay.split(shuffled(IDS), 0.9, "replay", seed=0) == replay.split(IDS, 0.9, "replay", seed=0)
-    _, kept = replay.split(IDS, 0.9, "replay", seed=0)
-    _, kept_by_another_seed = replay.split(IDS, 0.9, "replay", seed=1)
+    assert split(shuffled(IDS), 0.9, "replay", seed=0) == split(IDS, 0.9, "replay", seed=0)
+    _, kept = split(IDS, 0.9, "replay", seed=0)
+    _, kept_by_another_seed = split(IDS, 0.9, "replay", seed=1)
     assert len(set(kept) & set(kept_by_another_seed)) < len(kept) / 3  # about a tenth, were they independent
 
 
 def test_an_ids_side_does_not_depend_on_other_ids_or_flip_back_with_the_fraction() -> None:
-    _, kept = replay.split(IDS, 0.9, "replay", seed=0)
-    _, kept_of_some = replay.split(IDS[::3], 0.9, "replay", seed=0)
+    _, kept = split(IDS, 0.9, "replay", seed=0)
+    _, kept_of_some = split(IDS[::3], 0.9, "replay", seed=0)
     assert kept_of_some == [id_ for id_ in kept if id_ in set(IDS[::3])]
-    _, kept_by_more = replay.split(IDS, 0.8, "replay", seed=0)
+    _, kept_by_more = split(IDS, 0.8, "replay", seed=0)
     assert set(kept) < set(kept_by_more)
 
 
 def test_splits_for_different_purposes_are_independent() -> None:
-    rest, test = replay.split(IDS, 0.9, "test", seed=0)
-    assert 0.05 < len(replay.split(rest, 0.9, "replay", seed=0)[1]) / len(rest) < 0.15
-    assert 0.05 < len(replay.split(test, 0.9, "replay", seed=0)[1]) / len(test) < 0.15
+    rest, test = split(IDS, 0.9, "test", seed=0)
+    assert 0.05 < len(split(rest, 0.9, "replay", seed=0)[1]) / len(rest) < 0.15
+    assert 0.05 < len(split(test, 0.9, "replay", seed=0)[1]) / len(test) < 0.15
 
 
 def test_the_turns_of_a_conversation_stay_together_and_the_order_is_random() -> None:
     turns = [f"{id_}{turn}" for id_ in IDS[:300] for turn in ("", "/2", "/3")]
-    sides = replay.split(turns, 0.5, "test", seed=0)
+    sides = split(turns, 0.5, "test", seed=0, together="/")
     for side in sides:
         assert {id_.split("/")[0] for id_ in side} == {id_ for id_ in side if "/" not in id_}
         assert side != sorted(side)
@@ -71,25 +81,25 @@ def test_the_turns_of_a_conversation_stay_together_and_the_order_is_random() -> 
 
 def test_split_is_the_same_on_every_machine() -> None:
     ids = [f"id{i}" for i in range(12)]
-    assert replay.split(ids, 0.5, "replay", seed=7)[1] == ["id8", "id11", "id4", "id6"]
+    assert split(ids, 0.5, "replay", seed=7)[1] == ["id8", "id11", "id4", "id6"]
 
 
 def test_split_at_its_ends_and_on_nothing() -> None:
-    assert sorted(replay.split(IDS, 1.0, "replay", seed=0)[0]) == sorted(IDS)
-    assert sorted(replay.split(IDS, 0.0, "replay", seed=0)[1]) == sorted(IDS)
-    assert replay.split([], 0.9, "replay", seed=0) == ([], [])
+    assert sorted(split(IDS, 1.0, "replay", seed=0)[0]) == sorted(IDS)
+    assert sorted(split(IDS, 0.0, "replay", seed=0)[1]) == sorted(IDS)
+    assert split([], 0.9, "replay", seed=0) == ([], [])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
 def test_split_refuses_impossible_fractions(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction must be in"):
-        replay.split(IDS, fraction, "replay", seed=0)
+        split(IDS, fraction, "replay", seed=0)
 
 
 def test_repeated_ids_are_refused() -> None:
     message = "sample id 'b' appears 2 times"
     with pytest.raises(ValueError, match=message):
-        replay.split(["a", "b", "b"], 0.9, "replay", seed=0)
+        split(["a", "b", "b"], 0.9, "replay", seed=0)
     with pytest.raises(ValueError, match=message):
         replay.select_hardest([ScoredSample("b", 1.0, True), ScoredSample("b", 2.0, False)], ReplaySettings())
     with pytest.raises(ValueError, match=message):

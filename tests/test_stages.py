@@ -11,6 +11,7 @@ import jax
 import pytest
 import yaml
 
+from itool_jax.data.sources import load
 from itool_jax.replay import split
 from tests.conftest import read
 from tests.runs import (
@@ -55,8 +56,7 @@ def test_every_sample_is_in_one_part_and_reads_back(made: Made):
 
 
 def test_the_hardest_of_the_buffer_are_searched(made: Made):
-    train = [row["id"] for row in read(made.folder / "data/train.jsonl")]
-    buffer = split(train, 0.8, "replay", 0)[1]
+    buffer = [s.id for s in split(load(made.folder / "data/train.jsonl"), 0.8, "replay", 0)[1]]
     targets = {row["id"]: row["target"] for row in made.samples}
     for phase in PHASES[2:]:
         scores = read(made.folder / phase / "scores.jsonl")

@@ -58,6 +58,7 @@ def samples_from_conversation(
             tools=tools,
             target=messages[i]["content"],
             category=category,
+            conversation=conversation_id if len(turns) > 1 else "",
         )
         for number, i in enumerate(turns, 1)
     ]

@@ -4,6 +4,7 @@ In: files of rows, one JSON object each: JSON lines, a JSON array or parquet, gz
 Out: `Sample` and `RawSample`; dictionaries with their row numbers; files that are either whole or absent.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -30,6 +31,8 @@ class Sample:
     target: str = ""
     """One bracketed list of calls, or plain text; empty where it is unknown."""
     category: str = ""
+    conversation: str = ""
+    """Which conversation it is a turn of; empty where it is the only one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class RawSample:
 def sample_row(sample: Sample) -> Row:
     """The row of a file that reads back as this very sample."""
     row: Row = {"id": sample.id, "messages": list(sample.messages), "tools": list(sample.tools)}
-    return row | {"target": sample.target} | ({"category": sample.category} if sample.category else {})
+    row["target"] = sample.target
+    return row | {key: value for key in ("category", "conversation") if (value := getattr(sample, key))}
 
 
 def content_id(prefix: str, row: Row) -> str:
@@ -94,18 +98,23 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
     if path.exists() and not path.is_file():
         with open(path, "wb") as raw:
             return _write_rows(raw, path, rows)
-    target = pathlib.Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with whole_file(pathlib.Path(os.path.realpath(path))) as raw:
+        return _write_rows(raw, path, rows)
+
+
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which takes its name, in place of an earlier one, only when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as raw:
-            count = _write_rows(raw, path, rows)
+            yield raw
             raw.flush()
             os.fsync(raw.fileno())
-        os.replace(partial, target)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return count
 
 
 def _write_rows(raw: BinaryIO, path: pathlib.Path, rows: Iterable[Row]) -> int:

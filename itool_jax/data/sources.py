@@ -8,6 +8,7 @@ Out: lists of samples with distinct ids. Errors are one line that names the file
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
     target. A row without an id gets one made from its content. The public forms are read as `load` reads them.
 
     Raises:
-        ValueError: one line that names the source, and the row where one is wrong; or an id stands twice.
+        ValueError: one line that names the source, and the row where one is wrong; or an id stands twice in a file.
     """
     return _load(source, need_target, for_training=False)
 
@@ -53,7 +54,8 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
 def _load(source: Path, need_target: bool, for_training: bool) -> list[Any]:
     name = os.fspath(source)
     if name.startswith(HUB):
-        return _samples(name, _hub_rows(name), lambda number: f"{name} row {number}", need_target, for_training)
+        rows = _hub_rows(name)
+        return _distinct(_samples(name, rows, lambda number: f"{name} row {number}", need_target, for_training))
     samples: list[Sample | RawSample] = []
     for file in _files(pathlib.Path(name)):
         rows = list(read_rows(file))
@@ -75,7 +77,7 @@ def _samples(
         raise ValueError(f"{name} holds no samples")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError(f"{name} holds raw prompts, which only the stages score and generate read")
-    return _distinct(samples)
+    return samples
 
 
 def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], list[Sample]] | None:
@@ -126,7 +128,8 @@ def _openai_or_raw(row: Row, need_target: bool, every_turn: bool) -> list[Any]:
         raise ValueError(f'sample has {"an empty" if row.get("target") is not None else "no"} "target"')
     if not turns:
         raise ValueError("sample has no message before its target")
-    return [Sample(id=name, messages=tuple(turns), tools=tools, target=target, category=category)]
+    sample = Sample(id=name, messages=tuple(turns), tools=tools, target=target, category=category)
+    return [dataclasses.replace(sample, conversation=str(row.get("conversation") or ""))]
 
 
 def _raw(row: Row, need_target: bool) -> RawSample:
@@ -205,14 +208,15 @@ def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
 
 
 def _distinct(samples: Iterable[Any]) -> list[Any]:
-    """Ids made from content repeat where rows do: the second becomes "ID-2"."""
-    seen: dict[str, int] = {}
-    out = []
+    """Ids that repeat, as those made from content do where rows do: the second becomes "ID-2"."""
+    samples = list(samples)
+    taken, out = {sample.id for sample in samples}, {}
     for sample in samples:
-        seen[sample.id] = seen.get(sample.id, 0) + 1
-        repeated = seen[sample.id] > 1
-        out.append(dataclasses.replace(sample, id=f"{sample.id}-{seen[sample.id]}") if repeated else sample)
-    return out
+        name, numbers = sample.id, itertools.count(2)
+        while name in out or (name != sample.id and name in taken):
+            name = f"{sample.id}-{next(numbers)}"
+        out[name] = dataclasses.replace(sample, id=name)
+    return list(out.values())
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:

@@ -57,6 +57,10 @@ class Settings:
     tokens_per_batch: int = 2048
     """Tokens in a batch, padding included."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.short_tokens <= 0.4 * self.tokens:
+            raise ValueError(f"short_tokens must be from 0 to 0.4 of tokens, got {self.short_tokens} of {self.tokens}")
+
 
 def model_config(vocab_size: int) -> ModelConfig:
     """The embedded architecture: about a million weights."""
@@ -302,7 +306,7 @@ def _commands(settings: Settings) -> list[str]:
     folders = [f"--output DIR{len(earlier) + 1}"] + [f"--start DIR{len(earlier)}"] * bool(earlier)
     given = [f for f in dataclasses.fields(settings) if f.name not in ("output", "start")]
     changed = [(f.name, getattr(settings, f.name)) for f in given if getattr(settings, f.name) != f.default]
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed]
+    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in changed]
     return [*earlier, indent + " ".join([program, *folders, *flags])]
 
 

@@ -175,9 +175,9 @@ def search(
             ]
             proposals = propose(states)
             sampled += sum(len(step) for p in proposals for step in p.steps[: s.breadth])
-            candidates, steps = _candidates(states, proposals, problems, judge, grade, s)
+            candidates = _candidates(states, proposals, problems, judge, grade, s)
             tree, child_BW = _expand(tree, leaf_B, candidates, left_B > 0)
-            _keep(nodes, states, leaf_B, steps, np.asarray(child_BW))
+            _keep(nodes, states, leaf_B, proposals, np.asarray(child_BW))
             leaf_B = np.where(left_B > 0, np.asarray(_select(tree, leaf_B, s.exploration)), leaf_B)
     tree = jax.tree.map(lambda x: np.asarray(x)[: len(problems)], tree)
     return Forest(tree, nodes.tokens_BNS[: len(problems)], nodes.length_BN[: len(problems)], sampled)
@@ -210,8 +210,8 @@ def _candidates(
     judge: Judge,
     grade: Grade,
     s: SearchSettings,
-) -> tuple[Candidates, list[list[list[int]]]]:
-    """Scores of all new states, as arrays over the whole batch, and their steps."""
+) -> Candidates:
+    """Scores of all new states, as arrays over the whole batch."""
     shape = (s.batch, s.slots)
     new = Candidates(*(np.zeros(shape, bool if f in _FLAGS else np.float32) for f in Candidates._fields))
     log_prob_BW, length_BW = np.zeros(shape, np.float32), np.ones(shape, np.float32)
@@ -232,23 +232,22 @@ def _candidates(
     confidences = judge([(b, response) for b, _, response in asked])
     for (b, w, _), confidence in zip(asked, confidences, strict=True):
         new.confidence_BW[b, w] = confidence
-    new = new._replace(
+    return new._replace(
         prior_BW=np.asarray(losses.step_prior(log_prob_BW, length_BW, s.prior_exponent)),
         state_score_BW=new.outcome_BW + new.confidence_BW,  # eq 6
     )
-    return new, [proposal.steps for proposal in proposals]
 
 
 _FLAGS = ("valid_BW", "terminal_BW", "on_gold_BW")
 
 
 def _keep(
-    nodes: _Nodes, states: list[State], leaf_B: np.ndarray, steps: list[list[list[int]]], child_BW: np.ndarray
+    nodes: _Nodes, states: list[State], leaf_B: np.ndarray, proposals: list[Proposal], child_BW: np.ndarray
 ) -> None:
     """Files the tokens of the new nodes."""
-    for state, proposed in zip(states, steps, strict=True):
+    for state, proposal in zip(states, proposals, strict=True):
         b = state.problem
-        for w, step in enumerate(proposed):
+        for w, step in enumerate(proposal.steps):
             if (child := int(child_BW[b, w])) != trees.NO_CHILD:
                 nodes.tokens_BNS[b, child, : len(step)], nodes.length_BN[b, child] = step, len(step)
                 nodes.paths[b][child] = nodes.paths[b][int(leaf_B[b])] + step

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, same_calls, value_key
+from itool_jax.text.chat import Scale
 from itool_jax.types import AnyArray
 
 
@@ -22,7 +23,7 @@ class SelfEvaluationSettings:
 
     reference: Literal["gold", "none"] = "gold"
     """Whether the model sees the gold response when it judges a candidate."""
-    scale: Literal["binary", "four_grades"] = "binary"
+    scale: Scale = "binary"
     """Answers: correct or incorrect, or four grades as in the authors' code."""
 
     @property

@@ -1,9 +1,10 @@
 """Accuracy of a phase's policy on held-out samples: exact calls, greedy decoding.
 
-In: a phase with weights and the test (or validation) part. Out: `evaluation.jsonl`, a row a sample, and the accuracies,
-overall and by category: thirds of the calls by difficulty, irrelevance, multi-turn.
+In: a phase with weights and the test (or validation) part. Out: `evaluation_<split>_<limit>.jsonl`, a row a sample, and
+the accuracies, overall and by category: thirds of the calls by difficulty, irrelevance, multi-turn.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def _evaluate(config: Config, phase: str) -> dict[str, Any]:
     base, policy = folder.load_base(config), folder.load_policy(config, phase)
     encoded = folder.encode(config, samples)
     table = folder.step_table(base, "sentence")
+    greedy = dataclasses.replace(config.generate, temperature=0.0)
     with progress(f"evaluate {phase}", len(samples)) as advance:
         prompts = [(row.id, row.prompt_ids) for row in encoded]
-        greedy = config.generate.greedy()
         responses = respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance)
     rows = [
         _grade(sample, response, categories[sample.id], base.chat)
@@ -88,7 +89,7 @@ def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
 
 def _grade(sample: Sample, response: list[int], categories: list[str], chat: Any) -> Row:
     finished = bool(response) and response[-1] in chat.stop_ids
-    text = chat.tokenizer.decode(response[:-1] if finished else response)
+    text = chat.tokenizer.decode(chat.content_ids(response))
     correct = outcome(sample.target, text, finished=finished, tools=sample.tools) > 0
     row = {"id": sample.id, "categories": categories, "correct": correct, "finished": finished}
     return row | {"response": text, "target": sample.target}

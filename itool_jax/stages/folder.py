@@ -1,12 +1,13 @@
 """The run directory: what each stage reads and writes, and where; nothing else couples stages.
 
     config.yaml  summary.json  metrics.jsonl
-    data/{train,validation,test}.jsonl
-    base/ warmup/ iteration_1/ …    a phase each: adapters/ (but base), evaluation.jsonl, and of an iteration
-                                    scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
+    data/        {train,validation,test}.jsonl, and sources.json, what the model's and the data's files were
+    base/ warmup/ iteration_1/ …    a phase each: adapters/ (but base), evaluation_<split>_<limit>.jsonl, and of an
+                                    iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
 A stage's `<stage>.json` is written last: where it stands, and what the stage was made from is as it was, it is done.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ import jax
 from itool_jax import checkpoint, replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
-from itool_jax.data.records import Sample, place, read_rows, sample_row, write_jsonl
+from itool_jax.data.records import Sample, place, read_rows, sample_row, whole_file, write_jsonl
 from itool_jax.metrics import say
 from itool_jax.model import hf
 from itool_jax.model.lora import initialize_adapters, merge_adapters
@@ -30,7 +31,8 @@ from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
 
 HELD_OUT = {"test": 0.1, "validation": 0.05}
-"""Shares of a data set without parts of its own that are kept for evaluation."""
+"""Shares of a data set without parts of its own that are kept for evaluation, each of what the one before left."""
+SOURCES = "data/sources.json"
 
 
 class Base(NamedTuple):
@@ -85,8 +87,9 @@ def adapters_folder(config: Config, phase: str) -> Path:
 def load_adapters(config: Config, phase: str) -> Params:
     """A phase's adapters; those of `base` are new and change nothing."""
     base = load_base(config)
-    fresh = initialize_adapters(base.config, config.lora.config, jax.random.key(config.seed))
-    return fresh if phase == "base" else checkpoint.restore(adapters_folder(config, phase), fresh)
+    if phase == "base":
+        return initialize_adapters(base.config, config.lora.config, jax.random.key(config.seed))
+    return checkpoint.restore(adapters_folder(config, phase), abstract(base.config, config.lora.config)[2])
 
 
 def load_policy(config: Config, phase: str) -> Policy:
@@ -109,37 +112,47 @@ def data_file(config: Config) -> str:
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made and written down when first asked for."""
     path = config.run_dir / "data" / f"{part}.jsonl"
-    _check_sources(config)
     if not path.exists():
         parts = _make_parts(config)
         for rows in parts.values():
             encode(config, rows)  # a sample that the model cannot take is met now, not hours later
+        write_json(config.run_dir / SOURCES, _fingerprints(config))
         for name, rows in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in rows))
-        write_json(config.run_dir / "data" / "sources.json", _fingerprints(config))
-    found = sources.read_samples(path, need_target=True)
-    return [sample for sample in found if isinstance(sample, Sample)]
+    return sources.load(path)
 
 
 def _make_parts(config: Config) -> dict[str, list[Sample]]:
     if config.data == "generated":
         sizes = config.generated
         counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
-        return {part: generated.generate(part, count, 0) for part, count in counts.items()}
-    found = sources.load(config.data)
-    by_id = {sample.id: sample for sample in found}
+        return {part: generated.generate(part, count) for part, count in counts.items()}
+    found = _without_repeats(config.data, sources.load(config.data))
     # Always the same parts, whatever the seed, so that runs of several seeds can be compared.
-    rest, test = replay.split(by_id, 1 - HELD_OUT["test"], "test", 0)
+    rest, test = replay.split(found, 1 - HELD_OUT["test"], "test", 0)
     train, validation = replay.split(rest, 1 - HELD_OUT["validation"], "validation", 0)
     parts = {"train": train, "validation": validation, "test": test}
-    if empty := [part for part, ids in parts.items() if not ids]:
+    if empty := [part for part, chosen in parts.items() if not chosen]:
         raise ValueError(f"data {config.data} has {len(found)} samples: too few, its {empty[0]} part would be empty")
-    return {part: [by_id[i] for i in ids] for part, ids in parts.items()}
+    return parts
+
+
+def _without_repeats(name: str, samples: list[Sample]) -> list[Sample]:
+    """The samples, each once: one that stands twice could be trained on and tested too."""
+    kept: dict[str, Sample] = {}
+    for sample in samples:
+        content = sample_row(dataclasses.replace(sample, id="", conversation=""))
+        kept.setdefault(json.dumps(content, sort_keys=True), sample)
+    if len(kept) < len(samples):
+        say(f"{name}: {len(samples) - len(kept)} of {len(samples)} samples are repeats of others and left out")
+    return list(kept.values())
 
 
 def _fingerprints(config: Config) -> dict[str, Any]:
     """What tells one content of the model's and the data's files from another, without reading big ones whole."""
-    folders = {"model": model_folder(config), "data": Path(config.data)}
+    folders = {"model": model_folder(config)}
+    if config.data != "generated":
+        folders["data"] = Path(config.data)
     files = {
         name: [path] if path.is_file() else [p for p in sorted(path.glob("*.*")) if p.suffix != ".md"]
         for name, path in folders.items()
@@ -152,16 +165,18 @@ def _ends(path: Path, size: int = 1 << 20) -> str:
     with path.open("rb") as file:
         length, beginning = path.stat().st_size, file.read(size)
         file.seek(max(0, length - size))
-        return _hash(b"%d " % length + beginning + file.read())
+        return hashlib.blake2b(b"%d " % length + beginning + file.read(), digest_size=16).hexdigest()
 
 
 def _check_sources(config: Config) -> None:
     """ValueError where the files of the model or the data are no longer those that the run began with."""
-    path = config.run_dir / "data" / "sources.json"
+    path = config.run_dir / SOURCES
     if not path.exists():
         return
     then, now = _read_json(path), _fingerprints(config)
-    for name in ("model", "data"):
+    for name in now:
+        if not isinstance(then.get(name), dict):
+            raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
         if changed := sorted(file for file, _ in set(then[name].items()) ^ set(now[name].items())):
             source = f"{changed[0]} of --{name}={getattr(config, name)}"
             raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
@@ -205,11 +220,11 @@ def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
 
 def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
     """The training samples: those of the warm-up, and the replay buffer."""
-    by_id = {sample.id: sample for sample in samples(config, "train")}
-    warmup, buffer = replay.split(by_id, 1 - config.replay.replay_fraction, "replay", config.seed)
+    found = samples(config, "train")
+    warmup, buffer = replay.split(found, 1 - config.replay.replay_fraction, "replay", config.seed)
     if not warmup or not buffer:
-        raise ValueError(f"{len(by_id)} training samples are too few to split off a replay buffer; add data")
-    return [by_id[i] for i in warmup], [by_id[i] for i in buffer]
+        raise ValueError(f"{len(found)} training samples are too few to split off a replay buffer; add data")
+    return warmup, buffer
 
 
 def done_file(config: Config, phase: str, stage: str) -> Path:
@@ -223,8 +238,8 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     figures = _read_json(path)
-    if "seconds" not in figures:
-        raise ValueError(f"{path} is damaged (it holds no seconds); delete it to run the stage again")
+    if missing := [key for key in ("seconds", "outputs") if key not in figures]:
+        raise ValueError(f"{path} is damaged (it holds no {missing[0]}); delete it to run the stage again")
     return figures
 
 
@@ -240,10 +255,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def once(
@@ -269,9 +282,7 @@ def once(
         say(f"{phase}: {stage} was made from results that have changed since, so it is done again")
     start = time.monotonic()
     figures = work()
-    files = [path for name in outputs if (path := config.run_dir / phase / name).is_file()]
-    figures |= {"seconds": round(time.monotonic() - start, 2), "after": basis}
-    figures |= {"outputs": {path.name: _hash(path.read_bytes()) for path in files}}
+    figures |= {"seconds": round(time.monotonic() - start, 2), "after": basis, "outputs": list(outputs)}
     write_json(done_file(config, phase, stage), figures)
     return figures
 
@@ -282,16 +293,16 @@ def policy_stage(phase: str) -> tuple[str, str]:
 
 
 def _result_digest(config: Config, phase: str, stage: str) -> str | None:
-    """A hash of all that a stage came to, but for the time it took; None where it is not done."""
+    """A hash of all that a stage came to, its files as they are now; None where it is not done."""
     figures = read_done(config, phase, stage)
     if figures is None:
         return None
     lasting = {name: value for name, value in figures.items() if name != "seconds"}
-    return _hash(json.dumps(lasting, sort_keys=True).encode())
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
+    for name in figures["outputs"]:
+        if (path := config.run_dir / phase / name).is_file():  # what a folder holds, the figures know
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -315,8 +326,8 @@ def need(config: Config, phase: str, name: str, stage: str, keys: Sequence[str])
 def require_policy(config: Config, phase: str) -> None:
     """ValueError where the phase before has no weights yet."""
     if not adapters_folder(config, phase).is_dir():
-        stage = "warmup" if phase == "warmup" else "dpo"
-        raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run {_command(stage, phase)} first")
+        command = _command(policy_stage(phase)[1], phase)
+        raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run {command} first")
 
 
 def _command(stage: str, phase: str) -> str:

@@ -33,7 +33,7 @@ def run(config: Config) -> dict[str, Any]:
         )
     rows = []
     for row, ids in zip(encoded, responses, strict=True):
-        text = base.chat.tokenizer.decode([t for t in ids if t not in base.chat.stop_ids])
+        text = base.chat.tokenizer.decode(base.chat.content_ids(ids))
         rows.append({"id": row.id, "token_ids": ids, "text": text})
     if config.output is None:
         for row in rows:

@@ -5,9 +5,10 @@ in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it 
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from itool_jax import losses, replay
 from itool_jax.config import Config
@@ -70,13 +71,10 @@ def perplexities(policy: Policy, encoded: list[Encoded], config: Config) -> list
                 f"sample {row.id}: its log-probability is {total}; the weights are damaged, "
                 "or training diverged: lower its learning_rate"
             )
+    counts = [len(row.target_ids) for row in encoded]
+    # JSON has no infinity.
+    values = np.minimum(losses.perplexity(np.array(sums), np.array(counts)), np.finfo(np.float32).max).tolist()
     return [
-        {
-            "id": row.id,
-            "n_tokens": len(row.target_ids),
-            "logprob_sum": total,
-            # JSON has no infinity.
-            "perplexity": min(float(losses.perplexity(total, len(row.target_ids))), sys.float_info.max),
-        }
-        for row, total in zip(encoded, sums, strict=True)
+        {"id": row.id, "n_tokens": n, "logprob_sum": total, "perplexity": value}
+        for row, n, total, value in zip(encoded, counts, sums, values, strict=True)
     ]

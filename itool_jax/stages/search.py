@@ -100,14 +100,14 @@ class Searcher:
         self.policy, self.chat, self.table, self.batch = policy, base.chat, table, batch
         self.settings, self.key = settings, jax.random.key(seed)
         self.letters = np.array(answer_ids(base.chat, self_eval.letters), np.int32)
-        self.stops = set(base.chat.stop_ids)
         self.frames = [self._frame(row.encoded, self_eval) for row in batch]
         prompts = [row.encoded.prompt_ids for row in batch]
         asked = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
-        # A response may be as long as the question about it fits the context.
+        # A response, the gold one too, may be as long as the question about it fits the context.
         lengths = [len(ids) + len(frame.after) for ids, frame in zip(asked, self.frames, strict=True)]
         self.room = [base.config.max_length - length for length in lengths]
-        if short := [row.sample.id for row, room in zip(batch, self.room, strict=True) if room < 1]:
+        needed = [len(row.encoded.target_ids) for row in batch]
+        if short := [row.sample.id for row, *room in zip(batch, self.room, needed, strict=True) if room[0] < room[1]]:
             raise ValueError(
                 f"sample {short[0]}: the question about its answers does not fit the model's context of "
                 f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
@@ -121,7 +121,7 @@ class Searcher:
         return [Problem(row.sample.id, split_steps(self.table, row.encoded.target_ids)) for row in self.batch]
 
     def _frame(self, encoded: Encoded, self_eval: SelfEvaluationSettings) -> EvaluationFrame:
-        gold = [t for t in encoded.target_ids if t not in self.stops]
+        gold = self.chat.content_ids(encoded.target_ids)
         return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
 
     def _prefill(self, prompts: Sequence[list[int]]) -> Prefix:
@@ -138,7 +138,7 @@ class Searcher:
         n_rows = count * slots
         is_gold = [w >= s.breadth for _ in states for w in range(slots)]
         paths = [[self.prompt_end[state.problem], *state.path] for state in rows]
-        limits = [0 if g and not r.gold_step else self._limit(r, room) for r, g in zip(rows, is_gold, strict=True)]
+        limits = [0 if g and not r.gold_step else self._limit(r) for r, g in zip(rows, is_gold, strict=True)]
         forced, forced_length = pad(
             [r.gold_step if g else [] for r, g in zip(rows, is_gold, strict=True)], room, n_rows
         )
@@ -158,8 +158,8 @@ class Searcher:
         )
         return _proposals(jax.device_get(steps), len(states), slots)
 
-    def _limit(self, state: State, room: int) -> int:
-        return max(1, min(state.limit, room, self.room[state.problem] - len(state.path)))
+    def _limit(self, state: State) -> int:
+        return max(1, min(state.limit, self.room[state.problem] - len(state.path)))
 
     def judge(self, states: list[tuple[int, list[int]]]) -> list[float]:
         """Asks the policy about every state: one forward pass, one answer token each (eq 7)."""
@@ -173,7 +173,7 @@ class Searcher:
         place: dict[int, int] = {}
         for p, problem in enumerate(problems):
             for w, i in enumerate(by_problem[problem]):
-                shown = [t for t in states[i][1] if t not in self.stops]
+                shown = self.chat.content_ids(states[i][1])
                 paths[p * slots + w] = [self.asked_end[problem], *shown, *self.frames[problem].after]
                 place[i] = p * slots + w
         prefix = self._rows_of(self.asked, problems, count)
@@ -186,7 +186,7 @@ class Searcher:
     def grade(self, problem: int, response: list[int], finished: bool) -> float:
         """Outcome of a whole response against the gold (O of eq 6)."""
         sample = self.batch[problem].sample
-        text = self.chat.tokenizer.decode([t for t in response if t not in self.stops])
+        text = self.chat.tokenizer.decode(self.chat.content_ids(response))
         return outcome(sample.target, text, finished=finished, tools=sample.tools)
 
     def _padded(self, count: int) -> int:
@@ -197,7 +197,8 @@ class Searcher:
     def _rows_of(self, prefix: Prefix, problems: list[int], count: int) -> Prefix:
         index = np.zeros(count, np.int32)
         index[: len(problems)] = problems
-        return _take(prefix, index)
+        # Most calls ask about every prompt, in order: then the caches are read where they lie.
+        return prefix if index.tolist() == list(range(self.settings.batch)) else _take(prefix, index)
 
     def _keys(self, states: list[State], n_rows: int) -> jax.Array:
         """A key a row from the prompt's id, the path of the node and the candidate: never from the batch slot."""

@@ -27,6 +27,7 @@ _DATE = "26 Jul 2024"
 
 Message = Mapping[str, Any]
 Scale = Literal["binary", "four_grades"]
+"""The question of self-evaluation: two answers or four."""
 
 
 class Encoded(NamedTuple):
@@ -89,6 +90,10 @@ class Chat:
     def target_ids(self, text: str) -> list[int]:
         """Ids of an assistant's content and end of turn."""
         return [*self.encode(text), self.end_of_turn]
+
+    def content_ids(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a response without the tokens that end it."""
+        return [i for i in ids if i not in self.stop_ids]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
