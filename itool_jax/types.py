@@ -5,9 +5,10 @@ Every array of rank two or more ends in its letters, `log_probs_BTV`:
     B  batch: samples, or trees of a search      L  layers
     T  time: positions of a token sequence       H  attention heads
     V  vocabulary                                K  key and value positions of a cache
-    W  breadth: candidates of an expansion       D  width of the model
+    W  breadth: candidates of an expansion       D  width of the model, or of a head beside an H
     N  nodes of a tree                           S  tokens of a step or suffix
-    P  tokens of a prompt                        R  rows that share a prompt
+    P  prompts, shared by rows of a batch        R  target positions of a row, or rows that share a prompt
+    A  answers to a question                     F  rotary frequencies
 
 The aliases hold for arrays of JAX and of NumPy alike; tests check them, and they cost nothing otherwise.
 """

@@ -306,7 +306,7 @@ def _commands(settings: Settings) -> list[str]:
     folders = [f"--output DIR{len(earlier) + 1}"] + [f"--start DIR{len(earlier)}"] * bool(earlier)
     given = [f for f in dataclasses.fields(settings) if f.name not in ("output", "start")]
     changed = [(f.name, getattr(settings, f.name)) for f in given if getattr(settings, f.name) != f.default]
-    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in changed]
+    flags = [f"--{name.replace('_', '-')} {value if value % 1 else int(value)}" for name, value in changed]
     return [*earlier, indent + " ".join([program, *folders, *flags])]
 
 

@@ -1,8 +1,8 @@
 """The decoder-only transformer of the Llama and Qwen2 families, as one Flax NNX module.
 
 In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
-Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis and
-scanned. The module is split once into `(graph, params)`; everything compiled works on the plain dictionary
+Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis; whole rows
+are computed by a scan over them, continuations layer by layer, so that caches are written in place. The module is split once into `(graph, params)`; everything compiled works on the plain dictionary
 `params` and merges the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """
 
