@@ -21,7 +21,8 @@ from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.model.lora import LoraSettings
+from itool_jax.model.sharding import MeshSettings
+from itool_jax.model.transformer import LoraSettings
 from itool_jax.replay import ReplaySettings
 from itool_jax.sampler import GenerateSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
@@ -70,7 +71,13 @@ class Config:
     seed: int = 0
     """Seed of everything random, but for the generated corpus, which is always the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Computation type."""
+    """Type of weights and matrix products; adapters, optimizer, softmax and losses are float32 always."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 keeps the layers' weights in four bits and trains adapters beside them (QLoRA)."""
+    remat: Literal["auto", "none", "layers", "dots"] = "auto"
+    """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
+    layers for models of more than eight."""
+    mesh: MeshSettings = MeshSettings()
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
     warmup: WarmupSettings = WarmupSettings()
@@ -89,6 +96,8 @@ class Config:
             raise ValueError(f"iteration must be positive, got {self.iteration}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if self.quantize == "nf4" and self.lora.rank == 0:
+            raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
         if self.output is not None and self.stage not in ("score", "generate"):
             raise ValueError(f"output is for the stages score and generate, got it with stage {self.stage}")
         for name, value in self.flat().items():
@@ -204,7 +213,7 @@ def _defaults() -> dict[str, Any]:
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
 FREE = (
     *("stage", "config", "run_dir", "output", "iterations", "iteration"),
-    *("evaluate.", "generate.temperature", "generate.tokens_per_batch"),
+    *("evaluate.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
 )
 
 

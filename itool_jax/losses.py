@@ -222,9 +222,9 @@ def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
 
 
 def pair_metrics(pair: PairLogProbs, beta: float, weight_B: FloatB | None = None) -> dict[str, Scalar]:
-    """Means over the pairs: rewards β(logπ - logref), their margin, and how often chosen exceeds rejected.
+    """Sums over the pairs of rewards β(logπ - logref), their margin, and how often chosen exceeds rejected.
 
-    `weight_B` are the pairs' shares, which sum to 1; all alike by default.
+    `weight_B` is what each pair counts; by default their mean is taken.
     """
     chosen_B = beta * (_float32(pair.policy_chosen_B) - pair.reference_chosen_B)
     rejected_B = beta * (_float32(pair.policy_rejected_B) - pair.reference_rejected_B)

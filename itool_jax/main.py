@@ -41,13 +41,16 @@ def run(config: Config) -> None:
     """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
     import jax  # slow to import; --help and errors of the command line come without it
 
+    from itool_jax.model.sharding import use_mesh
+
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     settings.save_or_check(config)
-    importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+    with use_mesh(config.mesh):
+        importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 
 
 def keep_freed_memory() -> None:

@@ -19,13 +19,15 @@ from jaxtyping import Array
 from itool_jax import losses
 from itool_jax.losses import LossSettings
 from itool_jax.metrics import Metrics, progress
+from itool_jax.model import sharding
 from itool_jax.model.transformer import Params
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.types import AnyArray, Scalar
 
 Loss = tuple[Scalar, dict[str, Scalar]]
 LossFn = Callable[..., Loss]
-"""`loss_fn(trainable, frozen, batch) -> (loss, metrics)`; the loss is already divided by its global weight."""
+"""`loss_fn(trainable, frozen, batch, key) -> (sum of losses, {"weight": …, sums of metrics})`: micro-batches add up,
+and the step divides once by the weight of all. The key is for dropout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class TrainingSettings:
     """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
+    micro_batch: int = 0
+    """Samples (or pairs) whose gradient is computed at once, to save memory; 0 is the whole batch."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
@@ -53,6 +57,11 @@ class TrainingSettings:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.rise < 1:
             raise ValueError(f"{self.section}.rise must be in [0, 1), got {self.rise}")
+        if self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch):
+            raise ValueError(
+                f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
+                f"got {self.micro_batch}"
+            )
         if not self.weight_decay >= 0:
             raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
 
@@ -118,21 +127,45 @@ def adamw(weight_decay: float, clip_norm: float) -> optax.GradientTransformation
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(1.0, weight_decay=weight_decay))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
+    n_micro: int,
     state: TrainState,
     frozen: Params,
     batch: Any,
+    key: Array,
     learning_rate: Array | float,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update; metrics gain the loss and the gradient's norm."""
-    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+    """One update from `n_micro` parts of a batch, one after the other; metrics gain loss and the gradient's norm."""
+    gradients = jax.value_and_grad(loss_fn, has_aux=True)
+    if n_micro == 1:
+        (loss, sums), gradient = gradients(state.trainable, frozen, batch, key)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(-1, n_micro, *x.shape[1:]).swapaxes(0, 1), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, state.trainable, frozen, first, key))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            number, rows = part
+            found = gradients(state.trainable, frozen, rows, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, found), None
+
+        ((loss, sums), gradient), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), parts))
+    (loss, sums, gradient) = jax.tree.map(lambda x: x / sums["weight"], (loss, sums, gradient))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = jax.tree.map(lambda p, u: p + learning_rate * u, state.trainable, updates)
-    metrics = metrics | {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-    return TrainState(trainable, optimizer_state), metrics
+    metrics = {name: value for name, value in sums.items() if name != "weight"}
+    metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+    return sharding.constrain(TrainState(trainable, optimizer_state)), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
+    """The state before the first step, made where it lies: on a mesh, no device ever holds all of it."""
+    trainable = jax.tree.map(jnp.copy, trainable)
+    return sharding.constrain(TrainState(trainable, optimizer.init(trainable)))
 
 
 def fit(
@@ -143,18 +176,21 @@ def fit(
     batches: Iterable[Any],
     n_steps: int,
     *,
+    seed: int,
     what: str,
     metrics: Metrics,
 ) -> Params:
     """Trains over `batches` (`n_steps` of them in all) and returns the trained weights."""
     optimizer = adamw(settings.weight_decay, settings.clip_norm)
     # The step donates its state; the caller keeps its own copy of the weights it came with.
-    state = TrainState(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable))
+    state, key = new_state(optimizer, trainable), jax.random.key(seed)
+    n_micro = settings.batch_size // (settings.micro_batch or settings.batch_size)
     pending: tuple[int, dict[str, Array]] | None = None
     with progress(what, n_steps) as advance:
         for step, batch in enumerate(batches):
             rate = np.float32(settings.rate(step, n_steps))
-            state, values = train_step(loss_fn, optimizer, state, frozen, batch, rate)
+            step_key = jax.random.fold_in(key, step)
+            state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, batch, step_key, rate)
             # Metrics are read one step late, so that the device never waits for the host.
             if pending is not None:
                 advance(1, note=_log(metrics, *pending))
@@ -172,39 +208,43 @@ def _log(metrics: Metrics, step: int, values: dict[str, Array]) -> str:
 
 @functools.cache
 def sft_loss(graph: nnx.GraphDef) -> LossFn:
-    """Mean NLL over target tokens (eq 2), for `TargetBatch`es."""
+    """NLL of target tokens (eq 2), for `TargetBatch`es; the weight is their number."""
 
-    def loss(trainable: Params, frozen: Params, batch: TargetBatch) -> Loss:
-        total, count = losses.sft_loss(_log_probs(graph, trainable, frozen, batch), batch.mask_BR)
-        return total / count, {}
+    def loss(trainable: Params, frozen: Params, batch: TargetBatch, key: Array) -> Loss:
+        total, count = losses.sft_loss(_log_probs(graph, trainable, frozen, batch, key), batch.mask_BR)
+        return total, {"weight": count}
 
     return loss
 
 
 @functools.cache
 def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
-    """Mean preference loss over the pairs of a `PairBatch` (eq 11 and its kin)."""
+    """Preference loss of the pairs of a `PairBatch` (eq 11 and its kin); the weight is their number."""
 
-    def loss(trainable: Params, frozen: Params, batch: PairBatch) -> Loss:
-        log_probs = jnp.split(_log_probs(graph, trainable, frozen, batch.row, batch.branch_BT), 2, axis=1)
+    def loss(trainable: Params, frozen: Params, batch: PairBatch, key: Array) -> Loss:
+        log_probs = jnp.split(_log_probs(graph, trainable, frozen, batch.row, key, batch.branch_BT), 2, axis=1)
         masks = jnp.split(batch.row.mask_BR, 2, axis=1)
         chosen_B, rejected_B = map(losses.masked_log_prob_sum, log_probs, masks)
         lengths = [mask_BR.sum(axis=1) for mask_BR in masks]
         pair = losses.PairLogProbs(
             chosen_B, rejected_B, *batch.reference, lengths[0], lengths[1], batch.visits[0], batch.visits[1]
         )
-        weight_B = batch.real_B / batch.real_B.sum()
-        metrics = losses.pair_metrics(pair, settings.resolved_beta, weight_B)
+        metrics = losses.pair_metrics(pair, settings.resolved_beta, batch.real_B.astype(jnp.float32))
         # A padded pair has no tokens; what its loss is must not matter, not even as 0 times infinity.
         loss_B = jnp.where(batch.real_B, losses.preference_loss(settings, pair), 0.0)
-        return (weight_B * loss_B).sum(), metrics
+        return loss_B.sum(), metrics | {"weight": batch.real_B.sum(dtype=jnp.float32)}
 
     return loss
 
 
 def _log_probs(
-    graph: nnx.GraphDef, trainable: Params, frozen: Params, batch: TargetBatch, branch_BT: AnyArray | None = None
+    graph: nnx.GraphDef,
+    trainable: Params,
+    frozen: Params,
+    batch: TargetBatch,
+    key: Array,
+    branch_BT: AnyArray | None = None,
 ) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
-    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT)
+    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT, key)
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

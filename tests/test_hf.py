@@ -207,7 +207,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
             rf"{QUERY} has shape \(31, 32\), config.json asks for \(32, 32\)",
         ),
         (lambda t: t.update({NORM: t[NORM][None]}), rf"{NORM} has shape \(1, 32\)"),
-        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), f"{QUERY} holds int8"),
+        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), f"{QUERY} holds I8, not one of F32"),
     ],
 )
 def test_names_the_tensor_that_is_wrong(folder: Path, change: Callable[[Tensors], Any], message: str) -> None:

@@ -1,6 +1,8 @@
 """Adapters: nothing at first, the same folded in or apart, on all linear layers, alone in the gradient."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax.model.lora import LoraSettings, initialize_adapters, merge_adapters
-from itool_jax.model.transformer import LoraConfig, ModelConfig, Params, abstract
+from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
+from itool_jax.model.transformer import LoraSettings, ModelConfig, Params, abstract
 from tests import tiny
 
-LORA = LoraConfig(rank=8, alpha=16.0)
+LORA = LoraSettings(rank=8, alpha=16.0)
 TOKENS_BT = jnp.asarray(np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 9)), jnp.int32)
 LINEAR = {  # size in and out, of a Llama of width 32, four heads of 8 over two, and an MLP of 48
     "q": (32, 32),
@@ -48,8 +50,8 @@ def trained(fresh: Params) -> Params:
     return jax.tree.map(lambda x: x + 0.2 * random.normal(size=x.shape).astype(np.float32), fresh)
 
 
-def logits(config: ModelConfig, base: Params, adapters: Params | None = None) -> jax.Array:
-    graph, _, _ = abstract(config, LORA if adapters else None)
+def logits(config: ModelConfig, base: Params, adapters: Params | None = None, lora: LoraSettings = LORA) -> jax.Array:
+    graph, _, _ = abstract(config, lora if adapters else None)
 
     @jax.jit
     def run(*parts: Params) -> jax.Array:
@@ -82,6 +84,21 @@ def test_a_starts_as_peft_starts_it(config: ModelConfig) -> None:
         assert float(a.std()) * n_in**0.5 == pytest.approx(3**-0.5, rel=0.1)
     starts = [a for name in ("q", "k", "gate") for a in wide["layers"][name]["lora_a"]]
     assert len({np.asarray(a[:8, :8]).tobytes() for a in starts}) == 3 * config.n_layers
+
+
+def test_only_the_targets_are_adapted(config: ModelConfig, base: Params) -> None:
+    some = dataclasses.replace(LORA, targets=("q", "down"))
+    fresh = initialize_adapters(config, some, jax.random.key(0))
+    assert set(fresh["layers"]) == {"q", "down"}
+    trained = jax.tree.map(lambda x: x + 0.1, fresh)
+    merged = logits(config, merge_adapters(base, trained, some))
+    np.testing.assert_allclose(logits(config, base, trained, some), merged, rtol=0, atol=1e-4)
+
+
+def test_base_and_adapters_run_as_one_tree_too(config: ModelConfig, base: Params, trained: Params) -> None:
+    graph = abstract(config, LORA)[0]
+    together = jax.jit(lambda params: (m := nnx.merge(graph, params)).logits(m(TOKENS_BT)[0]))(beside(base, trained))
+    np.testing.assert_array_equal(together, logits(config, base, trained))
 
 
 def test_adapters_depend_on_the_key_alone(config: ModelConfig, fresh: Params) -> None:
@@ -144,12 +161,14 @@ def test_the_gradient_reaches_every_adapter(config: ModelConfig, base: Params, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "lora.rank must be positive, got 0"),
+        ({"rank": -1}, "lora.rank must not be negative, got -1"),
+        ({"dropout": 1.0}, r"lora.dropout must be in \[0, 1\), got 1.0"),
+        ({"targets": ("q", "query")}, "lora.targets must be among q k v o gate up down, got query"),
+        ({"targets": ()}, "lora.targets must name a layer"),
         ({"alpha": 0.0}, "lora.alpha must be positive, got 0.0"),
         ({"alpha": float("nan")}, "lora.alpha must be positive, got nan"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, float], message: str) -> None:
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoraSettings(**settings)
-    assert LoraSettings(rank=4, alpha=2.0).config == LoraConfig(4, 2.0)

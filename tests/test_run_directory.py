@@ -48,7 +48,7 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
     """As if killed after the trees of iteration 1 were written and before its pairs were."""
     folder = copy_run(made, tmp_path)
     shutil.rmtree(folder / "iteration_2")
-    shutil.rmtree(folder / "iteration_1/adapters")
+    shutil.rmtree(folder / "iteration_1/weights")
     for name in ("search.json", "pairs.jsonl", "reference.jsonl", "dpo.json", "evaluation_test_all.json"):
         (folder / "iteration_1" / name).unlink()
     (folder / "summary.json").unlink()
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
     assert json.loads((folder / "summary.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("lost", ["warmup/adapters", "iteration_1/pairs.jsonl", "base/evaluation_test_all.jsonl"])
+@pytest.mark.parametrize("lost", ["warmup/weights", "iteration_1/pairs.jsonl", "base/evaluation_test_all.jsonl"])
 def test_a_stage_is_done_only_where_its_files_are(
     made: Made, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -171,7 +171,7 @@ def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: p
         ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
         ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
         ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
-        ("iteration_1/adapters/_METADATA", "{", "iteration_1/adapters: "),
+        ("iteration_1/weights/_METADATA", "{", "iteration_1/weights: "),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
@@ -180,7 +180,7 @@ def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
     folder = copy_run(made, tmp_path)
     # The last stages are still to be done, so that each file is read.
     for name in (
-        ("search.json", "dpo.json") if "scores" in file or "adapters" in file or "data" in file else ("dpo.json",)
+        ("search.json", "dpo.json") if "scores" in file or "weights" in file or "data" in file else ("dpo.json",)
     ):
         (folder / "iteration_2" / name).unlink()
     (folder / file).write_text(content)

@@ -41,8 +41,8 @@ def test_a_run_leaves_all_its_files(made: Made):
             f"{phase}/{name}" for name in (*STEP_FILES, "score.json", "search.json", "reference.json", "dpo.json")
         }
     found = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
-    assert {name for name in found if "/adapters/" not in name} == expected
-    assert [p for p in PHASES if (made.folder / p / "adapters").is_dir()] == PHASES[1:]
+    assert {name for name in found if "/weights/" not in name} == expected
+    assert [p for p in PHASES if (made.folder / p / "weights").is_dir()] == PHASES[1:]
     assert yaml.safe_load((made.folder / "config.yaml").read_text())["search.breadth"] == BREADTH
 
 

@@ -20,13 +20,14 @@ from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossName, LossSettings, PairLogProbs
 from itool_jax.metrics import Metrics
 from itool_jax.model.lora import initialize_adapters
-from itool_jax.model.transformer import LoraConfig, ModelConfig, Params, abstract
+from itool_jax.model.transformer import LoraSettings, ModelConfig, Params, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch, collate
 from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, fit, train_step
 from tests import tiny
 
 V, WIDTH = 24, 16
-LORA = LoraConfig(4, 8.0)
+KEY = jax.random.key(0)
+LORA = LoraSettings(rank=4, alpha=8.0)
 ROWS = [([3, 5, 7], [9, 2]), ([4], [11, 12, 13, 2]), ([6, 6, 8, 1, 9], [2]), ([7, 3], [5, 6, 7])]
 PAIRS = [([3, 5, 7], [9, 2], [9, 8, 2]), ([4], [11, 12, 13, 2], [2]), ([6, 6, 8, 1, 9], [10], [12, 2, 5])]
 VISITS = [(4, 1), (2, 6), (1, 1)]
@@ -79,9 +80,11 @@ _value_and_gradient = jax.jit(jax.value_and_grad(lambda loss, *a: loss(*a), argn
 
 
 def evaluate(loss: train.LossFn, model: Model, batch: Any) -> tuple[float, dict[str, Any], Params]:
-    """Value, metrics and gradient."""
-    (value, metrics), gradient = _value_and_gradient(loss, model.adapters, model.base, batch)
-    return float(value), jax.tree.map(float, metrics), gradient
+    """Value, metrics and gradient, all divided by the weight."""
+    found = _value_and_gradient(loss, model.adapters, model.base, batch, KEY)
+    weight = found[0][1]["weight"]
+    (value, metrics), gradient = jax.tree.map(lambda x: x / weight, found)
+    return float(value), {name: float(x) for name, x in metrics.items() if name != "weight"}, gradient
 
 
 def assert_close(one: Params, two: Params) -> None:
@@ -196,9 +199,9 @@ def test_a_loss_is_made_once(model: Model) -> None:
 # Steps -------------------------------------------------------------------------------------------------------
 
 
-def toy_loss(trainable: Params, frozen: Params, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def toy_loss(trainable: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     error = trainable["w"] * frozen["scale"] - batch
-    return (error**2).sum(), {"size": jnp.abs(trainable["w"]).sum()}
+    return (error**2).sum(), {"weight": jnp.float32(1), "size": jnp.abs(trainable["w"]).sum()}
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])
@@ -213,10 +216,10 @@ def test_a_step_is_adamw_at_its_rate(clip_norm: float) -> None:
     state = TrainState(jax.tree.map(jnp.copy, start), own.init(start))
     for step in range(n_steps):
         batch = jnp.array([step / 2, -1.0])
-        (value, _), gradient = jax.value_and_grad(toy_loss, has_aux=True)(weights, frozen, batch)
+        (value, _), gradient = jax.value_and_grad(toy_loss, has_aux=True)(weights, frozen, batch, KEY)
         updates, plain_state = plain.update(gradient, plain_state, weights)
         weights = optax.apply_updates(weights, updates)
-        state, metrics = train_step(toy_loss, own, state, frozen, batch, np.float32(rates[step]))
+        state, metrics = train_step(toy_loss, own, 1, state, frozen, batch, KEY, np.float32(rates[step]))
         np.testing.assert_allclose(state.trainable["w"], weights["w"], rtol=1e-5)
         assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
         norm = np.sqrt((np.asarray(gradient["w"]) ** 2).sum())
@@ -233,7 +236,7 @@ def run(
     batches: Iterator[Any] = iter([batch] * n_steps)
     path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
-    trained = fit(loss, settings, model.adapters, model.base, batches, n_steps, what="test", metrics=metrics)
+    trained = fit(loss, settings, model.adapters, model.base, batches, n_steps, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -271,10 +274,51 @@ def test_preference_training_prefers(model: Model, gathered: dict[str, Any], tmp
     assert lines[-1]["reward_margin"] > 1
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_gradient_of_micro_batches_is_that_of_the_batch(model: Model, kind: str) -> None:
+    """Rows of different lengths and a padded one: equal shares of the parts would not do."""
+    if kind == "sft":
+        loss, batch = train.sft_loss(model.graph), collate(ROWS[:3], WIDTH, 4)
+    else:
+        loss, batch = train.preference_loss(model.graph, LossSettings()), pair_batch(REFERENCE)
+    own, found = train.adamw(0.0, 1e6), []
+    for n_micro in (1, 2, 4):
+        state = train.new_state(own, model.adapters)
+        state, metrics = train_step(loss, own, n_micro, state, model.base, batch, KEY, np.float32(1e-2))
+        found.append((state, jax.tree.map(float, metrics)))
+    for state, metrics in found[1:]:
+        assert metrics == pytest.approx(found[0][1], rel=1e-4)
+        # Adam's first moment is the gradient: compared as it is, not as a step of equal size everywhere.
+        moments = (s.optimizer[1][0].mu for s in (state, found[0][0]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b).max()), *moments)
+
+
+def test_dropout_depends_on_the_key_and_leaves_the_mean(model: Model) -> None:
+    graph = abstract(model.config, dataclasses.replace(LORA, dropout=0.5))[0]
+    loss, batch = train.sft_loss(graph), collate(ROWS, WIDTH, 6)
+    plain = float(jax.jit(train.sft_loss(model.graph))(model.adapters, model.base, batch, KEY)[0])
+    keys = jax.random.split(KEY, 64)
+    dropped = np.array(
+        jax.jit(jax.vmap(lambda key, rows: loss(model.adapters, model.base, rows, key)[0], (0, None)))(keys, batch)
+    )
+    assert len(set(dropped.tolist())) > 60
+    assert abs(dropped.mean() - plain) < 4 * dropped.std() / 8 + 0.05 * plain
+
+
+@pytest.mark.parametrize("remat", ["layers", "dots"])
+def test_what_is_computed_again_changes_nothing(model: Model, remat: Any) -> None:
+    batch = collate(ROWS, WIDTH, 6)
+    value, _, gradient = evaluate(train.sft_loss(model.graph), model, batch)
+    graph = abstract(dataclasses.replace(model.config, remat=remat), LORA)[0]
+    again, _, same = evaluate(train.sft_loss(graph), model, batch)
+    assert again == pytest.approx(value, rel=1e-6)
+    assert_close(gradient, same)
+
+
 def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
     loss = train.sft_loss(model.graph)
-    same = fit(loss, WarmupSettings(), model.adapters, model.base, [], 0, what="none", metrics=metrics)
+    same = fit(loss, WarmupSettings(), model.adapters, model.base, [], 0, seed=0, what="none", metrics=metrics)
     jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
     assert not metrics.path.exists()
 
@@ -309,6 +353,7 @@ def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
         ("learning_rate", 0.0, "must be positive, got 0.0"),
         ("learning_rate", math.nan, "must be positive, got nan"),
         ("batch_size", 0, "must be positive, got 0"),
+        ("micro_batch", 3, r"must divide \w+.batch_size=\d+, got 3"),
         ("epochs", -1, "must be positive, got -1"),
         ("clip_norm", 0.0, "must be positive, got 0.0"),
         ("rise", 1.0, r"must be in \[0, 1\), got 1.0"),

@@ -241,7 +241,7 @@ def train(settings: Settings) -> None:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, b2=0.98, weight_decay=0.01))
     loss = sft_loss(graph)
-    state = TrainState(params, optimizer.init(params))
+    state, key = TrainState(params, optimizer.init(params)), jax.random.key(settings.seed)
     starts = [int(share * n_steps) for share in (0.0, settings.short_tokens / settings.tokens, 0.4, 0.6, 0.8, 1.0)]
     for phase, (first, last) in enumerate(itertools.pairwise(starts)):
         # 1. Short samples; 2. all; 3. questions about spoiled answers too; 4. and 5. also about the model's own.
@@ -252,7 +252,7 @@ def train(settings: Settings) -> None:
             corpus.own = judge_own(Policy(graph, state.trainable), corpus, start=phase * 10**7, count=2048)
         batches, losses_seen = prefetched(corpus.batches(phase * 10**8)), []
         for step in range(first, last):
-            state, values = train_step(loss, optimizer, state, {}, next(batches), schedule(step))
+            state, values = train_step(loss, optimizer, 1, state, {}, next(batches), key, schedule(step))
             losses_seen.append(values["loss"])
             if step % 100 == 99:
                 say(f"step {step + 1}/{n_steps}  loss {np.mean([float(x) for x in losses_seen[-100:]]):.3f}")

@@ -4,6 +4,8 @@ Everything a file holds must be understood: an unknown architecture, a config fe
 compute, a missing, extra or misshaped tensor is refused by name.
 """
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,18 +14,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from itool_jax.model import quantize
+from itool_jax.model.sharding import constrain, sharding_of
 from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
 
-ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
-"""Supported architectures, and whether their query, key and value projections have biases."""
+
+class Family(NamedTuple):
+    """What an architecture has that its config.json does not say."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+}
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 _LAYER_NAMES = {
     "attention_norm.scale": "input_layernorm.weight",
     "mlp_norm.scale": "post_attention_layernorm.weight",
     **{f"{n}.kernel": f"self_attn.{n}_proj.weight" for n in "qkvo"},
     **{f"{n}.bias": f"self_attn.{n}_proj.bias" for n in "qkv"},
+    **{f"{n}_norm.scale": f"self_attn.{n}_norm.weight" for n in "qk"},
     **{f"{n}.kernel": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
 }
 _TOP_NAMES = {
@@ -81,10 +99,12 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     _refuse_unknown_features(raw, names[0])
     rope = _object(raw, "rope_parameters")
     n_heads = _positive(raw, "num_attention_heads")
-    n_kv_heads = n_heads if raw.get("num_key_value_heads") is None else _positive(raw, "num_key_value_heads")
+    llama = names[0] == "LlamaForCausalLM"  # what the older of these leave out must stand in the other families' files
+    n_kv_heads = n_heads if llama and not raw.get("num_key_value_heads") else _positive(raw, "num_key_value_heads")
     if n_heads % n_kv_heads:
         raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
-    head_dim = raw["hidden_size"] // n_heads if raw.get("head_dim") is None else _positive(raw, "head_dim")
+    given = raw.get("head_dim") or ARCHITECTURES[names[0]].qk_norm
+    head_dim = _positive(raw, "head_dim") if given else raw["hidden_size"] // n_heads
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
     return ModelConfig(
@@ -100,7 +120,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(_object(raw, "rope_scaling") or rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=ARCHITECTURES[names[0]],
+        **ARCHITECTURES[names[0]]._asdict(),
         max_length=_positive(raw, "max_position_embeddings"),
         dtype=dtype,
     )
@@ -127,7 +147,7 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
             raise ValueError(f"{key}={raw[key]} is not supported")
     if raw["hidden_act"] not in ("silu", "swish"):
         raise ValueError(f"hidden_act={raw['hidden_act']} is not supported, only silu")
-    # Qwen2 names a window that it does not use; Mistral uses the one it names, 4096 where it names none.
+    # Qwen names a window that it does not use; Mistral uses the one it names, 4096 where it names none.
     is_mistral = architecture == "MistralForCausalLM"
     window = raw.get("sliding_window", 4096 if is_mistral else None)
     if window and raw.get("use_sliding_window", is_mistral) and window < raw["max_position_embeddings"]:
@@ -164,44 +184,96 @@ def _place(path: tuple[Any, ...], n_layers: int) -> _Place:
     return _Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
 
 
-def load(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, Params]:
-    """Configuration and weights of a folder; weights are stored in `dtype`.
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, as its file's header describes it."""
 
-    One stack of tensors is in host memory at a time.
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(folder: Path, dtype: str = "float32", *, nf4: bool = False) -> tuple[ModelConfig, Params]:
+    """Configuration and weights of a folder; weights are stored in `dtype`, the layers' kernels as NF4 codes if so
+    asked, and spread over the mesh in use.
+
+    Beside the weights themselves, one stack of layers is in host memory at a time, and of it only what belongs to
+    this process' devices; nothing else is read from disk.
 
     Raises:
         ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
     """
     config = read_config(folder, dtype)
     _, shapes, _ = abstract(config)
-    files = _tensor_files(folder)
-    places = [_place(path, config.n_layers) for path, _ in jax.tree.leaves_with_path(shapes)]
-    expected = {name for place in places for name in place.names}
-    # An untied copy of tied embeddings and old rotary buffers carry nothing new.
-    spare = {n for n in files if "rotary_emb" in n} | ({"lm_head.weight"} if config.tie_embeddings else set())
-    if extra := sorted(set(files) - expected - spare):
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise ValueError(f"{folder}: unexpected tensor {extra[0]}{more}")
+    tensors = _tensors(folder)
+    _check(folder, config, shapes, tensors)
 
-    def read(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
+        place, where = _place(path, config.n_layers), sharding_of(path, leaf.shape)
+        read = functools.partial(_read, tensors, place, config.dtype)
+        found = jax.make_array_from_callback(leaf.shape, where, read)
+        return _quantize(str(path[-2].key), found) if nf4 and place.stacked and place.transposed else found
+
+    return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(layer: str, kernel: jax.Array) -> Params:
+    """The codes of a stack of kernels, one after the other."""
+    return constrain({layer: {"kernel": jax.lax.map(quantize.quantize, kernel)._asdict()}})[layer]["kernel"]
+
+
+def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str, Tensor]) -> None:
+    """ValueError names the first tensor that is missing, extra or not as config.json asks for."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
         names, stacked, transposed = _place(path, config.n_layers)
         shape = leaf.shape[1:] if stacked else leaf.shape
-        values = [_read(files, folder, name, shape, transposed) for name in names]
-        return jnp.asarray(np.stack(values) if stacked else values[0], config.dtype)
+        expected.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))
+    # An untied copy of tied embeddings and old rotary buffers carry nothing new.
+    spare = {n for n in tensors if "rotary_emb" in n} | ({"lm_head.weight"} if config.tie_embeddings else set())
+    if extra := sorted(set(tensors) - set(expected) - spare):
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(f"{folder}: unexpected tensor {extra[0]}{more}")
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder}: tensor {name} is missing")
+        found = tensors[name]
+        if found.shape != shape:
+            raise ValueError(f"{found.file}: tensor {name} has shape {found.shape}, config.json asks for {shape}")
+        if found.dtype not in FLOATS:
+            raise ValueError(f"{found.file}: tensor {name} holds {found.dtype}, not one of {', '.join(FLOATS)}")
 
-    return config, jax.tree.map_with_path(read, shapes)
+
+def _read(tensors: dict[str, Tensor], place: _Place, dtype: str, part: Any) -> np.ndarray:
+    """A part of one leaf of the parameters; each file is open only as long as it is read."""
+    from safetensors import safe_open
+
+    names = place.names[part[0]] if place.stacked else place.names
+    inner = part[1:] if place.stacked else part
+    found: np.ndarray | None = None
+    for i, name in enumerate(names):
+        with safe_open(tensors[name].file, framework="numpy") as file:
+            value = file.get_slice(name)[inner[::-1] if place.transposed else inner]
+        value = value.T if place.transposed else value
+        if found is None:
+            found = np.empty((len(names), *value.shape), jnp.dtype(dtype))
+        found[i] = value
+    assert found is not None
+    return found if place.stacked else found[0]
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, for single and sharded checkpoints."""
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, single or sharded."""
     from safetensors import SafetensorError, safe_open
 
     index = _read_index(folder)
-    found: dict[str, Path] = {}
+    found: dict[str, Tensor] = {}
     for path in sorted({folder / name for name in index.values()}) or [folder / WEIGHTS]:
         try:
             with safe_open(path, framework="numpy") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():  # noqa: SIM118 - the file is no dictionary
+                    header = file.get_slice(name)
+                    found[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if missing := set(index) - set(found):
@@ -219,22 +291,6 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to file names")
     return weight_map
-
-
-def _read(files: dict[str, Path], folder: Path, name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
-    """A tensor of the shape given, which is that of the parameters."""
-    from safetensors import safe_open
-
-    if name not in files:
-        raise ValueError(f"{folder}: tensor {name} is missing")
-    with safe_open(files[name], framework="numpy") as file:
-        value = file.get_tensor(name)
-    wanted = shape[::-1] if transposed else shape
-    if value.shape != wanted:
-        raise ValueError(f"{files[name]}: tensor {name} has shape {value.shape}, config.json asks for {wanted}")
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{files[name]}: tensor {name} holds {value.dtype}, not floating-point numbers")
-    return value.T if transposed else value
 
 
 def save(folder: Path, params: Params, raw_config: dict[str, Any]) -> None:

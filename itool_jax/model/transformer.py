@@ -1,13 +1,15 @@
-"""The decoder-only transformer of the Llama and Qwen2 families, as one Flax NNX module.
+"""The decoder-only transformer of the Llama and Qwen families, as one Flax NNX module.
 
 In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
 Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis; whole rows
-are computed by a scan over them, continuations layer by layer, so that caches are written in place. The module is split once into `(graph, params)`; everything compiled works on the plain dictionary
+are computed by a scan over them, continuations layer by layer, so that caches are written in place. The module is
+split once into `(graph, params)`; everything compiled works on the plain dictionary
 `params` and merges the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from itool_jax.model import quantize
 from itool_jax.model.cache import Prefix, Suffix
+from itool_jax.model.sharding import by_rows
 
 Params = dict[str, Any]
+Remat = Literal["none", "layers", "dots"]
+"""What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
 MASKED = -1e30
 
 
@@ -46,40 +52,87 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool = False
+    """Queries and keys are normalised head by head before they are rotated, as in Qwen3."""
     max_length: int
     dtype: str = "float32"
     """Computation type of the matrix products; norms, softmax and losses are always float32."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    nf4: bool = False
+    """The layers' kernels are NF4 codes."""
+    remat: Remat = "none"
 
 
-class LoraConfig(NamedTuple):
-    """Low-rank adapters on every linear layer (https://arxiv.org/abs/2106.09685)."""
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers, as `lora.targets` names them."""
 
-    rank: int
-    alpha: float
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters beside the linear layers' weights (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = 16
+    """Rank of the adapters' matrices; 0 trains all weights instead."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in each training step."""
+    targets: tuple[str, ...] = LINEAR
+    """Layers that get adapters."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must not be negative, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        if unknown := [name for name in self.targets if name not in LINEAR]:
+            raise ValueError(f"lora.targets must be among {' '.join(LINEAR)}, got {unknown[0]}")
+        if not self.targets:
+            raise ValueError("lora.targets must name a layer; lora.rank=0 trains without adapters")
+
+
+class Nf4Kernel(nnx.Module):
+    """A kernel in four bits, of which the kernel itself is made where it is used (https://arxiv.org/abs/2305.14314)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        self.n_in = n_in
+        for name, leaf in quantize.zeros(n_in, n_out)._asdict().items():
+            setattr(self, name, nnx.Param(leaf))
+
+    def dequantize(self, dtype: str) -> Array:
+        """[n_in, n_out] in `dtype`."""
+        codes = quantize.Codes(*(getattr(self, name)[...] for name in quantize.Codes._fields))
+        return quantize.dequantize(codes, self.n_in, dtype)
 
 
 class Linear(nnx.Module):
     """x @ kernel (+ bias) (+ alpha/rank · x @ A @ B), with A and B in float32."""
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, lora: LoraConfig | None, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings | None, config: ModelConfig, rngs: nnx.Rngs
+    ):
         init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
+        nf4 = Nf4Kernel(n_in, n_out) if config.nf4 else None
+        self.kernel = nf4 or nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
-        self.dtype, self.lora_scale = dtype, 0.0
+        self.dtype, self.lora_scale = config.dtype, 0.0
         if lora is not None:
-            self.lora_scale = lora.alpha / lora.rank
+            self.lora_scale, self.dropout = lora.alpha / lora.rank, lora.dropout
             bound = n_in**-0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
             start = jax.random.uniform(rngs.params(), (n_in, lora.rank), minval=-bound, maxval=bound)
             self.lora_a = nnx.LoRAParam(start)
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, n_out)))
 
-    def __call__(self, x: Array) -> Array:
-        """[..., n_in] to [..., n_out], computed and returned in `dtype`."""
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        """[..., n_in] to [..., n_out], computed and returned in `dtype`; `key` is for dropout, None drops nothing."""
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+        kernel = self.kernel.dequantize(self.dtype) if isinstance(self.kernel, Nf4Kernel) else self.kernel[...]
+        y = x @ kernel.astype(self.dtype)
         if self.lora_scale:
+            if key is not None and self.dropout:
+                kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.dropout), 0)
             low_rank = x @ self.lora_a[...].astype(self.dtype) @ self.lora_b[...].astype(self.dtype)
             y = y + self.lora_scale * low_rank
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -183,43 +236,56 @@ def _unfold(x: Array, B: int) -> Array:
     return jnp.moveaxis(x, 3, 1).reshape(B, heads, group, length * rows // B, *x.shape[5:])
 
 
+Keys = Sequence[Array | None]
+NO_KEYS: Keys = (None,) * len(LINEAR)
+"""Random keys of a layer's linear parts, for dropout."""
+
+
 class Layer(nnx.Module):
     """Pre-norm attention and gated MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings | None, rngs: nnx.Rngs):
         c, width, kv_width = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
-        def linear(n_in: int, n_out: int, bias: bool = False) -> Linear:
-            return Linear(n_in, n_out, bias=bias, lora=lora, dtype=c.dtype, rngs=rngs)
+        def linear(name: str, n_in: int, n_out: int, bias: bool = False) -> Linear:
+            adapted = lora if lora is not None and name in lora.targets else None
+            return Linear(n_in, n_out, bias=bias, lora=adapted, config=c, rngs=rngs)
 
         self.attention_norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
-        self.q = linear(c.hidden_size, width, c.qkv_bias)
-        self.k = linear(c.hidden_size, kv_width, c.qkv_bias)
-        self.v = linear(c.hidden_size, kv_width, c.qkv_bias)
-        self.o = linear(width, c.hidden_size)
+        self.q = linear("q", c.hidden_size, width, c.qkv_bias)
+        self.k = linear("k", c.hidden_size, kv_width, c.qkv_bias)
+        self.v = linear("v", c.hidden_size, kv_width, c.qkv_bias)
+        self.q_norm = RmsNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RmsNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.o = linear("o", width, c.hidden_size)
         self.mlp_norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
-        self.gate = linear(c.hidden_size, c.intermediate_size)
-        self.up = linear(c.hidden_size, c.intermediate_size)
-        self.down = linear(c.intermediate_size, c.hidden_size)
+        self.gate = linear("gate", c.hidden_size, c.intermediate_size)
+        self.up = linear("up", c.hidden_size, c.intermediate_size)
+        self.down = linear("down", c.intermediate_size, c.hidden_size)
         self.head_dim = c.head_dim
 
-    def project(self, x_BTD: Array, angles_BTF: Array) -> tuple[Array, Array, Array]:
+    def project(self, x_BTD: Array, angles_BTF: Array, keys: Keys = NO_KEYS) -> tuple[Array, Array, Array]:
         """Queries, keys (both rotated) and values, each [B, T, heads, head_dim]."""
         h = self.attention_norm(x_BTD)
-        q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.q, self.k, self.v))
+        projections = zip((self.q, self.k, self.v), keys[:3], strict=True)
+        q, k, v = (f(h, key).reshape(*h.shape[:2], -1, self.head_dim) for f, key in projections)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, angles_BTF), rotate(k, angles_BTF), v
 
-    def finish(self, x_BTD: Array, attended_BTD: Array) -> Array:
+    def finish(self, x_BTD: Array, attended_BTD: Array, keys: Keys = NO_KEYS) -> Array:
         """The layer's output: `x_BTD` with projected attention and MLP added."""
-        x = x_BTD + self.o(attended_BTD)
+        x = x_BTD + self.o(attended_BTD, keys[3])
         h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
+        return x + self.down(jax.nn.silu(self.gate(h, keys[4])) * self.up(h, keys[5]), keys[6])
 
 
 class Transformer(nnx.Module):
     """Embedding, stacked layers, final norm, and an unembedding that may be the embedding itself."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings | None, *, rngs: nnx.Rngs):
+        lora = lora if lora is not None and lora.rank else None
+
         @nnx.split_rngs(splits=config.n_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stack(rngs: nnx.Rngs) -> Layer:
@@ -242,7 +308,7 @@ class Transformer(nnx.Module):
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
-        hidden = self.embedding[...][tokens_BT].astype(self.config.dtype)
+        hidden = by_rows(self.embedding[...][tokens_BT].astype(self.config.dtype))
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
@@ -250,11 +316,13 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         length_B: Int[Array, " B"] | None = None,
         branch_BT: Int[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Prefix]:
         """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
 
         `length_B` goes into the returned prefix only: causality already hides the padding. Where `branch_BT` is
-        given, a token sees those before it of branch 0 and of its own, as if no other branch were there.
+        given, a token sees those before it of branch 0 and of its own, as if no other branch were there. `key`
+        turns the adapters' dropout on.
         """
         B, T = tokens_BT.shape
         seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
@@ -265,22 +333,29 @@ class Transformer(nnx.Module):
         hidden, angles = self._start(tokens_BT, positions)
         graph, stacked = nnx.split(self.layers)
 
-        def one_layer(x: Array, weights: Any) -> tuple[Array, tuple[Array, Array]]:
+        def one_layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+            weights, number = inputs
+            keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
             layer = nnx.merge(graph, weights)
-            q, k, v = layer.project(x, angles)
+            q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            return layer.finish(x, attend(q, [KeyValues(k, v, seen)])), (k, v)
+            return layer.finish(x, attend(q, [KeyValues(k, v, seen)]), keys), (k, v)
 
-        body = jax.checkpoint(one_layer) if self.config.remat else one_layer
-        hidden, (k, v) = jax.lax.scan(body, hidden, stacked, unroll=self._unroll)
+        body = one_layer if self.config.remat == "none" else jax.checkpoint(one_layer, policy=self._keep)
+        inputs = (stacked, jnp.arange(self.config.n_layers))
+        hidden, (k, v) = jax.lax.scan(body, hidden, inputs, unroll=self._unroll)
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(tuple(k), tuple(v), length)
 
     def hidden_at(
-        self, tokens_BT: Int[Array, "B T"], positions_BR: Int[Array, "B R"], branch_BT: Int[Array, "B T"] | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BR: Int[Array, "B R"],
+        branch_BT: Int[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> Float[Array, "B R D"]:
         """Last hidden states at chosen positions only: what is not a target needs no logits."""
-        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT)
+        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT, key=key)
         return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)
 
     def extend(
@@ -317,12 +392,18 @@ class Transformer(nnx.Module):
         return self.norm(hidden), Suffix(tuple(k_new), tuple(v_new), valid_BS)
 
     @property
+    def _keep(self) -> Any:
+        policies = jax.checkpoint_policies
+        kept = policies.dots_with_no_batch_dims_saveable
+        return kept if self.config.remat == "dots" else policies.nothing_saveable
+
+    @property
     def _unroll(self) -> int:
         # A short stack compiles fast and runs faster flat; a deep one stays a loop.
         return self.config.n_layers if self.config.n_layers <= 8 else 1
 
 
-def abstract(config: ModelConfig, lora: LoraConfig | None = None) -> tuple[nnx.GraphDef, Params, Params]:
+def abstract(config: ModelConfig, lora: LoraSettings | None = None) -> tuple[nnx.GraphDef, Params, Params]:
     """The module's graph, and the shapes of its base weights and of its adapters; allocates neither."""
     model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)

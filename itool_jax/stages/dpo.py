@@ -1,6 +1,6 @@
 """Preference training on the pairs of an iteration (section 4.3, eq 10 and 11).
 
-In: `pairs.jsonl`, and the policy the iteration began with, which is also the reference. Out: the iteration's adapters,
+In: `pairs.jsonl`, and the policy the iteration began with, which is also the reference. Out: the iteration's weights,
 and `reference.jsonl`, the reference's log-probabilities.
 """
 
@@ -15,7 +15,6 @@ from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.data.records import write_jsonl
 from itool_jax.metrics import Metrics, progress, say
-from itool_jax.model.transformer import abstract
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import folder
 
@@ -27,36 +26,37 @@ PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", 
 def run(config: Config) -> dict[str, Any]:
     """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "dpo", lambda: _train(config, phase), ["adapters"], [(phase, "search")])
+    return folder.once(config, phase, "dpo", lambda: _train(config, phase), [folder.WEIGHTS], [(phase, "search")])
 
 
 def _train(config: Config, phase: str) -> dict[str, Any]:
     before = folder.phase_name(config.iteration - 1)
     folder.require_policy(config, before)
     rows = folder.need(config, phase, "pairs.jsonl", "search", PAIR_KEYS)
-    adapters = folder.load_adapters(config, before)
+    trainable, frozen = folder.load_trainable(config, before)
     if not rows:
         say(f"{phase}: the search found no pair, the policy stays as it is")
-        digest = checkpoint.save(folder.adapters_folder(config, phase), adapters)
+        digest = checkpoint.save(folder.weights_folder(config, phase), trainable)
         return {"pairs": 0, "steps": 0, "weights": digest}
     loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
     trained = train.fit(
         loss,
         config.preference,
-        adapters,
-        folder.load_base(config).params,
+        trainable,
+        frozen,
         batches,
         len(batches),
+        seed=config.seed + config.iteration,
         what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
         metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
     )
-    digest = checkpoint.save(folder.adapters_folder(config, phase), trained)
+    digest = checkpoint.save(folder.weights_folder(config, phase), trained)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
 def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[train.LossFn, Batches]:
     """The preference loss over the pairs; the reference is the policy as it stands, computed once."""
-    settings, base = config.preference, folder.load_base(config)
+    settings = config.preference
     reference = _reference(config, phase, before, rows)
     pairs = [
         PairRow(
@@ -68,17 +68,17 @@ def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[t
         )
         for row in rows
     ]
-    graph = abstract(base.config, config.lora.config)[0]
+    graph = folder.training_graph(config)
     batches = pair_batches(pairs, settings.batch_size, settings.epochs, config.seed + config.iteration)
     return train.preference_loss(graph, settings.loss_settings), batches
 
 
 def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
     """Equal compute without preferences: the gold responses of the pairs' samples, for as many steps."""
-    settings, base = config.preference, folder.load_base(config)
+    settings = config.preference
     by_id = {sample.id: sample for sample in folder.samples(config, "train")}
     encoded = folder.encode(config, [by_id[row["tree"]] for row in rows])
-    graph = abstract(base.config, config.lora.config)[0]
+    graph = folder.training_graph(config)
     batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)
     return train.sft_loss(graph), batches
 

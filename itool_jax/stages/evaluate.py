@@ -28,7 +28,7 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluates every phase of the run that has weights; returns the figures of each."""
     found = {"base": evaluate(config, "base")}
     iteration = 0
-    while folder.adapters_folder(config, phase := folder.phase_name(iteration)).is_dir():
+    while folder.weights_folder(config, phase := folder.phase_name(iteration)).is_dir():
         found[phase] = evaluate(config, phase)
         iteration += 1
     return found

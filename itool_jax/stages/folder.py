@@ -2,7 +2,7 @@
 
     config.yaml  summary.json  metrics.jsonl
     data/        {train,validation,test}.jsonl, and sources.json, what the model's and the data's files were
-    base/ warmup/ iteration_1/ …    a phase each: adapters/ (but base), evaluation_<split>_<limit>.jsonl, and of an
+    base/ warmup/ iteration_1/ …    a phase each: weights/ (but base), evaluation_<split>_<limit>.jsonl, and of an
                                     iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
 A stage's `<stage>.json` is written last: where it stands, and what the stage was made from is as it was, it is done.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from itool_jax import checkpoint, replay
 from itool_jax.config import Config
@@ -24,7 +25,8 @@ from itool_jax.data import generated, sources
 from itool_jax.data.records import Sample, place, read_rows, sample_row, whole_file, write_jsonl
 from itool_jax.metrics import say
 from itool_jax.model import hf
-from itool_jax.model.lora import initialize_adapters, merge_adapters
+from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
+from itool_jax.model.sharding import MeshSettings, constrain, placed
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
@@ -59,14 +61,20 @@ def _find_model(name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, dtype: str) -> Base:
-    model_config, params = hf.load(folder, dtype)
-    return Base(model_config, params, Chat(load_tokenizer(str(folder))))
+def _load(folder: Path, dtype: str, nf4: bool, remat: str, mesh: MeshSettings) -> Base:
+    model_config, params = hf.load(folder, dtype, nf4=nf4)
+    deep = model_config.n_layers > 8
+    remat = ("layers" if deep else "none") if remat == "auto" else remat
+    return Base(
+        dataclasses.replace(model_config, remat=remat),
+        params,
+        Chat(load_tokenizer(str(folder))),
+    )
 
 
 def load_base(config: Config) -> Base:
-    """The checkpoint a run starts from."""
-    base = _load(model_folder(config), config.dtype)
+    """The checkpoint a run starts from, on the mesh in use."""
+    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat, config.mesh)
     if (n := len(base.chat.tokenizer)) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
@@ -79,27 +87,53 @@ def step_table(base: Base, granularity: Granularity) -> StepTable:
     return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)
 
 
-def adapters_folder(config: Config, phase: str) -> Path:
-    """Where a phase's adapters are."""
-    return config.run_dir / phase / "adapters"
+WEIGHTS = "weights"
+"""The part of a phase's folder with what training changed: adapters, or all weights where there are none."""
 
 
-def load_adapters(config: Config, phase: str) -> Params:
-    """A phase's adapters; those of `base` are new and change nothing."""
+def weights_folder(config: Config, phase: str) -> Path:
+    """Where the weights that a phase trained are."""
+    return config.run_dir / phase / WEIGHTS
+
+
+def load_trainable(config: Config, phase: str) -> tuple[Params, Params]:
+    """What training changes, as a phase left it, in float32; and the weights that stay.
+
+    Those of `base` are new adapters, which change nothing, or without adapters the weights themselves.
+    """
     base = load_base(config)
-    if phase == "base":
-        return initialize_adapters(base.config, config.lora.config, jax.random.key(config.seed))
-    return checkpoint.restore(adapters_folder(config, phase), abstract(base.config, config.lora.config)[2])
+    full = config.lora.rank == 0
+    frozen = {} if full else base.params
+    if phase != "base":
+        shapes = jax.eval_shape(_float32, base.params) if full else abstract(base.config, config.lora)[2]
+        return checkpoint.restore(weights_folder(config, phase), placed(shapes)), frozen
+    if full:
+        return jax.jit(_float32)(base.params), frozen
+    return initialize_adapters(base.config, config.lora, jax.random.key(config.seed)), frozen
+
+
+def _float32(params: Params) -> Params:
+    return constrain(jax.tree.map(lambda x: x.astype("float32"), params))
+
+
+def training_graph(config: Config) -> nnx.GraphDef:
+    """The module that both parts of `load_trainable` go into."""
+    return abstract(load_base(config).config, config.lora)[0]
 
 
 def load_policy(config: Config, phase: str) -> Policy:
-    """A phase's policy, adapters merged into the weights, to run and not to train."""
+    """A phase's policy, to run and not to train."""
     base = load_base(config)
     graph = abstract(base.config)[0]
     if phase == "base":
         return Policy(graph, base.params)
-    adapters = load_adapters(config, phase)
-    return Policy(graph, jax.jit(merge_adapters, static_argnums=2)(base.params, adapters, config.lora.config))
+    trained, frozen = load_trainable(config, phase)
+    if not frozen:
+        return Policy(graph, jax.tree.map(lambda x, like: x.astype(like.dtype), trained, base.params))
+    if config.dtype == "float32" and config.quantize == "none":
+        return Policy(graph, merge_adapters(frozen, trained, config.lora))
+    # Merged into weights of less precision, adapters would lose most of what they learned.
+    return Policy(training_graph(config), beside(frozen, trained))
 
 
 def data_file(config: Config) -> str:
@@ -325,7 +359,7 @@ def need(config: Config, phase: str, name: str, stage: str, keys: Sequence[str])
 
 def require_policy(config: Config, phase: str) -> None:
     """ValueError where the phase before has no weights yet."""
-    if not adapters_folder(config, phase).is_dir():
+    if not weights_folder(config, phase).is_dir():
         command = _command(policy_stage(phase)[1], phase)
         raise ValueError(f"{config.run_dir} has no weights of {phase} yet; run {command} first")
 

@@ -1,6 +1,6 @@
 """Warm-up training (section 4.2): supervised fine-tuning on easy, then medium, then hard samples.
 
-In: the training part of the data. Out: the adapters of phase `warmup`.
+In: the training part of the data. Out: the weights of phase `warmup`.
 """
 
 import itertools
@@ -10,7 +10,6 @@ from itool_jax import checkpoint, replay, train
 from itool_jax.config import Config
 from itool_jax.data.batches import sft_batches
 from itool_jax.metrics import Metrics
-from itool_jax.model.transformer import abstract
 from itool_jax.stages import folder
 
 PHASE = "warmup"
@@ -18,11 +17,11 @@ PHASE = "warmup"
 
 def run(config: Config) -> dict[str, Any]:
     """Trains from the base unless that is done; returns the stage's figures."""
-    return folder.once(config, PHASE, "warmup", lambda: _warm_up(config), ["adapters"])
+    return folder.once(config, PHASE, "warmup", lambda: _warm_up(config), [folder.WEIGHTS])
 
 
 def _warm_up(config: Config) -> dict[str, Any]:
-    settings, base = config.warmup, folder.load_base(config)
+    settings = config.warmup
     # 1. Rank the warm-up samples by difficulty and cut them into three parts (eq 1).
     samples, _ = folder.warmup_and_replay(config)
     encoded = {row.id: row for row in folder.encode(config, samples)}
@@ -33,17 +32,16 @@ def _warm_up(config: Config) -> dict[str, Any]:
         for n, part in enumerate(parts)
         if part
     ]
-    graph = abstract(base.config, config.lora.config)[0]
-    adapters = train.fit(
-        train.sft_loss(graph),
+    trained = train.fit(
+        train.sft_loss(folder.training_graph(config)),
         settings,
-        folder.load_adapters(config, "base"),
-        base.params,
+        *folder.load_trainable(config, "base"),
         itertools.chain.from_iterable(data),
         n_steps := sum(len(part) for part in data),
+        seed=config.seed,
         what=f"warm-up, {settings.order}",
         metrics=Metrics(config.run_dir / "metrics.jsonl", PHASE),
     )
     # 3. Keep the policy π0.
-    digest = checkpoint.save(folder.adapters_folder(config, PHASE), adapters)
+    digest = checkpoint.save(folder.weights_folder(config, PHASE), trained)
     return {"samples": len(samples), "steps": n_steps, "weights": digest}

@@ -1,0 +1,95 @@
+"""NF4 weights for QLoRA (https://arxiv.org/abs/2305.14314): four bits a weight, double-quantised scales.
+
+In: a kernel [in, out]. Out: `Codes`, about 0.516 bytes a weight, and the kernel again, as a compiled step needs it.
+Values are those of the bitsandbytes definition: blocks of 64 weights along the input, each scaled by its largest
+magnitude to the 16 quantiles of a normal distribution; these scales, less their mean, in eight bits of a dynamic
+exponent, 256 to a block.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import ndtri
+
+BLOCK, SCALE_BLOCK = 64, 256
+
+
+class Codes(NamedTuple):
+    """A quantised kernel [in, out]; a stack of layers has one axis more in front."""
+
+    codes: Array
+    """uint8 [in / 2, out], two weights a byte, neighbours along the input; the first in the upper four bits."""
+    scales: Array
+    """uint8 [in / 64, out], the largest magnitude of each block, as a code of `DYNAMIC`."""
+    scale_of_scales: Array
+    """float32 [in · out / 64 / 256]; scales are counted output by output, as in a checkpoint's [out, in]."""
+    scale_mean: Array
+    """float32 []."""
+
+
+def _normal_quantiles() -> np.ndarray:
+    """The 16 values of NF4: 0, and quantiles of a normal distribution on either side, scaled to [-1, 1]."""
+    offset = 0.9677083  # the outermost quantile: between those of 15 and of 16 equal parts
+    positive = ndtri(np.linspace(offset, 0.5, 9)[:-1])
+    negative = -ndtri(np.linspace(offset, 0.5, 8)[:-1])
+    values = np.sort(np.concatenate([positive, [0.0], negative]))
+    return (values / np.abs(values).max()).astype(np.float32)
+
+
+def _dynamic() -> np.ndarray:
+    """The 256 values of an eight-bit float with a sign, a unary exponent of base ten and a linear fraction."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1.0, 2**i + 1)
+        middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += [*middles, *-middles]
+    return np.sort(np.array(values)).astype(np.float32)
+
+
+NF4, DYNAMIC = _normal_quantiles(), _dynamic()
+
+
+def zeros(n_in: int, n_out: int) -> Codes:
+    """The codes of no kernel in particular; a last block that is not full is filled up with zeros."""
+    blocks = -(-n_in // BLOCK)
+    scales = jnp.zeros(-(-blocks * n_out // SCALE_BLOCK))
+    codes = jnp.zeros((blocks * BLOCK // 2, n_out), jnp.uint8)
+    return Codes(codes, jnp.zeros((blocks, n_out), jnp.uint8), scales, jnp.zeros(()))
+
+
+def quantize(kernel: Float[Array, "in out"]) -> Codes:
+    """The nearest codes of a kernel; under jit its float32 copy lives for this call only."""
+    n_in, n_out = kernel.shape
+    blocks = -(-n_in // BLOCK)
+    padded = jnp.pad(kernel.astype(jnp.float32), [(0, blocks * BLOCK - n_in), (0, 0)]).reshape(blocks, BLOCK, n_out)
+    largest = jnp.abs(padded).max(axis=1)
+    codes = _nearest(padded / jnp.where(largest > 0, largest, 1.0)[:, None], NF4).reshape(-1, 2, n_out)
+    flat = largest.T.reshape(-1)
+    mean = flat.mean()
+    grouped = jnp.pad(flat - mean, (0, -flat.size % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)
+    scale = jnp.abs(grouped).max(axis=1)
+    scales = jnp.searchsorted(_midpoints(DYNAMIC), grouped / jnp.where(scale > 0, scale, 1.0)[:, None])
+    scales = scales.astype(jnp.uint8).reshape(-1)[: flat.size].reshape(n_out, blocks).T
+    return Codes(codes[:, 0] << 4 | codes[:, 1], scales, scale, mean)
+
+
+def dequantize(q: Codes, n_in: int, dtype: str) -> Float[Array, "in out"]:
+    """The kernel that the codes stand for."""
+    blocks, n_out = q.scales.shape
+    scale = jnp.repeat(q.scale_of_scales, SCALE_BLOCK)[: blocks * n_out].reshape(n_out, blocks).T
+    largest = jnp.asarray(DYNAMIC)[q.scales] * scale + q.scale_mean
+    values = jnp.asarray(NF4)[jnp.stack([q.codes >> 4, q.codes & 15], axis=1)].reshape(blocks, BLOCK, n_out)
+    return (values * largest[:, None]).reshape(-1, n_out)[:n_in].astype(dtype)
+
+
+def _midpoints(values: np.ndarray) -> np.ndarray:
+    return (values[1:] + values[:-1]) / 2
+
+
+def _nearest(x: Array, values: np.ndarray) -> Array:
+    found = jnp.zeros(x.shape, jnp.uint8)
+    for middle in _midpoints(values).tolist():
+        found += x > middle
+    return found

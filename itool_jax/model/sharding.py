@@ -1,0 +1,122 @@
+"""How weights and activations lie on a mesh of devices: one table from parameter names to axes.
+
+Axes: `data` (rows of a batch), `fsdp` (rows too, and weights along their other dimension) and `tensor` (heads, the
+inner width of the MLP, the vocabulary). What the table names is a wish: an axis that does not divide a dimension is
+left out there, and XLA moves what must be moved (GSPMD, arXiv 2105.04663): every mesh gives one device's results.
+"""
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Array
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Innermost dimensions; a stack of layers has one more in front, which stays whole.
+INWARD, OUTWARD = ("fsdp", "tensor"), ("tensor", "fsdp")
+IN, OUT = ("q", "k", "v", "gate", "up"), ("o", "down")
+SPECS: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("tensor", "fsdp"),
+    "lm_head": INWARD,
+    **{f"{name}.bias": ("tensor",) for name in ("q", "k", "v")},
+    **{f"{name}.{part}": INWARD for name in IN for part in ("kernel", "kernel.codes", "kernel.scales")},
+    **{f"{name}.{part}": OUTWARD for name in OUT for part in ("kernel", "kernel.codes", "kernel.scales")},
+    **{f"{name}.lora_a": ("fsdp", None) for name in IN},
+    **{f"{name}.lora_b": (None, "tensor") for name in IN},
+    **{f"{name}.lora_a": ("tensor", None) for name in OUT},
+    **{f"{name}.lora_b": (None, "fsdp") for name in OUT},
+}
+"""Axes of each weight by the end of its name; weights that are not listed lie whole on every device."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """How the devices are laid out; data × fsdp × tensor is how many are used."""
+
+    data: int = 1
+    """Copies of the model, each with its share of a batch; 0 takes all devices that the other axes leave."""
+    fsdp: int = 1
+    """Devices that share the weights of a copy, and its rows."""
+    tensor: int = 1
+    """Devices that share each layer's heads and widths."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"mesh.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def make_mesh(settings: MeshSettings) -> Mesh:
+    """The mesh; ValueError where there are fewer devices than it needs."""
+    data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
+    count = jax.device_count()
+    data = data or max(1, count // (fsdp * tensor))
+    if (needed := data * fsdp * tensor) > count:
+        raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
+    devices = jax.devices()[:needed]
+    return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
+    """Inside, compiled functions spread their work over the mesh; on one device there is none."""
+    mesh = make_mesh(settings)
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def spec_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Axes of one weight, by its path in the parameters (or in an optimizer's state)."""
+    keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
+    axes = next((SPECS[name] for n in (3, 2, 1) if (name := ".".join(keys[-n:])) in SPECS), ())
+    if len(shape) < len(axes):  # a count or another scalar of the optimizer
+        return PartitionSpec()
+    return fit(((None,) * (len(shape) - len(axes)) + axes), shape, mesh)
+
+
+def fit(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The axes that divide their dimensions."""
+    return PartitionSpec(*(_dividing(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+
+
+def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    while names and size % math.prod(mesh.shape[name] for name in names):
+        names = names[1:]
+    return None if not names else names[0] if len(names) == 1 else names
+
+
+def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Where one weight lies: on the mesh in use, or whole on the first device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
+def placed(shapes: Any) -> Any:
+    """Shapes of weights, or of an optimizer's state, with where each of them lies."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf.shape)), shapes
+    )
+
+
+def by_rows(x: Array) -> Array:
+    """Inside a compiled function: the rows of `x` (its first dimension) are spread over the mesh in use, if any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = fit((ROWS,) + (None,) * (x.ndim - 1), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain(tree: Any) -> Any:
+    """Inside a compiled function: weights, or an optimizer's state, are laid out on the mesh in use, if any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    place = jax.lax.with_sharding_constraint
+    return jax.tree.map_with_path(lambda path, leaf: place(leaf, spec_of(path, leaf.shape, mesh)), tree)
