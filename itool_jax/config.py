@@ -195,6 +195,8 @@ def _argument(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         head, _, last = name.rpartition(".")
         return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{last}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 
 
@@ -203,7 +205,8 @@ def _flatten(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flatten(value, f"{head}{key}.")
         else:
-            yield f"{head}{key}", str(value) if isinstance(value, Path) else value
+            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            yield f"{head}{key}", plain
 
 
 def _defaults() -> dict[str, Any]:

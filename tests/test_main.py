@@ -178,7 +178,7 @@ def test_a_bad_config_file(refused: Run, tmp_path: Path):
 
 @pytest.mark.parametrize("stage", ["score", "generate", "iterate"])
 def test_a_missing_model(refused: Run, tmp_path: Path, stage: str):
-    data = write_rows(tmp_path / "d.jsonl", *({**SAMPLE, "id": f"s{i}"} for i in range(200)))
+    data = write_rows(tmp_path / "d.jsonl", *({**SAMPLE, "id": f"s{i}", "target": f"[f({i})]"} for i in range(200)))
     output = [f"--output={tmp_path / 'o.jsonl'}"] if stage != "iterate" else []
     line = refused(
         f"--stage={stage}", f"--model={tmp_path / 'none'}", f"--data={data}", f"--run_dir={tmp_path}", *output
@@ -235,7 +235,7 @@ def test_a_prompt_that_leaves_no_room(refused: Run, tmp_path: Path, tiny_folder:
         ([], "{data} holds no samples"),
         ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} holds raw prompts, which only"),
         (
-            [{**SAMPLE, "id": f"s{i}", "target": "x" * (1024 if i == 150 else 1)} for i in range(200)],
+            [{**SAMPLE, "id": f"s{i}", "target": "x" * 1024 if i == 150 else f"x{i}"} for i in range(200)],
             "sample s150: its 1",
         ),
     ],
@@ -324,7 +324,7 @@ def test_a_tokenizer_larger_than_its_model(refused: Run, tmp_path: Path):
 def test_a_tokenizer_without_a_chat_template(refused: Run, tmp_path: Path, tiny_folder: Path, stage: str):
     model = copy_model(tiny_folder, tmp_path / "model")
     (model / "chat_template.jinja").unlink()
-    data = write_rows(tmp_path / "d.jsonl", *({**SAMPLE, "id": f"s{i}"} for i in range(200)))
+    data = write_rows(tmp_path / "d.jsonl", *({**SAMPLE, "id": f"s{i}", "target": f"[f({i})]"} for i in range(200)))
     output = [f"--output={tmp_path / 'o'}"] if stage != "iterate" else []
     line = refused(f"--stage={stage}", f"--model={model}", f"--data={data}", f"--run_dir={tmp_path / 'run'}", *output)
     assert re.match(rf"sample s\d+: tokenizer of {model} has no chat template; add chat_template.jinja", line)
