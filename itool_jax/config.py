@@ -21,13 +21,13 @@ from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
-from itool_jax.model.transformer import LoraSettings
 from itool_jax.replay import ReplaySettings
 from itool_jax.sampler import GenerateSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
-Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate"]
+Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export"]
 
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
@@ -48,6 +48,26 @@ class EvaluateSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What of a run is exported, and how."""
+
+    kind: Literal["merged", "adapter"] = "merged"
+    """A whole model, adapters merged into its weights, as transformers and vLLM read it; or the adapters alone, for
+    PEFT."""
+    phase: str | None = None
+    """Phase whose weights are exported, such as warmup or iteration_2; the last one that has any."""
+    base: Literal["original", "dequantized"] | None = None
+    """What adapters trained beside four-bit weights are merged into: the original 16-bit weights, or what the four bits
+    stand for, which is what they were trained with. It must be said where quantize is nf4."""
+    shard_gigabytes: float = 5.0
+    """Largest size of a weight file."""
+
+    def __post_init__(self) -> None:
+        if not self.shard_gigabytes > 0:
+            raise ValueError(f"export.shard_gigabytes must be positive, got {self.shard_gigabytes}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
 
@@ -63,7 +83,9 @@ class Config:
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None
-    """File to write, for score and generate on a data file of their own."""
+    """File to write, for score and generate on a data file of their own; folder to write, for export."""
+    overwrite: bool = False
+    """Replace an exported folder that is there already."""
     iterations: int = 3
     """Rounds of score, search, preference training."""
     iteration: int = 1
@@ -88,6 +110,7 @@ class Config:
     preference: PreferenceSettings = PreferenceSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     generate: GenerateSettings = GenerateSettings()
+    export: ExportSettings = ExportSettings()
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -98,8 +121,8 @@ class Config:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
-        if self.output is not None and self.stage not in ("score", "generate"):
-            raise ValueError(f"output is for the stages score and generate, got it with stage {self.stage}")
+        if self.output is not None and self.stage not in ("score", "generate", "export"):
+            raise ValueError(f"output is for the stages score, generate and export, got it with stage {self.stage}")
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
@@ -215,8 +238,8 @@ def _defaults() -> dict[str, Any]:
 
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
 FREE = (
-    *("stage", "config", "run_dir", "output", "iterations", "iteration"),
-    *("evaluate.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
+    *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
+    *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
 )
 
 
@@ -228,11 +251,12 @@ def save_or_check(config: Config) -> None:
     Raises:
         ValueError: it was made with other settings; names the first.
     """
-    if config.output is not None:
+    if config.output is not None and config.stage != "export":
         if config.output.is_dir():
             raise ValueError(f"output {config.output} is a folder, not a file")
         config.output.parent.mkdir(parents=True, exist_ok=True)
-    if config.output is not None or config.stage == "generate":
+        return
+    if config.stage == "generate":
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from itool_jax.main import main
-from itool_jax.model import hf
+from itool_jax.model import export, hf
 from itool_jax.model.transformer import abstract
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests import tiny
@@ -131,7 +131,7 @@ def test_parquet_holds_the_same_as_json_lines(tmp_path: Path, tiny_folder: Path)
 def test_an_infinite_perplexity_is_still_json(tmp_path: Path):
     model = tiny.tiny_checkpoint(tmp_path / "model")
     config, params = hf.load(model, "float32")
-    hf.save(model, params | {"embedding": params["embedding"] * 1000}, tiny.raw_config())
+    export.save(model, params | {"embedding": params["embedding"] * 1000}, tiny.raw_config())
     rows = [{"id": f"r{i}", "prompt_ids": [5], "target_ids": [i]} for i in range(20)]
     scores = run_file("score", model, write(tmp_path / "d.jsonl", rows))
     assert config.vocab_size == tiny.VOCABULARY

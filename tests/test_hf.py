@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
-from itool_jax.model import hf
+from itool_jax.model import export, hf
 from itool_jax.model.transformer import RopeScaling
 from itool_jax.text.chat import Chat, answer_ids, load_tokenizer
 from tests import tiny
@@ -246,10 +246,10 @@ def test_reads_every_float_type(folder: Path, stored: Any, dtype: str) -> None:
 def test_a_round_trip_keeps_every_bit(tmp_path: Path, family: str, tied: bool, dtype: str) -> None:
     changes = {"architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": tied}
     params = tiny.random_params(tiny.model_config(tmp_path / "first", dtype, **changes))
-    hf.save(tmp_path / "first", params, tiny.raw_config(**changes))
+    export.save(tmp_path / "first", params, tiny.raw_config(**changes))
     config, loaded = hf.load(tmp_path / "first", dtype)
     assert identical(loaded, params)
-    hf.save(tmp_path / "deep" / "second", loaded, json.loads((tmp_path / "first/config.json").read_text()))
+    export.save(tmp_path / "deep" / "second", loaded, json.loads((tmp_path / "first/config.json").read_text()))
     assert hf.load(tmp_path / "deep" / "second", dtype)[0] == config
     for name in ("config.json", hf.WEIGHTS):
         assert (tmp_path / "deep" / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
-from itool_jax.model.transformer import LoraSettings, ModelConfig, Params, abstract
+from itool_jax.model.transformer import ModelConfig, Params, abstract
 from tests import tiny
 
 LORA = LoraSettings(rank=8, alpha=16.0)

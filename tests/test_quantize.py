@@ -10,8 +10,9 @@ from flax import nnx
 
 from itool_jax import train
 from itool_jax.model import hf, quantize
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters
-from itool_jax.model.transformer import LoraSettings, abstract
+from itool_jax.model.transformer import abstract
 from itool_jax.sampler import Policy, score
 from itool_jax.text.padding import collate
 from tests import tiny

@@ -13,9 +13,10 @@ from itool_jax import train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
 from itool_jax.model import hf, sharding
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
-from itool_jax.model.transformer import LoraSettings, abstract
+from itool_jax.model.transformer import abstract
 from itool_jax.sampler import GenerateSettings, Policy, respond, target_log_probs
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import collate

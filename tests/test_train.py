@@ -19,8 +19,9 @@ from itool_jax import losses, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossName, LossSettings, PairLogProbs
 from itool_jax.metrics import Metrics
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
-from itool_jax.model.transformer import LoraSettings, ModelConfig, Params, abstract
+from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch, collate
 from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, fit, train_step
 from tests import tiny

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from itool_jax.model import hf
+from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
 
@@ -114,6 +114,6 @@ def save_tokenizer(folder: Path) -> None:
 
 def tiny_checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Writes a complete model folder, with changes to its config.json, and returns it."""
-    hf.save(folder, random_params(model_config(folder, **changes), seed), raw_config(**changes))
+    export.save(folder, random_params(model_config(folder, **changes), seed), raw_config(**changes))
     save_tokenizer(folder)
     return folder

@@ -25,7 +25,7 @@ from itool_jax.embedded import tokenizer as embedded_tokenizer
 from itool_jax.embedded.structured_start import structured_start
 from itool_jax.evaluation.statistics import standard_error
 from itool_jax.metrics import say
-from itool_jax.model import hf
+from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, abstract
 from itool_jax.replay import curriculum, sample_features
 from itool_jax.sampler import GenerateSettings, Policy, respond
@@ -258,7 +258,7 @@ def train(settings: Settings) -> None:
                 say(f"step {step + 1}/{n_steps}  loss {np.mean([float(x) for x in losses_seen[-100:]]):.3f}")
         measured = accuracy(Policy(graph, state.trainable), corpus, 600)
         say("held out: " + ", ".join(f"{name} {100 * p:.1f} %" for name, (p, _, _) in measured.items()))
-        hf.save(settings.output, state.trainable, raw_config(config, chat))
+        export.save(settings.output, state.trainable, raw_config(config, chat))
     measured = accuracy(Policy(graph, state.trainable), corpus, 2000)
     write_card(settings, measured, n_weights=sum(x.size for x in jax.tree.leaves(params)))
     say(f"held out (2000 samples): {measured}")

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: config.json and safetensors in, `ModelConfig` and weights out, and back.
+"""Hugging Face checkpoints: config.json and safetensors in, `ModelConfig` and weights out.
 
 Everything a file holds must be understood: an unknown architecture, a config feature this code does not
 compute, a missing, extra or misshaped tensor is refused by name.
@@ -36,7 +36,7 @@ ARCHITECTURES = {
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attention_norm.scale": "input_layernorm.weight",
     "mlp_norm.scale": "post_attention_layernorm.weight",
     **{f"{n}.kernel": f"self_attn.{n}_proj.weight" for n in "qkvo"},
@@ -166,7 +166,7 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(*(raw[field] for field in RopeScaling._fields))
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a checkpoint keeps one leaf of the parameters; a stacked one has a name a layer."""
 
     names: list[str]
@@ -175,13 +175,14 @@ class _Place(NamedTuple):
     """Checkpoints hold [out, in], this code [in, out]."""
 
 
-def _place(path: tuple[Any, ...], n_layers: int) -> _Place:
+def place_of(path: tuple[Any, ...], n_layers: int) -> Place:
+    """Where the leaf of the parameters at `path` is kept."""
     keys = [str(part.key) for part in path]
     transposed = keys[-1] in ("kernel", "lm_head")
     if keys[0] != "layers":
-        return _Place([_TOP_NAMES[".".join(keys)]], False, transposed)
-    name = _LAYER_NAMES[".".join(keys[1:])]
-    return _Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
+        return Place([_TOP_NAMES[".".join(keys)]], False, transposed)
+    name = LAYER_NAMES[".".join(keys[1:])]
+    return Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
 
 
 class Tensor(NamedTuple):
@@ -208,7 +209,7 @@ def load(folder: Path, dtype: str = "float32", *, nf4: bool = False) -> tuple[Mo
     _check(folder, config, shapes, tensors)
 
     def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
-        place, where = _place(path, config.n_layers), sharding_of(path, leaf.shape)
+        place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape)
         read = functools.partial(_read, tensors, place, config.dtype)
         found = jax.make_array_from_callback(leaf.shape, where, read)
         return _quantize(str(path[-2].key), found) if nf4 and place.stacked and place.transposed else found
@@ -226,7 +227,7 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
     """ValueError names the first tensor that is missing, extra or not as config.json asks for."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
-        names, stacked, transposed = _place(path, config.n_layers)
+        names, stacked, transposed = place_of(path, config.n_layers)
         shape = leaf.shape[1:] if stacked else leaf.shape
         expected.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))
     # An untied copy of tied embeddings and old rotary buffers carry nothing new.
@@ -244,7 +245,7 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
             raise ValueError(f"{found.file}: tensor {name} holds {found.dtype}, not one of {', '.join(FLOATS)}")
 
 
-def _read(tensors: dict[str, Tensor], place: _Place, dtype: str, part: Any) -> np.ndarray:
+def _read(tensors: dict[str, Tensor], place: Place, dtype: str, part: Any) -> np.ndarray:
     """A part of one leaf of the parameters; each file is open only as long as it is read."""
     from safetensors import safe_open
 
@@ -291,17 +292,3 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to file names")
     return weight_map
-
-
-def save(folder: Path, params: Params, raw_config: dict[str, Any]) -> None:
-    """Writes config.json and model.safetensors; `raw_config` is the content of config.json."""
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        names, stacked, transposed = _place(path, len(leaf))
-        for name, value in zip(names, np.asarray(leaf) if stacked else np.asarray(leaf)[None], strict=True):
-            tensors[name] = np.ascontiguousarray(value.T if transposed else value)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n", encoding="utf-8")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import constrain
-from itool_jax.model.transformer import LoraSettings, ModelConfig, Params, Transformer
+from itool_jax.model.transformer import ModelConfig, Params, Transformer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -23,8 +24,7 @@ def merge_adapters(base: Params, adapters: Params, lora: LoraSettings) -> Params
     """The base with kernel + alpha/rank · A B in place of every adapted kernel."""
     if "lora_a" in adapters:
         change = jnp.einsum("...ir,...ro->...io", adapters["lora_a"], adapters["lora_b"])
-        kernel = base["kernel"] + (lora.alpha / lora.rank * change).astype(base["kernel"].dtype)
-        return base | {"kernel": kernel}
+        return base | {"kernel": (base["kernel"] + lora.alpha / lora.rank * change).astype(base["kernel"].dtype)}
     return base | {name: merge_adapters(base[name], part, lora) for name, part in adapters.items()}
 
 

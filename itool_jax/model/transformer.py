@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from itool_jax.model import quantize
 from itool_jax.model.cache import Prefix, Suffix
+from itool_jax.model.linear import LINEAR, Linear, LoraSettings
 from itool_jax.model.sharding import by_rows
 
 Params = dict[str, Any]
@@ -60,82 +60,6 @@ class ModelConfig:
     nf4: bool = False
     """The layers' kernels are NF4 codes."""
     remat: Remat = "none"
-
-
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers, as `lora.targets` names them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Low-rank adapters beside the linear layers' weights (https://arxiv.org/abs/2106.09685)."""
-
-    rank: int = 16
-    """Rank of the adapters' matrices; 0 trains all weights instead."""
-    alpha: float = 32.0
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in each training step."""
-    targets: tuple[str, ...] = LINEAR
-    """Layers that get adapters."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"lora.rank must not be negative, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
-        if unknown := [name for name in self.targets if name not in LINEAR]:
-            raise ValueError(f"lora.targets must be among {' '.join(LINEAR)}, got {unknown[0]}")
-        if not self.targets:
-            raise ValueError("lora.targets must name a layer; lora.rank=0 trains without adapters")
-
-
-class Nf4Kernel(nnx.Module):
-    """A kernel in four bits, of which the kernel itself is made where it is used (https://arxiv.org/abs/2305.14314)."""
-
-    def __init__(self, n_in: int, n_out: int):
-        self.n_in = n_in
-        for name, leaf in quantize.zeros(n_in, n_out)._asdict().items():
-            setattr(self, name, nnx.Param(leaf))
-
-    def dequantize(self, dtype: str) -> Array:
-        """[n_in, n_out] in `dtype`."""
-        codes = quantize.Codes(*(getattr(self, name)[...] for name in quantize.Codes._fields))
-        return quantize.dequantize(codes, self.n_in, dtype)
-
-
-class Linear(nnx.Module):
-    """x @ kernel (+ bias) (+ alpha/rank · x @ A @ B), with A and B in float32."""
-
-    def __init__(
-        self, n_in: int, n_out: int, *, bias: bool, lora: LoraSettings | None, config: ModelConfig, rngs: nnx.Rngs
-    ):
-        init = nnx.initializers.lecun_normal()
-        nf4 = Nf4Kernel(n_in, n_out) if config.nf4 else None
-        self.kernel = nf4 or nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(n_out)) if bias else None
-        self.dtype, self.lora_scale = config.dtype, 0.0
-        if lora is not None:
-            self.lora_scale, self.dropout = lora.alpha / lora.rank, lora.dropout
-            bound = n_in**-0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
-            start = jax.random.uniform(rngs.params(), (n_in, lora.rank), minval=-bound, maxval=bound)
-            self.lora_a = nnx.LoRAParam(start)
-            self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, n_out)))
-
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
-        """[..., n_in] to [..., n_out], computed and returned in `dtype`; `key` is for dropout, None drops nothing."""
-        x = x.astype(self.dtype)
-        kernel = self.kernel.dequantize(self.dtype) if isinstance(self.kernel, Nf4Kernel) else self.kernel[...]
-        y = x @ kernel.astype(self.dtype)
-        if self.lora_scale:
-            if key is not None and self.dropout:
-                kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0)
-            low_rank = x @ self.lora_a[...].astype(self.dtype) @ self.lora_b[...].astype(self.dtype)
-            y = y + self.lora_scale * low_rank
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class RmsNorm(nnx.Module):
@@ -249,7 +173,7 @@ class Layer(nnx.Module):
 
         def linear(name: str, n_in: int, n_out: int, bias: bool = False) -> Linear:
             adapted = lora if lora is not None and name in lora.targets else None
-            return Linear(n_in, n_out, bias=bias, lora=adapted, config=c, rngs=rngs)
+            return Linear(n_in, n_out, bias=bias, lora=adapted, dtype=c.dtype, nf4=c.nf4, rngs=rngs)
 
         self.attention_norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
         self.q = linear("q", c.hidden_size, width, c.qkv_bias)

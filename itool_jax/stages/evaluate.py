@@ -26,12 +26,7 @@ Row = dict[str, Any]
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluates every phase of the run that has weights; returns the figures of each."""
-    found = {"base": evaluate(config, "base")}
-    iteration = 0
-    while folder.weights_folder(config, phase := folder.phase_name(iteration)).is_dir():
-        found[phase] = evaluate(config, phase)
-        iteration += 1
-    return found
+    return {phase: evaluate(config, phase) for phase in ("base", *folder.trained_phases(config))}
 
 
 def results_file(config: Config, phase: str) -> Path:

@@ -10,6 +10,7 @@ A stage's `<stage>.json` is written last: where it stands, and what the stage wa
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,12 @@ WEIGHTS = "weights"
 def weights_folder(config: Config, phase: str) -> Path:
     """Where the weights that a phase trained are."""
     return config.run_dir / phase / WEIGHTS
+
+
+def trained_phases(config: Config) -> list[str]:
+    """The phases that have weights, in order."""
+    names = map(phase_name, itertools.count())
+    return list(itertools.takewhile(lambda phase: weights_folder(config, phase).is_dir(), names))
 
 
 def load_trainable(config: Config, phase: str) -> tuple[Params, Params]:

@@ -1,0 +1,117 @@
+"""Weights to folders that others open: Hugging Face checkpoints, and adapters as PEFT has them.
+
+Out: config.json and safetensors, sharded with an index where they are large; or adapter_config.json and
+adapter_model.safetensors (https://huggingface.co/docs/peft/developer_guides/checkpoint).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from itool_jax.model.hf import INDEX, LAYER_NAMES, WEIGHTS, place_of
+from itool_jax.model.linear import LoraSettings
+from itool_jax.model.transformer import Params
+
+Leaf = Callable[[tuple[Any, ...], Any], Any]
+
+
+def save(
+    folder: Path,
+    params: Params,
+    raw_config: dict[str, Any],
+    leaf: Leaf = lambda _, x: x,
+    shard_bytes: float = 5e9,
+    advance: Callable[..., None] = lambda *_: None,
+) -> None:
+    """Writes config.json and the weights, as one file or, where they are more than `shard_bytes`, as several.
+
+    `raw_config` is the content of config.json. `leaf(path, x)` makes a leaf of the weights from one of `params` when
+    it is written, and not before: of a model that is put together so, one part is in memory at a time.
+    """
+    leaves = jax.tree.leaves_with_path(params)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _Shards(folder, shard_bytes)
+    for path, x in leaves:
+        value = np.asarray(leaf(path, x))
+        names, stacked, transposed = place_of(path, len(value))
+        for name, part in zip(names, value if stacked else value[None], strict=True):
+            shards.add(name, np.ascontiguousarray(part.T if transposed else part))
+        advance(1)
+    shards.finish()
+    text = json.dumps(raw_config | {"torch_dtype": leaves[0][1].dtype.name}, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+class _Shards:
+    """Files of about equal size, and the index of what is in which."""
+
+    def __init__(self, folder: Path, limit: float):
+        self.folder, self.limit = folder, limit
+        self.tensors: dict[str, np.ndarray] = {}
+        self.files: list[list[str]] = []
+        self.total = 0
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """Takes a tensor; writes those before it where it would make their file too large."""
+        if self.tensors and sum(x.nbytes for x in self.tensors.values()) + value.nbytes > self.limit:
+            self._write()
+        self.tensors[name] = value
+        self.total += value.nbytes
+
+    def finish(self) -> None:
+        """Writes what is left and gives the files their names, which say how many there are."""
+        self._write()
+        if len(self.files) == 1:
+            self._part(1).rename(self.folder / WEIGHTS)
+            return
+        index: dict[str, str] = {}
+        for number, names in enumerate(self.files, 1):
+            file = f"model-{number:05}-of-{len(self.files):05}.safetensors"
+            self._part(number).rename(self.folder / file)
+            index |= dict.fromkeys(names, file)
+        content = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(index.items()))}
+        (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        from safetensors.numpy import save_file
+
+        self.files.append(list(self.tensors))
+        save_file(self.tensors, self._part(len(self.files)), metadata={"format": "pt"})
+        self.tensors = {}
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number}.safetensors"
+
+
+def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) -> None:
+    """Writes adapters as PEFT reads them; `base` is the path or the hub name of the model they were trained beside."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    targets: list[str] = []
+    for name, part in adapters["layers"].items():
+        module = LAYER_NAMES[f"{name}.kernel"].removesuffix(".weight")
+        targets.append(module.rpartition(".")[2])
+        for side, matrix in (("A", part["lora_a"]), ("B", part["lora_b"])):
+            for i, layer in enumerate(np.asarray(matrix)):
+                key = f"base_model.model.model.layers.{i}.{module}.lora_{side}.weight"
+                tensors[key] = np.ascontiguousarray(layer.T)
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

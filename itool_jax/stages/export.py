@@ -1,0 +1,140 @@
+"""A run's weights as a folder that other programs open.
+
+In: a run with weights. Out: `--output`, or `merged/` or `adapter/` in the phase's folder: a whole Hugging Face model
+with tokenizer, template and generation settings, or adapters as PEFT reads them. It is there when it is complete.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from itool_jax.config import Config
+from itool_jax.metrics import progress, say
+from itool_jax.model import export, quantize
+from itool_jax.model.lora import merge_adapters
+from itool_jax.model.transformer import Params, abstract
+from itool_jax.stages import folder
+
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "USE_POLICY.md"),
+)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Writes the folder; returns where it is."""
+    phases = folder.trained_phases(config)
+    if not phases:
+        folder.require_policy(config, "warmup")
+    phase = config.export.phase or phases[-1]
+    if phase not in phases:
+        raise ValueError(f"export.phase={phase} has no weights in {config.run_dir}; there are: {', '.join(phases)}")
+    target = config.output or config.run_dir / phase / config.export.kind
+    with _whole_folder(target, config.overwrite) as partial:
+        if config.export.kind == "adapter":
+            _write_adapter(config, phase, partial)
+        else:
+            _write_merged(config, phase, partial)
+    say(f"wrote the weights of {phase} to {target}")
+    return {"folder": str(target)}
+
+
+def _write_adapter(config: Config, phase: str, target: Path) -> None:
+    if config.lora.rank == 0:
+        raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
+    name = config.model if config.model != "embedded" else str(folder.model_folder(config))
+    export.save_adapter(target, folder.load_trainable(config, phase)[0], config.lora, name)
+    _copy_tokenizer(config, target)
+
+
+def _write_merged(config: Config, phase: str, target: Path) -> None:
+    nf4 = config.quantize == "nf4"
+    if nf4 and config.export.base is None:
+        raise ValueError(
+            "export.base must say what adapters trained beside four-bit weights are merged into: original or "
+            "dequantized"
+        )
+    trained, _ = folder.load_trainable(config, phase)
+    base = folder.load_base(
+        dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
+    )
+    shapes = abstract(dataclasses.replace(base.config, nf4=False))[1]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
+        """One stack of weights, made when it is written."""
+        keys = [part.key for part in path]
+        if config.lora.rank == 0:
+            return _at(trained, keys).astype(shape.dtype)
+        weight, adapters = _at(base.params, keys), _at(trained, keys[:-1])
+        if isinstance(weight, dict):
+            weight = _dequantize(weight, shape)
+        if keys[-1] == "kernel" and adapters is not None:
+            weight = merge_adapters({"kernel": weight}, adapters, config.lora)["kernel"]
+        return weight
+
+    raw = json.loads((folder.model_folder(config) / "config.json").read_text(encoding="utf-8"))
+    with progress("export", len(jax.tree.leaves(shapes))) as advance:
+        export.save(target, shapes, raw, leaf, config.export.shard_gigabytes * 1e9, advance)
+    _copy_tokenizer(config, target)
+    _write_generation_config(config, target)
+
+
+def _at(tree: Params, keys: list[str]) -> Any:
+    """What stands under the keys, None where there is nothing."""
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def one(layer: Params) -> jax.Array:
+        return quantize.dequantize(quantize.Codes(**layer), shape.shape[1], shape.dtype.name)
+
+    return jax.lax.map(one, codes)
+
+
+def _copy_tokenizer(config: Config, target: Path) -> None:
+    for name in COPIED:
+        if (file := folder.model_folder(config) / name).is_file():
+            shutil.copy(file, target / name)
+
+
+def _write_generation_config(config: Config, target: Path) -> None:
+    """The base's own, with every token that ends a response in it: servers stop where training did."""
+    file = folder.model_folder(config) / "generation_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content["eos_token_id"] = list(folder.load_base(config).chat.stop_ids)
+    (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write to, which takes its name, in place of an earlier export, only when all is written."""
+    target = Path(os.path.realpath(target))
+    if target.exists() and not overwrite:
+        raise ValueError(f"output {target} exists; choose another --output, or replace it with --overwrite")
+    known = ("config.json", "adapter_config.json")
+    if target.exists() and not any((target / name).is_file() for name in known):
+        raise ValueError(f"output {target} is no exported model, so --overwrite does not replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,168 @@
+"""Exported folders: transformers and PEFT open them and give the policy's logits; nothing is overwritten unasked."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from itool_jax import config as settings
+from itool_jax.main import main
+from itool_jax.model import hf
+from itool_jax.sampler import Policy
+from itool_jax.stages import folder
+from itool_jax.text.chat import Chat, load_tokenizer
+from tests.conftest import write
+from tests.runs import Made, make_samples
+
+pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+
+TOKENS_BT = np.random.default_rng(0).integers(0, 250, (2, 24)).astype(np.int32)
+
+
+def logits(policy: Policy) -> np.ndarray:
+    def run(params: Any, tokens_BT: jax.Array) -> jax.Array:
+        model = nnx.merge(policy.graph, params)
+        return model.logits(model(tokens_BT)[0])
+
+    return np.asarray(jax.jit(run)(policy.params, TOKENS_BT))
+
+
+def policy_of(made: Made, phase: str, *changes: str) -> Policy:
+    config = settings.parse(["--stage=evaluate", f"--run_dir={made.folder}", *made.settings, *changes])
+    return folder.load_policy(config, phase)
+
+
+def exported(made: Made, target: Path, *changes: str) -> int:
+    return main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes])
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS_BT, dtype=torch.long)).logits.float().numpy()
+
+
+def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    import transformers
+
+    target = tmp_path / "model"
+    assert exported(made, target, "--export.shard_gigabytes=2e-5") == 0
+    names = {path.name for path in target.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    shards = sorted(target.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert {target / name for name in index["weight_map"].values()} == set(shards)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for shard in shards for x in load_file(shard).values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(target)
+    ours = logits(policy_of(made, "iteration_2"))
+    np.testing.assert_allclose(torch_logits(model), ours, atol=1e-4 * ours.std())
+    assert np.abs(ours - logits(policy_of(made, "base"))).max() > 1e-2
+    assert model.generation_config.eos_token_id == list(made.chat.stop_ids)
+    again = Chat(load_tokenizer(str(target)))
+    turns = [{"role": "user", "content": "hi"}]
+    assert again.prompt_ids(turns) == made.chat.prompt_ids(turns)
+    # And so do we.
+    _, params = hf.load(target)
+    np.testing.assert_array_equal(logits(Policy(policy_of(made, "base").graph, params)), ours)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, in PEFT
+def test_peft_opens_an_adapter(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    target = tmp_path / "adapter"
+    assert exported(made, target, "--export.kind=adapter", "--export.phase=warmup") == 0
+    name = json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(name), target)
+    ours = logits(policy_of(made, "warmup"))
+    np.testing.assert_allclose(torch_logits(model), ours, atol=1e-4 * ours.std())
+    assert np.abs(ours - logits(policy_of(made, "base"))).max() > 1e-3
+
+
+def test_what_is_there_is_not_overwritten_unasked(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "thesis.tex").write_text("years of work")
+    for changes, message in (
+        ((), f"output {target} exists; choose another --output, or replace it with --overwrite"),
+        (("--overwrite",), f"output {target} is no exported model, so --overwrite does not replace it"),
+        (("--export.phase=iteration_9",), "export.phase=iteration_9 has no weights in"),
+    ):
+        assert exported(made, target, *changes) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "thesis.tex"]
+    (target / "thesis.tex").unlink()
+    (target / "config.json").write_text("{}")
+    (target / "model.safetensors").write_text("an older one")
+    assert exported(made, target, "--overwrite") == 0
+    assert hf.load(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_export_leaves_the_old_one(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    assert exported(made, target, "--export.phase=warmup") == 0
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy", fail)
+    assert exported(made, target, "--overwrite") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def warmed_up(tmp_path: Path, tiny_folder: Path, *changes: str) -> Made:
+    """A run of the warm-up alone, of another kind of weights."""
+    data = write(tmp_path / "d.jsonl", make_samples(60))
+    options = [f"--model={tiny_folder}", f"--data={data}", "--replay.replay_fraction=0.5", "--warmup.batch_size=8"]
+    options += ["--warmup.learning_rate=1e-2", *changes]
+    assert main(["--stage=warmup", f"--run_dir={tmp_path / 'run'}", *options]) == 0
+    return Made(tmp_path / "run", options, [], Chat(load_tokenizer(str(tiny_folder))), "")
+
+
+def test_four_bit_bases_are_named_in_a_merge(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = warmed_up(tmp_path, tiny_folder, "--quantize=nf4", "--lora.rank=2")
+    assert exported(made, tmp_path / "model") == 2
+    assert "export.base must say what adapters trained beside four-bit weights" in capsys.readouterr().err
+    ours = logits(policy_of(made, "warmup"))
+    worst = {}
+    for base in ("dequantized", "original"):
+        target = tmp_path / base
+        assert exported(made, target, f"--export.base={base}") == 0
+        merged = Policy(policy_of(made, "base", "--quantize=none").graph, hf.load(target)[1])
+        worst[base] = np.abs(logits(merged) - ours).max() / ours.std()
+    assert worst["dequantized"] < 1e-4
+    assert worst["original"] > 1e-2  # four bits are not sixteen, and the adapters were trained beside four
+
+
+def test_all_weights_are_trained_and_exported_without_adapters(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = warmed_up(tmp_path, tiny_folder, "--lora.rank=0")
+    assert exported(made, tmp_path / "adapter", "--export.kind=adapter") == 2
+    assert "has no adapters; export.kind=merged" in capsys.readouterr().err
+    assert exported(made, tmp_path / "model") == 0
+    trained, base = hf.load(tmp_path / "model")[1], hf.load(tiny_folder)[1]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, base)))
+    policy = policy_of(made, "warmup")
+    np.testing.assert_array_equal(logits(Policy(policy.graph, trained)), logits(policy))
