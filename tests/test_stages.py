@@ -6,6 +6,7 @@ The run is that of `runs.make_run`; the tests read it, or go on from a copy.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -221,3 +222,44 @@ def test_the_control_takes_as_many_steps_on_the_gold_of_the_same_prompts(made: M
     assert len(steps) == ours["steps"]
     assert steps[0]["loss"] > 1.5  # nats a token of the gold response, not ln 2
     assert "reward_margin" not in steps[0]
+
+
+def test_a_run_on_a_mesh_is_the_run_on_one_device(made: Made, tmp_path: Path):
+    """Search, scores, training and responses: the same decisions, and numbers that differ by rounding alone."""
+    folder = tmp_path / "run"
+    assert again(made, folder, "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--iterations=1") == 0
+    for name in ("pairs.jsonl", "scores.jsonl", "trees.jsonl"):
+        ours, theirs = read(folder / "iteration_1" / name), read(made.folder / "iteration_1" / name)
+        assert ours == [approximately(row) for row in theirs]
+    for name in ("base", "warmup", "iteration_1"):
+        results = [read(f / name / "evaluation_test_all.jsonl") for f in (folder, made.folder)]
+        assert results[0] == results[1]
+    ours, theirs = (read(f / "metrics.jsonl") for f in (folder, made.folder))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs[: len(ours)]], rel=1e-4)
+
+
+def approximately(value: Any) -> Any:
+    """The value, its numbers with fractions only as near as rounding leaves them."""
+    if isinstance(value, dict):
+        return {key: approximately(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [approximately(part) for part in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("--quantize=nf4", "--warmup.micro_batch=4", "--preference.micro_batch=2"),
+        ("--lora.rank=0", "--dtype=bfloat16", "--remat=dots", "--preference.learning_rate=1e-4"),
+    ],
+    ids=["four bits", "all weights"],
+)
+def test_other_kinds_of_weights_go_all_the_way(made: Made, tmp_path: Path, changes: tuple[str, ...]):
+    folder = tmp_path / "run"
+    assert again(made, folder, *changes, "--iterations=1") == 0
+    steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_1"]
+    # The policy that the reference was scored with is the one that training starts from, whatever its weights are.
+    tolerance = 1e-2 if "--dtype=bfloat16" in changes else 1e-4
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=tolerance)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1e-4
