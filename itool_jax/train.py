@@ -87,6 +87,14 @@ class WarmupSettings(TrainingSettings):
     """Passes over each of the three parts before the next."""
     order: Literal["easy_to_hard", "mixed", "hard_to_easy"] = "easy_to_hard"
     """Order of the three parts; the others are for comparison."""
+    pack: int = 0
+    """Width in tokens of rows that hold several samples each, none seeing another; batch_size then counts such rows.
+    0 gives each sample a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pack < 0:
+            raise ValueError(f"warmup.pack must not be negative, got {self.pack}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,5 +254,5 @@ def _log_probs(
     branch_BT: AnyArray | None = None,
 ) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
-    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT, key)
+    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT, batch.segment_BT, key)
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

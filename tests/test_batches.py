@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from itool_jax.data.batches import PairRow, collate_pairs, pair_batches, sft_batches
+from itool_jax.data.batches import PairRow, collate_pairs, packed_batches, pair_batches, sft_batches
 from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import TargetBatch, bucket
 
@@ -122,3 +122,28 @@ def test_a_batch_may_hold_no_pair() -> None:
     assert not batch.real_B.any()
     assert not batch.row.mask_BR.any()
     assert batch.reference[0].tolist() == [0, 0]
+
+
+def test_packs_hold_every_sample_once_and_little_padding() -> None:
+    rng = random.Random(0)
+    rows = [Encoded(str(i), [i % 90 + 1] * rng.randint(5, 60), [i % 90 + 1] * rng.randint(1, 20)) for i in range(200)]
+    data = packed_batches(rows, 256, 4, 2, seed=1)
+    seen: list[int] = []
+    used = 0
+    for batch in data:
+        assert batch.tokens_BT.shape == (4, 256)
+        used += (batch.segment_BT > 0).sum()
+        for tokens_T, segment_T, positions_R, targets_R, mask_R in zip(
+            batch.tokens_BT, batch.segment_BT, batch.positions_BR, batch.targets_BR, batch.mask_BR, strict=True
+        ):
+            assert (tokens_T[positions_R[mask_R] + 1] == targets_R[mask_R]).all()
+            for segment in range(1, segment_T.max() + 1):
+                (tokens,) = {int(t) for t in tokens_T[segment_T == segment]}
+                seen.append(int((segment_T == segment).sum()) * 100 + tokens)
+    expected = [(len(row.prompt_ids) + len(row.target_ids)) * 100 + row.prompt_ids[0] for row in rows]
+    assert sorted(seen) == sorted(expected * 2)
+    assert used / (len(data) * 4 * 256) > 0.9
+    again = packed_batches(rows, 256, 4, 2, seed=1)
+    assert all(np.array_equal(a.tokens_BT, b.tokens_BT) for a, b in zip(data, again, strict=True))
+    assert np.array_equal(data[7].tokens_BT, again[7].tokens_BT)  # any batch, without those before it
+    assert packed_batches(rows, 16, 4, 1, seed=1)[0].tokens_BT.shape[1] >= 80

@@ -22,7 +22,7 @@ from itool_jax.metrics import Metrics
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.text.padding import PairBatch, TargetBatch, collate
+from itool_jax.text.padding import PairBatch, TargetBatch, collate, collate_packed
 from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, fit, train_step
 from tests import tiny
 
@@ -125,6 +125,18 @@ def garbled(batch: TargetBatch) -> TargetBatch:
         tokens_BT=np.where(used_BT, batch.tokens_BT, 21).astype(np.int32),
         targets_BR=np.where(batch.mask_BR, batch.targets_BR, 20).astype(np.int32),
     )
+
+
+def test_packed_rows_lose_what_single_rows_do(model: Model) -> None:
+    """Value and gradient: no sample sees another, and each begins at position 0."""
+    loss = train.sft_loss(model.graph)
+    value, _, gradient = evaluate(loss, model, collate(ROWS, WIDTH, 6))
+    packed = collate_packed([[ROWS[0], ROWS[2]], [ROWS[3], ROWS[1]]], WIDTH, 3)
+    again, _, same = evaluate(loss, model, packed)
+    assert again == pytest.approx(value, rel=1e-5)
+    assert_close(gradient, same)
+    for other in (packed._replace(segment_BT=None), packed._replace(segment_BT=packed.segment_BT * 0 + 1)):
+        assert evaluate(loss, model, other)[0] != pytest.approx(value, rel=1e-3)
 
 
 # Preference losses -------------------------------------------------------------------------------------------

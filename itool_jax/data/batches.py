@@ -12,8 +12,9 @@ import grain
 import numpy as np
 
 from itool_jax.text.chat import Encoded
-from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, target_width
+from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, target_width
 
+OPEN_PACKS = 64  # packs that are looked through for room
 WINDOW = 16  # batches whose rows are sorted by length among themselves
 
 
@@ -38,6 +39,39 @@ def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int
     return _batches(widths, batch_size, epochs, seed, make)
 
 
+def packed_batches(rows: Sequence[Encoded], width: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
+    """Batches of rows of `width` tokens, or as many as the longest sample needs, that hold several samples each."""
+    width = max([width, *(target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows)])
+    order: list[list[list[int]]] = []
+    for epoch in range(epochs):
+        packs = _pack(rows, width, random.Random(f"{seed}/{epoch}"))
+        order += [packs[i : i + batch_size] for i in range(0, len(packs), batch_size)]
+
+    def make(packs: list[list[int]]) -> TargetBatch:
+        return collate_packed([[rows[i][1:] for i in pack] for pack in packs], width, batch_size)
+
+    return grain.MapDataset.source(order).map(make)
+
+
+def _pack(rows: Sequence[Encoded], width: int, rng: random.Random) -> list[list[int]]:
+    """Row numbers by pack, in a random order: each goes to the first open pack with room for it and its targets."""
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []
+    first_open = 0
+    for i in rng.sample(range(len(rows)), len(rows)):
+        length, n = len(rows[i].prompt_ids) + len(rows[i].target_ids), len(rows[i].target_ids)
+        fits = (p for p in range(first_open, len(packs)) if room[p][0] >= length and room[p][1] >= n)
+        if (place := next(fits, None)) is None:
+            place = len(packs)
+            packs.append([])
+            room.append((width, width // 2))
+            first_open = max(0, len(packs) - OPEN_PACKS)
+        packs[place].append(i)
+        room[place] = room[place][0] - length, room[place][1] - n
+    rng.shuffle(packs)
+    return packs
+
+
 def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
     """Batches of pairs; the last of an epoch is filled up with pairs that do not count."""
     widths = [bucket(max(sum(map(len, row[:3])), 2 * len(row.chosen_ids), 2 * len(row.rejected_ids))) for row in rows]
@@ -54,7 +88,7 @@ def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
     chosen = collate([(row.prompt_ids, row.chosen_ids) for row in rows], width, count)
     rejected = collate([(row.prompt_ids, row.rejected_ids) for row in rows], width, count)
     both = TargetBatch(
-        chosen.tokens_BT, *(np.concatenate(x, axis=1) for x in zip(chosen[1:], rejected[1:], strict=True))
+        chosen.tokens_BT, *(np.concatenate(x, axis=1) for x in zip(chosen[1:4], rejected[1:4], strict=True))
     )
     branch_BT = np.zeros((count, width), np.int32)
     for i, row in enumerate(rows):

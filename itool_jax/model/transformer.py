@@ -240,19 +240,23 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         length_B: Int[Array, " B"] | None = None,
         branch_BT: Int[Array, "B T"] | None = None,
+        segment_BT: Int[Array, "B T"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Prefix]:
         """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
 
         `length_B` goes into the returned prefix only: causality already hides the padding. Where `branch_BT` is
-        given, a token sees those before it of branch 0 and of its own, as if no other branch were there. `key`
-        turns the adapters' dropout on.
+        given, a token sees those before it of branch 0 and of its own, as if no other branch were there; where
+        `segment_BT` is, those of its own segment only, as if it were a row. `key` turns the adapters' dropout on.
         """
         B, T = tokens_BT.shape
         seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         if branch_BT is not None:
             seen &= (branch_BT[:, None] == 0) | (branch_BT[:, None] == branch_BT[:, :, None])
+        if segment_BT is not None:
+            seen &= segment_BT[:, None] == segment_BT[:, :, None]
+        if branch_BT is not None or segment_BT is not None:
             positions = seen.sum(axis=-1) - 1
         hidden, angles = self._start(tokens_BT, positions)
         graph, stacked = nnx.split(self.layers)
@@ -276,10 +280,11 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BR: Int[Array, "B R"],
         branch_BT: Int[Array, "B T"] | None = None,
+        segment_BT: Int[Array, "B T"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B R D"]:
         """Last hidden states at chosen positions only: what is not a target needs no logits."""
-        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT, key=key)
+        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT, segment_BT=segment_BT, key=key)
         return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)
 
     def extend(

@@ -6,11 +6,15 @@ In: the training part of the data. Out: the weights of phase `warmup`.
 import itertools
 from typing import Any
 
+import grain
+
 from itool_jax import checkpoint, replay, train
 from itool_jax.config import Config
-from itool_jax.data.batches import sft_batches
+from itool_jax.data.batches import packed_batches, sft_batches
 from itool_jax.metrics import Metrics
 from itool_jax.stages import folder
+from itool_jax.text.chat import Encoded
+from itool_jax.train import WarmupSettings
 
 PHASE = "warmup"
 
@@ -27,11 +31,7 @@ def _warm_up(config: Config) -> dict[str, Any]:
     encoded = {row.id: row for row in folder.encode(config, samples)}
     parts = replay.curriculum([replay.sample_features(s) for s in samples], settings.order, config.seed)
     # 2. Train on one after the other, carrying the weights (eq 2 and 3); one schedule spans all.
-    data = [
-        sft_batches([encoded[i] for i in part], settings.batch_size, settings.epochs, config.seed + n)
-        for n, part in enumerate(parts)
-        if part
-    ]
+    data = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(parts) if part]
     trained = train.fit(
         train.sft_loss(folder.training_graph(config)),
         settings,
@@ -45,3 +45,9 @@ def _warm_up(config: Config) -> dict[str, Any]:
     # 3. Keep the policy π0.
     digest = checkpoint.save(folder.weights_folder(config, PHASE), trained)
     return {"samples": len(samples), "steps": n_steps, "weights": digest}
+
+
+def _batches(settings: WarmupSettings, rows: list[Encoded], seed: int) -> grain.MapDataset:
+    if settings.pack:
+        return packed_batches(rows, settings.pack, settings.batch_size, settings.epochs, seed)
+    return sft_batches(rows, settings.batch_size, settings.epochs, seed)

@@ -22,6 +22,8 @@ class TargetBatch(NamedTuple):
     """The position before each target token."""
     targets_BR: Int[AnyArray, "B R"]
     mask_BR: Bool[AnyArray, "B R"]
+    segment_BT: Int[AnyArray, "B T"] | None = None
+    """Which of a packed row's samples a token belongs to, from 1; None where a row is one sample."""
 
 
 class PairBatch(NamedTuple):
@@ -75,6 +77,24 @@ def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, cou
         batch.tokens_BT[i, :p], batch.tokens_BT[i, p : p + n] = prompt, target
         batch.positions_BR[i, :n] = np.arange(p - 1, p + n - 1)
         batch.targets_BR[i, :n], batch.mask_BR[i, :n] = target, True
+    return batch
+
+
+def collate_packed(
+    packs: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, count: int
+) -> TargetBatch:
+    """A batch of `count` rows that hold several (prompt, target) pairs each, one behind the other."""
+    batch = collate([], width, count)._replace(segment_BT=np.zeros((count, width), np.int32))
+    for b, pack in enumerate(packs):
+        start, first = 0, 0
+        for number, (prompt, target) in enumerate(pack, 1):
+            one = collate([(prompt, target)], width, 1)
+            end, n = start + len(prompt) + len(target), len(target)
+            batch.tokens_BT[b, start:end] = one.tokens_BT[0, : end - start]
+            batch.segment_BT[b, start:end] = number
+            batch.positions_BR[b, first : first + n] = one.positions_BR[0, :n] + start
+            batch.targets_BR[b, first : first + n], batch.mask_BR[b, first : first + n] = target, True
+            start, first = end, first + n
     return batch
 
 
