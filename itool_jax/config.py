@@ -80,6 +80,8 @@ class Config:
     """Model folder in Hugging Face layout, a hub name, or the embedded checkpoint."""
     data: str = "generated"
     """Training data: a file, a folder, hf:OWNER/NAME, or the generated corpus."""
+    skip_bad_rows: bool = False
+    """Leave out training rows that are wrong or too long for the model, and list them; else the first ends the run."""
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None

@@ -64,8 +64,10 @@ def place(path: str | os.PathLike[str], number: int) -> str:
     return f"{os.fspath(path)} {kind} {number}"
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
+def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) -> Iterator[tuple[int, Row]]:
     """Yields (number from 1, row) of a .jsonl, .json (lines or one array) or .parquet file, .gz or not.
+
+    Where a list `skipped` is given, what is wrong with a row is put there and the next one read.
 
     Raises:
         ValueError: the file is missing or unreadable, or a row is no JSON object; names file and row.
@@ -78,10 +80,18 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, Row]]:
         return
     data = _read_bytes(path)
     is_array = _kind(path) == ".json" and data.lstrip()[:1] == b"["
-    for number, row in enumerate(_decode(data, str(path)), 1) if is_array else _lines(path, data):
-        if not isinstance(row, dict):
-            raise ValueError(f"{place(path, number)}: not a JSON object")
-        yield number, row
+    for number, row in enumerate(_decode(data, str(path)), 1) if is_array else _lines(path, data, skipped):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            refuse(f"{place(path, number)}: not a JSON object", skipped)
+
+
+def refuse(reason: str, skipped: list[str] | None, cause: Exception | None = None) -> None:
+    """Puts the reason why a row is left out into `skipped`; ValueError with it where there is no such list."""
+    if skipped is None:
+        raise ValueError(reason) from cause
+    skipped.append(reason)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
@@ -153,10 +163,16 @@ def _decode(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
 
 
-def _lines(path: pathlib.Path, data: bytes) -> Iterator[tuple[int, Any]]:
+def _lines(path: pathlib.Path, data: bytes, skipped: list[str] | None) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            yield number, _decode(line, place(path, number))
+        if not line.strip():
+            continue
+        try:
+            row = _decode(line, place(path, number))
+        except ValueError as error:
+            refuse(str(error), skipped, error)
+            continue
+        yield number, row
 
 
 def _encode(row: Row, where: str) -> bytes:

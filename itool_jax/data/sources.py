@@ -16,7 +16,7 @@ from typing import Any
 
 from itool_jax.data import formats
 from itool_jax.data.formats import samples_from_conversation
-from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows
+from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.text.calls import calls_from_openai, write_calls
 
@@ -26,15 +26,16 @@ Path = str | os.PathLike[str]
 Numbered = list[tuple[int, Row]]
 
 
-def load(source: Path) -> list[Sample]:
+def load(source: Path, skipped: list[str] | None = None) -> list[Sample]:
     """All training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
 
-    A conversation gives one sample for each assistant turn that follows a user turn.
+    A conversation gives one sample for each assistant turn that follows a user turn. Where a list `skipped` is given,
+    a wrong row is left out, and the reason put there.
 
     Raises:
         ValueError: one line that names the source, and the row where one is wrong; or a row is raw.
     """
-    return _load(source, need_target=True, for_training=True)
+    return _load(source, need_target=True, for_training=True, skipped=skipped)
 
 
 def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
@@ -48,31 +49,40 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
     Raises:
         ValueError: one line that names the source, and the row where one is wrong; or an id stands twice in a file.
     """
-    return _load(source, need_target, for_training=False)
+    return _load(source, need_target, for_training=False, skipped=None)
 
 
-def _load(source: Path, need_target: bool, for_training: bool) -> list[Any]:
+def _load(source: Path, need_target: bool, for_training: bool, skipped: list[str] | None) -> list[Any]:
     name = os.fspath(source)
     if name.startswith(HUB):
-        rows = _hub_rows(name)
-        return _distinct(_samples(name, rows, lambda number: f"{name} row {number}", need_target, for_training))
-    samples: list[Sample | RawSample] = []
-    for file in _files(pathlib.Path(name)):
-        rows = list(read_rows(file))
-        samples += _samples(str(file), rows, functools.partial(place, file), need_target, for_training)
-    return _distinct(samples)
+        files = [(name, _hub_rows(name), lambda number: f"{name} row {number}")]
+    else:
+        paths = _files(pathlib.Path(name))
+        files = ((str(file), list(read_rows(file, skipped)), functools.partial(place, file)) for file in paths)
+    return _distinct(
+        sample for file in files for sample in _samples(*file, need_target, for_training=for_training, skipped=skipped)
+    )
 
 
 def _samples(
-    name: str, rows: Numbered, where: Callable[[int], str], need_target: bool, for_training: bool
+    name: str,
+    rows: Numbered,
+    where: Callable[[int], str],
+    need_target: bool,
+    for_training: bool,
+    skipped: list[str] | None,
 ) -> list[Sample | RawSample]:
     samples: list[Sample | RawSample] = []
     if rows:
         read = _public_reader(rows[0][1], where(rows[0][0]), pathlib.Path(name))
         if read is None:
-            _refuse_repeated_ids(rows, where)
+            rows = _first_of_each_id(rows, where, skipped)
             read = functools.partial(_openai_or_raw, need_target=need_target, every_turn=for_training)
-        samples = [sample for number, row in rows for sample in _at(where(number), read, row)]
+        for number, row in rows:
+            try:
+                samples += _at(where(number), read, row)
+            except ValueError as error:
+                refuse(str(error), skipped, error)
     if not samples:
         raise ValueError(f"{name} holds no samples")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
@@ -100,11 +110,15 @@ def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], 
     raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
 
 
-def _refuse_repeated_ids(rows: Numbered, where: Callable[[int], str]) -> None:
+def _first_of_each_id(rows: Numbered, where: Callable[[int], str], skipped: list[str] | None) -> Numbered:
     first: dict[str, int] = {}
+    kept: Numbered = []
     for number, row in rows:
         if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
-            raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
+            refuse(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}', skipped)
+        else:
+            kept.append((number, row))
+    return kept
 
 
 def _openai_or_raw(row: Row, need_target: bool, every_turn: bool) -> list[Any]:

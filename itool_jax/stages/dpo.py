@@ -16,7 +16,7 @@ from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.data.records import write_jsonl
 from itool_jax.metrics import Metrics, progress, say
 from itool_jax.sampler import target_log_probs
-from itool_jax.stages import folder
+from itool_jax.stages import folder, parts
 
 Row = dict[str, Any]
 Batches = grain.MapDataset
@@ -76,7 +76,7 @@ def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[t
 def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
     """Equal compute without preferences: the gold responses of the pairs' samples, for as many steps."""
     settings = config.preference
-    by_id = {sample.id: sample for sample in folder.samples(config, "train")}
+    by_id = {sample.id: sample for sample in parts.samples(config, "train")}
     encoded = folder.encode(config, [by_id[row["tree"]] for row in rows])
     graph = folder.training_graph(config)
     batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)

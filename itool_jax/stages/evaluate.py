@@ -16,7 +16,7 @@ from itool_jax.evaluation.statistics import standard_error
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder
+from itool_jax.stages import folder, parts
 from itool_jax.text.calls import looks_like_calls
 
 CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
@@ -48,7 +48,7 @@ def read_results(config: Config, phase: str) -> dict[str, bool]:
 
 
 def _evaluate(config: Config, phase: str) -> dict[str, Any]:
-    samples = folder.samples(config, config.evaluate.split)
+    samples = parts.samples(config, config.evaluate.split)
     categories = categorize(samples)
     samples = samples[: config.evaluate.limit or None]
     base, policy = folder.load_base(config), folder.load_policy(config, phase)

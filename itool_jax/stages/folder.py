@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from itool_jax import checkpoint, replay
+from itool_jax import checkpoint
 from itool_jax.config import Config
-from itool_jax.data import generated, sources
-from itool_jax.data.records import Sample, place, read_rows, sample_row, whole_file, write_jsonl
+from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import say
 from itool_jax.model import hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
@@ -33,8 +32,6 @@ from itool_jax.sampler import Policy
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
 
-HELD_OUT = {"test": 0.1, "validation": 0.05}
-"""Shares of a data set without parts of its own that are kept for evaluation, each of what the one before left."""
 SOURCES = "data/sources.json"
 
 
@@ -150,46 +147,7 @@ def data_file(config: Config) -> str:
     return config.data
 
 
-def samples(config: Config, part: str) -> list[Sample]:
-    """The train, validation or test part; made and written down when first asked for."""
-    path = config.run_dir / "data" / f"{part}.jsonl"
-    if not path.exists():
-        parts = _make_parts(config)
-        for rows in parts.values():
-            encode(config, rows)  # a sample that the model cannot take is met now, not hours later
-        write_json(config.run_dir / SOURCES, _fingerprints(config))
-        for name, rows in parts.items():
-            write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in rows))
-    return sources.load(path)
-
-
-def _make_parts(config: Config) -> dict[str, list[Sample]]:
-    if config.data == "generated":
-        sizes = config.generated
-        counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
-        return {part: generated.generate(part, count) for part, count in counts.items()}
-    found = _without_repeats(config.data, sources.load(config.data))
-    # Always the same parts, whatever the seed, so that runs of several seeds can be compared.
-    rest, test = replay.split(found, 1 - HELD_OUT["test"], "test", 0)
-    train, validation = replay.split(rest, 1 - HELD_OUT["validation"], "validation", 0)
-    parts = {"train": train, "validation": validation, "test": test}
-    if empty := [part for part, chosen in parts.items() if not chosen]:
-        raise ValueError(f"data {config.data} has {len(found)} samples: too few, its {empty[0]} part would be empty")
-    return parts
-
-
-def _without_repeats(name: str, samples: list[Sample]) -> list[Sample]:
-    """The samples, each once: one that stands twice could be trained on and tested too."""
-    kept: dict[str, Sample] = {}
-    for sample in samples:
-        content = sample_row(dataclasses.replace(sample, id="", conversation=""))
-        kept.setdefault(json.dumps(content, sort_keys=True), sample)
-    if len(kept) < len(samples):
-        say(f"{name}: {len(samples) - len(kept)} of {len(samples)} samples are repeats of others and left out")
-    return list(kept.values())
-
-
-def _fingerprints(config: Config) -> dict[str, Any]:
+def fingerprints(config: Config) -> dict[str, Any]:
     """What tells one content of the model's and the data's files from another, without reading big ones whole."""
     folders = {"model": model_folder(config)}
     if config.data != "generated":
@@ -214,7 +172,7 @@ def _check_sources(config: Config) -> None:
     path = config.run_dir / SOURCES
     if not path.exists():
         return
-    then, now = _read_json(path), _fingerprints(config)
+    then, now = _read_json(path), fingerprints(config)
     for name in now:
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
@@ -257,15 +215,6 @@ def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
                 f"sample {row.id}: its {length} tokens do not fit the model's context of {limit}; "
                 "remove the sample, or take a model with a longer context"
             )
-
-
-def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
-    """The training samples: those of the warm-up, and the replay buffer."""
-    found = samples(config, "train")
-    warmup, buffer = replay.split(found, 1 - config.replay.replay_fraction, "replay", config.seed)
-    if not warmup or not buffer:
-        raise ValueError(f"{len(found)} training samples are too few to split off a replay buffer; add data")
-    return warmup, buffer
 
 
 def done_file(config: Config, phase: str, stage: str) -> Path:

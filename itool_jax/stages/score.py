@@ -16,7 +16,7 @@ from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import Policy, target_log_probs
-from itool_jax.stages import folder
+from itool_jax.stages import folder, parts
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
 
@@ -48,7 +48,7 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     before = folder.phase_name(config.iteration - 1)
     folder.require_policy(config, before)
     # 1. Score the whole buffer again, with the policy as it is now.
-    _, buffer = folder.warmup_and_replay(config)
+    _, buffer = parts.warmup_and_replay(config)
     rows = perplexities(folder.load_policy(config, before), folder.encode(config, buffer), config)
     # 2. Take the hardest share, calls and texts apart.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer}

@@ -19,7 +19,7 @@ from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_
 from itool_jax.metrics import progress
 from itool_jax.model.cache import Prefix
 from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, text_key
-from itool_jax.stages import folder
+from itool_jax.stages import folder, parts
 from itool_jax.stages.folder import Base
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
@@ -46,7 +46,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     # 1. The hardest samples, by the perplexities of this iteration.
     scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
-    hardest = sorted((s for s in folder.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
+    hardest = sorted((s for s in parts.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
     batches = _batches(hardest, folder.encode(config, hardest), settings.batch)
     trees, pairs, tokens = [], [], 0
     with progress(f"search, iteration {config.iteration}", len(hardest) * settings.n_simulations) as advance:

@@ -12,7 +12,7 @@ from itool_jax import checkpoint, replay, train
 from itool_jax.config import Config
 from itool_jax.data.batches import packed_batches, sft_batches
 from itool_jax.metrics import Metrics
-from itool_jax.stages import folder
+from itool_jax.stages import folder, parts
 from itool_jax.text.chat import Encoded
 from itool_jax.train import WarmupSettings
 
@@ -27,11 +27,11 @@ def run(config: Config) -> dict[str, Any]:
 def _warm_up(config: Config) -> dict[str, Any]:
     settings = config.warmup
     # 1. Rank the warm-up samples by difficulty and cut them into three parts (eq 1).
-    samples, _ = folder.warmup_and_replay(config)
+    samples, _ = parts.warmup_and_replay(config)
     encoded = {row.id: row for row in folder.encode(config, samples)}
-    parts = replay.curriculum([replay.sample_features(s) for s in samples], settings.order, config.seed)
+    thirds = replay.curriculum([replay.sample_features(s) for s in samples], settings.order, config.seed)
     # 2. Train on one after the other, carrying the weights (eq 2 and 3); one schedule spans all.
-    data = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(parts) if part]
+    data = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(thirds) if part]
     trained = train.fit(
         train.sft_loss(folder.training_graph(config)),
         settings,

@@ -84,14 +84,15 @@ def collate_packed(
     packs: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, count: int
 ) -> TargetBatch:
     """A batch of `count` rows that hold several (prompt, target) pairs each, one behind the other."""
-    batch = collate([], width, count)._replace(segment_BT=np.zeros((count, width), np.int32))
+    segment_BT = np.zeros((count, width), np.int32)
+    batch = collate([], width, count)._replace(segment_BT=segment_BT)
     for b, pack in enumerate(packs):
         start, first = 0, 0
         for number, (prompt, target) in enumerate(pack, 1):
             one = collate([(prompt, target)], width, 1)
             end, n = start + len(prompt) + len(target), len(target)
             batch.tokens_BT[b, start:end] = one.tokens_BT[0, : end - start]
-            batch.segment_BT[b, start:end] = number
+            segment_BT[b, start:end] = number
             batch.positions_BR[b, first : first + n] = one.positions_BR[0, :n] + start
             batch.targets_BR[b, first : first + n], batch.mask_BR[b, first : first + n] = target, True
             start, first = end, first + n
