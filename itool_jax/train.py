@@ -49,7 +49,7 @@ class TrainingSettings:
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
     micro_batch: int = 0
-    """Samples (or pairs) whose gradient is computed at once, to save memory; 0 is the whole batch."""
+    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
@@ -64,6 +64,19 @@ class TrainingSettings:
             )
         if not self.weight_decay >= 0:
             raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
+
+    def n_micro(self) -> int:
+        """Parts that a batch is computed in, one after the other, on the mesh in use."""
+        devices = sharding.row_devices()
+        rows = self.micro_batch * devices
+        if not rows or rows >= self.batch_size:
+            return 1
+        if self.batch_size % rows:
+            raise ValueError(
+                f"{self.section}.batch_size={self.batch_size} is no multiple of {self.section}.micro_batch="
+                f"{self.micro_batch} times the {devices} devices of mesh.data and mesh.fsdp"
+            )
+        return self.batch_size // rows
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
@@ -192,7 +205,7 @@ def fit(
     optimizer = adamw(settings.weight_decay, settings.clip_norm)
     # The step donates its state; the caller keeps its own copy of the weights it came with.
     state, key = new_state(optimizer, trainable), jax.random.key(seed)
-    n_micro = settings.batch_size // (settings.micro_batch or settings.batch_size)
+    n_micro = settings.n_micro()
     pending: tuple[int, dict[str, Array]] | None = None
     with progress(what, n_steps) as advance:
         for step, batch in enumerate(batches):

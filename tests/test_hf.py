@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from itool_jax.model import export, hf
-from itool_jax.model.transformer import RopeScaling
+from itool_jax.model.transformer import RopeScaling, abstract
 from itool_jax.text.chat import Chat, answer_ids, load_tokenizer
 from tests import tiny
 
@@ -355,3 +357,34 @@ def test_asks_the_hub_for_what_it_reads(folder: Path, monkeypatch: pytest.Monkey
     assert not any(Path("consolidated.safetensors").match(pattern) for pattern in patterns)
     with pytest.raises(ValueError, match=r"some/private is no folder here and cannot be had .*: first line$"):
         hf.find("some/private")
+
+
+@pytest.mark.slow
+def test_import_holds_little_more_than_the_weights(tmp_path: Path) -> None:
+    """A random checkpoint of a gigabyte in four files, read by a process of its own; -s prints the figures."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 16000}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    config = tiny.model_config(tmp_path, "bfloat16", **shape)
+    random = np.random.default_rng(0)
+
+    def leaf(_: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        return random.integers(0, 2**14, x.shape, np.uint16).view(ml_dtypes.bfloat16)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(ml_dtypes.bfloat16)), abstract(config)[1])
+    export.save(tmp_path, shapes, tiny.raw_config(**shape), leaf, shard_bytes=3e8)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    code = f"""
+import resource, jax, jax.numpy as jnp
+from pathlib import Path
+from itool_jax.model import hf
+jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
+hf.read_config(Path({str(tmp_path)!r}), "bfloat16")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+params = jax.block_until_ready(hf.load(Path({str(tmp_path)!r}), "bfloat16")[1])
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), sum(sizes), max(sizes))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    extra, weights, largest = map(int, done.stdout.split())
+    print(f"weights {weights / 1e9:.2f} GB, largest stack {largest / 1e9:.2f} GB, host memory {extra / 1e9:.2f} GB")
+    assert extra - weights < 1.5 * largest

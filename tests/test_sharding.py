@@ -123,3 +123,14 @@ def test_meshes_are_checked() -> None:
         MeshSettings(fsdp=0)
     assert dict(sharding.make_mesh(MeshSettings(data=0, tensor=2)).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
     assert dataclasses.asdict(MeshSettings()) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_micro_batches_are_counted_in_rows_a_device() -> None:
+    settings = train.WarmupSettings(batch_size=24, micro_batch=2)
+    assert settings.n_micro() == 12
+    with use_mesh(MeshSettings(data=2, fsdp=2)):
+        assert settings.n_micro() == 3
+        assert train.WarmupSettings(batch_size=8, micro_batch=4).n_micro() == 1
+        assert train.WarmupSettings(batch_size=24).n_micro() == 1
+    with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"^warmup.batch_size=24 is no multiple of"):
+        settings.n_micro()

@@ -104,6 +104,12 @@ def placed(shapes: Any) -> Any:
     )
 
 
+def row_devices() -> int:
+    """How many devices the rows of a batch are spread over, on the mesh in use."""
+    mesh = jax.sharding.get_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def by_rows(x: Array) -> Array:
     """Inside a compiled function: the rows of `x` (its first dimension) are spread over the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -19,6 +19,8 @@ SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 
 def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet; returns the summary."""
+    for training in (config.warmup, config.preference):
+        training.n_micro()  # sizes that do not go together are met now, not hours later
     evaluate.evaluate(config, "base")
     warmup.run(config)
     evaluate.evaluate(config, "warmup")
