@@ -361,8 +361,8 @@ def test_asks_the_hub_for_what_it_reads(folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_import_holds_little_more_than_the_weights(tmp_path: Path) -> None:
-    """A random checkpoint of a gigabyte in four files, read by a process of its own; -s prints the figures."""
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 16000}
+    """A random checkpoint of two gigabytes in several files, read by a process of its own; -s prints the figures."""
+    shape = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 25, "vocab_size": 16000}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
     config = tiny.model_config(tmp_path, "bfloat16", **shape)
     random = np.random.default_rng(0)
