@@ -111,10 +111,7 @@ def step_memory(kind: str, weights: str, mesh: Mesh, settings: Settings) -> dict
     """Gigabytes a device, by purpose."""
     config, lora = dataclasses.replace(LLAMA, nf4=weights == "qlora"), LoraSettings()
     graph, base, adapters = abstract(config, lora)
-    base = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 and x.ndim > 1 else x.dtype),
-        base,
-    )
+    base = jax.tree.map_with_path(_stored, base)
     optimizer = train.adamw(0.01, 1.0)
     loss = train.sft_loss(graph) if kind == "sft" else train.preference_loss(graph, LossSettings())
     with jax.set_mesh(mesh):

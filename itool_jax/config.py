@@ -242,6 +242,7 @@ def _defaults() -> dict[str, Any]:
 FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
+    *("warmup.micro_batch", "preference.micro_batch"),
 )
 
 
@@ -260,6 +261,8 @@ def save_or_check(config: Config) -> None:
         return
     if config.stage == "generate":
         return
+    if config.stage == "export" and not config.run_dir.is_dir():
+        raise ValueError(f"run directory {config.run_dir} does not exist")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything binds nobody to its settings.
@@ -288,9 +291,22 @@ def _check_saved(path: Path, config: Config) -> None:
             )
 
 
+MEMORY_SETTINGS = (
+    "warmup.micro_batch, preference.micro_batch, search.batch or generate.tokens_per_batch, or set remat, quantize=nf4 "
+    "or a larger mesh.fsdp"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory for a program."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def describe_error(error: BaseException, where: Path | None = None) -> str:
     """One line for the user; `where` is what was being written, for errors that name no file."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if is_out_of_memory(error):
+        text = f"out of device memory ({text[:200]}); lower {MEMORY_SETTINGS}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or where or 'error'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the stage it was in, finished ones are kept", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
-        if os.environ.get("ITOOL_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
+        if fault or os.environ.get("ITOOL_TRACEBACK"):
             raise
         print(settings.describe_error(error, where), file=sys.stderr)
         return USAGE_ERROR

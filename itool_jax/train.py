@@ -68,15 +68,13 @@ class TrainingSettings:
     def n_micro(self) -> int:
         """Parts that a batch is computed in, one after the other, on the mesh in use."""
         devices = sharding.row_devices()
-        rows = self.micro_batch * devices
-        if not rows or rows >= self.batch_size:
-            return 1
-        if self.batch_size % rows:
+        share, rest = divmod(self.batch_size, devices)
+        if rest or (self.micro_batch and share % min(self.micro_batch, share)):
             raise ValueError(
-                f"{self.section}.batch_size={self.batch_size} is no multiple of {self.section}.micro_batch="
-                f"{self.micro_batch} times the {devices} devices of mesh.data and mesh.fsdp"
+                f"{self.section}.batch_size={self.batch_size} must be a multiple of the {devices} devices of mesh.data "
+                f"and mesh.fsdp, and each device's share of {self.section}.micro_batch={self.micro_batch}"
             )
-        return self.batch_size // rows
+        return share // min(self.micro_batch or share, share)
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""

@@ -70,6 +70,8 @@ def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
     again = Chat(load_tokenizer(str(target)))
     turns = [{"role": "user", "content": "hi"}]
     assert again.prompt_ids(turns) == made.chat.prompt_ids(turns)
+    raw = json.loads((target / "config.json").read_text())
+    assert raw["dtype"] == raw["torch_dtype"] == "float32"
     # And so do we.
     _, params = hf.load(target)
     np.testing.assert_array_equal(logits(Policy(policy_of(made, "base").graph, params)), ours)
@@ -104,8 +106,13 @@ def test_what_is_there_is_not_overwritten_unasked(
         assert exported(made, target, *changes) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "thesis.tex"]
-    (target / "thesis.tex").unlink()
     (target / "config.json").write_text("{}")
+    assert exported(made, target, "--overwrite") == 2  # a project of another kind
+    model = Path(made.settings[0].removeprefix("--model="))
+    assert exported(made, model, "--overwrite") == 2  # the very base
+    assert f"output {model} is no exported model" in capsys.readouterr().err
+    assert hf.load(model)
+    (target / "thesis.tex").unlink()
     (target / "model.safetensors").write_text("an older one")
     assert exported(made, target, "--overwrite") == 0
     assert hf.load(target)
@@ -127,6 +134,37 @@ def test_a_failed_export_leaves_the_old_one(
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupt_at_the_last_moment_leaves_the_old_one(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    assert exported(made, target, "--export.phase=warmup") == 0
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    rename = Path.rename
+
+    def interrupted(path: Path, other: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert exported(made, target, "--overwrite") == 130
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_adapters_are_not_merged_into_another_base(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    made = warmed_up(tmp_path, model, "--lora.rank=2")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    assert exported(made, tmp_path / "model") == 2
+    assert "was made with another model.safetensors of --model=" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def warmed_up(tmp_path: Path, tiny_folder: Path, *changes: str) -> Made:

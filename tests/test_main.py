@@ -138,6 +138,10 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         (OSError(errno.ENOSPC, "No space left on device", "a.jsonl"), "a.jsonl: No space left on device; free some"),
         (OSError(errno.EACCES, "Permission denied", "a.jsonl"), "a.jsonl: Permission denied"),
         (OSError("of a library\nof the network"), "of a library of the network"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
+            "out of device memory (RESOURCE_EXHAUSTED: 9 GB); lower warmup.micro",
+        ),
     ],
 )
 def test_errors_are_one_line(error: Exception, line: str):

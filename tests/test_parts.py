@@ -29,7 +29,7 @@ def spoilt(tmp_path: Path) -> Path:
     path = write(tmp_path / "d.jsonl", rows + repeats)
     long = rows[0] | {"id": "long", "target": "[f0(x=1)]" + "x" * 2000}
     wrong = [json.dumps(rows[5]), "{", "[1]", json.dumps({"id": "e", "messages": 5}), json.dumps(long)]
-    path.write_text(path.read_text() + "\n".join(wrong) + "\n")
+    path.write_text('{"foo": 1}\n' + path.read_text() + "\n".join(wrong) + "\n")
     return tmp_path
 
 
@@ -37,20 +37,20 @@ def test_wrong_rows_end_the_run_or_are_listed(
     spoilt: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert warm_up(spoilt, tiny_folder) == 2
-    assert f"{spoilt / 'd.jsonl'} line 112: not valid JSON" in capsys.readouterr().err
+    assert f"{spoilt / 'd.jsonl'} line 113: not valid JSON" in capsys.readouterr().err
     assert warm_up(spoilt, tiny_folder, "--skip_bad_rows") == 0
     skipped = (spoilt / "run/data/skipped.txt").read_text().splitlines()
-    reasons = ("line 112: not valid JSON", "line 113: not a JSON object", 'line 111: id "s5" is already that of')
-    reasons += ('line 114: sample has no "messages"', "sample long: its 2")
+    reasons = ("line 113: not valid JSON", "line 114: not a JSON object", 'line 112: id "s5" is already that of')
+    reasons += ("line 1: sample has no", 'line 115: sample has no "messages"', "sample long: its 2")
     assert len(skipped) == len(reasons)
     assert all(any(reason in line for line in skipped) for reason in reasons)
     parts = [read(spoilt / f"run/data/{part}.jsonl") for part in ("train", "validation", "test")]
     assert sorted(row["id"] for part in parts for row in part) == sorted(f"s{i}" for i in range(100))
     card = json.loads((spoilt / "run/data/card.json").read_text())
-    assert (card["rows_skipped"], card["repeats_left_out"]) == (5, 10)
+    assert (card["rows_skipped"], card["repeats_left_out"]) == (6, 10)
     assert sum(part["samples"] for part in card["parts"].values()) == 100
     err = capsys.readouterr().err
-    assert "10 repeats left out, 5 rows skipped" in err
+    assert "10 repeats left out, 6 rows skipped" in err
     assert f"train: {card['parts']['train']['samples']} samples of" in err
 
 
@@ -82,10 +82,10 @@ def test_the_card_by_hand() -> None:
     encoded["test"] = [Encoded("b", [1], [1]), Encoded("c", [1], [1])]
     card = describe({"train": train, "test": test}, encoded)
     assert card["parts"]["train"] == {
-        **{"samples": 2, "conversations": 1, "turns": 6, "calls": 2, "texts": 1, "prompt_tokens": 14},
+        **{"samples": 2, "conversations": 1, "turns": 4, "calls": 2, "texts": 1, "prompt_tokens": 14},
         **{"target_tokens": 4, "longest": 10, "median": 9},
     }
     assert card["overlap_with_train"] == {"test": {"questions": 1, "samples_with_a_known_tool": 1}}
     text = "\n".join(lines(card | {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0}))
-    assert "train: 2 samples of 1 conversations, 6 turns, 2 calls, 1 texts, 18 tokens" in text
+    assert "train: 2 samples of 1 conversations, 4 turns, 2 calls, 1 texts, 18 tokens" in text
     assert "test shares with train: 1 questions, a tool in 1 samples" in text

@@ -130,7 +130,28 @@ def test_micro_batches_are_counted_in_rows_a_device() -> None:
     assert settings.n_micro() == 12
     with use_mesh(MeshSettings(data=2, fsdp=2)):
         assert settings.n_micro() == 3
-        assert train.WarmupSettings(batch_size=8, micro_batch=4).n_micro() == 1
+        assert train.WarmupSettings(batch_size=8, micro_batch=8).n_micro() == 1
         assert train.WarmupSettings(batch_size=24).n_micro() == 1
-    with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"^warmup.batch_size=24 is no multiple of"):
+    message = r"^warmup.batch_size=24 must be a multiple of the 8 devices"
+    with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=message):
         settings.n_micro()
+    with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of the 8"):
+        train.WarmupSettings(batch_size=4).n_micro()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 2, 1)], ids=str)
+def test_no_part_of_a_weight_is_read_twice(
+    folder: Path, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = hf._read
+
+    def counted(*arguments: Any) -> np.ndarray:
+        found = read(*arguments)
+        sizes.append(found.size)
+        return found
+
+    monkeypatch.setattr(hf, "_read", counted)
+    with use_mesh(settings_of(shape)):
+        params = hf.load(folder)[1]
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(params))

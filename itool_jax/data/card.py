@@ -46,11 +46,15 @@ def lines(card: Mapping[str, Any]) -> list[str]:
 
 def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, int]:
     calls = [read_calls(sample.target) for sample in samples]
+    turns: dict[str, int] = {}
+    for sample in samples:  # a conversation's last sample holds those before it
+        key = sample.conversation or sample.id
+        turns[key] = max(turns.get(key, 0), len(sample.messages) + 1)
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in encoded]
     return {
         "samples": len(samples),
-        "conversations": len({sample.conversation or sample.id for sample in samples}),
-        "turns": sum(len(sample.messages) + 1 for sample in samples),
+        "conversations": len(turns),
+        "turns": sum(turns.values()),
         "calls": sum(len(found) for found in calls if found is not None),
         "texts": sum(found is None for found in calls),
         "prompt_tokens": sum(len(row.prompt_ids) for row in encoded),

@@ -73,16 +73,18 @@ def _samples(
     skipped: list[str] | None,
 ) -> list[Sample | RawSample]:
     samples: list[Sample | RawSample] = []
-    if rows:
-        read = _public_reader(rows[0][1], where(rows[0][0]), pathlib.Path(name))
-        if read is None:
-            rows = _first_of_each_id(rows, where, skipped)
-            read = functools.partial(_openai_or_raw, need_target=need_target, every_turn=for_training)
-        for number, row in rows:
-            try:
-                samples += _at(where(number), read, row)
-            except ValueError as error:
-                refuse(str(error), skipped, error)
+    plain = functools.partial(_openai_or_raw, need_target=need_target, every_turn=for_training)
+    first: dict[str, int] = {}
+    read: Callable[[Row], list[Any]] | None = None
+    for number, row in rows:
+        try:
+            if read is None or skipped is not None:  # a row that may be wrong tells nothing of the others
+                read = _public_reader(row, where(number), pathlib.Path(name)) or plain
+            if read is plain:
+                _refuse_repeated_id(row, number, first, where)
+            samples += _at(where(number), read, row)
+        except ValueError as error:
+            refuse(str(error), skipped, error)
     if not samples:
         raise ValueError(f"{name} holds no samples")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
@@ -110,15 +112,9 @@ def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], 
     raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
 
 
-def _first_of_each_id(rows: Numbered, where: Callable[[int], str], skipped: list[str] | None) -> Numbered:
-    first: dict[str, int] = {}
-    kept: Numbered = []
-    for number, row in rows:
-        if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
-            refuse(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}', skipped)
-        else:
-            kept.append((number, row))
-    return kept
+def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Callable[[int], str]) -> None:
+    if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
+        raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
 
 
 def _openai_or_raw(row: Row, need_target: bool, every_turn: bool) -> list[Any]:

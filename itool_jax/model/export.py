@@ -42,7 +42,7 @@ def save(
             shards.add(name, np.ascontiguousarray(part.T if transposed else part))
         advance(1)
     shards.finish()
-    text = json.dumps(raw_config | {"torch_dtype": leaves[0][1].dtype.name}, indent=2) + "\n"
+    text = json.dumps(raw_config | dict.fromkeys(("dtype", "torch_dtype"), leaves[0][1].dtype.name), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 

@@ -18,6 +18,20 @@ from itool_jax.model import quantize
 from itool_jax.model.sharding import constrain, sharding_of
 from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
 
+UNDERSTOOD = frozenset(
+    # what is read
+    "architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings max_position_embeddings "
+    "attention_bias mlp_bias hidden_act sliding_window use_sliding_window partial_rotary_factor layer_types "
+    # what says nothing about the computation of logits
+    "model_type torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp attention_dropout "
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_window_layers max_length "
+    "task_specific_params id2label label2id problem_type return_dict chunk_size_feed_forward is_encoder_decoder "
+    "_name_or_path _attn_implementation_autoset name_or_path unsloth_fixed unsloth_version auto_map top_p top_k "
+    "temperature do_sample repetition_penalty num_beams output_attentions output_hidden_states".split()
+)
+"""Keys of config.json that may hold something; any other that does is refused, for it may change what is computed."""
+
 
 class Family(NamedTuple):
     """What an architecture has that its config.json does not say."""
@@ -33,6 +47,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Family(qk_norm=True),
 }
 
+HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "USE_POLICY*"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -63,7 +78,7 @@ def find(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
@@ -97,7 +112,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise ValueError(f"architecture {names} is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unknown_features(raw, names[0])
-    rope = _object(raw, "rope_parameters")
+    rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
     n_heads = _positive(raw, "num_attention_heads")
     llama = names[0] == "LlamaForCausalLM"  # what the older of these leave out must stand in the other families' files
     n_kv_heads = n_heads if llama and not raw.get("num_key_value_heads") else _positive(raw, "num_key_value_heads")
@@ -118,7 +133,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
         rms_norm_eps=float(raw["rms_norm_eps"]),
         # Llama 2's config.json predates the key; its paper's value holds there.
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(_object(raw, "rope_scaling") or rope),
+        rope_scaling=_rope_scaling(rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         **ARCHITECTURES[names[0]]._asdict(),
         max_length=_positive(raw, "max_position_embeddings"),
@@ -150,15 +165,22 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
     # Qwen names a window that it does not use; Mistral uses the one it names, 4096 where it names none.
     is_mistral = architecture == "MistralForCausalLM"
     window = raw.get("sliding_window", 4096 if is_mistral else None)
-    if window and raw.get("use_sliding_window", is_mistral) and window < raw["max_position_embeddings"]:
+    if window and (is_mistral or raw.get("use_sliding_window")) and window < raw["max_position_embeddings"]:
         raise ValueError(f"sliding_window={window} is not supported, only full attention")
-    rope = _object(raw, "rope_parameters") | raw
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported")
+    for place in (raw, _object(raw, "rope_parameters"), _object(raw, "rope_scaling")):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"partial_rotary_factor={place['partial_rotary_factor']} is not supported")
+    if kinds := set(raw.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"layers of type {min(kinds)} are not supported, only full_attention")
+    if unknown := sorted(key for key, value in raw.items() if value and key not in UNDERSTOOD):
+        raise ValueError(f"{unknown[0]}={raw[unknown[0]]} is not known here; remove it if it changes nothing")
 
 
 def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
     kind = raw.get("rope_type") or raw.get("type") or "default"
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *RopeScaling._fields}
+    if kind in ("default", "llama3") and (unknown := sorted(set(raw) - known)):
+        raise ValueError(f"rope setting {unknown[0]} is not supported")
     if kind == "default":
         return None
     if kind != "llama3":
@@ -210,7 +232,14 @@ def load(folder: Path, dtype: str = "float32", *, nf4: bool = False) -> tuple[Mo
 
     def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
         place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape)
-        read = functools.partial(_read, tensors, place, config.dtype)
+        parts: dict[str, np.ndarray] = {}
+
+        def read(part: Any) -> np.ndarray:
+            """Each part once: devices that hold copies of it ask one after the other."""
+            if (key := str(part)) not in parts:
+                parts[key] = _read(tensors, place, config.dtype, part)
+            return parts[key]
+
         found = jax.make_array_from_callback(leaf.shape, where, read)
         return _quantize(str(path[-2].key), found) if nf4 and place.stacked and place.transposed else found
 

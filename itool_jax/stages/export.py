@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from itool_jax import checkpoint
 from itool_jax.config import Config
 from itool_jax.metrics import progress, say
-from itool_jax.model import export, quantize
+from itool_jax.model import export, hf, quantize
 from itool_jax.model.lora import merge_adapters
+from itool_jax.model.sharding import placed
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import folder
+from itool_jax.text.chat import Chat, load_tokenizer
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -37,8 +40,10 @@ def run(config: Config) -> dict[str, Any]:
     phase = config.export.phase or phases[-1]
     if phase not in phases:
         raise ValueError(f"export.phase={phase} has no weights in {config.run_dir}; there are: {', '.join(phases)}")
+    folder.check_sources(config, ["model"])  # adapters belong to one base
     target = config.output or config.run_dir / phase / config.export.kind
-    with _whole_folder(target, config.overwrite) as partial:
+    _refuse_to_replace(config, target)
+    with _whole_folder(target) as partial:
         if config.export.kind == "adapter":
             _write_adapter(config, phase, partial)
         else:
@@ -51,18 +56,34 @@ def _write_adapter(config: Config, phase: str, target: Path) -> None:
     if config.lora.rank == 0:
         raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
     name = config.model if config.model != "embedded" else str(folder.model_folder(config))
-    export.save_adapter(target, folder.load_trainable(config, phase)[0], config.lora, name)
+    export.save_adapter(target, _trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
+    if config.quantize == "nf4":
+        say(
+            f"these adapters were trained beside {name} in four bits; beside its 16-bit weights answers differ a little"
+        )
+
+
+def _trained(config: Config, phase: str) -> Params:
+    """What the phase trained, without the base beside it."""
+    model = hf.read_config(folder.model_folder(config), config.dtype)
+    if config.lora.rank == 0:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract(model)[1])
+    else:
+        shapes = abstract(model, config.lora)[2]
+    return checkpoint.restore(folder.weights_folder(config, phase), placed(shapes))
 
 
 def _write_merged(config: Config, phase: str, target: Path) -> None:
     nf4 = config.quantize == "nf4"
+    if not nf4 and config.export.base is not None:
+        raise ValueError("export.base is for runs with quantize=nf4; other adapters have one base only")
     if nf4 and config.export.base is None:
         raise ValueError(
             "export.base must say what adapters trained beside four-bit weights are merged into: original or "
             "dequantized"
         )
-    trained, _ = folder.load_trainable(config, phase)
+    trained = _trained(config, phase)
     base = folder.load_base(
         dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
     )
@@ -114,19 +135,27 @@ def _write_generation_config(config: Config, target: Path) -> None:
     """The base's own, with every token that ends a response in it: servers stop where training did."""
     file = folder.model_folder(config) / "generation_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    content["eos_token_id"] = list(folder.load_base(config).chat.stop_ids)
+    content["eos_token_id"] = list(Chat(load_tokenizer(str(folder.model_folder(config)))).stop_ids)
     (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder to write to, which takes its name, in place of an earlier export, only when all is written."""
-    target = Path(os.path.realpath(target))
-    if target.exists() and not overwrite:
+def _refuse_to_replace(config: Config, target: Path) -> None:
+    """ValueError where something stands in the way that is not an earlier export to be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not config.overwrite:
         raise ValueError(f"output {target} exists; choose another --output, or replace it with --overwrite")
-    known = ("config.json", "adapter_config.json")
-    if target.exists() and not any((target / name).is_file() for name in known):
+    place, model, run = target.resolve(), folder.model_folder(config).resolve(), config.run_dir.resolve()
+    kinds = (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
+    exported = any((place / name).is_file() and any(place.glob(weights)) for name, weights in kinds)
+    if not exported or place in (model, run, *model.parents, *run.parents):
         raise ValueError(f"output {target} is no exported model, so --overwrite does not replace it")
+
+
+@contextlib.contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes its name, in place of an earlier one, only when all is written."""
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     try:
@@ -136,5 +165,7 @@ def _whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             target.rename(old)
         partial.rename(target)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

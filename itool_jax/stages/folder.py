@@ -1,7 +1,7 @@
 """The run directory: what each stage reads and writes, and where; nothing else couples stages.
 
     config.yaml  summary.json  metrics.jsonl
-    data/        {train,validation,test}.jsonl, and sources.json, what the model's and the data's files were
+    data/        {train,validation,test}.jsonl; card.json; skipped.txt; sources.json, what model and data files were
     base/ warmup/ iteration_1/ …    a phase each: weights/ (but base), evaluation_<split>_<limit>.jsonl, and of an
                                     iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
 A stage's `<stage>.json` is written last: where it stands, and what the stage was made from is as it was, it is done.
@@ -147,16 +147,16 @@ def data_file(config: Config) -> str:
     return config.data
 
 
-def fingerprints(config: Config) -> dict[str, Any]:
+def fingerprints(config: Config, names: Sequence[str] = ("model", "data")) -> dict[str, Any]:
     """What tells one content of the model's and the data's files from another, without reading big ones whole."""
-    folders = {"model": model_folder(config)}
-    if config.data != "generated":
-        folders["data"] = Path(config.data)
-    files = {
-        name: [path] if path.is_file() else [p for p in sorted(path.glob("*.*")) if p.suffix != ".md"]
-        for name, path in folders.items()
-    }
-    return {name: {path.name: _ends(path) for path in paths if path.is_file()} for name, paths in files.items()}
+    found: dict[str, Any] = {}
+    for name in names:
+        if name == "data" and config.data == "generated":
+            continue
+        path = model_folder(config) if name == "model" else Path(config.data)
+        paths = [path] if path.is_file() else [p for p in sorted(path.glob("*.*")) if p.suffix != ".md"]
+        found[name] = {path.name: _ends(path) for path in paths if path.is_file()}
+    return found
 
 
 def _ends(path: Path, size: int = 1 << 20) -> str:
@@ -167,12 +167,12 @@ def _ends(path: Path, size: int = 1 << 20) -> str:
         return hashlib.blake2b(b"%d " % length + beginning + file.read(), digest_size=16).hexdigest()
 
 
-def _check_sources(config: Config) -> None:
+def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> None:
     """ValueError where the files of the model or the data are no longer those that the run began with."""
     path = config.run_dir / SOURCES
     if not path.exists():
         return
-    then, now = _read_json(path), fingerprints(config)
+    then, now = _read_json(path), fingerprints(config, names)
     for name in now:
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
@@ -262,7 +262,7 @@ def once(
     It is done where the figures and all `outputs`, names in the phase's folder, are there, and the results of the
     stages it comes `after`, (phase, stage) each, are still those it was made from.
     """
-    _check_sources(config)
+    check_sources(config)
     basis = {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
     figures = read_done(config, phase, stage)
     if figures is not None and all((config.run_dir / phase / name).exists() for name in outputs):

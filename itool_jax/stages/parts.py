@@ -12,7 +12,7 @@ from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
 from itool_jax.data.card import describe, lines
-from itool_jax.data.records import Sample, refuse, sample_row, write_jsonl
+from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write_jsonl
 from itool_jax.metrics import say
 from itool_jax.stages import folder
 from itool_jax.text.chat import Encoded
@@ -35,9 +35,9 @@ def samples(config: Config, part: str) -> list[Sample]:
         skipped: list[str] | None = [] if config.skip_bad_rows else None
         parts, repeats = _make_parts(config, skipped)
         folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
+        _describe(config, parts, repeats, skipped or [])
         for name, (found, _) in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in found))
-        _describe(config, parts, repeats, skipped or [])
     return sources.load(path)
 
 
@@ -88,7 +88,8 @@ def _describe(config: Config, parts: dict[str, Part], repeats: int, skipped: lis
     card = describe({name: part.samples for name, part in parts.items()}, {n: p.encoded for n, p in parts.items()})
     card |= {"data": config.data, "repeats_left_out": repeats, "rows_skipped": len(skipped)}
     if skipped:
-        (config.run_dir / "data" / "skipped.txt").write_text("".join(f"{line}\n" for line in skipped))
+        with whole_file(config.run_dir / "data" / "skipped.txt") as file:
+            file.write("".join(f"{line}\n" for line in skipped).encode())
     folder.write_json(config.run_dir / "data" / "card.json", card)
     if config.data != "generated":
         for line in lines(card):
