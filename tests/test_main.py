@@ -140,7 +140,7 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         (OSError("of a library\nof the network"), "of a library of the network"),
         (
             RuntimeError("RESOURCE_EXHAUSTED: 9 GB"),
-            "out of device memory (RESOURCE_EXHAUSTED: 9 GB); lower warmup.micro",
+            "out of device memory (RESOURCE_EXHAUSTED: 9 GB); lower",
         ),
     ],
 )
