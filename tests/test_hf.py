@@ -367,6 +367,7 @@ def test_asks_the_hub_for_what_it_reads(folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, which tells the peak memory")
 def test_import_holds_little_more_than_the_weights(tmp_path: Path) -> None:
     """A random checkpoint of two gigabytes in several files, read by a process of its own; -s prints the figures."""
     shape = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 25, "vocab_size": 16000}
@@ -381,17 +382,18 @@ def test_import_holds_little_more_than_the_weights(tmp_path: Path) -> None:
     export.save(tmp_path, shapes, tiny.raw_config(**shape), leaf, shard_bytes=3e8)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     code = f"""
-import resource, jax, jax.numpy as jnp
+import jax, jax.numpy as jnp
 from pathlib import Path
 from itool_jax.model import hf
 jax.block_until_ready(jnp.ones(8) @ jnp.ones(8))
 hf.read_config(Path({str(tmp_path)!r}), "bfloat16")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
 params = jax.block_until_ready(hf.load(Path({str(tmp_path)!r}), "bfloat16")[1])
 sizes = [x.nbytes for x in jax.tree.leaves(params)]
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), sum(sizes), max(sizes))
+print(1024 * (peak() - before), sum(sizes), max(sizes))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     extra, weights, largest = map(int, done.stdout.split())
     print(f"weights {weights / 1e9:.2f} GB, largest stack {largest / 1e9:.2f} GB, host memory {extra / 1e9:.2f} GB")
-    assert extra - weights < 1.5 * largest
+    assert 0.9 * weights < extra < weights + 1.5 * largest

@@ -35,7 +35,7 @@ def random_config(seed: int) -> tuple[str, dict[str, Any]]:
         rope |= {"rope_type": "llama3", "original_max_position_embeddings": 16} | scaling
     changes = {
         "vocab_size": rng.choice([61, 97, 128]),
-        "hidden_size": rng.choice([16, 24, heads * head_dim]),
+        "hidden_size": heads * rng.choice([4, 6, head_dim]),  # not always the heads' own width
         "intermediate_size": rng.choice([20, 48]),
         "num_hidden_layers": rng.choice([1, 2, 3]),
         "num_attention_heads": heads,
