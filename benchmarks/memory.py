@@ -148,7 +148,9 @@ def main(settings: Settings) -> None:
                 try:
                     sizes = step_memory(kind, weights, mesh_of(machine, settings.topology), settings)
                 except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
-                    print(f"{machine.name:<12} {kind:<5} {weights:<8} {str(error).splitlines()[0][:90]}")
+                    reason = str(error).splitlines()[0]
+                    rows.append({"devices": machine.name, "step": kind, "weights": weights, "refused": reason})
+                    print(f"{machine.name:<12} {kind:<5} {weights:<8} {reason[:90]}")
                     continue
                 fits = sizes["total"] <= machine.gigabytes
                 rows.append({"devices": machine.name, "step": kind, "weights": weights, **sizes, "fits": fits})

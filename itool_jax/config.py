@@ -52,8 +52,7 @@ class ExportSettings:
     """What of a run is exported, and how."""
 
     kind: Literal["merged", "adapter"] = "merged"
-    """A whole model, adapters merged into its weights, as transformers and vLLM read it; or the adapters alone, for
-    PEFT."""
+    """A whole model, adapters merged into its weights, as transformers reads it; or the adapters alone, for PEFT."""
     phase: str | None = None
     """Phase whose weights are exported, such as warmup or iteration_2; the last one that has any."""
     base: Literal["original", "dequantized"] | None = None

@@ -16,12 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from itool_jax import checkpoint
 from itool_jax.config import Config
 from itool_jax.metrics import progress, say
-from itool_jax.model import export, hf, quantize
+from itool_jax.model import export, quantize
 from itool_jax.model.lora import merge_adapters
-from itool_jax.model.sharding import placed
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import folder
 from itool_jax.text.chat import Chat, load_tokenizer
@@ -56,22 +54,12 @@ def _write_adapter(config: Config, phase: str, target: Path) -> None:
     if config.lora.rank == 0:
         raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
     name = config.model if config.model != "embedded" else str(folder.model_folder(config))
-    export.save_adapter(target, _trained(config, phase), config.lora, name)
+    export.save_adapter(target, folder.load_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
     if config.quantize == "nf4":
         say(
             f"these adapters were trained beside {name} in four bits; beside its 16-bit weights answers differ a little"
         )
-
-
-def _trained(config: Config, phase: str) -> Params:
-    """What the phase trained, without the base beside it."""
-    model = hf.read_config(folder.model_folder(config), config.dtype)
-    if config.lora.rank == 0:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract(model)[1])
-    else:
-        shapes = abstract(model, config.lora)[2]
-    return checkpoint.restore(folder.weights_folder(config, phase), placed(shapes))
 
 
 def _write_merged(config: Config, phase: str, target: Path) -> None:
@@ -83,7 +71,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "export.base must say what adapters trained beside four-bit weights are merged into: original or "
             "dequantized"
         )
-    trained = _trained(config, phase)
+    trained = folder.load_trained(config, phase)
     base = folder.load_base(
         dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
     )

@@ -100,18 +100,24 @@ def trained_phases(config: Config) -> list[str]:
     return list(itertools.takewhile(lambda phase: weights_folder(config, phase).is_dir(), names))
 
 
+def load_trained(config: Config, phase: str) -> Params:
+    """What a phase trained, adapters or all weights, in float32; the base is not loaded."""
+    model = hf.read_config(model_folder(config), config.dtype)
+    _, weights, adapters = abstract(model, config.lora)
+    shapes = adapters if config.lora.rank else jax.eval_shape(_float32, weights)
+    return checkpoint.restore(weights_folder(config, phase), placed(shapes))
+
+
 def load_trainable(config: Config, phase: str) -> tuple[Params, Params]:
     """What training changes, as a phase left it, in float32; and the weights that stay.
 
     Those of `base` are new adapters, which change nothing, or without adapters the weights themselves.
     """
     base = load_base(config)
-    full = config.lora.rank == 0
-    frozen = {} if full else base.params
+    frozen = base.params if config.lora.rank else {}
     if phase != "base":
-        shapes = jax.eval_shape(_float32, base.params) if full else abstract(base.config, config.lora)[2]
-        return checkpoint.restore(weights_folder(config, phase), placed(shapes)), frozen
-    if full:
+        return load_trained(config, phase), frozen
+    if not frozen:
         return jax.jit(_float32)(base.params), frozen
     return initialize_adapters(base.config, config.lora, jax.random.key(config.seed)), frozen
 
