@@ -180,11 +180,15 @@ def train_step(
     return sharding.constrain(TrainState(trainable, optimizer_state)), metrics
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
-    """The state before the first step, made where it lies: on a mesh, no device ever holds all of it."""
-    trainable = jax.tree.map(jnp.copy, trainable)
-    return sharding.constrain(TrainState(trainable, optimizer.init(trainable)))
+    """The state before the first step, of which `trainable` becomes a part: it is not copied."""
+    return TrainState(trainable, _new_moments(optimizer, trainable))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _new_moments(optimizer: optax.GradientTransformation, trainable: Params) -> optax.OptState:
+    """Made where they lie: on a mesh, no device ever holds all of them."""
+    return sharding.constrain(optimizer.init(trainable))
 
 
 def fit(
@@ -199,9 +203,8 @@ def fit(
     what: str,
     metrics: Metrics,
 ) -> Params:
-    """Trains over `batches` (`n_steps` of them in all) and returns the trained weights."""
+    """Trains over `batches` (`n_steps` of them in all) and returns the trained weights; `trainable` is used up."""
     optimizer = adamw(settings.weight_decay, settings.clip_norm)
-    # The step donates its state; the caller keeps its own copy of the weights it came with.
     state, key = new_state(optimizer, trainable), jax.random.key(seed)
     n_micro = settings.n_micro()
     pending: tuple[int, dict[str, Array]] | None = None

@@ -69,10 +69,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     embedding = np.array(params["embedding"])
     embedding[liked] *= 2.5
     params = params | {"embedding": embedding}
-    base = Base(config, jax.tree.map(jax.numpy.asarray, params), chat)
+    params = jax.tree.map(jax.numpy.asarray, params)
     table = build_step_table(chat.tokenizer, "call", config.vocab_size, chat.stop_ids)
     batch = [Searched(sample, encode_sample(chat, sample)) for sample in SAMPLES]
-    return Setup(base, Policy(abstract(config)[0], base.params), table, batch)
+    return Setup(Base(config, chat), Policy(abstract(config)[0], params), table, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -250,7 +250,8 @@ def run(
     batches: Iterator[Any] = iter([batch] * n_steps)
     path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
-    trained = fit(loss, settings, model.adapters, model.base, batches, n_steps, seed=0, what="test", metrics=metrics)
+    adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
+    trained = fit(loss, settings, adapters, model.base, batches, n_steps, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -297,7 +298,7 @@ def test_the_gradient_of_micro_batches_is_that_of_the_batch(model: Model, kind: 
         loss, batch = train.preference_loss(model.graph, LossSettings()), pair_batch(REFERENCE)
     own, found = train.adamw(0.0, 1e6), []
     for n_micro in (1, 2, 4):
-        state = train.new_state(own, model.adapters)
+        state = train.new_state(own, jax.tree.map(jnp.copy, model.adapters))
         state, metrics = train_step(loss, own, n_micro, state, model.base, batch, KEY, np.float32(1e-2))
         found.append((state, jax.tree.map(float, metrics)))
     for state, metrics in found[1:]:

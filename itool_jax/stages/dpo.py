@@ -33,17 +33,15 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
     before = folder.phase_name(config.iteration - 1)
     folder.require_policy(config, before)
     rows = folder.need(config, phase, "pairs.jsonl", "search", PAIR_KEYS)
-    trainable, frozen = folder.load_trainable(config, before)
     if not rows:
         say(f"{phase}: the search found no pair, the policy stays as it is")
-        digest = checkpoint.save(folder.weights_folder(config, phase), trainable)
+        digest = checkpoint.save(folder.weights_folder(config, phase), folder.load_trainable(config, before)[0])
         return {"pairs": 0, "steps": 0, "weights": digest}
     loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
     trained = train.fit(
         loss,
         config.preference,
-        trainable,
-        frozen,
+        *folder.load_trainable(config, before),
         batches,
         len(batches),
         seed=config.seed + config.iteration,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from itool_jax.config import Config
 from itool_jax.metrics import progress, say
-from itool_jax.model import export, quantize
+from itool_jax.model import export, hf, quantize
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import folder
@@ -72,10 +72,9 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "dequantized"
         )
     trained = folder.load_trained(config, phase)
-    base = folder.load_base(
-        dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
-    )
-    shapes = abstract(dataclasses.replace(base.config, nf4=False))[1]
+    kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
+    base = folder.base_params(kept) if config.lora.rank else {}
+    shapes = abstract(hf.read_config(folder.model_folder(config), config.dtype))[1]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
@@ -83,7 +82,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
         keys = [part.key for part in path]
         if config.lora.rank == 0:
             return _at(trained, keys).astype(shape.dtype)
-        weight, adapters = _at(base.params, keys), _at(trained, keys[:-1])
+        weight, adapters = _at(base, keys), _at(trained, keys[:-1])
         if isinstance(weight, dict):
             weight = _dequantize(weight, shape)
         if keys[-1] == "kernel" and adapters is not None:

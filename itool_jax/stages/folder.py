@@ -26,7 +26,7 @@ from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import say
 from itool_jax.model import hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
-from itool_jax.model.sharding import MeshSettings, constrain, placed
+from itool_jax.model.sharding import MeshSettings, placed
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
@@ -36,10 +36,9 @@ SOURCES = "data/sources.json"
 
 
 class Base(NamedTuple):
-    """A loaded checkpoint."""
+    """The checkpoint a run starts from, but for its weights, which `base_params` loads."""
 
     config: ModelConfig
-    params: Params
     chat: Chat
 
 
@@ -59,25 +58,30 @@ def _find_model(name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(folder: Path, dtype: str, nf4: bool, remat: str, mesh: MeshSettings) -> Base:
-    model_config, params = hf.load(folder, dtype, nf4=nf4)
-    deep = model_config.n_layers > 8
-    remat = ("layers" if deep else "none") if remat == "auto" else remat
-    return Base(
-        dataclasses.replace(model_config, remat=remat),
-        params,
-        Chat(load_tokenizer(str(folder))),
-    )
+def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
+    model = hf.read_config(folder, dtype)
+    remat = ("layers" if model.n_layers > 8 else "none") if remat == "auto" else remat
+    return Base(dataclasses.replace(model, nf4=nf4, remat=remat), Chat(load_tokenizer(str(folder))))
 
 
 def load_base(config: Config) -> Base:
-    """The checkpoint a run starts from, on the mesh in use."""
-    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat, config.mesh)
+    """The checkpoint a run starts from: shapes, tokenizer and template."""
+    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
     if (n := len(base.chat.tokenizer)) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
         )
     return base
+
+
+@functools.lru_cache(maxsize=1)
+def _load_params(folder: Path, dtype: str, nf4: bool, mesh: MeshSettings) -> Params:
+    return hf.load(folder, dtype, nf4=nf4)[1]
+
+
+def base_params(config: Config) -> Params:
+    """The weights a run starts from, on the mesh in use; read once."""
+    return _load_params(model_folder(config), config.dtype, config.quantize == "nf4", config.mesh)
 
 
 def step_table(base: Base, granularity: Granularity) -> StepTable:
@@ -104,26 +108,21 @@ def load_trained(config: Config, phase: str) -> Params:
     """What a phase trained, adapters or all weights, in float32; the base is not loaded."""
     model = hf.read_config(model_folder(config), config.dtype)
     _, weights, adapters = abstract(model, config.lora)
-    shapes = adapters if config.lora.rank else jax.eval_shape(_float32, weights)
+    shapes = adapters if config.lora.rank else weights
     return checkpoint.restore(weights_folder(config, phase), placed(shapes))
 
 
 def load_trainable(config: Config, phase: str) -> tuple[Params, Params]:
-    """What training changes, as a phase left it, in float32; and the weights that stay.
+    """What training changes, as a phase left it, in float32, for `train.fit` to take over; and the weights that stay.
 
     Those of `base` are new adapters, which change nothing, or without adapters the weights themselves.
     """
-    base = load_base(config)
-    frozen = base.params if config.lora.rank else {}
+    if not config.lora.rank:
+        _load_params.cache_clear()  # the weights are there once: those that training changes
+        return (hf.load(model_folder(config))[1] if phase == "base" else load_trained(config, phase)), {}
     if phase != "base":
-        return load_trained(config, phase), frozen
-    if not frozen:
-        return jax.jit(_float32)(base.params), frozen
-    return initialize_adapters(base.config, config.lora, jax.random.key(config.seed)), frozen
-
-
-def _float32(params: Params) -> Params:
-    return constrain(jax.tree.map(lambda x: x.astype("float32"), params))
+        return load_trained(config, phase), base_params(config)
+    return initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed)), base_params(config)
 
 
 def training_graph(config: Config) -> nnx.GraphDef:
@@ -133,13 +132,12 @@ def training_graph(config: Config) -> nnx.GraphDef:
 
 def load_policy(config: Config, phase: str) -> Policy:
     """A phase's policy, to run and not to train."""
-    base = load_base(config)
-    graph = abstract(base.config)[0]
+    graph = abstract(load_base(config).config)[0]
     if phase == "base":
-        return Policy(graph, base.params)
+        return Policy(graph, base_params(config))
+    if not config.lora.rank:
+        return Policy(graph, jax.tree.map(lambda x: x.astype(config.dtype), load_trained(config, phase)))
     trained, frozen = load_trainable(config, phase)
-    if not frozen:
-        return Policy(graph, jax.tree.map(lambda x, like: x.astype(like.dtype), trained, base.params))
     if config.dtype == "float32" and config.quantize == "none":
         return Policy(graph, merge_adapters(frozen, trained, config.lora))
     # Merged into weights of less precision, adapters would lose most of what they learned.
