@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax.model import hf
+from itool_jax.model import hf, transformer
 from itool_jax.model.cache import Prefix, empty_suffix
 from itool_jax.model.transformer import (
+    KeyValues,
     ModelConfig,
     Params,
     RopeScaling,
     abstract,
+    attend,
+    attend_in_blocks,
     rope_frequencies,
 )
 from itool_jax.sampler import Policy
@@ -237,6 +240,33 @@ def test_a_real_checkpoint_predicts_its_reference_text() -> None:
 LENGTHS = (9, 14, 0)  # of the prompts; nothing before the first token is a prefix too
 PROMPTS = [random_tokens((n,), seed=n) for n in LENGTHS]
 TAIL = 6  # tokens that follow a prompt
+
+
+@pytest.mark.parametrize("rows_together", [1, 3])
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, rows_together: int) -> None:
+    """Three queries of seven at a time, over a segment of each row and one that a group of rows shares."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    B, T, H, D, shared, own = 6, 7, 4, 8, 5, 9
+    q_BTHD = jax.random.normal(next(keys), (B, T, H, D))
+
+    def segment(rows: int, length: int, mask: Any) -> KeyValues:
+        k = jax.random.normal(next(keys), (rows, 2, D, length))
+        return KeyValues(k, jax.random.normal(next(keys), (rows, 2, length, D)), jnp.asarray(mask))
+
+    prompt = segment(B // rows_together, shared, np.ones((B // rows_together, 1, shared), bool))
+    row = segment(B, own, np.random.default_rng(0).random((B, T, own)) < 0.5)
+
+    def loss(q_BTHD: jax.Array) -> jax.Array:
+        return (attend_in_blocks(q_BTHD, [prompt, row]) ** 3).sum()
+
+    out, (value, slope) = attend(q_BTHD, [prompt, row]), jax.value_and_grad(loss)(q_BTHD)
+    assert "scan" not in str(jax.make_jaxpr(loss)(q_BTHD))
+    monkeypatch.setattr(transformer, "SCORES_AT_ONCE", B * H * 3 * (shared + own))
+    assert "scan" in str(jax.make_jaxpr(lambda x: loss(x))(q_BTHD))  # a new function: the old one's is kept
+    np.testing.assert_allclose(attend_in_blocks(q_BTHD, [prompt, row]), out, rtol=1e-5, atol=1e-6)
+    again, slope_again = jax.value_and_grad(loss)(q_BTHD)
+    assert float(again) == pytest.approx(float(value), rel=1e-5)
+    np.testing.assert_allclose(slope_again, slope, rtol=1e-4, atol=1e-5)
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:

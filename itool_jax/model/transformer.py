@@ -25,6 +25,8 @@ Params = dict[str, Any]
 Remat = Literal["none", "layers", "dots"]
 """What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
 MASKED = -1e30
+SCORES_AT_ONCE = 1 << 27
+"""Attention scores in memory at a time, four bytes each, over all devices."""
 
 
 class RopeScaling(NamedTuple):
@@ -130,6 +132,32 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
         out += _unfold(mixed.reshape(rows, heads, group, length, D), B)
     out = (out / total[..., None]).astype(q_BTHD.dtype)  # [B, kv heads, group, T, D]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
+    """What `attend` gives, where there are many scores one block of queries after the other.
+
+    Only a block's scores are in memory, in the backward pass too: they grow with the rows, not with their square.
+    """
+    B, T, H, _ = q_BTHD.shape
+    n_scores = B * T * H * sum(segment.k_BHDK.shape[-1] for segment in segments)
+    n = min(T, -(-n_scores // SCORES_AT_ONCE))
+    if n == 1:
+        return attend(q_BTHD, segments)
+
+    def blocks(x_BT: Array) -> Array:
+        padded = jnp.pad(x_BT, [(0, 0), (0, -T % n)] + [(0, 0)] * (x_BT.ndim - 2))
+        return padded.reshape(len(x_BT), n, -1, *x_BT.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def block(part: tuple[Array, list[Array | None]]) -> Array:
+        q, masks = part
+        masked = [s if mask is None else s._replace(mask_BTK=mask) for s, mask in zip(segments, masks, strict=True)]
+        return attend(q, masked)
+
+    masks = [blocks(s.mask_BTK) if s.mask_BTK.shape[1] == T else None for s in segments]
+    out = jax.lax.map(block, (blocks(q_BTHD), masks))
+    return out.swapaxes(0, 1).reshape(B, -1, out.shape[-1])[:, :T]
 
 
 def _segment_scores(q: Array, segment: KeyValues) -> Array:
@@ -267,7 +295,7 @@ class Transformer(nnx.Module):
             layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            return layer.finish(x, attend(q, [KeyValues(k, v, seen)]), keys), (k, v)
+            return layer.finish(x, attend_in_blocks(q, [KeyValues(k, v, seen)]), keys), (k, v)
 
         body = one_layer if self.config.remat == "none" else jax.checkpoint(one_layer, policy=self._keep)
         inputs = (stacked, jnp.arange(self.config.n_layers))
@@ -315,7 +343,7 @@ class Transformer(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
             shared, own = KeyValues(prefix_k, prefix_v, prefix_mask), KeyValues(k, v, own_mask)
-            hidden = layer.finish(hidden, attend(q, [shared, own]))
+            hidden = layer.finish(hidden, attend_in_blocks(q, [shared, own]))
             k_new.append(k)
             v_new.append(v)
         return self.norm(hidden), Suffix(tuple(k_new), tuple(v_new), valid_BS)
