@@ -112,11 +112,15 @@ def row_devices() -> int:
 
 def by_rows(x: Array) -> Array:
     """Inside a compiled function: the rows of `x` (its first dimension) are spread over the mesh in use, if any."""
+    return along(x, ROWS)
+
+
+def along(x: Array, axes: str | tuple[str, ...]) -> Array:
+    """Inside a compiled function: the first dimension of `x` is spread over these axes of the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = fit((ROWS,) + (None,) * (x.ndim - 1), x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, fit((axes,) + (None,) * (x.ndim - 1), x.shape, mesh))
 
 
 def constrain(tree: Any) -> Any:

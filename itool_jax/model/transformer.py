@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import by_rows
+from itool_jax.model.sharding import along, by_rows
 
 Params = dict[str, Any]
 Remat = Literal["none", "layers", "dots"]
@@ -260,7 +260,9 @@ class Transformer(nnx.Module):
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
-        hidden = by_rows(self.embedding[...][tokens_BT].astype(self.config.dtype))
+        # Whole vectors before they are looked up: XLA finds no good way from their parts to rows.
+        embedding = along(self.embedding[...], "tensor")
+        hidden = by_rows(embedding[tokens_BT].astype(self.config.dtype))
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
