@@ -73,6 +73,14 @@ GLAIVE = {
     ],
     "tools": '[{"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}]',
 }
+GLAIVE_HUB = {
+    "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+    '{\n    "name": "f",\n    "description": "d",\n    "parameters": {"type": "object", "properties": {}}\n}\n\n'
+    '{"name": "g", "description": "d", "parameters": {}}\n\n',
+    "chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": \'{"n": 1}\'} <|endoftext|>\n\n\n'
+    "FUNCTION RESPONSE: {}\n\n\nASSISTANT: done <|endoftext|>\n\n\n"
+    "USER: thanks\n\n\nASSISTANT: Well: welcome.\n\nBye. <|endoftext|>\n\n\n",
+}
 API_BANK = {
     "instruction": "Generate an API request.",
     "input": '{"apiCode": "ToolSearcher", "description": "d", "input_parameters": {"keywords": {"type": "str"}}}\n'
@@ -97,6 +105,7 @@ ROWS = {
     },
     "xlam": XLAM,
     "glaive": GLAIVE,
+    "glaive_hub": GLAIVE_HUB,
     "toolace": TOOLACE,
     "toolbench": TOOLBENCH,
     "toolrl": TOOLRL,
@@ -119,6 +128,80 @@ def test_glaive_without_tools_offers_none(file):
     assert [tool["function"]["name"] for tool in with_tools.tools] == ["f"]
     assert without.tools == ()
     assert without.target == with_tools.target == "[f(n=1)]"
+
+
+def test_sharegpt_keeps_its_system_text_and_its_tools(file):
+    with_text, without = load(file(GLAIVE | {"system": "s"}, GLAIVE | {"system": None}))
+    assert with_text.messages == ({"role": "system", "content": "s"}, USER)
+    assert without.messages == (USER,)
+    assert with_text.tools == without.tools == load(file(GLAIVE))[0].tools
+
+
+def test_what_a_user_of_glaive_says_is_no_call(file):
+    (sample,) = load(file(GLAIVE_HUB | {"chat": "USER: what is <functioncall> {}?\n\n\nASSISTANT: a tag"}))
+    assert sample.messages[0]["content"] == "what is <functioncall> {}?"
+    assert sample.target == "a tag"
+
+
+def called(call):
+    """A row of Glaive's own form in which this is called."""
+    return GLAIVE_HUB | {"chat": f"USER: q\n\n\nASSISTANT: Sure! <functioncall> {call} <|endoftext|>"}
+
+
+def test_glaive_as_its_authors_publish_it(file):
+    first, second = load(file(GLAIVE_HUB))
+    assert (first.messages, first.target) == ((USER,), "[f(n=1)]")
+    assert [tool["function"]["name"] for tool in first.tools] == ["f", "g"]
+    assert [message["role"] for message in second.messages] == ["user", "assistant", "tool", "assistant", "user"]
+    assert second.messages[1:3] == ({"role": "assistant", "content": "[f(n=1)]"}, {"role": "tool", "content": "{}"})
+    assert (second.id, second.target) == (f"{first.id}/2", "Well: welcome.\n\nBye.")
+    text = {"system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n\n"}
+    (none, _) = load(file(GLAIVE_HUB | text))
+    assert (none.messages, none.tools) == ((USER,), ())
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("""{"name": "f", "arguments": '{"a": "b"}'}""", {"a": "b"}),
+        ("""{"name": "f", "arguments": '{\n  "a": {"b": [1]}\n}'}""", {"a": {"b": [1]}}),
+        ("""{"name": "f", "arguments": {"a": 1.5}}""", {"a": 1.5}),
+        ("""{"name": "f", "arguments": "{\\"a\\": 1}"}""", {"a": 1}),
+        ("""{"name": "f", "arguments": '{"a": "it's [User's Name]"}'}""", {"a": "it's [User's Name]"}),
+        ("""{"name": "f", "arguments": '{"a": "it\\'s"}'}""", {"a": "it's"}),
+        ("""{"name": "f", "arguments": '{"a": "\\\\'"}'}""", {"a": "\\'"}),
+        ("""{"name": "f", "arguments": '{"a": "'}'}"}'}""", {"a": "'}'}"}),
+        ("""{"name": "f", "arguments": '{}'}""", {}),
+        ("""{"name": "f"}""", {}),
+    ],
+)
+def test_calls_of_glaive_are_read_however_their_arguments_are_quoted(file, call, arguments):
+    (sample,) = load(file(called(call)))
+    assert read_calls(sample.target) == [("f", arguments)]
+
+
+def test_both_forms_of_glaive_give_the_same_samples(file):
+    """Conversations as LLaMA-Factory keeps them, written as Glaive's authors publish them."""
+    given = json.loads(gzip.decompress(shared_path("data/glaive/glaive_toolcall_en_demo.json.gz").read_bytes()))
+    speakers = {"human": "USER", "gpt": "ASSISTANT", "function_call": "ASSISTANT", "observation": "FUNCTION RESPONSE"}
+    rows = []
+    for row in given:
+        chat = ""
+        for turn in row["conversations"]:
+            text = turn["value"]
+            if turn["from"] == "function_call":
+                call = json.loads(text)
+                quoted = f"'{json.dumps(call['arguments'], ensure_ascii=False)}'"
+                text = f'<functioncall> {{"name": "{call["name"]}", "arguments": {quoted}}}'
+            end = " <|endoftext|>" if speakers[turn["from"]] == "ASSISTANT" else ""
+            chat += f"{speakers[turn['from']]}: {text}{end}\n\n\n"
+        tools = json.loads(row["tools"]) if row["tools"] else []
+        rows.append({"system": "SYSTEM: \n" + "\n\n".join(json.dumps(tool, indent=4) for tool in tools), "chat": chat})
+    theirs = load(file(*given))
+    assert len(theirs) == 746
+    assert [(s.messages, s.tools, s.target) for s in load(file(*rows))] == [
+        (tuple(m | {"content": m["content"].strip()} for m in s.messages), s.tools, s.target.strip()) for s in theirs
+    ]
 
 
 def test_scores_and_responses_are_had_of_folders_too(file, tmp_path):
@@ -184,6 +267,17 @@ def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
         (XLAM, {"tools": None}, '"tools" is missing or no text or list'),
         (XLAM, {"tools": '[{"name": "f", "description": 5}]'}, '"description" of tool "f" is no text'),
         (GLAIVE, {"tools": 3}, '"tools" is missing or no text'),
+        (GLAIVE, {"system": 3}, '"system" is missing or no text'),
+        (GLAIVE_HUB, {"chat": 3}, '"chat" is missing or no text'),
+        (GLAIVE_HUB, {"chat": "hello"}, '"chat" is no dialogue'),
+        (GLAIVE_HUB, {"chat": "USER: hello"}, '"chat" is no dialogue'),
+        (GLAIVE_HUB, {"system": 'SYSTEM: - {"name": '}, "a tool is not valid JSON"),
+        (GLAIVE_HUB, {"system": 'SYSTEM: - {"description": "d"}'}, 'a tool has no "name"'),
+        (called('{"name": "f", "arguments": \'{"a": \'}'), {}, '"functioncall" is not valid JSON'),
+        (called('{"name": "f", "arguments": 5}'), {}, "tool call 1"),
+        (called('{"name": "f", "parameters": {}}'), {}, "tool call 1"),
+        (called('["f"]'), {}, "tool call 1"),
+        (called(""), {}, '"functioncall" is not valid JSON'),
         (TOOLRL, {"instruction": TOOLRL["instruction"].replace('{"n": {"type": "int"}}', "3")}, "are not an object"),
         (TOOLBENCH, {"conversations": []}, "does not begin with the system turn"),
         (TOOLRL, {"output": "x"}, "no answer"),
@@ -203,7 +297,7 @@ def test_a_wrong_row_of_a_public_form_is_named(tmp_path, row, change, reason):
         assert str(error.value).startswith(f"{path} row 1: ")
 
 
-@pytest.mark.parametrize("row", [XLAM, GLAIVE, TOOLACE, TOOLBENCH, TOOLRL, API_BANK])
+@pytest.mark.parametrize("row", [XLAM, GLAIVE, GLAIVE_HUB, TOOLACE, TOOLBENCH, TOOLRL, API_BANK])
 def test_the_public_forms_are_read_with_and_without_need_of_a_target(file, row):
     path = file(row, row)
     samples = load(path)
@@ -252,7 +346,7 @@ def spoilt(value):
 
 
 @pytest.mark.parametrize(
-    "form", ["openai", "xlam", "glaive", "toolace", "toolbench", "toolrl", "api_bank", "seal_tools"]
+    "form", ["openai", "xlam", "glaive", "glaive_hub", "toolace", "toolbench", "toolrl", "api_bank", "seal_tools"]
 )
 def test_whatever_type_a_value_has_the_row_is_read_or_named(tmp_path, form):
     row = ROWS[form]

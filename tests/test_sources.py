@@ -3,7 +3,8 @@
 import pytest
 
 from itool_jax.data.records import RawSample, Sample, sample_row
-from itool_jax.data.sources import load, read_samples
+from itool_jax.data.sources import load, load_questions, read_samples
+from tests.conftest import shared_path
 from tests.tiny import CALL, TOOL, USER
 
 
@@ -126,6 +127,65 @@ def test_a_wrong_row_is_named_by_file_and_line(file, row, reason):
     assert str(error.value).startswith(f"{path} line 2: ")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_sample_to_train_on_knows_its_place_which_is_no_part_of_it(file):
+    path = file({"id": "a", "messages": [USER], "target": "t"}, {"id": "b", "messages": [USER], "target": "t"})
+    _, sample = load(path)
+    assert sample.place == f"{path} line 2"
+    assert sample == Sample(id="b", messages=(USER,), target="t")
+    assert "place" not in sample_row(sample)
+
+
+BFCL = {"id": "s", "question": [[USER]], "function": [{"name": "f", "parameters": {"type": "dict", "properties": {}}}]}
+
+
+def test_questions_of_bfcl_are_read_turn_by_turn(file):
+    second = {"role": "user", "content": "and then"}
+    single, first, last = load_questions(file(BFCL, {"id": "m", "question": [[USER], [], [second]], "path": ["x"]}))
+    assert (single.id, single.messages, single.tools[0]["function"]["name"]) == ("s", (USER,), "f")
+    assert (first.id, first.messages, first.tools) == ("m", (USER,), ())
+    assert (last.id, last.messages[-1]) == ("m/2", second)
+
+
+def test_questions_of_api_bank_have_the_apis_of_their_instruction(file):
+    instruction = 'Generate.\nAPI descriptions:\n{"name": "f", "description": "d", "input_parameters": {}}'
+    row = {"file": "x.jsonl", "id": 2, "instruction": instruction, "expected_output": "API-Request: [f()]"}
+    (sample,) = load_questions(file(row | {"input": "User: q\nAI: a\nUser: r\nGenerate API Request:\n"}))
+    assert sample.id == "x.jsonl/2"
+    assert [message["content"] for message in sample.messages] == ["q", "a", "r"]
+    assert [tool["function"]["name"] for tool in sample.tools] == ["f"]
+
+
+def test_questions_of_every_form_of_training_data_are_read(file):
+    path = file({"id": "a", "messages": [USER], "target": "t"})
+    file(BFCL)
+    assert load_questions(path) == load(path)
+    assert [sample.id for sample in load_questions(path.parent)] == ["a", "s"]
+
+
+@pytest.mark.parametrize("change", [{"id": 5}, {"question": "q"}, {"question": [["q"]]}, {"function": [5]}])
+def test_a_wrong_question_is_named_and_a_test_set_is_never_trained_on(file, change):
+    path = file(BFCL, BFCL | change)
+    with pytest.raises(ValueError, match=rf"^{path} line 2: "):
+        load_questions(path)
+    with pytest.raises(ValueError, match=r"line 1: .* of no known data set: id, question, function"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "n", "n_with_tools"),
+    [
+        ("bfcl_v3/questions", 6821, 3637),  # questions of several turns list no tools, nor do four others
+        ("api_bank/level-1-api.json.gz", 399, 399),
+        ("api_bank/level-2-api.json.gz", 135, 135),
+    ],
+)
+def test_published_test_sets_are_read_to_the_last_question(source, n, n_with_tools):
+    samples = load_questions(shared_path(f"data/{source}"))
+    assert len(samples) == len({sample.id for sample in samples}) == n
+    assert all(any(message["role"] == "user" for message in sample.messages) for sample in samples)
+    assert sum(bool(sample.tools) for sample in samples) == n_with_tools
 
 
 def test_empty_and_unknown_data_is_named(file, tmp_path):

@@ -6,7 +6,6 @@ since the chat template writes the tools. A row of another form raises ValueErro
 the file adds its name and the row.
 """
 
-import ast
 import json
 import random
 import re
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from itool_jax.data.records import Row, Sample, content_id
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
-from itool_jax.text.calls import Call, calls_from_openai, read_calls, write_calls
+from itool_jax.text.calls import Call, calls_from_openai, write_calls
 
 NO_CALL = "None of the available tools can help with this request."
 """The target where a data set's answer is an empty list of calls."""
@@ -35,8 +34,9 @@ _ROLES = {
 _TOOLACE_LEAD_IN = re.compile(r"\s*Here is a list of functions in JSON format that you can invoke[:.]?\s*$")
 _TOOLRL_TOOL = re.compile(r"\d+\. Name: (.*)\nDescription: (.*)\nParameters: (.*)", re.DOTALL)
 _TOOLRL_BLOCK = re.compile(r"<(user|think|tool_call|obs|response)>(.*?)</\1>", re.DOTALL)
+_GLAIVE_TURN = re.compile(r"^(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
+_GLAIVE_QUOTED = re.compile(r"(\"arguments\"\s*:\s*)'(.*)'\s*}\s*\Z", re.DOTALL)
 _TOOLBENCH_ACTION = re.compile(r"\s*(?:Thought:.*?)?Action: *([^\n]+)\nAction Input: *(.*)", re.DOTALL)
-_API_BANK_BARE = re.compile(r"(\w+)=([^'\"\[{(][^,=)]*)(?=[,)])")
 
 
 def samples_from_conversation(
@@ -76,14 +76,30 @@ def from_toolace(row: Row) -> list[Sample]:
     return samples_from_conversation(content_id("toolace", row), messages, tool_schemas(tools))
 
 
-def from_glaive(row: Row) -> list[Sample]:
-    """Glaive as LLaMA-Factory keeps it: {conversations: [{from, value}], tools}, `tools` being a JSON text.
+def from_sharegpt(row: Row) -> list[Sample]:
+    """Glaive, and what else LLaMA-Factory reads: {conversations: [{from, value}], tools}, `tools` being a JSON text.
 
-    Turns are from human, gpt, function_call and observation.
+    Turns are from human, gpt, function_call and observation; a text `system` may come with them.
     """
-    # Tables fill the tools that a row lacks with None.
+    # Tables fill the tools and the system text that a row lacks with None.
     tools = tool_schemas(field(row, "tools", str, list, NoneType))
-    return samples_from_conversation(content_id("glaive", row), _turns(row), tools)
+    system = field(row, "system", str, NoneType) if "system" in row else None
+    messages = [{"role": "system", "content": system}] if system else []
+    return samples_from_conversation(content_id("glaive", row), messages + _turns(row), tools)
+
+
+def from_glaive(row: Row) -> list[Sample]:
+    """Glaive as its authors publish it, glaive-function-calling-v2: {system, chat}, both texts.
+
+    The system text lists the functions, a JSON object each, and says nothing else. What the assistant says before a
+    call is dropped.
+    """
+    _, brace, listed = field(row, "system", str).partition("{")
+    start, *turns = _GLAIVE_TURN.split(field(row, "chat", str))
+    if start.strip() or "ASSISTANT" not in turns[::2]:
+        raise ValueError('"chat" is no dialogue, "USER: ...", "ASSISTANT: ..."')
+    messages = [_glaive_message(speaker, text) for speaker, text in zip(turns[::2], turns[1::2], strict=True)]
+    return samples_from_conversation(content_id("glaive", row), messages, tool_schemas(_json_values(brace + listed)))
 
 
 def from_toolbench(row: Row) -> list[Sample]:
@@ -138,33 +154,6 @@ def from_toolrl(row: Row) -> list[Sample]:
     target = _toolrl_message(answers[0][0], answers[0][1].strip())["content"]
     name = content_id("toolrl", row)
     return [Sample(id=name, messages=tuple(history), tools=tools, target=target)]
-
-
-def from_api_bank(row: Row) -> list[Sample]:
-    """API-Bank's level-3 training rows (arXiv 2304.08244): {instruction, input, output}.
-
-    The tools are ToolSearcher and what earlier searches of the dialogue found. Unquoted values are quoted.
-    """
-    head, found, dialogue = field(row, "input", str).partition("\nUser: ")
-    if not found:
-        raise ValueError('"input" holds no turn of the user')
-    tools = [_api_bank_tool(read_json("input", line)) for line in head.splitlines() if line.strip()]
-    messages: list[Row] = [{"role": "user", "content": ""}]
-    for line in dialogue.partition("\nGenerate API Request:")[0].split("\n"):
-        request, _, result = line.partition("->")
-        if line.startswith("API-Request:"):
-            messages.append({"role": "assistant", "content": _api_bank_call(request)})
-            messages.append({"role": "tool", "content": result})
-            tools += [_api_bank_tool(tool) for tool in _api_bank_found(result)]
-        elif line.startswith(("AI: ", "User: ")):
-            speaker, _, content = line.partition(": ")
-            messages.append({"role": "assistant" if speaker == "AI" else "user", "content": content})
-        else:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n{line}".strip()
-    distinct = {tool["function"]["name"]: tool for tool in tools}
-    target = _api_bank_call(field(row, "output", str))
-    name = content_id("api-bank", row)
-    return [Sample(id=name, messages=tuple(messages), tools=tuple(distinct.values()), target=target)]
 
 
 class SealTools(NamedTuple):
@@ -271,6 +260,35 @@ def _turns(row: Row) -> list[Row]:
     return messages
 
 
+def _glaive_message(speaker: str, text: str) -> Row:
+    role = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}[speaker]
+    text = text.replace("<|endoftext|>", "").strip()
+    if role == "assistant" and "<functioncall>" in text:
+        text = _bracketed([_glaive_call(call.strip()) for call in text.split("<functioncall>")[1:]])
+    return {"role": role, "content": text}
+
+
+def _glaive_call(text: str) -> Any:
+    """The call of {"name": "f", "arguments": '{"a": 1}'}: the single quotes keep it from being JSON."""
+    unquoted = _GLAIVE_QUOTED.sub(lambda match: match[1] + re.sub(r"(?<!\\)\\'", "'", match[2]) + "}", text)
+    call = read_json("functioncall", unquoted)
+    # Functions without parameters are called without arguments.
+    return call | {"arguments": {}} if isinstance(call, dict) and call.keys() == {"name"} else call
+
+
+def _json_values(text: str) -> list[Any]:
+    """The JSON values that stand in a text one after another."""
+    values, rest = [], text.strip()
+    while rest:
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f'a tool is not valid JSON: "{rest[:40]}"') from error
+        values.append(value)
+        rest = rest[end:].strip()
+    return values
+
+
 def _toolbench_answer(text: str) -> str:
     action = _TOOLBENCH_ACTION.fullmatch(text)
     if not action:
@@ -295,37 +313,6 @@ def _toolrl_message(tag: str, text: str) -> Row:
         calling = [{"name": field(c, "name", str), "arguments": field(c, "parameters", dict)} for c in calls]
         return {"role": "assistant", "content": _bracketed(calling)}
     return {"role": {"user": "user", "obs": "tool", "response": "assistant"}[tag], "content": text}
-
-
-def _api_bank_tool(tool: Any) -> Row:
-    if not isinstance(tool, dict):
-        raise ValueError("a tool is not an object")
-    name = tool.get("apiCode") or tool.get("name")
-    parameters = tool.get("input_parameters", tool.get("parameters", {}))
-    return tool_schema({"name": name, "description": tool.get("description"), "parameters": flat_schema(parameters)})
-
-
-def _api_bank_found(result: str) -> list[Row]:
-    """The tools among a call's results; results that are no Python literal hold none."""
-    try:
-        value = ast.literal_eval(result)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return []
-    # Some results list a tool's parameters as a set, without their types: such tools cannot be described.
-    return [
-        tool
-        for tool in (value if isinstance(value, list) else [value])
-        if isinstance(tool, dict) and "name" in tool and isinstance(tool.get("input_parameters"), dict)
-    ]
-
-
-def _api_bank_call(request: str) -> str:
-    call = request.strip().removeprefix("API-Request:").strip()
-    call = call if call.startswith("[") else f"[{call}]"
-    if read_calls(call) is None:
-        quoted = _API_BANK_BARE.sub(lambda match: f"{match[1]}={match[2].strip()!r}", call)
-        return quoted if read_calls(quoted) is not None else call
-    return call
 
 
 def _distractors(gold: list[str], catalogue: SealTools, n: int, rng: random.Random) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 Row = dict[str, Any]
@@ -33,6 +33,8 @@ class Sample:
     category: str = ""
     conversation: str = ""
     """Which conversation it is a turn of; empty where it is the only one."""
+    place: str = field(default="", compare=False)
+    """Where it was read, for messages: file and row; no part of the sample and never written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 In: a file, a folder of files, or `hf:OWNER/NAME` for a data set of the Hugging Face hub. The form is told by
 the content: the OpenAI form {id, messages, tools, target}, raw rows, ToolACE, ToolBench, xLAM-60k, Seal-
-Tools, ToolRL, Glaive or API-Bank.
+Tools, ToolRL, Glaive or API-Bank; of evaluation data, BFCL's and API-Bank's tests too.
 Out: lists of samples with distinct ids. Errors are one line that names the file and the row.
 """
 
@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from itool_jax.data import formats
+from itool_jax.data import benchmarks, formats
 from itool_jax.data.formats import samples_from_conversation
 from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
@@ -52,6 +52,33 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
     return _load(source, need_target, for_training=False, skipped=None)
 
 
+def load_questions(source: Path) -> list[Sample]:
+    """The samples of evaluation data: what `load` reads, and the tests of BFCL, without targets, and of API-Bank.
+
+    Raises:
+        ValueError: one line that names the source, and the row where one is wrong.
+    """
+    name = os.fspath(source)
+    if name.startswith(HUB):
+        return load(name)
+    return _distinct(sample for file in _files(pathlib.Path(name)) for sample in _questions(file))
+
+
+def _questions(file: pathlib.Path) -> list[Sample]:
+    rows = list(read_rows(file))
+    read = _test_reader(rows[0][1]) if rows else None
+    if read is None:
+        return load(file)
+    return [sample for number, row in rows for sample in _at(place(file, number), read, row)]
+
+
+def _test_reader(row: Row) -> Callable[[Row], list[Sample]] | None:
+    """The function that reads rows of a test set like this one; None where it is none."""
+    if {"instruction", "input", "expected_output"} <= row.keys():
+        return benchmarks.from_api_bank_test
+    return benchmarks.from_bfcl if {"id", "question"} <= row.keys() else None
+
+
 def _load(source: Path, need_target: bool, for_training: bool, skipped: list[str] | None) -> list[Any]:
     name = os.fspath(source)
     if name.startswith(HUB):
@@ -82,7 +109,8 @@ def _samples(
                 read = _public_reader(row, where(number), pathlib.Path(name)) or plain
             if read is plain:
                 _refuse_repeated_id(row, number, first, where)
-            samples += _at(where(number), read, row)
+            found = _at(where(number), read, row)
+            samples += [dataclasses.replace(s, place=where(number)) if isinstance(s, Sample) else s for s in found]
         except ValueError as error:
             refuse(str(error), skipped, error)
     if not samples:
@@ -101,14 +129,16 @@ def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], 
         return functools.partial(formats.from_seal_tools, catalogue=_seal_tools_beside(path))
     if {"query", "tools", "answers"} <= keys:
         return formats.from_xlam
+    if {"system", "chat"} <= keys:
+        return formats.from_glaive
+    if {"tools", "conversations"} <= keys:
+        return formats.from_sharegpt
     if {"system", "conversations"} <= keys:
         return formats.from_toolace
-    if {"tools", "conversations"} <= keys:
-        return formats.from_glaive
     if "conversations" in keys:
         return formats.from_toolbench
     if {"instruction", "input", "output"} <= keys:
-        return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else formats.from_api_bank
+        return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else benchmarks.from_api_bank
     raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
 
 
