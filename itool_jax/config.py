@@ -124,6 +124,8 @@ class Config:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
         if self.output is not None and self.stage not in ("score", "generate", "export"):
             raise ValueError(f"output is for the stages score, generate and export, got it with stage {self.stage}")
+        if self.overwrite and self.stage != "export":
+            raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
@@ -148,7 +150,7 @@ def parse(arguments: Sequence[str]) -> Config:
         path = find_config(name)
         from_files += _file_arguments(path)
         try:
-            _parse(["--stage=iterate", *from_files])
+            _parse(["--stage=export", *from_files])  # the stage that takes every setting
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return _parse([*from_files, *arguments])
@@ -268,8 +270,9 @@ def save_or_check(config: Config) -> None:
     if path.exists() and any(entry != path for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
+    lasting = dataclasses.replace(config, output=None, overwrite=False)  # those are for this command alone
     with whole_file(path) as file:
-        file.write(yaml.safe_dump(config.flat(), sort_keys=False).encode())
+        file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 
 
 def _check_saved(path: Path, config: Config) -> None:

@@ -134,6 +134,7 @@ def test_a_saved_config_gives_the_same_settings_again(tmp_path: Path):
         ("--seed=-1", ["seed must be from 0", "-1"]),
         ("--seed=99999999999999999999", ["seed must be from 0", "99999999999999999999"]),
         ("--output=x.jsonl", ["output", "score, generate and export", "iterate"]),
+        ("--overwrite", ["overwrite is for the stage export, got it with stage iterate"]),
         ("--dtype=float16", ["--dtype", "'float16'", "float32"]),
     ],
 )
@@ -187,6 +188,13 @@ def test_an_unknown_config_is_refused_with_the_known_ones():
     )
 
 
+def test_a_file_may_hold_what_only_one_stage_takes(tmp_path: Path):
+    path = write(tmp_path / "c.yaml", "overwrite: true\noutput: x\n")
+    config = settings.parse(["--stage=export", f"--config={path}"])
+    assert (config.overwrite, config.output) == (True, Path("x"))
+    assert "got it with stage warmup" in refused("--stage=warmup", f"--config={path}")
+
+
 # The run directory ------------------------------------------------------------------------------------------
 
 
@@ -224,7 +232,17 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     assert saved.read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--stage=search"])
+def test_what_is_for_one_command_alone_is_not_saved(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    settings.save_or_check(started(tmp_path, "--stage=export", "--overwrite", f"--output={tmp_path / 'model'}"))
+    again = settings.parse(["--stage=warmup", f"--config={tmp_path / 'run/config.yaml'}"])
+    assert (again.overwrite, again.output) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--stage=search"],
+)
 def test_settings_that_change_no_earlier_result_are_free(tmp_path: Path, change: str):
     saved = make_run(tmp_path)
     before = saved.read_bytes()
