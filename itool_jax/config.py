@@ -41,6 +41,9 @@ class EvaluateSettings:
     """Samples of the split to evaluate, always the same ones; 0 is all of them."""
     split: Literal["test", "validation"] = "test"
     """Which part: settings are chosen on validation, claims made on test."""
+    benchmarks: tuple[str, ...] = ()
+    """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
+    BFCL's questions, API-Bank's tests, or any form of training data."""
 
     def __post_init__(self) -> None:
         if self.limit < 0:

@@ -239,9 +239,16 @@ def test_what_is_for_one_command_alone_is_not_saved(tmp_path: Path):
     assert (again.overwrite, again.output) == (False, None)
 
 
+def test_benchmarks_are_saved_and_read_again(tmp_path: Path):
+    for given in ([], ["a", "b"]):
+        settings.save_or_check(started(tmp_path, "--evaluate.benchmarks", *given))
+        again = settings.parse(["--stage=warmup", f"--config={tmp_path / 'run/config.yaml'}", "--seed=0"])
+        assert again.evaluate.benchmarks == tuple(given)
+
+
 @pytest.mark.parametrize(
     "change",
-    ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--stage=search"],
+    ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--evaluate.benchmarks=b.jsonl", "--stage=search"],
 )
 def test_settings_that_change_no_earlier_result_are_free(tmp_path: Path, change: str):
     saved = make_run(tmp_path)

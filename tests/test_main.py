@@ -240,7 +240,7 @@ def test_a_prompt_that_leaves_no_room(refused: Run, tmp_path: Path, tiny_folder:
         ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} holds raw prompts, which only"),
         (
             [{**SAMPLE, "id": f"s{i}", "target": "x" * 1024 if i == 150 else f"x{i}"} for i in range(200)],
-            "sample s150: its 1",
+            "{data} line 151: sample s150: its 1",
         ),
     ],
 )
@@ -331,7 +331,8 @@ def test_a_tokenizer_without_a_chat_template(refused: Run, tmp_path: Path, tiny_
     data = write_rows(tmp_path / "d.jsonl", *({**SAMPLE, "id": f"s{i}", "target": f"[f({i})]"} for i in range(200)))
     output = [f"--output={tmp_path / 'o'}"] if stage != "iterate" else []
     line = refused(f"--stage={stage}", f"--model={model}", f"--data={data}", f"--run_dir={tmp_path / 'run'}", *output)
-    assert re.match(rf"sample s\d+: tokenizer of {model} has no chat template; add chat_template.jinja", line)
+    place = f"{data} line 1: " if stage == "iterate" else ""
+    assert line.startswith(f"{place}sample s0: tokenizer of {model} has no chat template; add chat_template.jinja")
 
 
 # Places to write --------------------------------------------------------------------------------------------

@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from itool_jax.data.card import describe, lines
+from itool_jax.config import Config
+from itool_jax.data.card import describe, lines, overlap
+from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import Sample
 from itool_jax.main import main
+from itool_jax.model.sharding import MeshSettings, use_mesh
+from itool_jax.stages import parts
 from itool_jax.text.chat import Encoded
 from tests.conftest import read, write
 from tests.runs import make_samples
+from tests.tiny import USER
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -41,17 +47,81 @@ def test_wrong_rows_end_the_run_or_are_listed(
     assert warm_up(spoilt, tiny_folder, "--skip_bad_rows") == 0
     skipped = (spoilt / "run/data/skipped.txt").read_text().splitlines()
     reasons = ("line 113: not valid JSON", "line 114: not a JSON object", 'line 112: id "s5" is already that of')
-    reasons += ("line 1: sample has no", 'line 115: sample has no "messages"', "sample long: its 2")
+    reasons += ("line 1: sample has no", 'line 115: sample has no "messages"', "line 116: sample long: its 2")
     assert len(skipped) == len(reasons)
-    assert all(any(reason in line for line in skipped) for reason in reasons)
+    assert all(any(f"d.jsonl {reason}" in line for line in skipped) for reason in reasons)
     parts = [read(spoilt / f"run/data/{part}.jsonl") for part in ("train", "validation", "test")]
     assert sorted(row["id"] for part in parts for row in part) == sorted(f"s{i}" for i in range(100))
     card = json.loads((spoilt / "run/data/card.json").read_text())
-    assert (card["rows_skipped"], card["repeats_left_out"]) == (6, 10)
+    assert (card["rows_skipped"], card["too_long"], card["repeats_left_out"]) == (5, 1, 10)
     assert sum(part["samples"] for part in card["parts"].values()) == 100
     err = capsys.readouterr().err
-    assert "10 repeats left out, 6 rows skipped" in err
+    assert "10 repeats left out, 5 wrong rows skipped, 1 samples too long for the model; nothing truncated" in err
     assert f"train: {card['parts']['train']['samples']} samples of" in err
+
+
+def test_benchmarks_are_looked_for_among_the_training_samples(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "d.jsonl", make_samples(60))
+    bfcl = write(tmp_path / "bfcl.jsonl", [{"id": f"q{i}", "question": [[USER]]} for i in range(3)])
+    assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={bfcl}") == 0
+    assert f"{bfcl} shares with train: 0 of 3 questions, a tool in 0 of the 0 samples" in capsys.readouterr().err
+    # Another benchmark, and the same run: it is looked for in the training part when that is next read.
+    (tmp_path / "run/warmup/warmup.json").unlink()
+    trained = read(tmp_path / "run/data/train.jsonl")
+    asked = [{"id": f"b{i}", "question": [row["messages"][-1:]]} for i, row in enumerate(trained[:7])]
+    asked[0]["function"] = [trained[0]["tools"][0]["function"]]
+    asked.append({"id": "other", "question": [[USER], [], [trained[0]["messages"][-1]]], "function": [{"name": "g"}]})
+    more = write(tmp_path / "more.jsonl", asked)
+    assert warm_up(tmp_path, tiny_folder, "--evaluate.benchmarks", str(bfcl), str(more)) == 0
+    err = capsys.readouterr().err
+    assert f"{more} shares with train: 8 of 9 questions, a tool in 1 of the 3 samples that list tools" in err
+    assert f"{bfcl} shares" not in err
+    found = json.loads((tmp_path / "run/data/card.json").read_text())
+    assert found["parts"]["train"]["samples"] == len(trained)
+    assert found["benchmarks"][str(bfcl)]["questions"] == 0
+    assert found["benchmarks"][str(more)]["questions"] == 8
+    assert found["benchmarks"][str(more)]["first_questions"] == ["b0", "b1", "b2", "b3", "b4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [(None, "does not exist"), ({"foo": 1}, "line 1: sample has no"), ({"id": "a", "question": 5}, "line 1:")],
+)
+def test_a_benchmark_that_cannot_be_read_ends_the_run_before_any_work(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], row: Any, reason: str
+) -> None:
+    write(tmp_path / "d.jsonl", make_samples(60))
+    path = tmp_path / "b.jsonl"
+    if row is not None:
+        write(path, [row])
+    assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={path}") == 2
+    err = capsys.readouterr().err
+    assert f"error: {path} {reason}" in err
+    assert err.count("\n") == 1
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_damaged_card_is_named(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "d.jsonl", make_samples(60))
+    assert warm_up(tmp_path, tiny_folder) == 0
+    (tmp_path / "run/data/card.json").write_text("{")
+    (tmp_path / "run/warmup/warmup.json").unlink()
+    assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={tmp_path / 'd.jsonl'}") == 2
+    assert f"error: {tmp_path / 'run/data/card.json'} is damaged" in capsys.readouterr().err
+
+
+def test_the_generated_corpus_has_a_card_that_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = GeneratedSettings(train=8, validation=2, test=3)
+    with use_mesh(MeshSettings()):
+        parts.samples(Config(stage="warmup", run_dir=tmp_path, generated=sizes), "test")
+    card = json.loads((tmp_path / "data/card.json").read_text())
+    assert {name: part["samples"] for name, part in card["parts"].items()} == {"train": 8, "validation": 2, "test": 3}
+    assert (card["too_long"], card["rows_skipped"]) == (0, 0)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_turns_of_a_conversation_stay_in_one_part(tmp_path: Path, tiny_folder: Path) -> None:
@@ -85,7 +155,18 @@ def test_the_card_by_hand() -> None:
         **{"samples": 2, "conversations": 1, "turns": 4, "calls": 2, "texts": 1, "prompt_tokens": 14},
         **{"target_tokens": 4, "longest": 10, "median": 9},
     }
-    assert card["overlap_with_train"] == {"test": {"questions": 1, "samples_with_a_known_tool": 1}}
-    text = "\n".join(lines(card | {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0}))
+    assert card["overlap_with_train"] == {
+        "test": {
+            **{"samples": 2, "questions": 1, "first_questions": ["b"]},
+            **{"samples_with_tools": 1, "samples_with_a_known_tool": 1},
+        }
+    }
+    text = "\n".join(lines(card | {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0, "too_long": 3}))
+    assert "data d.jsonl: 0 repeats left out, 0 wrong rows skipped, 3 samples too long for the model" in text
     assert "train: 2 samples of 1 conversations, 4 turns, 2 calls, 1 texts, 18 tokens" in text
-    assert "test shares with train: 1 questions, a tool in 1 samples" in text
+    assert "test shares with train: 1 of 2 questions, a tool in 1 of the 1 samples that list tools" in text
+
+
+def test_samples_that_ask_nothing_share_no_question() -> None:
+    silent = Sample(id="a", messages=({"role": "tool", "content": "x"},), target="no")
+    assert overlap([silent], {"b": [silent]})["b"]["questions"] == 0

@@ -1,22 +1,24 @@
 """The data of a run: training, validation and test part, made once, written down and described.
 
 In: `--data`, or the generated corpus. Out: `data/{train,validation,test}.jsonl`, `data/card.json`, and
-`data/skipped.txt` where rows were left out.
+`data/skipped.txt` where rows were left out. Nothing is ever truncated: a sample that is too long for the model ends
+the run, or is left out like a wrong row.
 """
 
 import dataclasses
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
-from itool_jax.data.card import describe, lines
+from itool_jax.data.card import describe, lines, overlap, overlap_lines
 from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write_jsonl
 from itool_jax.metrics import say
 from itool_jax.stages import folder
-from itool_jax.text.chat import Encoded
+from itool_jax.text.chat import Encoded, encode_sample
 
+CARD = "data/card.json"
 HELD_OUT = {"test": 0.1, "validation": 0.05}
 """Shares of a data set without parts of its own that are kept for evaluation, each of what the one before left."""
 
@@ -31,13 +33,16 @@ class Part(NamedTuple):
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made, described and written down when first asked for."""
     path = config.run_dir / "data" / f"{part}.jsonl"
+    benchmarks = _new_benchmarks(config)  # before all else: one that cannot be read is met now
     if not path.exists():
         skipped: list[str] | None = [] if config.skip_bad_rows else None
-        parts, repeats = _make_parts(config, skipped)
+        parts, left_out = _make_parts(config, skipped)
         folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
-        _describe(config, parts, repeats, skipped or [])
+        _describe(config, parts, left_out, skipped or [])
         for name, (found, _) in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in found))
+    if benchmarks:
+        _compare(config, benchmarks)
     return sources.load(path)
 
 
@@ -50,28 +55,41 @@ def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
     return warmup, buffer
 
 
-def _make_parts(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], int]:
-    """The three parts, and how many repeats are not in them."""
+def _make_parts(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], dict[str, int]]:
+    """The three parts; how many repeats and how many too long samples are not in them, as the card names these."""
     if config.data == "generated":
         sizes = config.generated
         counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
         made = {part: generated.generate(part, count) for part, count in counts.items()}
-        return {part: Part(found, folder.encode(config, found)) for part, found in made.items()}, 0
+        parts = {part: Part(found, folder.encode(config, found)) for part, found in made.items()}
+        return parts, {"repeats_left_out": 0, "too_long": 0}
     given = sources.load(config.data, skipped)
     once = _without_repeats(given)
-    encoded: dict[str, Encoded] = {}
-    for sample in once:  # one that the model cannot take is met now, not hours later
-        try:
-            encoded[sample.id] = folder.encode(config, [sample])[0]
-        except ValueError as error:
-            refuse(str(error), skipped, error)
+    encoded, too_long = _encode(config, once, skipped)
     # Always the same parts, whatever the seed, so that runs of several seeds can be compared.
     rest, test = replay.split([s for s in once if s.id in encoded], 1 - HELD_OUT["test"], "test", 0)
     train, validation = replay.split(rest, 1 - HELD_OUT["validation"], "validation", 0)
     parts = {"train": train, "validation": validation, "test": test}
     if empty := [part for part, chosen in parts.items() if not chosen]:
         raise ValueError(f"data {config.data} has {len(encoded)} samples: too few, its {empty[0]} part would be empty")
-    return {part: Part(found, [encoded[s.id] for s in found]) for part, found in parts.items()}, len(given) - len(once)
+    left_out = {"repeats_left_out": len(given) - len(once), "too_long": too_long}
+    return {part: Part(found, [encoded[s.id] for s in found]) for part, found in parts.items()}, left_out
+
+
+def _encode(config: Config, found: list[Sample], skipped: list[str] | None) -> tuple[dict[str, Encoded], int]:
+    """The token ids of samples by id, and how many are too long: what the model cannot take is met now, not later."""
+    base = folder.load_base(config)
+    encoded: dict[str, Encoded] = {}
+    too_long = 0
+    for sample in found:
+        try:
+            row = encode_sample(base.chat, sample)
+            too_long += len(row.prompt_ids) + len(row.target_ids) > base.config.max_length
+            folder.check_lengths([row], base.config.max_length)
+            encoded[sample.id] = row
+        except ValueError as error:
+            refuse(f"{sample.place}: {error}", skipped, error)
+    return encoded, too_long
 
 
 def _without_repeats(given: list[Sample]) -> list[Sample]:
@@ -83,14 +101,41 @@ def _without_repeats(given: list[Sample]) -> list[Sample]:
     return list(kept.values())
 
 
-def _describe(config: Config, parts: dict[str, Part], repeats: int, skipped: list[str]) -> None:
-    """Keeps and prints the data card."""
+def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], skipped: list[str]) -> None:
+    """Keeps the data card, and prints it unless the data is the generated corpus, which is always the same."""
     card = describe({name: part.samples for name, part in parts.items()}, {n: p.encoded for n, p in parts.items()})
-    card |= {"data": config.data, "repeats_left_out": repeats, "rows_skipped": len(skipped)}
+    card |= {"data": config.data, **left_out, "rows_skipped": len(skipped) - left_out["too_long"]}
     if skipped:
         with whole_file(config.run_dir / "data" / "skipped.txt") as file:
             file.write("".join(f"{line}\n" for line in skipped).encode())
-    folder.write_json(config.run_dir / "data" / "card.json", card)
+    folder.write_json(config.run_dir / CARD, card)
     if config.data != "generated":
         for line in lines(card):
             say(line)
+
+
+def _new_benchmarks(config: Config) -> dict[str, list[Sample]]:
+    """The samples of each of `evaluate.benchmarks` that the data card does not name yet."""
+    if not config.evaluate.benchmarks:
+        return {}
+    known = _read_card(config)["benchmarks"]
+    return {name: sources.load_questions(name) for name in config.evaluate.benchmarks if name not in known}
+
+
+def _compare(config: Config, benchmarks: dict[str, list[Sample]]) -> None:
+    """Adds to the data card, and prints, what the training part shares with benchmarks."""
+    found = overlap(sources.load(config.run_dir / "data" / "train.jsonl"), benchmarks)
+    card = _read_card(config)
+    folder.write_json(config.run_dir / CARD, card | {"benchmarks": card["benchmarks"] | found})
+    for line in overlap_lines(found):
+        say(line)
+
+
+def _read_card(config: Config) -> dict[str, Any]:
+    """The data card as it is, with its benchmarks, none where there is no card yet."""
+    path = config.run_dir / CARD
+    try:
+        card = json.loads(path.read_text()) if path.exists() else {}
+        return {"benchmarks": {}} | card
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to have the benchmarks looked for again") from error
