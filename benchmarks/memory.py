@@ -10,11 +10,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The scheduler that starts all it can would keep the kernels of all layers at once; memory is what is asked for.
+os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -23,12 +25,15 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from itool_jax import train
+from itool_jax import sampler, train
 from itool_jax.losses import LossSettings
+from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.linear import LoraSettings
-from itool_jax.model.sharding import AXES, ROWS, MeshSettings, make_mesh, placed
+from itool_jax.model.lora import beside
+from itool_jax.model.sharding import AXES, ROWS, MeshSettings, fit, make_mesh, placed
 from itool_jax.model.transformer import ModelConfig, RopeScaling, abstract
-from itool_jax.text.padding import PairBatch, TargetBatch
+from itool_jax.text.padding import PairBatch, TargetBatch, bucket
+from itool_jax.text.steps import N_STATES, StepTable
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 LLAMA = ModelConfig(
@@ -58,12 +63,14 @@ class Machine:
     gigabytes: int
     mesh: MeshSettings
     weights: tuple[str, ...] = ("lora", "qlora")
+    search_batch: int = 64
+    """search.batch"""
 
 
 MACHINES = (
     Machine(name="1 x 141 GB", gigabytes=141, mesh=MeshSettings()),
     Machine(name="8 x 80 GB", gigabytes=80, mesh=MeshSettings(data=8)),
-    Machine(name="1 x 24 GB", gigabytes=24, mesh=MeshSettings(), weights=("qlora",)),
+    Machine(name="1 x 24 GB", gigabytes=24, mesh=MeshSettings(), weights=("qlora",), search_batch=8),
     Machine(name="8 x 16 GB", gigabytes=16, mesh=MeshSettings(fsdp=8)),
 )
 
@@ -79,6 +86,9 @@ class Settings:
     topology: str | None = None
     """Ask the TPU compiler about this slice, such as v5e:2x4, for the machine of eight devices of 16 GB; the others are
     then left out."""
+    kinds: tuple[str, ...] = ("sft", "dpo", "search")
+    """What runs: a training step, or the calls of a search of as many prompts together as the machine's config says."""
+    model: Annotated[ModelConfig, tyro.conf.Suppress] = LLAMA
     json: Path | None = None
     """File for the rows of the table."""
 
@@ -107,25 +117,70 @@ def _stored(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return leaf if coded else jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
 
 
-def step_memory(kind: str, weights: str, mesh: Mesh, settings: Settings) -> dict[str, float]:
+def memory(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Settings) -> dict[str, float]:
     """Gigabytes a device, by purpose."""
-    config, lora = dataclasses.replace(LLAMA, nf4=weights == "qlora"), LoraSettings()
-    graph, base, adapters = abstract(config, lora)
+    model = dataclasses.replace(settings.model, nf4=weights == "qlora")
+    with jax.set_mesh(mesh):
+        if kind == "search":
+            programs = search_programs(model, machine.search_batch, mesh, settings)
+        else:
+            programs = {"step": training_program(kind, model, mesh, settings)}
+        found = {name: program.compile().memory_analysis() for name, program in programs.items()}
+    # What stays between the calls of a search, the caches of prompts and of questions, the steps are not given all.
+    kept = found["prefill"].output_size_in_bytes if "prefill" in found else 0
+    sizes = {
+        "arguments": max(f.argument_size_in_bytes for f in found.values()) + kept,
+        "temporaries": max(f.temp_size_in_bytes for f in found.values()),
+        "new outputs": max(f.output_size_in_bytes - f.alias_size_in_bytes for n, f in found.items() if n != "prefill"),
+    }
+    return {name: size / 1e9 for name, size in sizes.items()} | {"total": sum(sizes.values()) / 1e9}
+
+
+def training_program(kind: str, model: ModelConfig, mesh: Mesh, settings: Settings) -> Any:
+    """A step of SFT or DPO, lowered."""
+    graph, base, adapters = abstract(model, LoraSettings())
     base = jax.tree.map_with_path(_stored, base)
     optimizer = train.adamw(0.01, 1.0)
     loss = train.sft_loss(graph) if kind == "sft" else train.preference_loss(graph, LossSettings())
-    with jax.set_mesh(mesh):
-        state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), adapters))
-        n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-        whole = NamedSharding(mesh, PartitionSpec())
-        key = jax.ShapeDtypeStruct((), KEY.dtype, sharding=whole)
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-        batch = batch_of(kind, settings.rows, settings.length, mesh)
-        lowered = train.train_step.lower(loss, optimizer, n_micro, state, placed(base), batch, key, rate)
-        found = lowered.compile().memory_analysis()
-    sizes = {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
-    sizes["new outputs"] = found.output_size_in_bytes - found.alias_size_in_bytes
-    return {name: size / 1e9 for name, size in sizes.items()} | {"total": sum(sizes.values()) / 1e9}
+    state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), adapters))
+    n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    whole = NamedSharding(mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct((), KEY.dtype, sharding=whole)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    batch = batch_of(kind, settings.rows, settings.length, mesh)
+    return train.train_step.lower(loss, optimizer, n_micro, state, placed(base), batch, key, rate)
+
+
+def search_programs(model: ModelConfig, batch: int, mesh: Mesh, settings: Settings) -> dict[str, Any]:
+    """A prefill, a round of last steps and one of self-evaluation, lowered, as a search of `batch` prompts has them."""
+    graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), LoraSettings())
+    weights = placed(beside(jax.tree.map_with_path(_stored, base), adapters), running=True)
+    search = SearchSettings(batch=batch)
+    rows, path = batch * search.slots, bucket(search.max_depth * search.step_limit)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        spec = fit((ROWS,) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    prefill = sampler.prefill.lower(graph, weights, array(batch, settings.length), array(batch))
+    caches = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), prefill.out_info)
+    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step_table(model.vocab_size))
+    forced = array(rows, search.last_step_limit), array(rows)
+    key = jax.ShapeDtypeStruct((rows,), KEY.dtype, sharding=array(rows).sharding)
+    line = array(rows, path), array(rows)
+    step = sampler.sample_step.lower(
+        *(graph, search.last_step_limit, weights, table, caches, *line, key, array(rows)),
+        *(array(rows, dtype=jnp.bool_), *forced, array(dtype=jnp.float32)),
+    )
+    judged = array(rows, bucket(path + search.last_step_limit)), array(rows)
+    answer = sampler.answer.lower(graph, weights, caches, *judged, array(2))
+    return {"prefill": prefill, "step": step, "answer": answer}
+
+
+def step_table(vocab_size: int) -> StepTable:
+    """A table of step boundaries of any model: only its shape matters here."""
+    cells, flags = np.zeros((vocab_size, N_STATES), np.int16), np.zeros(vocab_size, bool)
+    return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, np.int32(0))
 
 
 def mesh_of(machine: Machine, topology: str | None) -> Mesh:
@@ -143,10 +198,11 @@ def main(settings: Settings) -> None:
     print(f"Llama 3.1 8B, {settings.rows} rows of {settings.length} tokens a step, one row a device at a time")
     print(f"{'devices':<12} {'step':<5} {'weights':<8} {'arguments':>10} {'temporaries':>12} {'total':>8}  GB a device")
     for machine in MACHINES if settings.topology is None else MACHINES[-1:]:
-        for kind in ("sft", "dpo"):
+        for kind in settings.kinds:
             for weights in machine.weights:
                 try:
-                    sizes = step_memory(kind, weights, mesh_of(machine, settings.topology), settings)
+                    mesh = mesh_of(machine, settings.topology)
+                    sizes = memory(kind, weights, machine, mesh, settings)
                 except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
                     reason = str(error).splitlines()[0]
                     rows.append({"devices": machine.name, "step": kind, "weights": weights, "refused": reason})

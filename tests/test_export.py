@@ -73,7 +73,7 @@ def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
     raw = json.loads((target / "config.json").read_text())
     assert raw["dtype"] == raw["torch_dtype"] == "float32"
     # And so do we.
-    _, params = hf.load(target)
+    _, params = hf.load(target, stacked=False)
     np.testing.assert_array_equal(logits(Policy(policy_of(made, "base").graph, params)), ours)
 
 
@@ -187,7 +187,7 @@ def test_four_bit_bases_are_named_in_a_merge(
     for base in ("dequantized", "original"):
         target = tmp_path / base
         assert exported(made, target, f"--export.base={base}") == 0
-        merged = Policy(policy_of(made, "base", "--quantize=none").graph, hf.load(target)[1])
+        merged = Policy(policy_of(made, "base", "--quantize=none").graph, hf.load(target, stacked=False)[1])
         worst[base] = np.abs(logits(merged) - ours).max() / ours.std()
     assert worst["dequantized"] < 1e-4
     assert worst["original"] > 1e-2  # four bits are not sixteen, and the adapters were trained beside four
@@ -200,7 +200,7 @@ def test_all_weights_are_trained_and_exported_without_adapters(
     assert exported(made, tmp_path / "adapter", "--export.kind=adapter") == 2
     assert "has no adapters; export.kind=merged" in capsys.readouterr().err
     assert exported(made, tmp_path / "model") == 0
-    trained, base = hf.load(tmp_path / "model")[1], hf.load(tiny_folder)[1]
+    trained, base = (hf.load(f, stacked=False)[1] for f in (tmp_path / "model", tiny_folder))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, base)))
     policy = policy_of(made, "warmup")
     np.testing.assert_array_equal(logits(Policy(policy.graph, trained)), logits(policy))

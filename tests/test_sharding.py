@@ -15,7 +15,7 @@ from itool_jax.data.records import Sample
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings, search
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.model import hf, sharding
+from itool_jax.model import forms, hf, sharding
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
@@ -67,11 +67,11 @@ def train_on(kind: str, folder: Path) -> tuple[list[float], train.TrainState]:
 
 def everything(folder: Path) -> dict[str, Any]:
     """Losses of every kind of training, scores, responses and search trees, on the mesh in use."""
-    config, base = hf.load(folder)
+    config, base = hf.load(folder, stacked=False)
     trained = {kind: train_on(kind, folder) for kind in KINDS}
     found: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
-    state = trained["sft"][1]
-    policy = Policy(abstract(config)[0], merge_adapters(base, state.trainable, LORA))
+    adapters = forms.to_run(trained["sft"][1].trainable)
+    policy = Policy(abstract(config)[0], merge_adapters(base, adapters, LORA))
     found["scores"] = target_log_probs(policy, ROWS, 1024)
     chat = Chat(load_tokenizer(str(folder)))
     table = build_step_table(chat.tokenizer, "sentence", config.vocab_size, chat.stop_ids)
@@ -84,9 +84,11 @@ def everything(folder: Path) -> dict[str, Any]:
         Searched(sample, encode_sample(chat, sample))
         for sample in (Sample(id=str(i), messages=(tiny.USER,), target=f"[f(a={i})]") for i in range(4))
     ]
-    searcher = Searcher(Policy(policy.graph, base), Base(config, chat), table, batch, settings, SelfEvaluationSettings(), 0)
+    searcher = Searcher(
+        Policy(policy.graph, base), Base(config, chat), table, batch, settings, SelfEvaluationSettings(), 0
+    )
     found["forest"] = search(searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings)
-    return found | {"base": base, "state": state}
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -203,6 +203,8 @@ def place_of(path: tuple[Any, ...], n_layers: int) -> Place:
     transposed = keys[-1] in ("kernel", "lm_head")
     if keys[0] != "layers":
         return Place([_TOP_NAMES[".".join(keys)]], False, transposed)
+    if keys[1].isdigit():
+        return Place([f"model.layers.{keys[1]}.{LAYER_NAMES['.'.join(keys[2:])]}"], False, transposed)
     name = LAYER_NAMES[".".join(keys[1:])]
     return Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
 
@@ -215,23 +217,25 @@ class Tensor(NamedTuple):
     dtype: str
 
 
-def load(folder: Path, dtype: str = "float32", *, nf4: bool = False) -> tuple[ModelConfig, Params]:
+def load(
+    folder: Path, dtype: str = "float32", *, nf4: bool = False, stacked: bool = True
+) -> tuple[ModelConfig, Params]:
     """Configuration and weights of a folder; weights are stored in `dtype`, the layers' kernels as NF4 codes if so
-    asked, and spread over the mesh in use.
+    asked, `stacked` to train or else to run (see `model.forms`), and spread over the mesh in use.
 
-    Beside the weights themselves, one stack of layers is in host memory at a time, and of it only what belongs to
-    this process' devices; nothing else is read from disk.
+    Beside the weights themselves, one leaf of them is in host memory at a time, and of it only what belongs to this
+    process' devices; nothing else is read from disk.
 
     Raises:
         ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
     """
-    config = read_config(folder, dtype)
+    config = dataclasses.replace(read_config(folder, dtype), stacked=stacked)
     _, shapes, _ = abstract(config)
     tensors = _tensors(folder)
     _check(folder, config, shapes, tensors)
 
     def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
-        place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape)
+        place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape, running=not stacked)
         parts: dict[str, np.ndarray] = {}
 
         def read(part: Any) -> np.ndarray:
@@ -241,15 +245,17 @@ def load(folder: Path, dtype: str = "float32", *, nf4: bool = False) -> tuple[Mo
             return parts[key]
 
         found = jax.make_array_from_callback(leaf.shape, where, read)
-        return _quantize(str(path[-2].key), found) if nf4 and place.stacked and place.transposed else found
+        in_layer = place.names[0] not in _TOP_NAMES.values()
+        return _quantize(str(path[-2].key), stacked, found) if nf4 and in_layer and place.transposed else found
 
     return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _quantize(layer: str, kernel: jax.Array) -> Params:
-    """The codes of a stack of kernels, one after the other."""
-    return constrain({layer: {"kernel": jax.lax.map(quantize.quantize, kernel)._asdict()}})[layer]["kernel"]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantize(layer: str, stacked: bool, kernel: jax.Array) -> Params:
+    """The codes of a kernel, or of a stack of kernels one after the other."""
+    codes = jax.lax.map(quantize.quantize, kernel) if stacked else quantize.quantize(kernel)
+    return constrain({layer: {"kernel": codes._asdict()}}, running=not stacked)[layer]["kernel"]
 
 
 def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str, Tensor]) -> None:

@@ -47,10 +47,12 @@ class Nf4Kernel(nnx.Module):
         for name, leaf in quantize.zeros(n_in, n_out)._asdict().items():
             setattr(self, name, nnx.Param(leaf))
 
-    def dequantize(self, dtype: str) -> Array:
-        """[n_in, n_out] in `dtype`."""
+    def dequantize(self, x: Array) -> tuple[Array, Array]:
+        """[n_in, n_out] in the type of its input `x`; and `x`, before which it is not made."""
         codes = quantize.Codes(*(getattr(self, name)[...] for name in quantize.Codes._fields))
-        return quantize.dequantize(codes, self.n_in, dtype)
+        # Else the compiler would make the kernels of all layers before a loop that reads them again and again.
+        codes, x = jax.lax.optimization_barrier((codes, x))
+        return quantize.dequantize(codes, self.n_in, x.dtype.name), x
 
 
 class Linear(nnx.Module):
@@ -82,7 +84,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         """[..., n_in] to [..., n_out], computed and returned in `dtype`; `key` is for dropout, None drops nothing."""
         x = x.astype(self.dtype)
-        kernel = self.kernel.dequantize(self.dtype) if isinstance(self.kernel, Nf4Kernel) else self.kernel[...]
+        if isinstance(self.kernel, Nf4Kernel):
+            kernel, x = self.kernel.dequantize(x)
+        else:
+            kernel = self.kernel[...]
         y = x @ kernel.astype(self.dtype)
         if self.lora_scale:
             if key is not None and self.dropout:

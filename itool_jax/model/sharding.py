@@ -1,8 +1,10 @@
 """How weights and activations lie on a mesh of devices: one table from parameter names to axes.
 
 Axes: `data` (rows of a batch), `fsdp` (rows too, and weights along their other dimension) and `tensor` (heads, the
-inner width of the MLP, the vocabulary). What the table names is a wish: an axis that does not divide a dimension is
-left out there, and XLA moves what must be moved (GSPMD, arXiv 2105.04663): every mesh gives one device's results.
+inner width of the MLP, the vocabulary). A model that runs and is not trained takes `fsdp` as more of `tensor`: decoding
+would else move all weights to every device for each token. What the table names is a wish: an axis that does not divide
+a dimension is left out there, and XLA moves what must be moved (GSPMD, arXiv 2105.04663): every mesh gives one device's
+results.
 """
 
 import contextlib
@@ -68,10 +70,14 @@ def use_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
-def spec_of(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def spec_of(
+    path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, running: bool = False
+) -> PartitionSpec:
     """Axes of one weight, by its path in the parameters (or in an optimizer's state)."""
     keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
-    axes = next((SPECS[name] for n in (3, 2, 1) if (name := ".".join(keys[-n:])) in SPECS), ())
+    axes: tuple[Any, ...] = next((SPECS[name] for n in (3, 2, 1) if (name := ".".join(keys[-n:])) in SPECS), ())
+    if running:
+        axes = tuple({"fsdp": None, "tensor": ("fsdp", "tensor"), None: None}[axis] for axis in axes)
     if len(shape) < len(axes):  # a count or another scalar of the optimizer
         return PartitionSpec()
     return fit(((None,) * (len(shape) - len(axes)) + axes), shape, mesh)
@@ -89,19 +95,22 @@ def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
     return None if not names else names[0] if len(names) == 1 else names
 
 
-def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...], running: bool = False) -> jax.sharding.Sharding:
     """Where one weight lies: on the mesh in use, or whole on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, spec_of(path, shape, mesh))
+    return NamedSharding(mesh, spec_of(path, shape, mesh, running))
 
 
-def placed(shapes: Any) -> Any:
+def placed(shapes: Any, running: bool = False) -> Any:
     """Shapes of weights, or of an optimizer's state, with where each of them lies."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf.shape)), shapes
-    )
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        where = sharding_of(path, leaf.shape, running)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map_with_path(place, shapes)
 
 
 def row_devices() -> int:
@@ -110,9 +119,9 @@ def row_devices() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def by_rows(x: Array) -> Array:
+def by_rows(x: Array, running: bool) -> Array:
     """Inside a compiled function: the rows of `x` (its first dimension) are spread over the mesh in use, if any."""
-    return along(x, ROWS)
+    return along(x, "data" if running else ROWS)
 
 
 def along(x: Array, axes: str | tuple[str, ...]) -> Array:
@@ -123,10 +132,10 @@ def along(x: Array, axes: str | tuple[str, ...]) -> Array:
     return jax.lax.with_sharding_constraint(x, fit((axes,) + (None,) * (x.ndim - 1), x.shape, mesh))
 
 
-def constrain(tree: Any) -> Any:
+def constrain(tree: Any, running: bool = False) -> Any:
     """Inside a compiled function: weights, or an optimizer's state, are laid out on the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
     place = jax.lax.with_sharding_constraint
-    return jax.tree.map_with_path(lambda path, leaf: place(leaf, spec_of(path, leaf.shape, mesh)), tree)
+    return jax.tree.map_with_path(lambda path, leaf: place(leaf, spec_of(path, leaf.shape, mesh, running)), tree)

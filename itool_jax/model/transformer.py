@@ -1,14 +1,14 @@
 """The decoder-only transformer of the Llama and Qwen families, as one Flax NNX module.
 
 In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
-Out: the last hidden state of every token and the updated cache. Layers are stacked along a leading axis; whole rows
-are computed by a scan over them, continuations layer by layer, so that caches are written in place. The module is
+Out: the last hidden state of every token and the updated cache. For training, layers are stacked along a leading axis
+and computed by a scan over them; to run, each has arrays of its own (see `model.forms`). The module is
 split once into `(graph, params)`; everything compiled works on the plain dictionary
 `params` and merges the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
 from itool_jax.model.sharding import along, by_rows
 
-Params = dict[str, Any]
+Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
 """What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
 MASKED = -1e30
@@ -61,6 +61,8 @@ class ModelConfig:
     """Computation type of the matrix products; norms, softmax and losses are always float32."""
     nf4: bool = False
     """The layers' kernels are NF4 codes."""
+    stacked: bool = True
+    """The layers' weights lie along a leading axis, as training wants them; else each layer has its own, to run."""
     remat: Remat = "none"
 
 
@@ -233,7 +235,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, stacked layers, final norm, and an unembedding that may be the embedding itself."""
+    """Embedding, layers, final norm, and an unembedding that may be the embedding itself."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings | None, *, rngs: nnx.Rngs):
         lora = lora if lora is not None and lora.rank else None
@@ -245,7 +247,8 @@ class Transformer(nnx.Module):
 
         size = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), size))
-        self.layers = stack(rngs)
+        one_by_one = () if config.stacked else range(config.n_layers)
+        self.layers: Any = stack(rngs) if config.stacked else nnx.List(Layer(config, lora, rngs) for _ in one_by_one)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), size[::-1]))
         self.config = config
@@ -262,7 +265,7 @@ class Transformer(nnx.Module):
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
         # Whole vectors before they are looked up: XLA finds no good way from their parts to rows.
         embedding = along(self.embedding[...], "tensor")
-        hidden = by_rows(embedding[tokens_BT].astype(self.config.dtype))
+        hidden = by_rows(embedding[tokens_BT].astype(self.config.dtype), running=not self.config.stacked)
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
@@ -289,21 +292,44 @@ class Transformer(nnx.Module):
         if branch_BT is not None or segment_BT is not None:
             positions = seen.sum(axis=-1) - 1
         hidden, angles = self._start(tokens_BT, positions)
-        graph, stacked = nnx.split(self.layers)
 
-        def one_layer(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
-            weights, number = inputs
+        def one_layer(layer: Layer, number: Array | int, x: Array) -> tuple[Array, tuple[Array, Array]]:
             keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
-            layer = nnx.merge(graph, weights)
             q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             return layer.finish(x, attend_in_blocks(q, [KeyValues(k, v, seen)]), keys), (k, v)
 
-        body = one_layer if self.config.remat == "none" else jax.checkpoint(one_layer, policy=self._keep)
+        hidden, keys_and_values = self._through_layers(one_layer, hidden)
+        length = jnp.full(B, T) if length_B is None else length_B
+        return self.norm(hidden), Prefix(*keys_and_values, length)
+
+    def _through_layers(
+        self, one_layer: Callable[..., tuple[Array, tuple[Array, Array]]], hidden: Array
+    ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
+        """The hidden states after all layers, and what each of them leaves behind."""
+        if not self.config.stacked:
+            left = []
+            for number in range(self.config.n_layers):
+                hidden, new = one_layer(self.layer(number), number, hidden)
+                left.append(new)
+            k, v = zip(*left, strict=True)
+            return hidden, (k, v)
+        graph, stacked = nnx.split(self.layers)
+
+        def scanned(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+            return one_layer(nnx.merge(graph, inputs[0]), inputs[1], x)
+
+        body = scanned if self.config.remat == "none" else jax.checkpoint(scanned, policy=self._keep)
         inputs = (stacked, jnp.arange(self.config.n_layers))
         hidden, (k, v) = jax.lax.scan(body, hidden, inputs, unroll=self._unroll)
-        length = jnp.full(B, T) if length_B is None else length_B
-        return self.norm(hidden), Prefix(tuple(k), tuple(v), length)
+        return hidden, (tuple(k), tuple(v))
+
+    def layer(self, number: int) -> Layer:
+        """One of the layers."""
+        if not self.config.stacked:
+            return self.layers[number]
+        graph, stacked = nnx.split(self.layers)
+        return nnx.merge(graph, jax.tree.map(lambda weights: weights[number], stacked))
 
     def hidden_at(
         self,
@@ -337,10 +363,9 @@ class Transformer(nnx.Module):
         seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
         own_mask = valid_BS[:, None] & seen_TS[None]
         prefix_mask = (jnp.arange(prefix.k[0].shape[3])[None] < prefix.length_P[:, None])[:, None]
-        graph, stacked = nnx.split(self.layers)
         k_new, v_new = [], []
         for i, (prefix_k, prefix_v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
-            layer = nnx.merge(graph, jax.tree.map(lambda weights, i=i: weights[i], stacked))
+            layer = self.layer(i)
             q, k, v = layer.project(hidden, angles)
             k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from itool_jax.config import Config
 from itool_jax.metrics import progress, say
-from itool_jax.model import export, hf, quantize
+from itool_jax.model import export, forms, hf, quantize
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import folder
@@ -71,14 +71,15 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "export.base must say what adapters trained beside four-bit weights are merged into: original or "
             "dequantized"
         )
-    trained = folder.load_trained(config, phase)
+    trained = forms.to_run(folder.load_trained(config, phase))
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
-    base = folder.base_params(kept) if config.lora.rank else {}
-    shapes = abstract(hf.read_config(folder.model_folder(config), config.dtype))[1]
+    base = folder.base_params(kept, stacked=False) if config.lora.rank else {}
+    model = hf.read_config(folder.model_folder(config), config.dtype)
+    shapes = abstract(dataclasses.replace(model, stacked=False))[1]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
-        """One stack of weights, made when it is written."""
+        """One weight, made when it is written."""
         keys = [part.key for part in path]
         if config.lora.rank == 0:
             return _at(trained, keys).astype(shape.dtype)
@@ -96,7 +97,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
     _write_generation_config(config, target)
 
 
-def _at(tree: Params, keys: list[str]) -> Any:
+def _at(tree: Params, keys: list[Any]) -> Any:
     """What stands under the keys, None where there is nothing."""
     for key in keys:
         if not isinstance(tree, dict) or key not in tree:
@@ -106,10 +107,7 @@ def _at(tree: Params, keys: list[str]) -> Any:
 
 
 def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    def one(layer: Params) -> jax.Array:
-        return quantize.dequantize(quantize.Codes(**layer), shape.shape[1], shape.dtype.name)
-
-    return jax.lax.map(one, codes)
+    return quantize.dequantize(quantize.Codes(**codes), shape.shape[0], shape.dtype.name)
 
 
 def _copy_tokenizer(config: Config, target: Path) -> None:

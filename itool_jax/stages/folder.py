@@ -24,7 +24,7 @@ from itool_jax import checkpoint
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import say
-from itool_jax.model import hf
+from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, placed
 from itool_jax.model.transformer import ModelConfig, Params, abstract
@@ -75,13 +75,23 @@ def load_base(config: Config) -> Base:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_params(folder: Path, dtype: str, nf4: bool, mesh: MeshSettings) -> Params:
-    return hf.load(folder, dtype, nf4=nf4)[1]
+def _held(folder: Path, dtype: str, nf4: bool, mesh: MeshSettings) -> dict[bool, Params]:
+    """The weights of a checkpoint by whether they are stacked: in one form at a time, for there is room for one."""
+    return {}
 
 
-def base_params(config: Config) -> Params:
-    """The weights a run starts from, on the mesh in use; read once."""
-    return _load_params(model_folder(config), config.dtype, config.quantize == "nf4", config.mesh)
+def base_params(config: Config, *, stacked: bool) -> Params:
+    """The weights a run starts from, to train (`stacked`) or to run, on the mesh in use; read once.
+
+    Those given out before in the other form are no longer there.
+    """
+    folder, nf4 = model_folder(config), config.quantize == "nf4"
+    held = _held(folder, config.dtype, nf4, config.mesh)
+    if stacked not in held and held:
+        held[stacked] = (forms.to_train if stacked else forms.to_run)(held.pop(not stacked))
+    elif not held:
+        held[stacked] = hf.load(folder, config.dtype, nf4=nf4, stacked=stacked)[1]
+    return held[stacked]
 
 
 def step_table(base: Base, granularity: Granularity) -> StepTable:
@@ -118,11 +128,12 @@ def load_trainable(config: Config, phase: str) -> tuple[Params, Params]:
     Those of `base` are new adapters, which change nothing, or without adapters the weights themselves.
     """
     if not config.lora.rank:
-        _load_params.cache_clear()  # the weights are there once: those that training changes
+        _held.cache_clear()  # the weights are there once: those that training changes
         return (hf.load(model_folder(config))[1] if phase == "base" else load_trained(config, phase)), {}
     if phase != "base":
-        return load_trained(config, phase), base_params(config)
-    return initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed)), base_params(config)
+        return load_trained(config, phase), base_params(config, stacked=True)
+    adapters = initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed))
+    return adapters, base_params(config, stacked=True)
 
 
 def training_graph(config: Config) -> nnx.GraphDef:
@@ -132,16 +143,18 @@ def training_graph(config: Config) -> nnx.GraphDef:
 
 def load_policy(config: Config, phase: str) -> Policy:
     """A phase's policy, to run and not to train."""
-    graph = abstract(load_base(config).config)[0]
+    model = dataclasses.replace(load_base(config).config, stacked=False)
+    graph = abstract(model)[0]
     if phase == "base":
-        return Policy(graph, base_params(config))
+        return Policy(graph, base_params(config, stacked=False))
+    trained = forms.to_run(load_trained(config, phase))
     if not config.lora.rank:
-        return Policy(graph, jax.tree.map(lambda x: x.astype(config.dtype), load_trained(config, phase)))
-    trained, frozen = load_trainable(config, phase)
+        return Policy(graph, jax.tree.map(lambda x: x.astype(config.dtype), trained))
+    frozen = base_params(config, stacked=False)
     if config.dtype == "float32" and config.quantize == "none":
         return Policy(graph, merge_adapters(frozen, trained, config.lora))
     # Merged into weights of less precision, adapters would lose most of what they learned.
-    return Policy(training_graph(config), beside(frozen, trained))
+    return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
 
 
 def data_file(config: Config) -> str:
