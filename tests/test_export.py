@@ -58,6 +58,7 @@ def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
     names = {path.name for path in target.iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
     shards = sorted(target.glob("model-*-of-*.safetensors"))
+    assert {shard.stat().st_mode for shard in shards} == {(target / "config.json").stat().st_mode}
     assert len(shards) > 2
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert {target / name for name in index["weight_map"].values()} == set(shards)

@@ -12,8 +12,11 @@ import jax
 import pytest
 import yaml
 
+from itool_jax import config as settings
+from itool_jax import train
 from itool_jax.data.sources import load
 from itool_jax.replay import split
+from itool_jax.stages import folder as stage_folder
 from tests.conftest import read
 from tests.runs import (
     BREADTH,
@@ -246,6 +249,25 @@ def approximately(value: Any) -> Any:
     if isinstance(value, list):
         return [approximately(part) for part in value]
     return pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+
+
+def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beside them their two moments, and nothing else of their size: no base, no copy to start from."""
+    seen: list[int] = []
+    step = train.train_step
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(sum(x.nbytes for x in jax.live_arrays()))
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    stage_folder._held.cache_clear()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    assert again(made, tmp_path / "run", "--lora.rank=0", stage="warmup") == 0
+    config = settings.parse(["--stage=warmup", f"--run_dir={tmp_path / 'run'}", *made.settings, "--lora.rank=0"])
+    weights = sum(x.nbytes for x in jax.tree.leaves(stage_folder.load_trained(config, "warmup")))
+    assert len(seen) > 5
+    assert 3 * weights <= max(seen) - before < 3.1 * weights
 
 
 @pytest.mark.parametrize(

@@ -77,20 +77,26 @@ class _Shards:
         (self.folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _write(self) -> None:
-        from safetensors.numpy import save_file
-
         self.files.append(list(self.tensors))
-        save_file(self.tensors, self._part(len(self.files)), metadata={"format": "pt"})
+        write_tensors(self._part(len(self.files)), self.tensors)
         self.tensors = {}
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number}.safetensors"
 
 
-def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) -> None:
-    """Writes adapters as PEFT reads them; `base` is the path or the hub name of the model they were trained beside."""
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file that others may read as they may any other: the library's own are for their owner alone."""
     from safetensors.numpy import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) -> None:
+    """Writes adapters as PEFT reads them; `base` is the path or the hub name of the model they were trained beside."""
     tensors: dict[str, np.ndarray] = {}
     targets: list[str] = []
     for name, part in adapters["layers"].items():
@@ -113,5 +119,5 @@ def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) 
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
