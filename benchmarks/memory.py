@@ -35,6 +35,8 @@ from itool_jax.model.transformer import ModelConfig, RopeScaling, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket
 from itool_jax.text.steps import N_STATES, StepTable
 
+QUESTION = 64
+"""Tokens of the question about a response, about."""
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 LLAMA = ModelConfig(
     vocab_size=128256,
@@ -156,7 +158,7 @@ def search_programs(model: ModelConfig, batch: int, mesh: Mesh, settings: Settin
     graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), LoraSettings())
     weights = placed(beside(jax.tree.map_with_path(_stored, base), adapters), running=True)
     search = SearchSettings(batch=batch)
-    rows, path = batch * search.slots, bucket(search.max_depth * search.step_limit)
+    rows, path = batch * search.breadth, bucket(search.max_depth * search.step_limit)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         spec = fit((ROWS,) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
@@ -165,15 +167,14 @@ def search_programs(model: ModelConfig, batch: int, mesh: Mesh, settings: Settin
     prefill = sampler.prefill.lower(graph, weights, array(batch, settings.length), array(batch))
     caches = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), prefill.out_info)
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step_table(model.vocab_size))
-    forced = array(rows, search.last_step_limit), array(rows)
     key = jax.ShapeDtypeStruct((rows,), KEY.dtype, sharding=array(rows).sharding)
-    line = array(rows, path), array(rows)
+    paths = array(batch, path), array(batch)
     step = sampler.sample_step.lower(
-        *(graph, search.last_step_limit, weights, table, caches, *line, key, array(rows)),
-        *(array(rows, dtype=jnp.bool_), *forced, array(dtype=jnp.float32)),
+        *(graph, search.last_step_limit, weights, table, caches, *paths, key, array(rows)),
+        *(array(rows, dtype=jnp.bool_), array(dtype=jnp.float32)),
     )
-    judged = array(rows, bucket(path + search.last_step_limit)), array(rows)
-    answer = sampler.answer.lower(graph, weights, caches, *judged, array(2))
+    judged = array(rows, bucket(search.last_step_limit + QUESTION)), array(rows)
+    answer = sampler.answer.lower(graph, weights, caches, *paths, *judged, array(2))
     return {"prefill": prefill, "step": step, "answer": answer}
 
 

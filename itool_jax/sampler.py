@@ -59,24 +59,26 @@ def score(graph: nnx.GraphDef, params: Params, batch: TargetBatch) -> FloatB:
     return losses.masked_log_prob_sum(log_probs_BR, batch.mask_BR)
 
 
-def _right_aligned(path_BS: Array, length_B: Array) -> tuple[Array, Array, Array]:
-    """Rows moved to the right end, which slots hold a token, and each slot's place in its row."""
-    S = path_BS.shape[1]
-    place_BS = jnp.arange(S)[None] - (S - length_B)[:, None]
-    tokens = jnp.take_along_axis(path_BS, jnp.maximum(place_BS, 0), axis=1)
-    return tokens, place_BS >= 0, place_BS
+class _Read(NamedTuple):
+    """What rows leave behind that were fed tokens of their own: the cache, its end, and the hidden states."""
+
+    suffix: Suffix
+    hidden_BTD: Array
+    last_BD: Array
+    end_B: Array
+    """The position after the last token."""
 
 
-def _read_path(
-    model: Transformer, prefix: Prefix, path_BS: Array, length_B: Array, slots: int
-) -> tuple[Array, Suffix, Array]:
-    """Feeds every row's own tokens; returns the last hidden state, the cache and the next position."""
-    B, rows = len(length_B), len(length_B) // len(prefix.length_P)
-    prompt_B = jnp.repeat(prefix.length_P, rows)
-    tokens, valid, place = _right_aligned(path_BS, length_B)
-    suffix = empty_suffix(prefix, B, slots)
-    hidden, suffix = model.extend(tokens, valid, prompt_B[:, None] + jnp.maximum(place, 0), prefix, suffix, 0)
-    return hidden[:, -1], suffix, prompt_B + length_B
+def _read(model: Transformer, shared: Sequence[Prefix], own_BT: Array, length_B: Array, spare: int = 0) -> _Read:
+    """Feeds right-padded rows of at least one token behind what they share; `spare` slots of the cache stay free."""
+    B, T = own_BT.shape
+    start_B = sum((jnp.repeat(part.length_P, B // len(part.length_P)) for part in shared), jnp.zeros(B, jnp.int32))
+    place_T = jnp.arange(T)
+    suffix = empty_suffix(shared[0], B, T + spare)
+    valid_BT = place_T < length_B[:, None]
+    hidden_BTD, suffix = model.extend(own_BT, valid_BT, start_B[:, None] + place_T, shared, suffix, 0)
+    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
+    return _Read(suffix, hidden_BTD, jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], start_B + length_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,14 +86,40 @@ def answer(
     graph: nnx.GraphDef,
     params: Params,
     prefix: Prefix,
-    path_BS: Array,
-    length_B: Array,
+    path_PS: Array,
+    path_length_P: Array,
+    own_BT: Array,
+    own_length_B: Array,
     answer_ids_A: Array,
 ) -> Array:
-    """Logits [B, A] of the answer tokens that may follow each row's path: one forward pass for all rows."""
+    """Logits [B, A] of the answer tokens that may follow each row: one forward pass for all rows.
+
+    A row is a prompt, a path that the rows of a prompt share, and tokens of its own; the first two are computed once.
+    """
     model = nnx.merge(graph, params)
-    hidden, _, _ = _read_path(model, prefix, path_BS, length_B, path_BS.shape[1])
-    return model.logits(hidden)[:, answer_ids_A]
+    path = _read(model, [prefix], path_PS, path_length_P)
+    own = _read(model, [prefix, _shared(path, path_length_P)], own_BT, own_length_B)
+    return model.logits(own.last_BD)[:, answer_ids_A]
+
+
+def _shared(read: _Read, length_B: Array) -> Prefix:
+    return Prefix(read.suffix.k, read.suffix.v, length_B)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_step(
+    graph: nnx.GraphDef, params: Params, prefix: Prefix, path_PS: Array, path_length_P: Array, step_PT: Array
+) -> FloatB:
+    """Sum of log π of the step [P] that follows each prompt and path; the steps are right-padded with -1."""
+    model = nnx.merge(graph, params)
+    P, T = step_PT.shape
+    row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
+    place_PT = path_length_P[:, None] + jnp.arange(T)
+    row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(jnp.maximum(step_PT, 0))
+    hidden_PSD = _read(model, [prefix], row_PS, path_length_P + (step_PT >= 0).sum(axis=1)).hidden_BTD
+    before_PTD = jnp.take_along_axis(hidden_PSD, place_PT[..., None] - 1, axis=1)
+    log_probs_PT = losses.token_log_probs(before_PTD, model.unembedding(), jnp.maximum(step_PT, 0))
+    return losses.masked_log_prob_sum(log_probs_PT, step_PT >= 0)
 
 
 def _choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
@@ -109,8 +137,6 @@ class _Rows(NamedTuple):
     keys_B: Array
     limit_B: Array
     whole_B: Array
-    forced_BT: Array
-    forced_length_B: Array
     temperature: Array
 
 
@@ -124,14 +150,12 @@ class _Loop(NamedTuple):
 
 def _take(table: StepTable, rows: _Rows, logits_BV: Array, loop: _Loop) -> _Loop:
     """Token t of every live row, given the logits before it."""
-    t, forced_B, live_B = loop.t, rows.forced_length_B > 0, ~loop.done_B
-    sampled_B = _choose(logits_BV, rows.keys_B, t, rows.temperature)
-    token_B = jnp.where(forced_B, rows.forced_BT[:, t], sampled_B)
+    t, live_B = loop.t, ~loop.done_B
+    token_B = _choose(logits_BV, rows.keys_B, t, rows.temperature)
     log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
     automaton, boundary_B = advance(table, loop.automaton, token_B)
     stopped_B = table.is_stop_V[token_B]
     ended_B = stopped_B | (boundary_B & ~rows.whole_B) | (t + 1 >= rows.limit_B)
-    ended_B = jnp.where(forced_B, t + 1 >= rows.forced_length_B, ended_B)
     steps = Steps(
         loop.steps.tokens_BT.at[:, t].set(jnp.where(live_B, token_B, 0)),
         loop.steps.length_B + live_B,
@@ -148,13 +172,11 @@ def sample_step(
     params: Params,
     table: StepTable,
     prefix: Prefix,
-    path_BS: Int[Array, "B S"],
-    path_length_B: Int[Array, " B"],
+    path_PS: Int[Array, "P S"],
+    path_length_P: Int[Array, " P"],
     keys_B: Array,
     limit_B: Int[Array, " B"],
     whole_B: Bool[Array, " B"],
-    forced_BT: Int[Array, "B T"],
-    forced_length_B: Int[Array, " B"],
     temperature: Float[Array, ""],
 ) -> Steps:
     """Samples one step for every row, in one compiled loop that ends when the last row does.
@@ -165,33 +187,36 @@ def sample_step(
         max_tokens: room for a step.
         table: step boundaries and stop tokens.
         prefix: P prompts without their last token; B = P · R rows continue them, R to a prompt.
-        path_BS: right-padded; the prompt's last token, then the response so far.
-        path_length_B: tokens of each path, the prompt's last one included.
+        path_PS: right-padded; the prompt's last token, then the response so far, the same for all R rows.
+        path_length_P: tokens of each path, the prompt's last one included.
         keys_B: one random key a row; token t uses the key with t folded in.
-        limit_B: tokens a row may take, at most `max_tokens`; a row with limit 0 takes none, forced or not.
+        limit_B: tokens a row may take, at most `max_tokens`; a row with limit 0 takes none.
         whole_B: rows whose step is the whole remainder, up to a stop token.
-        forced_BT: tokens that rows with a forced length take instead, and are only scored on.
-        forced_length_B: how many; 0 samples. Limits above 0 and boundaries do not bind such rows.
         temperature: of the sampling; log-probabilities are those at temperature 1. 0 is greedy.
     """
     model = nnx.merge(graph, params)
-    B, S = path_BS.shape
-    rows = _Rows(keys_B, limit_B, whole_B, forced_BT, forced_length_B, temperature)
-    hidden_BD, suffix, position_B = _read_path(model, prefix, path_BS, path_length_B, S + max_tokens)
+    (P, S), B = path_PS.shape, len(limit_B)
+    rows = _Rows(keys_B, limit_B, whole_B, temperature)
+    # The path of a group of rows is a part that they share; that of a single row opens the row's own cache.
+    path = _read(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
+    shared = [prefix] if P == B else [prefix, _shared(path, path_length_P)]
+    suffix, first_slot = (path.suffix, S) if P == B else (empty_suffix(prefix, B, max_tokens), 0)
+    end_B = jnp.repeat(path.end_B, B // P)
 
     def body(loop: _Loop) -> _Loop:
         # The last token is written and read, then the next one taken.
         last = loop.t - 1
         token_B1 = jax.lax.dynamic_slice_in_dim(loop.steps.tokens_BT, last, 1, axis=1)
-        place_B1 = (position_B + last)[:, None]
-        hidden_B1D, suffix = model.extend(token_B1, ~loop.done_B[:, None], place_B1, prefix, loop.suffix, S + last)
+        place_B1, slot = (end_B + last)[:, None], first_slot + last
+        hidden_B1D, suffix = model.extend(token_B1, ~loop.done_B[:, None], place_B1, shared, loop.suffix, slot)
         return _take(table, rows, model.logits(hidden_B1D[:, 0]), loop._replace(suffix=suffix))
 
     zeros_B = jnp.zeros(B, jnp.int32)
     empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), jnp.zeros(B, bool))
-    automaton = advance_path(table, path_BS[:, 1:], path_length_B - 1)
+    of_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
+    automaton = jax.tree.map(of_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
     start = _Loop(jnp.int32(0), suffix, empty, automaton, limit_B <= 0)
-    first = _take(table, rows, model.logits(hidden_BD), start)
+    first = _take(table, rows, of_rows(model.logits(path.last_BD)), start)
     return jax.lax.while_loop(lambda loop: ~loop.done_B.all() & (loop.t < max_tokens), body, first).steps
 
 
@@ -249,7 +274,7 @@ def respond(
     for chosen, width, count in group(widths, settings.tokens_per_batch):
         padded = chosen + chosen[:1] * (count - len(chosen))
         prefix = prefill(*policy, *pad([prompts[i][1][:-1] for i in padded], width))
-        path_BS, length_B = pad([prompts[i][1][-1:] for i in padded], 1)
+        path_PS, length_P = pad([prompts[i][1][-1:] for i in padded], 1)
         limits = [min(settings.max_tokens, max_length - len(prompts[i][1])) for i in chosen]
         limits += [0] * (count - len(chosen))
         steps = sample_step(
@@ -258,13 +283,11 @@ def respond(
             policy.params,
             table,
             prefix,
-            path_BS,
-            length_B,
+            path_PS,
+            length_P,
             row_keys(jax.random.key(seed), np.array([text_key(prompts[i][0]) for i in padded], np.uint32)),
             np.array(limits, np.int32),
             np.ones(count, bool),
-            np.zeros((count, settings.max_tokens), np.int32),
-            np.zeros(count, np.int32),
             np.float32(settings.temperature),
         )
         tokens_BT, lengths_B = np.asarray(steps.tokens_BT), np.asarray(steps.length_B)

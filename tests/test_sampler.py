@@ -31,6 +31,7 @@ PROMPTS = [[3, 14, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3, 2, 3]]
 RESPONSES = [[], [OPEN, CALL], [OPEN, CALL, NAME, EQUALS], [NAME], [], [NAME, FULL_STOP]]
 ROWS = [PROMPTS[b // 3] + response for b, response in enumerate(RESPONSES)]
 B = len(ROWS)
+EACH_PROMPT = [PROMPTS[b // 3] for b in range(B)]
 
 
 class Letters:
@@ -74,33 +75,23 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def inputs(setup: Setup, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple:
-    """The arguments of `sample_step` from `params` to `path_length_B`."""
+    """The arguments of `sample_step` from `params` to `path_length_P`: a prompt for each response."""
     prefix = sampler.prefill(*setup.policy, *pad([prompt[:-1] for prompt in prompts], WIDTH))
-    rows = len(responses) // len(prompts)
-    paths = [prompts[b // rows][-1:] + list(response) for b, response in enumerate(responses)]
+    paths = [[*prompt[-1:], *response] for prompt, response in zip(prompts, responses, strict=True)]
     return setup.policy.params, setup.table, prefix, *pad(paths, PATH)
 
 
-def sample(setup: Setup, *, prompts=PROMPTS, responses=RESPONSES, keys: Any = 0, **changes: Any) -> Steps:
-    """`sample_step` of the standard rows; `keys` is a seed or the rows' keys."""
-    n = len(responses)
-    settings: dict[str, Any] = {
-        "limit_B": np.full(n, T, np.int32),
-        "whole_B": np.zeros(n, bool),
-        "forced": [[] for _ in range(n)],
-        "temperature": 1.0,
-    }
-    settings |= changes
-    forced_BT, forced_length_B = pad(settings["forced"], T)
+def sample(setup: Setup, *, prompts=EACH_PROMPT, responses=RESPONSES, keys: Any = 0, **changes: Any) -> Steps:
+    """`sample_step` of the standard rows, or of as many for each as there are limits; `keys` is a seed or the keys."""
+    settings: dict[str, Any] = {"limit_B": np.full(len(responses), T), "temperature": 1.0} | changes
+    n = len(settings["limit_B"])
     steps = sampler.sample_step(
         setup.policy.graph,
         T,
         *inputs(setup, prompts, responses),
         jax.random.split(jax.random.key(keys), n) if isinstance(keys, int) else keys,
         np.asarray(settings["limit_B"], np.int32),
-        np.asarray(settings["whole_B"]),
-        forced_BT,
-        forced_length_B,
+        np.asarray(settings["whole_B"] if "whole_B" in settings else np.zeros(n, bool)),
         np.float32(settings["temperature"]),
     )
     return jax.tree.map(np.asarray, steps)
@@ -179,22 +170,31 @@ def test_log_probs_are_those_of_scoring(setup: Setup) -> None:
     assert np.ptp(scored) > 1
 
 
-def test_forced_rows_take_what_they_are_given(setup: Setup) -> None:
+def test_a_given_step_is_scored_as_the_uncached_model_does(setup: Setup) -> None:
     crossing = [ONE, CLOSE_ALL, FULL_STOP, NAME, ONE]  # goes on after the end of its list
-    forced = [[], crossing, [], [NAME], [], [NAME, ONE, STOP]]
-    limits = [T, 1, T, 1, T, 1]
-    free = sample(setup, limit_B=limits)
-    steps = sample(setup, limit_B=limits, forced=forced)
-    tokens = tokens_of(steps)
-    for b in range(B):
-        assert tokens[b] == (forced[b] or tokens_of(free)[b])
-    assert steps.stopped_B.tolist() == [bool(row) and row[-1] == STOP for row in tokens]
-    scored = target_log_probs(setup.policy, list(zip(ROWS, tokens, strict=True)), 1024)
-    np.testing.assert_allclose(steps.log_prob_B, scored, rtol=0, atol=1e-4)
+    given = [[NAME], crossing, [], [NAME], [STOP], [NAME, ONE, STOP]]
+    params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
+    step_PT, lengths = pad(given, T)
+    step_PT[np.arange(T) >= lengths[:, None]] = -1
+    found = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, step_PT)
+    scored = target_log_probs(setup.policy, list(zip(ROWS, given, strict=True)), 1024)
+    np.testing.assert_allclose(found, scored, rtol=0, atol=1e-4)
+    assert found[2] == 0
+
+
+def test_rows_that_share_a_path_are_as_each_alone(setup: Setup) -> None:
+    keys = jax.random.split(jax.random.key(9), 3 * B)
+    whole = np.arange(3 * B) % 3 == 0
+    together = sample(setup, keys=keys, limit_B=np.full(3 * B, T), whole_B=whole)
+    for w in range(3):
+        alone = sample(setup, keys=keys[w::3], whole_B=whole[w::3])
+        assert tokens_of(alone) == tokens_of(together)[w::3]
+        np.testing.assert_allclose(alone.log_prob_B, together.log_prob_B[w::3], rtol=0, atol=1e-4)
+    assert len({tuple(row) for row in tokens_of(together)}) > B
 
 
 def test_a_row_of_limit_zero_takes_nothing(setup: Setup) -> None:
-    steps = sample(setup, limit_B=[0, 2, 0, 2, 0, 0], forced=[[], [], [], [], [ONE], []])
+    steps = sample(setup, limit_B=[0, 2, 0, 2, 0, 0])
     assert (steps.length_B > 0).tolist() == [False, True, False, True, False, False]
     assert not steps.log_prob_B[steps.length_B == 0].any()
     assert not steps.stopped_B[steps.length_B == 0].any()
@@ -210,7 +210,7 @@ def test_a_key_gives_its_tokens_wherever_the_row_stands(setup: Setup) -> None:
     order = np.arange(B)[::-1]
     moved = sample(
         setup,
-        prompts=PROMPTS[::-1],
+        prompts=EACH_PROMPT[::-1],
         responses=[RESPONSES[b] for b in order],
         keys=keys[order],
         **{name: value[order] for name, value in settings.items()},
@@ -219,7 +219,11 @@ def test_a_key_gives_its_tokens_wherever_the_row_stands(setup: Setup) -> None:
     np.testing.assert_allclose(moved.log_prob_B, steps.log_prob_B[order], rtol=0, atol=1e-5)
     # Other neighbours, of another prompt, change nothing either.
     other = sample(
-        setup, prompts=[PROMPTS[0], [ONE] * 4], responses=[*RESPONSES[:3], [], [], []], keys=keys, **settings
+        setup,
+        prompts=[*EACH_PROMPT[:3], *[[ONE] * 4] * 3],
+        responses=[*RESPONSES[:3], [], [], []],
+        keys=keys,
+        **settings,
     )
     assert tokens_of(other)[:3] == tokens_of(steps)[:3]
     # The key does decide.
@@ -250,7 +254,7 @@ def many(setup: Setup) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
         steps = sample(
             setup,
             prompts=PROMPTS[:1],
-            responses=[[]] * n,
+            responses=[[]],
             whole_B=np.ones(n, bool),
             limit_B=np.full(n, 2),
             temperature=temperature,
@@ -288,9 +292,11 @@ def test_log_probs_are_those_of_temperature_one(setup: Setup, many: Callable) ->
 
 def test_an_answer_is_the_uncached_models(setup: Setup) -> None:
     ids = np.array([ONE, NAME, 14], np.int32)
-    params, _, prefix, path_BS, length_B = inputs(setup, PROMPTS, RESPONSES)
-    logits_BA = sampler.answer(setup.policy.graph, params, prefix, path_BS, length_B, ids)
-    expected = uncached(setup.policy, ROWS)[:, ids]
+    params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
+    own = [[NAME], [ONE, CLOSE_ALL, NAME], [STOP, ONE]]  # three rows to a prompt and path
+    logits_BA = sampler.answer(setup.policy.graph, params, prefix, path_PS, length_P, *pad(own * B, 4), ids)
+    rows = [row + x for row in ROWS for x in own]
+    expected = np.concatenate([uncached(setup.policy, rows[i : i + B]) for i in range(0, len(rows), B)])[:, ids]
     assert expected.std() > 0.5
     np.testing.assert_allclose(logits_BA, expected, rtol=0, atol=1e-4)
 

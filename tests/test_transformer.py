@@ -55,7 +55,7 @@ def run(graph: nnx.GraphDef, params: Params, tokens_BT: Any, length_B: Any) -> t
 @functools.partial(jax.jit, static_argnums=0)
 def proceed(graph, params, tokens_BT, valid_BT, positions_BT, prefix, suffix, slot):
     model = nnx.merge(graph, params)
-    hidden, suffix = model.extend(tokens_BT, valid_BT, positions_BT, prefix, suffix, slot)
+    hidden, suffix = model.extend(tokens_BT, valid_BT, positions_BT, [prefix], suffix, slot)
     return model.logits(hidden), suffix
 
 

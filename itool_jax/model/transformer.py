@@ -348,29 +348,29 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         valid_BT: Bool[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        prefix: Prefix,
+        shared: Sequence[Prefix],
         suffix: Suffix,
         slot: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Suffix]:
-        """Continues rows that share prompts: B = P · R rows over P prefixes, with caches of their own.
+        """Continues rows that share what is before them: B = P · R rows over P prefixes, with caches of their own.
 
-        Token t of every row is written to cache slot `slot + t`; `valid_BT` is False at padding. Rows see
-        their prompt's prefix and every valid slot up to their own.
+        Token t of every row is written to cache slot `slot + t`; `valid_BT` is False at padding. Rows see their group's
+        part of each of `shared`, which may be of several sizes P, and every valid slot up to their own.
         """
         T, S = tokens_BT.shape[1], suffix.valid_BS.shape[1]
         hidden, angles = self._start(tokens_BT, positions_BT)
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
         seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
         own_mask = valid_BS[:, None] & seen_TS[None]
-        prefix_mask = (jnp.arange(prefix.k[0].shape[3])[None] < prefix.length_P[:, None])[:, None]
+        masks = [(jnp.arange(part.k[0].shape[3])[None] < part.length_P[:, None])[:, None] for part in shared]
         k_new, v_new = [], []
-        for i, (prefix_k, prefix_v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
+        for i in range(self.config.n_layers):
             layer = self.layer(i)
             q, k, v = layer.project(hidden, angles)
             k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
-            shared, own = KeyValues(prefix_k, prefix_v, prefix_mask), KeyValues(k, v, own_mask)
-            hidden = layer.finish(hidden, attend_in_blocks(q, [shared, own]))
+            segments = [KeyValues(part.k[i], part.v[i], mask) for part, mask in zip(shared, masks, strict=True)]
+            hidden = layer.finish(hidden, attend_in_blocks(q, [*segments, KeyValues(k, v, own_mask)]))
             k_new.append(k)
             v_new.append(v)
         return self.norm(hidden), Suffix(tuple(k_new), tuple(v_new), valid_BS)

@@ -5,7 +5,8 @@ In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pai
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, Sta
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.metrics import progress
 from itool_jax.model.cache import Prefix
-from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, text_key
+from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
 from itool_jax.stages import folder, parts
 from itool_jax.stages.folder import Base
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
@@ -129,59 +130,84 @@ class Searcher:
         return prefill(*self.policy, *pad([ids[:-1] for ids in prompts], width, self.settings.batch))
 
     def propose(self, states: list[State]) -> list[Proposal]:
-        """Samples `breadth` steps for each state and scores the gold's next one, in one compiled loop."""
-        s, slots = self.settings, self.settings.slots
-        count = self._padded(len(states))
+        """Samples `breadth` steps for each state, in one compiled loop, and scores the gold's next where it joins."""
+        s, count = self.settings, self._padded(len(states))
         whole = any(state.whole for state in states)
         room = max(s.last_step_limit, s.step_limit) if whole else s.step_limit
-        rows = [state for state in states for _ in range(slots)]
-        n_rows = count * slots
-        is_gold = [w >= s.breadth for _ in states for w in range(slots)]
-        paths = [[self.prompt_end[state.problem], *state.path] for state in rows]
-        limits = [0 if g and not r.gold_step else self._limit(r) for r, g in zip(rows, is_gold, strict=True)]
-        forced, forced_length = pad(
-            [r.gold_step if g else [] for r, g in zip(rows, is_gold, strict=True)], room, n_rows
-        )
+        rows = [state for state in states for _ in range(s.breadth)]
+        n_rows = count * s.breadth
+        paths = self._paths(states)
         steps = sample_step(
             self.policy.graph,
             room,
             self.policy.params,
             self.table,
             self._rows_of(self.prompt, [state.problem for state in states], count),
-            *pad(paths, _path_width(paths), n_rows),
+            *_padded_paths(paths, count),
             self._keys(states, n_rows),
-            _column(limits, n_rows),
-            _column([r.whole for r in rows], n_rows, bool),
-            forced,
-            forced_length,
+            _column([self._limit(row) for row in rows], n_rows),
+            _column([row.whole for row in rows], n_rows, bool),
             np.float32(s.temperature),
         )
-        return _proposals(jax.device_get(steps), len(states), slots)
+        gold = self._gold_log_probs(states) if s.inject_gold else None
+        return _proposals(jax.device_get(steps), states, s.breadth, gold, self.chat)
+
+    def _gold_log_probs(self, states: list[State]) -> list[float]:
+        """Log π of the gold's next step where it joins the candidates, else 0."""
+        found, chosen = [0.0] * len(states), [i for i, state in enumerate(states) if state.gold_step]
+        if not chosen:
+            return found
+        with_gold = [states[i] for i in chosen]
+        count = self._padded(len(chosen))
+        steps, lengths = pad([state.gold_step for state in with_gold], _width([s.gold_step for s in with_gold]), count)
+        sums_P = score_step(
+            *self.policy,
+            self._rows_of(self.prompt, [state.problem for state in with_gold], count),
+            *_padded_paths(self._paths(with_gold), count),
+            np.where(np.arange(steps.shape[1]) < lengths[:, None], steps, -1),
+        )
+        for i, log_prob in zip(chosen, np.asarray(sums_P).tolist(), strict=False):
+            found[i] = log_prob
+        return found
+
+    def _paths(self, states: list[State]) -> list[list[int]]:
+        return [[self.prompt_end[state.problem], *state.path] for state in states]
 
     def _limit(self, state: State) -> int:
         return max(1, min(state.limit, self.room[state.problem] - len(state.path)))
 
     def judge(self, states: list[tuple[int, list[int]]]) -> list[float]:
-        """Asks the policy about every state: one forward pass, one answer token each (eq 7)."""
-        slots = self.settings.slots
-        found = [0.0] * len(states)
+        """Asks the policy about every state: one answer token each (eq 7).
+
+        What the states of a problem have in common is read once. One more than `breadth`, the gold's, is asked about
+        in a second pass, lest every problem had an empty row for it.
+        """
         by_problem: dict[int, list[int]] = {}
         for i, (problem, _) in enumerate(states):
             by_problem.setdefault(problem, []).append(i)
-        problems, count = list(by_problem), self._padded(len(by_problem))
-        paths: list[list[int]] = [[0]] * (count * slots)
-        place: dict[int, int] = {}
-        for p, problem in enumerate(problems):
-            for w, i in enumerate(by_problem[problem]):
-                shown = self.chat.content_ids(states[i][1])
-                paths[p * slots + w] = [self.asked_end[problem], *shown, *self.frames[problem].after]
-                place[i] = p * slots + w
-        prefix = self._rows_of(self.asked, problems, count)
-        logits_BA = answer(*self.policy, prefix, *pad(paths, _path_width(paths)), self.letters)
-        scores_B = np.asarray(_confidences(logits_BA))
-        for i, row in place.items():
-            found[i] = float(scores_B[row])
+        breadth, found = self.settings.breadth, [0.0] * len(states)
+        for first, rows in ((0, breadth), (breadth, 1)):
+            groups = [(problem, ids[first : first + rows]) for problem, ids in by_problem.items() if len(ids) > first]
+            for i, score in self._ask(groups, states, rows) if groups else ():
+                found[i] = score
         return found
+
+    def _ask(
+        self, groups: list[tuple[int, list[int]]], states: list[tuple[int, list[int]]], rows: int
+    ) -> Iterator[tuple[int, float]]:
+        """(number of the state, confidence) of groups of at most `rows` states a problem."""
+        count, problems = self._padded(len(groups)), [problem for problem, _ in groups]
+        paths, own = [], [[0]] * (count * rows)
+        for p, (problem, ids) in enumerate(groups):
+            shown = [self.chat.content_ids(states[i][1]) for i in ids]
+            n = _n_common(shown)
+            paths.append([self.asked_end[problem], *shown[0][:n]])
+            own[p * rows : p * rows + len(ids)] = [[*x[n:], *self.frames[problem].after] for x in shown]
+        prefix = self._rows_of(self.asked, problems, count)
+        logits_BA = answer(*self.policy, prefix, *_padded_paths(paths, count), *pad(own, _width(own)), self.letters)
+        scores_B = np.asarray(_confidences(logits_BA)).tolist()
+        for p, (_, ids) in enumerate(groups):
+            yield from zip(ids, scores_B[p * rows :], strict=False)
 
     def grade(self, problem: int, response: list[int], finished: bool) -> float:
         """Outcome of a whole response against the gold (O of eq 6)."""
@@ -202,10 +228,10 @@ class Searcher:
 
     def _keys(self, states: list[State], n_rows: int) -> jax.Array:
         """A key a row from the prompt's id, the path of the node and the candidate: never from the batch slot."""
-        slots = self.settings.slots
+        breadth = self.settings.breadth
         ids = [text_key(self.batch[state.problem].sample.id) for state in states]
         paths = [text_key(" ".join(map(str, state.path))) for state in states]
-        columns = (np.repeat(ids, slots), np.repeat(paths, slots), np.tile(np.arange(slots), len(states)))
+        columns = (np.repeat(ids, breadth), np.repeat(paths, breadth), np.tile(np.arange(breadth), len(states)))
         return row_keys(self.key, *(_column(column, n_rows, np.uint32) for column in columns))
 
 
@@ -221,9 +247,20 @@ def _confidences(logits_BA: jax.Array) -> AnyArray:
     return four_grade_confidence(logits_BA)
 
 
-def _path_width(paths: Sequence[list[int]]) -> int:
-    longest = max(len(path) for path in paths)
+def _width(rows: Sequence[list[int]]) -> int:
+    longest = max(map(len, rows))
     return 1 if longest == 1 else bucket(longest, PATH_BUCKET)
+
+
+def _n_common(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    alike = (len(set(column)) == 1 for column in zip(*rows, strict=False))
+    return sum(itertools.takewhile(bool, alike))
+
+
+def _padded_paths(paths: Sequence[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded to one width; those that are missing hold a token of no meaning."""
+    return pad([*paths, *[[0]] * (count - len(paths))], _width(paths))
 
 
 def _column(values: Any, size: int, dtype: Any = np.int32) -> np.ndarray:
@@ -232,16 +269,25 @@ def _column(values: Any, size: int, dtype: Any = np.int32) -> np.ndarray:
     return found
 
 
-def _proposals(steps: Any, n_states: int, slots: int) -> list[Proposal]:
-    def proposal(first: int) -> Proposal:
-        rows = range(first, first + slots)
-        return Proposal(
+def _proposals(
+    steps: Any, states: Sequence[State], breadth: int, gold: Sequence[float] | None, chat: Chat
+) -> list[Proposal]:
+    """The sampled steps of each state, and behind them the gold's with its log π where the gold may join."""
+
+    def proposal(number: int, state: State) -> Proposal:
+        rows = range(number * breadth, (number + 1) * breadth)
+        found = Proposal(
             [steps.tokens_BT[r, : steps.length_B[r]].tolist() for r in rows],
             [float(steps.log_prob_B[r]) for r in rows],
             [bool(steps.stopped_B[r]) for r in rows],
         )
+        if gold is not None:
+            found.steps.append(state.gold_step)
+            found.log_probs.append(gold[number])
+            found.stopped.append(state.gold_step[-1:] != [] and state.gold_step[-1] in chat.stop_ids)
+        return found
 
-    return [proposal(i * slots) for i in range(n_states)]
+    return [proposal(i, state) for i, state in enumerate(states)]
 
 
 def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row:
