@@ -12,16 +12,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# The scheduler that starts all it can would keep the kernels of all layers at once; memory is what is asked for.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -30,14 +24,15 @@ from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside
-from itool_jax.model.sharding import AXES, ROWS, MeshSettings, fit, make_mesh, placed
+from itool_jax.model.sharding import AXES, ROWS, MeshSettings, make_mesh, placed
 from itool_jax.model.transformer import ModelConfig, RopeScaling, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket
 from itool_jax.text.steps import N_STATES, StepTable
 
 QUESTION = 64
 """Tokens of the question about a response, about."""
-KEY = jax.eval_shape(lambda: jax.random.key(0))
+QUESTION = 64
+"""Tokens of the question about a response, about."""
 LLAMA = ModelConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -124,16 +119,13 @@ def memory(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Sett
     model = dataclasses.replace(settings.model, nf4=weights == "qlora")
     with jax.set_mesh(mesh):
         if kind == "search":
-            programs = search_programs(model, machine.search_batch, mesh, settings)
+            found, kept = search_programs(model, machine.search_batch, settings)
         else:
-            programs = {"step": training_program(kind, model, mesh, settings)}
-        found = {name: program.compile().memory_analysis() for name, program in programs.items()}
-    # What stays between the calls of a search, the caches of prompts and of questions, the steps are not given all.
-    kept = found["prefill"].output_size_in_bytes if "prefill" in found else 0
+            found, kept = [training_program(kind, model, mesh, settings).compile().memory_analysis()], 0
     sizes = {
-        "arguments": max(f.argument_size_in_bytes for f in found.values()) + kept,
-        "temporaries": max(f.temp_size_in_bytes for f in found.values()),
-        "new outputs": max(f.output_size_in_bytes - f.alias_size_in_bytes for n, f in found.items() if n != "prefill"),
+        "arguments": max(f.argument_size_in_bytes for f in found) + kept,
+        "temporaries": max(f.temp_size_in_bytes for f in found),
+        "new outputs": max(f.output_size_in_bytes - f.alias_size_in_bytes for f in found),
     }
     return {name: size / 1e9 for name, size in sizes.items()} | {"total": sum(sizes.values()) / 1e9}
 
@@ -147,35 +139,39 @@ def training_program(kind: str, model: ModelConfig, mesh: Mesh, settings: Settin
     state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), adapters))
     n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
     whole = NamedSharding(mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct((), KEY.dtype, sharding=whole)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     batch = batch_of(kind, settings.rows, settings.length, mesh)
     return train.train_step.lower(loss, optimizer, n_micro, state, placed(base), batch, key, rate)
 
 
-def search_programs(model: ModelConfig, batch: int, mesh: Mesh, settings: Settings) -> dict[str, Any]:
-    """A prefill, a round of last steps and one of self-evaluation, lowered, as a search of `batch` prompts has them."""
+def search_programs(model: ModelConfig, batch: int, settings: Settings) -> tuple[list[Any], int]:
+    """What a round of last steps and one of self-evaluation take, as a search of `batch` prompts has them; and the
+    bytes of what neither reads: the caches of the prompts while it asks, those of the questions while it samples."""
     graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), LoraSettings())
     weights = placed(beside(jax.tree.map_with_path(_stored, base), adapters), running=True)
     search = SearchSettings(batch=batch)
     rows, path = batch * search.breadth, bucket(search.max_depth * search.step_limit)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        spec = fit((ROWS,) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype)  # from the host: it lies where the program wants it
 
-    prefill = sampler.prefill.lower(graph, weights, array(batch, settings.length), array(batch))
-    caches = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), prefill.out_info)
-    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), step_table(model.vocab_size))
-    key = jax.ShapeDtypeStruct((rows,), KEY.dtype, sharding=array(rows).sharding)
+    prefill = sampler.prefill.lower(graph, weights, array(batch, settings.length), array(batch)).compile()
+    caches = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.tree.unflatten(jax.tree.structure(prefill.output_shardings), jax.tree.leaves(prefill.out_info)),
+        prefill.output_shardings,
+    )
     paths = array(batch, path), array(batch)
     step = sampler.sample_step.lower(
-        *(graph, search.last_step_limit, weights, table, caches, *paths, key, array(rows)),
-        *(array(rows, dtype=jnp.bool_), array(dtype=jnp.float32)),
+        *(graph, search.last_step_limit, weights, step_table(model.vocab_size), caches, *paths),
+        *(array(rows, dtype=jax.eval_shape(jax.random.key, 0).dtype), array(rows), array(rows, dtype=jnp.bool_)),
+        array(dtype=jnp.float32),
     )
     judged = array(rows, bucket(search.last_step_limit + QUESTION)), array(rows)
     answer = sampler.answer.lower(graph, weights, caches, *paths, *judged, array(2))
-    return {"prefill": prefill, "step": step, "answer": answer}
+    kept = prefill.memory_analysis().output_size_in_bytes
+    return [program.compile().memory_analysis() for program in (step, answer)], kept
 
 
 def step_table(vocab_size: int) -> StepTable:
@@ -219,5 +215,14 @@ def main(settings: Settings) -> None:
         settings.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+def prepare() -> None:
+    """Sets the compiler's environment, before it is first used."""
+    # The scheduler that starts all it can would keep the kernels of all layers at once; memory is what is asked for.
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 if __name__ == "__main__":
+    prepare()
     main(tyro.cli(Settings, description=__doc__))

@@ -66,14 +66,14 @@ class TrainingSettings:
             raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
 
     def n_micro(self) -> int:
-        """Parts that a batch is computed in, one after the other, on the mesh in use."""
+        """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
         devices = sharding.row_devices()
         share, rest = divmod(self.batch_size, devices)
-        if rest or (self.micro_batch and share % min(self.micro_batch, share)):
-            raise ValueError(
-                f"{self.section}.batch_size={self.batch_size} must be a multiple of the {devices} devices of mesh.data "
-                f"and mesh.fsdp, and each device's share of {self.section}.micro_batch={self.micro_batch}"
-            )
+        name = f"{self.section}.batch_size={self.batch_size}"
+        if rest:
+            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        if self.micro_batch and share % min(self.micro_batch, share):
+            raise ValueError(f"{name}: {self.section}.micro_batch={self.micro_batch} must divide a device's {share}")
         return share // min(self.micro_batch or share, share)
 
     def rate(self, step: int, n_steps: int) -> float:

@@ -67,8 +67,7 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     bfcl = write(tmp_path / "bfcl.jsonl", [{"id": f"q{i}", "question": [[USER]]} for i in range(3)])
     assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={bfcl}") == 0
     assert f"{bfcl} shares with train: 0 of 3 questions, a tool in 0 of the 0 samples" in capsys.readouterr().err
-    # Another benchmark, and the same run: it is looked for in the training part when that is next read.
-    (tmp_path / "run/warmup/warmup.json").unlink()
+    # Another benchmark, and the same run, which is done: it is looked for all the same.
     trained = read(tmp_path / "run/data/train.jsonl")
     asked = [{"id": f"b{i}", "question": [row["messages"][-1:]]} for i, row in enumerate(trained[:7])]
     asked[0]["function"] = [trained[0]["tools"][0]["function"]]
@@ -103,11 +102,13 @@ def test_a_benchmark_that_cannot_be_read_ends_the_run_before_any_work(
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
-def test_a_damaged_card_is_named(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("damage", ["{", '{"benchmarks": 5}', "[1]"])
+def test_a_damaged_card_is_named(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     write(tmp_path / "d.jsonl", make_samples(60))
     assert warm_up(tmp_path, tiny_folder) == 0
-    (tmp_path / "run/data/card.json").write_text("{")
-    (tmp_path / "run/warmup/warmup.json").unlink()
+    (tmp_path / "run/data/card.json").write_text(damage)
     assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={tmp_path / 'd.jsonl'}") == 2
     assert f"error: {tmp_path / 'run/data/card.json'} is damaged" in capsys.readouterr().err
 

@@ -176,7 +176,7 @@ def test_micro_batches_are_counted_in_rows_a_device() -> None:
         assert settings.n_micro() == 3
         assert train.WarmupSettings(batch_size=8, micro_batch=8).n_micro() == 1
         assert train.WarmupSettings(batch_size=24).n_micro() == 1
-    message = r"^warmup.batch_size=24 must be a multiple of the 8 devices"
+    message = r"^warmup.batch_size=24: warmup.micro_batch=2 must divide a device's 3$"
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=message):
         settings.n_micro()
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of the 8"):

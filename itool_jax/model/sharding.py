@@ -113,6 +113,12 @@ def placed(shapes: Any, running: bool = False) -> Any:
     return jax.tree.map_with_path(place, shapes)
 
 
+def n_devices() -> int:
+    """Inside a compiled function: how many devices the mesh in use has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def row_devices() -> int:
     """How many devices the rows of a batch are spread over, on the mesh in use."""
     mesh = jax.sharding.get_mesh()

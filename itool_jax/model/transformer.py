@@ -19,14 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import along, by_rows
+from itool_jax.model.sharding import along, by_rows, n_devices
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
 """What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
 MASKED = -1e30
 SCORES_AT_ONCE = 1 << 27
-"""Attention scores in memory at a time, four bytes each, over all devices."""
+"""Attention scores that a device has in memory at a time, four bytes each."""
 
 
 class RopeScaling(NamedTuple):
@@ -143,7 +143,7 @@ def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     """
     B, T, H, _ = q_BTHD.shape
     n_scores = B * T * H * sum(segment.k_BHDK.shape[-1] for segment in segments)
-    n = min(T, -(-n_scores // SCORES_AT_ONCE))
+    n = min(T, -(-n_scores // (SCORES_AT_ONCE * n_devices())))
     if n == 1:
         return attend(q_BTHD, segments)
 

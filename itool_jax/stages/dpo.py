@@ -25,6 +25,7 @@ PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
+    config.preference.n_micro()
     phase = folder.phase_name(config.iteration)
     return folder.once(config, phase, "dpo", lambda: _train(config, phase), [folder.WEIGHTS], [(phase, "search")])
 
@@ -35,7 +36,7 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
     rows = folder.need(config, phase, "pairs.jsonl", "search", PAIR_KEYS)
     if not rows:
         say(f"{phase}: the search found no pair, the policy stays as it is")
-        digest = checkpoint.save(folder.weights_folder(config, phase), folder.load_trainable(config, before)[0])
+        digest = checkpoint.save(folder.weights_folder(config, phase), folder.load_trained(config, before))
         return {"pairs": 0, "steps": 0, "weights": digest}
     loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
     trained = train.fit(

@@ -36,6 +36,7 @@ def results_file(config: Config, phase: str) -> Path:
 
 def evaluate(config: Config, phase: str) -> dict[str, Any]:
     """Evaluates one phase unless that is done."""
+    parts.look_for_benchmarks(config)
     file = results_file(config, phase)
     after = [] if phase == "base" else [folder.policy_stage(phase)]
     return folder.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name], after)

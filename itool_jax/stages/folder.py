@@ -114,11 +114,12 @@ def trained_phases(config: Config) -> list[str]:
     return list(itertools.takewhile(lambda phase: weights_folder(config, phase).is_dir(), names))
 
 
-def load_trained(config: Config, phase: str) -> Params:
-    """What a phase trained, adapters or all weights, in float32; the base is not loaded."""
+def load_trained(config: Config, phase: str, dtype: str = "float32") -> Params:
+    """What a phase trained, adapters or all weights; the base is not loaded."""
     model = hf.read_config(model_folder(config), config.dtype)
     _, weights, adapters = abstract(model, config.lora)
     shapes = adapters if config.lora.rank else weights
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     return checkpoint.restore(weights_folder(config, phase), placed(shapes))
 
 
@@ -147,11 +148,11 @@ def load_policy(config: Config, phase: str) -> Policy:
     graph = abstract(model)[0]
     if phase == "base":
         return Policy(graph, base_params(config, stacked=False))
-    trained = forms.to_run(load_trained(config, phase))
     if not config.lora.rank:
-        return Policy(graph, jax.tree.map(lambda x: x.astype(config.dtype), trained))
-    frozen = base_params(config, stacked=False)
-    if config.dtype == "float32" and config.quantize == "none":
+        _held.cache_clear()
+        return Policy(graph, forms.to_run(load_trained(config, phase, config.dtype)))
+    trained, frozen = forms.to_run(load_trained(config, phase)), base_params(config, stacked=False)
+    if config.dtype == "float32" and config.quantize == "none":  # small models: there is room for the base beside it
         return Policy(graph, merge_adapters(frozen, trained, config.lora))
     # Merged into weights of less precision, adapters would lose most of what they learned.
     return Policy(abstract(model, config.lora)[0], beside(frozen, trained))

@@ -46,6 +46,12 @@ def samples(config: Config, part: str) -> list[Sample]:
     return sources.load(path)
 
 
+def look_for_benchmarks(config: Config) -> None:
+    """Adds to the data card what of `evaluate.benchmarks` stands among the training samples, where it does not say."""
+    if config.evaluate.benchmarks:
+        samples(config, "train")
+
+
 def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
     """The training samples: those of the warm-up, and the replay buffer."""
     found = samples(config, "train")
@@ -71,9 +77,12 @@ def _make_parts(config: Config, skipped: list[str] | None) -> tuple[dict[str, Pa
     train, validation = replay.split(rest, 1 - HELD_OUT["validation"], "validation", 0)
     parts = {"train": train, "validation": validation, "test": test}
     if empty := [part for part, chosen in parts.items() if not chosen]:
-        raise ValueError(f"data {config.data} has {len(encoded)} samples: too few, its {empty[0]} part would be empty")
-    left_out = {"repeats_left_out": len(given) - len(once), "too_long": too_long}
-    return {part: Part(found, [encoded[s.id] for s in found]) for part, found in parts.items()}, left_out
+        left_out = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
+        raise ValueError(
+            f"data {config.data} has {len(encoded)} samples{left_out}: too few, its {empty[0]} part would be empty"
+        )
+    counts_left_out = {"repeats_left_out": len(given) - len(once), "too_long": too_long}
+    return {part: Part(found, [encoded[s.id] for s in found]) for part, found in parts.items()}, counts_left_out
 
 
 def _encode(config: Config, found: list[Sample], skipped: list[str] | None) -> tuple[dict[str, Encoded], int]:
@@ -135,7 +144,7 @@ def _read_card(config: Config) -> dict[str, Any]:
     """The data card as it is, with its benchmarks, none where there is no card yet."""
     path = config.run_dir / CARD
     try:
-        card = json.loads(path.read_text()) if path.exists() else {}
-        return {"benchmarks": {}} | card
+        card = {"benchmarks": {}} | (json.loads(path.read_text()) if path.exists() else {})
+        return card | {"benchmarks": dict(card["benchmarks"])}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have the benchmarks looked for again") from error

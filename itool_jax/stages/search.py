@@ -131,26 +131,23 @@ class Searcher:
 
     def propose(self, states: list[State]) -> list[Proposal]:
         """Samples `breadth` steps for each state, in one compiled loop, and scores the gold's next where it joins."""
-        s, count = self.settings, self._padded(len(states))
+        s, (prefix, seats) = self.settings, self._seated(self.prompt, [state.problem for state in states])
         whole = any(state.whole for state in states)
         room = max(s.last_step_limit, s.step_limit) if whole else s.step_limit
-        rows = [state for state in states for _ in range(s.breadth)]
-        n_rows = count * s.breadth
-        paths = self._paths(states)
         steps = sample_step(
             self.policy.graph,
             room,
             self.policy.params,
             self.table,
-            self._rows_of(self.prompt, [state.problem for state in states], count),
-            *_padded_paths(paths, count),
-            self._keys(states, n_rows),
-            _column([self._limit(row) for row in rows], n_rows),
-            _column([row.whole for row in rows], n_rows, bool),
+            prefix,
+            *_padded(self._paths(states), seats),
+            self._keys(states, seats),
+            np.repeat(seats.column([self._limit(state) for state in states]), s.breadth),
+            np.repeat(seats.column([state.whole for state in states], bool), s.breadth),
             np.float32(s.temperature),
         )
         gold = self._gold_log_probs(states) if s.inject_gold else None
-        return _proposals(jax.device_get(steps), states, s.breadth, gold, self.chat)
+        return _proposals(jax.device_get(steps), states, seats, s.breadth, gold, self.chat)
 
     def _gold_log_probs(self, states: list[State]) -> list[float]:
         """Log π of the gold's next step where it joins the candidates, else 0."""
@@ -158,16 +155,13 @@ class Searcher:
         if not chosen:
             return found
         with_gold = [states[i] for i in chosen]
-        count = self._padded(len(chosen))
-        steps, lengths = pad([state.gold_step for state in with_gold], _width([s.gold_step for s in with_gold]), count)
-        sums_P = score_step(
-            *self.policy,
-            self._rows_of(self.prompt, [state.problem for state in with_gold], count),
-            *_padded_paths(self._paths(with_gold), count),
-            np.where(np.arange(steps.shape[1]) < lengths[:, None], steps, -1),
-        )
-        for i, log_prob in zip(chosen, np.asarray(sums_P).tolist(), strict=False):
-            found[i] = log_prob
+        prefix, seats = self._seated(self.prompt, [state.problem for state in with_gold])
+        path_PS, path_length_P = _padded(self._paths(with_gold), seats)
+        step_PT, length_P = _padded([state.gold_step for state in with_gold], seats)
+        step_PT = np.where(np.arange(step_PT.shape[1]) < length_P[:, None], step_PT, -1)
+        sums_P = np.asarray(score_step(*self.policy, prefix, path_PS, path_length_P, step_PT))
+        for i, seat in zip(chosen, seats.taken, strict=True):
+            found[i] = float(sums_P[seat])
         return found
 
     def _paths(self, states: list[State]) -> list[list[int]]:
@@ -196,18 +190,17 @@ class Searcher:
         self, groups: list[tuple[int, list[int]]], states: list[tuple[int, list[int]]], rows: int
     ) -> Iterator[tuple[int, float]]:
         """(number of the state, confidence) of groups of at most `rows` states a problem."""
-        count, problems = self._padded(len(groups)), [problem for problem, _ in groups]
-        paths, own = [], [[0]] * (count * rows)
-        for p, (problem, ids) in enumerate(groups):
+        prefix, seats = self._seated(self.asked, [problem for problem, _ in groups])
+        paths, own = [], [[0]] * (seats.size * rows)
+        for seat, (problem, ids) in zip(seats.taken, groups, strict=True):
             shown = [self.chat.content_ids(states[i][1]) for i in ids]
             n = _n_common(shown)
             paths.append([self.asked_end[problem], *shown[0][:n]])
-            own[p * rows : p * rows + len(ids)] = [[*x[n:], *self.frames[problem].after] for x in shown]
-        prefix = self._rows_of(self.asked, problems, count)
-        logits_BA = answer(*self.policy, prefix, *_padded_paths(paths, count), *pad(own, _width(own)), self.letters)
+            own[seat * rows : seat * rows + len(ids)] = [[*x[n:], *self.frames[problem].after] for x in shown]
+        logits_BA = answer(*self.policy, prefix, *_padded(paths, seats), *pad(own, _width(own)), self.letters)
         scores_B = np.asarray(_confidences(logits_BA)).tolist()
-        for p, (_, ids) in enumerate(groups):
-            yield from zip(ids, scores_B[p * rows :], strict=False)
+        for seat, (_, ids) in zip(seats.taken, groups, strict=True):
+            yield from zip(ids, scores_B[seat * rows :], strict=False)
 
     def grade(self, problem: int, response: list[int], finished: bool) -> float:
         """Outcome of a whole response against the gold (O of eq 6)."""
@@ -215,24 +208,39 @@ class Searcher:
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
         return outcome(sample.target, text, finished=finished, tools=sample.tools)
 
-    def _padded(self, count: int) -> int:
-        """Room for `count` prompts: the whole batch, or a half or a quarter of it when few trees still grow."""
-        sizes = [max(1, self.settings.batch // part) for part in (4, 2)]
-        return next((size for size in sizes if count <= size), self.settings.batch)
+    def _seated(self, prefix: Prefix, problems: list[int]) -> tuple[Prefix, "_Seats"]:
+        """The caches that a call about these problems reads, and where in them each has its place.
 
-    def _rows_of(self, prefix: Prefix, problems: list[int], count: int) -> Prefix:
-        index = np.zeros(count, np.int32)
-        index[: len(problems)] = problems
-        # Most calls ask about every prompt, in order: then the caches are read where they lie.
-        return prefix if index.tolist() == list(range(self.settings.batch)) else _take(prefix, index)
+        All caches as they lie, or where few trees still grow, copies of a half or a quarter of them.
+        """
+        batch = self.settings.batch
+        sizes = [max(1, batch // part) for part in (4, 2)]
+        size = next((size for size in sizes if len(problems) <= size), batch)
+        if size == batch:
+            return prefix, _Seats(problems, batch)
+        seats = _Seats(list(range(len(problems))), size)
+        return _take(prefix, seats.column(problems)), seats
 
-    def _keys(self, states: list[State], n_rows: int) -> jax.Array:
-        """A key a row from the prompt's id, the path of the node and the candidate: never from the batch slot."""
+    def _keys(self, states: list[State], seats: "_Seats") -> jax.Array:
+        """A key a row from the prompt's id, the path of the node and the candidate: never from the row's place."""
         breadth = self.settings.breadth
-        ids = [text_key(self.batch[state.problem].sample.id) for state in states]
-        paths = [text_key(" ".join(map(str, state.path))) for state in states]
-        columns = (np.repeat(ids, breadth), np.repeat(paths, breadth), np.tile(np.arange(breadth), len(states)))
-        return row_keys(self.key, *(_column(column, n_rows, np.uint32) for column in columns))
+        ids = seats.column([text_key(self.batch[state.problem].sample.id) for state in states], np.uint32)
+        paths = seats.column([text_key(" ".join(map(str, state.path))) for state in states], np.uint32)
+        candidates = np.tile(np.arange(breadth, dtype=np.uint32), seats.size)
+        return row_keys(self.key, np.repeat(ids, breadth), np.repeat(paths, breadth), candidates)
+
+
+class _Seats(NamedTuple):
+    """Places in a batch of `size` prompts; those that are not taken stay idle."""
+
+    taken: list[int]
+    size: int
+
+    def column(self, values: Sequence[int], dtype: Any = np.int32) -> np.ndarray:
+        """The values at their places, 0 elsewhere."""
+        found = np.zeros(self.size, dtype)
+        found[self.taken] = values
+        return found
 
 
 @jax.jit
@@ -258,24 +266,21 @@ def _n_common(rows: Sequence[list[int]]) -> int:
     return sum(itertools.takewhile(bool, alike))
 
 
-def _padded_paths(paths: Sequence[list[int]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded to one width; those that are missing hold a token of no meaning."""
-    return pad([*paths, *[[0]] * (count - len(paths))], _width(paths))
-
-
-def _column(values: Any, size: int, dtype: Any = np.int32) -> np.ndarray:
-    found = np.zeros(size, dtype)
-    found[: len(values)] = values
-    return found
+def _padded(rows: Sequence[list[int]], seats: _Seats) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens at their places, right-padded to one width, and their lengths; idle rows are a token of no meaning."""
+    seated: list[list[int]] = [[0]] * seats.size
+    for seat, row in zip(seats.taken, rows, strict=True):
+        seated[seat] = row
+    return pad(seated, _width(rows))
 
 
 def _proposals(
-    steps: Any, states: Sequence[State], breadth: int, gold: Sequence[float] | None, chat: Chat
+    steps: Any, states: Sequence[State], seats: _Seats, breadth: int, gold: Sequence[float] | None, chat: Chat
 ) -> list[Proposal]:
     """The sampled steps of each state, and behind them the gold's with its log π where the gold may join."""
 
     def proposal(number: int, state: State) -> Proposal:
-        rows = range(number * breadth, (number + 1) * breadth)
+        rows = range(seats.taken[number] * breadth, (seats.taken[number] + 1) * breadth)
         found = Proposal(
             [steps.tokens_BT[r, : steps.length_B[r]].tolist() for r in rows],
             [float(steps.log_prob_B[r]) for r in rows],
@@ -284,7 +289,7 @@ def _proposals(
         if gold is not None:
             found.steps.append(state.gold_step)
             found.log_probs.append(gold[number])
-            found.stopped.append(state.gold_step[-1:] != [] and state.gold_step[-1] in chat.stop_ids)
+            found.stopped.append(any(token in chat.stop_ids for token in state.gold_step[-1:]))
         return found
 
     return [proposal(i, state) for i, state in enumerate(states)]

@@ -21,6 +21,8 @@ PHASE = "warmup"
 
 def run(config: Config) -> dict[str, Any]:
     """Trains from the base unless that is done; returns the stage's figures."""
+    config.warmup.n_micro()
+    parts.look_for_benchmarks(config)
     return folder.once(config, PHASE, "warmup", lambda: _warm_up(config), [folder.WEIGHTS])
 
 
