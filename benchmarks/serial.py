@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 Ids = list[int]
+SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,3 +116,23 @@ def back_up(walk: list[Node]) -> None:
 def nodes_below(node: Node) -> int:
     """How many states were judged."""
     return sum(1 + nodes_below(child) for child in node.children)
+
+
+def ends_step(before: str, step: str) -> bool:
+    """Whether a step ends here: the text of a response up to the step, and the step's own, as decoded so far.
+
+    In a list of calls, where brackets outside strings are back at list level; else where a sentence is.
+    """
+    if not (before + step).lstrip().startswith("["):
+        return step.rstrip(" \"'").endswith(SENTENCE_ENDS) and any(c.isalnum() for c in step)
+    depth, quote, escaped, highest = 0, "", False, 0
+    for i, c in enumerate(before + step):
+        if quote:
+            quote = "" if c == quote and not escaped else quote
+            escaped = c == "\\" and not escaped
+        elif c in "\"'":
+            quote = c
+        else:
+            depth += (c in "[({") - (c in "])}")
+        highest = max(highest, depth) if i >= len(before) else 0
+    return not quote and depth <= 1 < highest

@@ -13,28 +13,7 @@ from benchmarks import serial
 from benchmarks.children.hf import load, log_prob_sums
 from benchmarks.protocol import Task, Work, serve, timed
 
-SENTENCE_ENDS = (".", "!", "?", "\n")
 N_CHECKED = 2
-
-
-def ends_step(before: str, step: str) -> bool:
-    """Whether a step ends here: the text of a response up to the step, and the step's own, as decoded so far.
-
-    In a list of calls, where brackets outside strings are back at list level; else where a sentence is.
-    """
-    if not (before + step).lstrip().startswith("["):
-        return step.rstrip(" \"'").endswith(SENTENCE_ENDS) and any(c.isalnum() for c in step)
-    depth, quote, escaped, highest = 0, "", False, 0
-    for i, c in enumerate(before + step):
-        if quote:
-            quote = "" if c == quote and not escaped else quote
-            escaped = c == "\\" and not escaped
-        elif c in "\"'":
-            quote = c
-        else:
-            depth += (c in "[({") - (c in "])}")
-        highest = max(highest, depth) if i >= len(before) else 0
-    return not quote and depth <= 1 < highest
 
 
 class StepEnd(transformers.StoppingCriteria):
@@ -44,7 +23,9 @@ class StepEnd(transformers.StoppingCriteria):
         self.tokenizer, self.start, self.before = tokenizer, prompt_length, tokenizer.decode(path)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor([ends_step(self.before, self.tokenizer.decode(row[self.start :])) for row in input_ids])
+        return torch.tensor(
+            [serial.ends_step(self.before, self.tokenizer.decode(row[self.start :])) for row in input_ids]
+        )
 
 
 class Serial:

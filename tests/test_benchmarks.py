@@ -1,0 +1,183 @@
+"""The benchmarks: suites on a tiny model, peers in their own processes, and the serial search they compare with."""
+
+import importlib.util
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import inputs, peers, run, serial
+from benchmarks.protocol import Child, alternate, disagreement
+from itool_jax.mcts.search import Problem, Proposal, SearchSettings, State, search
+from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.text.steps import build_step_table, split_steps
+
+COMPARED = {"score": "hf", "search": "hf_serial"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[run.Row]:
+    """The table of some suites, with Hugging Face as the peer where torch is installed, in this very environment."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "python_of", lambda *_: Path(sys.executable))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+        patch.delenv("XLA_FLAGS")
+        settings = run.Settings(
+            suite="score,search,dpo",
+            small=True,
+            rounds=2,
+            peers=importlib.util.find_spec("torch") is not None,
+            only="hf,hf_serial",
+            work=folder,
+            json=folder / "rows.json",
+        )
+        found = run.main(settings)
+    assert json.loads((folder / "rows.json").read_text()) == found
+    return found
+
+
+def test_each_suite_has_a_row_and_the_search_one_for_each_number_of_prompts(rows: list[run.Row]) -> None:
+    assert [row["name"] for row in rows] == ["score", "search_1", "search", "dpo"]
+    keys = "name peer ours theirs ratio unit median spread device shapes agree rounds"
+    assert all(list(row) == keys.split() for row in rows)
+    for row in rows:
+        assert len(row["rounds"]["ours"]) == (1 if row["name"] == "search_1" else 2)
+        assert 0 < row["spread"][0] <= row["median"] <= row["spread"][1]
+        assert row["ours"] == pytest.approx(np.median(row["rounds"]["ours"]))
+        assert run.line(row).split()[0] == row["name"]
+
+
+def test_peers_agree_before_they_are_timed(rows: list[run.Row]) -> None:
+    pytest.importorskip("torch")
+    compared = {row["name"]: row for row in rows if row["peer"]}
+    assert {name: row["peer"] for name, row in compared.items()} == COMPARED
+    for row in compared.values():
+        assert 0 < row["agree"] < 1e-4
+        assert row["ratio"] == pytest.approx(row["ours"] / np.median(row["rounds"]["theirs"]))
+
+
+@pytest.mark.slow
+def test_every_suite_of_ours_runs(tmp_path: Path) -> None:
+    found = run.main(run.Settings(small=True, rounds=1, work=tmp_path))
+    assert {row["name"].partition("_")[0] for row in found} >= {suite.partition("_")[0] for suite in run.SUITES}
+    programs = next(row for row in found if row["name"] == "compile_programs")
+    assert programs["ours"] > 0
+
+
+# The protocol ------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_dies_says_why(tmp_path: Path) -> None:
+    with (
+        Child(sys.executable, "benchmarks.nothing", tmp_path / "log", {}) as child,
+        pytest.raises(RuntimeError, match=r"benchmarks\.nothing ended without an answer(.|\n)*No module named"),
+    ):
+        alternate([child], 1)
+
+
+def test_disagreement_is_the_worst_error_of_what_both_sides_tell() -> None:
+    ours = {"values": [2.0, 4.0, 9.0], "tokens": [[1, 2], [3]]}
+    assert disagreement(ours, {"values": [2.0, 5.0]}) == {"values": pytest.approx(0.2)}
+    assert disagreement(ours, {"tokens": [[1, 2], [4]]}) == {"tokens": 0.5}
+    assert disagreement(ours, ours) == {"values": 0.0, "tokens": 0.0}
+
+
+@pytest.mark.parametrize("wrong", [{"suite": "score,speed"}, {"only": "hf,none"}, {"rounds": 0}])
+def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run.Settings(**wrong)
+
+
+# The serial search -------------------------------------------------------------------------------------------
+
+GOLD = [[7, 8], [9], [10, 0]]
+STOP = 0
+SIZES = {"breadth": 3, "max_depth": 3, "n_simulations": 24, "step_limit": 4, "last_step_limit": 6}
+
+
+def number(*values: Any) -> float:
+    """Between 0 and 1, the same for the same values."""
+    return zlib.crc32(repr(values).encode()) / 2**32
+
+
+def step_of(path: list[int], limit: int, candidate: int) -> list[int]:
+    step = [1 + int(6 * number(path, candidate, t)) for t in range(1 + int(2 * number(path, candidate)))]
+    return [*step, STOP] if number("stop", path, candidate) < 0.2 else step[:limit]
+
+
+def log_prob(path: list[int], step: list[int]) -> float:
+    return -len(step) * (0.1 + number("p", path, step))
+
+
+def test_serial_and_batched_search_build_the_same_tree() -> None:
+    model = serial.Model(
+        lambda path, limit, _, candidate: step_of(path, limit, candidate),
+        log_prob,
+        lambda path: number("judge", path),
+        lambda path, finished: 1.0 if finished and number("grade", path) < 0.5 else -1.0,
+    )
+    root = serial.search(GOLD, [STOP], model, serial.SerialSettings(**SIZES))
+
+    def propose(states: list[State]) -> list[Proposal]:
+        found = []
+        for state in states:
+            steps = [step_of(state.path, state.limit, w) for w in range(SIZES["breadth"])] + [state.gold_step]
+            log_probs = [log_prob(state.path, step) if step else 0.0 for step in steps]
+            found.append(Proposal(steps, log_probs, [STOP in step for step in steps]))
+        return found
+
+    settings = SearchSettings(batch=1, **SIZES)
+    forest = search(
+        [Problem("p", GOLD)],
+        propose,
+        lambda states: [model.judge(path) for _, path in states],
+        lambda _, path, finished: model.grade(path, finished),
+        settings,
+    )
+    assert serial.nodes_below(root) == forest.tree.n_nodes_B[0] - 1 > 20
+
+    def compare(node: serial.Node, n: int) -> None:
+        assert node.visits == forest.tree.visit_count_BN[0, n]
+        assert node.value == pytest.approx(forest.tree.value_BN[0, n], abs=1e-4)
+        if n:  # no edge leads to the root
+            assert node.q == pytest.approx(forest.tree.q_value_BN[0, n], abs=1e-4)
+        ids = [i for i in forest.tree.children_BNW[0, n].tolist() if i >= 0]
+        for child, i in zip(node.children, ids, strict=True):
+            assert child.path[len(node.path) :] == forest.step_tokens_BNS[0, i, : forest.step_length_BN[0, i]].tolist()
+            compare(child, i)
+
+    compare(root, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ['[f(a="x"), g(b=[1, 2]), h()]', "It works. Does it? Yes", "[f(a=\"not ), here\", b='it\\'s'), g(a=(1))]"]
+)
+def test_steps_end_in_decoded_text_where_they_end_in_token_ids(text: str, tiny_folder: Path) -> None:
+    chat = Chat(load_tokenizer(str(tiny_folder)))
+    ids = chat.encode(text)
+    table = build_step_table(chat.tokenizer, "call", len(chat.tokenizer), chat.stop_ids)
+    steps: list[list[int]] = [[]]
+    for i, token in enumerate(ids):
+        steps[-1].append(token)
+        if serial.ends_step(chat.tokenizer.decode(ids[: i + 1 - len(steps[-1])]), chat.tokenizer.decode(steps[-1])):
+            steps.append([])
+    assert [step for step in steps if step] == split_steps(table, ids)
+    assert len(steps) > 2
+
+
+# The inputs --------------------------------------------------------------------------------------------------
+
+
+def test_search_prompts_have_one_length_and_gold_in_steps(tmp_path: Path) -> None:
+    *_, path = inputs.tasks(tmp_path, "search", small=True)
+    task = json.loads(path.read_text())
+    assert [len(problem["prompt_ids"]) for problem in task["problems"]] == [64] * task["sizes"]["rows"]
+    for problem in task["problems"]:
+        assert [t for step in problem["gold_steps"] for t in step] == problem["target_ids"]
+        assert problem["target_ids"][-1] in task["stop_ids"]
