@@ -79,16 +79,17 @@ def main(settings: Settings) -> list[Row]:
     return rows
 
 
-def measure_suite(suite: str, settings: Settings, work: Path, ours: Child) -> list[Row]:
-    """Rows of a suite, one a size and peer."""
+def measure_suite(suite: str, settings: Settings, work: Path, ours: Child) -> Iterator[Row]:
+    """Rows of a suite, one a size and peer, as they are measured."""
     if suite == "compile":
-        return compilations.rows(work, small=settings.small)
+        yield from compilations.rows(work, small=settings.small)
+        return
     *growing, full = inputs.tasks(work, suite, small=settings.small)
-    # Smaller sizes show how our rate grows; only the full one is compared.
-    rows = [row for task in growing for row in measure(task, ours, {}, 1)]
+    for task in growing:  # they show how our rate grows; only the full size is compared
+        yield from measure(task, ours, {}, 1)
     with contextlib.ExitStack() as stack:
         others = {name: stack.enter_context(child) for name, child in start_peers(suite, settings, work)}
-        return rows + measure(full, ours, others, settings.rounds)
+        yield from measure(full, ours, others, settings.rounds)
 
 
 def start_peers(suite: str, settings: Settings, work: Path) -> Iterator[tuple[str, Child]]:
