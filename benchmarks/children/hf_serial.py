@@ -91,7 +91,7 @@ def _first_gold_steps(model: Any, tokenizer: Any, task: Task, limit: int) -> Seq
     found: list[float] = []
     for problem in task["problems"][:N_CHECKED]:
         one, step = Serial(model, tokenizer, task, problem), problem["gold_steps"][0][:limit]
-        one.sample([], 2, True, 0)
+        one.sample([], 2, False, 0)
         found += [one.log_prob([], step), one.judge(step)]
     return found
 
