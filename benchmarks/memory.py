@@ -68,7 +68,7 @@ MACHINES = (
     Machine(name="1 x 141 GB", gigabytes=141, mesh=MeshSettings()),
     Machine(name="8 x 80 GB", gigabytes=80, mesh=MeshSettings(data=8)),
     Machine(name="1 x 24 GB", gigabytes=24, mesh=MeshSettings(), weights=("qlora",), search_batch=8),
-    Machine(name="8 x 16 GB", gigabytes=16, mesh=MeshSettings(fsdp=8)),
+    Machine(name="8 x 16 GB", gigabytes=16, mesh=MeshSettings(fsdp=8), search_batch=32),
 )
 
 

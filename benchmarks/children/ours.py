@@ -31,9 +31,9 @@ from itool_jax.text.steps import StepTable, build_step_table
 
 
 def load(task: Task) -> tuple[Base, Policy]:
-    config, params = hf.load(Path(task["model"]))
+    config, params = hf.load(Path(task["model"]), stacked=False)
     chat = Chat(load_tokenizer(task["model"]))
-    return Base(config, params, chat), Policy(abstract(config)[0], params)
+    return Base(config, chat), Policy(abstract(config)[0], params)
 
 
 def step_table(base: Base, *, endless: bool) -> StepTable:
@@ -75,7 +75,7 @@ def search_batched(task: Task) -> Work:
     candidates, new = task["sizes"]["candidates"], task["sizes"]["new"]
     n_rows = len(prompts) * candidates
     keys = row_keys(jax.random.key(task["seed"]), np.arange(n_rows, dtype=np.uint32))
-    last = [ids[-1:] for ids in prompts for _ in range(candidates)]
+    last = [ids[-1:] for ids in prompts]
 
     def sample(temperature: float) -> np.ndarray:
         prefix = prefill(*policy, *pad([ids[:-1] for ids in prompts], bucket(len(prompts[0]) - 1)))
@@ -89,8 +89,6 @@ def search_batched(task: Task) -> Work:
             keys,
             np.full(n_rows, new, np.int32),
             np.ones(n_rows, bool),
-            np.zeros((n_rows, new), np.int32),
-            np.zeros(n_rows, np.int32),
             np.float32(temperature),
         )
         return np.asarray(steps.tokens_BT)
@@ -176,7 +174,7 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
         trained = train.fit(
             loss(graph),
             settings,
-            trainable,
+            jax.tree.map(jnp.copy, trainable),  # training uses them up
             frozen,
             batches,
             len(batches),
@@ -196,7 +194,7 @@ def load_weights(task: Task) -> Work:
     """Loading of a checkpoint, until every weight has been read."""
 
     def load_and_sum() -> float:
-        _, params = hf.load(Path(task["model"]))
+        _, params = hf.load(Path(task["model"]), stacked=False)
         return float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(params)))
 
     size = (Path(task["model"]) / hf.WEIGHTS).stat().st_size / 1e9
