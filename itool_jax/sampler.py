@@ -77,8 +77,8 @@ def _read(model: Transformer, shared: Sequence[Prefix], own_BT: Array, length_B:
     suffix = empty_suffix(shared[0], B, T + spare)
     valid_BT = place_T < length_B[:, None]
     hidden_BTD, suffix = model.extend(own_BT, valid_BT, start_B[:, None] + place_T, shared, suffix, 0)
-    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-    return _Read(suffix, hidden_BTD, jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0], start_B + length_B)
+    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
+    return _Read(suffix, hidden_BTD, last_BD, start_B + length_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,18 +108,24 @@ def _shared(read: _Read, length_B: Array) -> Prefix:
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_step(
-    graph: nnx.GraphDef, params: Params, prefix: Prefix, path_PS: Array, path_length_P: Array, step_PT: Array
+    graph: nnx.GraphDef,
+    params: Params,
+    prefix: Prefix,
+    path_PS: Array,
+    path_length_P: Array,
+    step_PT: Array,
+    step_length_P: Array,
 ) -> FloatB:
-    """Sum of log π of the step [P] that follows each prompt and path; the steps are right-padded with -1."""
+    """Sum of log π of the step [P] that follows each prompt and path; paths and steps are right-padded."""
     model = nnx.merge(graph, params)
     P, T = step_PT.shape
     row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
     place_PT = path_length_P[:, None] + jnp.arange(T)
-    row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(jnp.maximum(step_PT, 0))
-    hidden_PSD = _read(model, [prefix], row_PS, path_length_P + (step_PT >= 0).sum(axis=1)).hidden_BTD
+    row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(step_PT)
+    hidden_PSD = _read(model, [prefix], row_PS, path_length_P + step_length_P).hidden_BTD
     before_PTD = jnp.take_along_axis(hidden_PSD, place_PT[..., None] - 1, axis=1)
-    log_probs_PT = losses.token_log_probs(before_PTD, model.unembedding(), jnp.maximum(step_PT, 0))
-    return losses.masked_log_prob_sum(log_probs_PT, step_PT >= 0)
+    log_probs_PT = losses.token_log_probs(before_PTD, model.unembedding(), step_PT)
+    return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
 def _choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:

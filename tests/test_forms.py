@@ -52,7 +52,7 @@ def test_both_forms_are_one_model(deep: Path, nf4: bool) -> None:
 
 @pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(data=2, fsdp=2, tensor=2)], ids=["alone", "mesh"])
 def test_a_model_is_never_there_twice(deep: Path, mesh: MeshSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every change of form, the bytes in memory after each leaf: one leaf more than the model at most."""
+    """Of every change of form, the bytes in memory after each leaf: two leaves more than the model at most."""
     seen: list[int] = []
     before = sum(x.nbytes for x in jax.live_arrays())
     compiled = forms._compiled

@@ -10,8 +10,8 @@ from itool_jax.text.padding import SMALLEST_WIDTH, bucket, collate, group, pad, 
 ids = st.lists(st.integers(1, 99), max_size=12)
 
 
-def test_the_buckets_are_powers_of_two_and_the_halves_between() -> None:
-    assert sorted({bucket(n) for n in range(1100)}) == [128, 192, 256, 384, 512, 768, 1024, 1536]
+def test_the_buckets_are_powers_of_two_and_the_halves_or_quarters_between() -> None:
+    assert sorted({bucket(n) for n in range(1100)}) == [128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280]
 
 
 @pytest.mark.parametrize("smallest", [1, 48, 64, 96, SMALLEST_WIDTH, 256])

@@ -174,9 +174,7 @@ def test_a_given_step_is_scored_as_the_uncached_model_does(setup: Setup) -> None
     crossing = [ONE, CLOSE_ALL, FULL_STOP, NAME, ONE]  # goes on after the end of its list
     given = [[NAME], crossing, [], [NAME], [STOP], [NAME, ONE, STOP]]
     params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
-    step_PT, lengths = pad(given, T)
-    step_PT[np.arange(T) >= lengths[:, None]] = -1
-    found = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, step_PT)
+    found = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, *pad(given, T))
     scored = target_log_probs(setup.policy, list(zip(ROWS, given, strict=True)), 1024)
     np.testing.assert_allclose(found, scored, rtol=0, atol=1e-4)
     assert found[2] == 0

@@ -4,7 +4,6 @@ import pytest
 
 from itool_jax.data.records import RawSample, Sample, sample_row
 from itool_jax.data.sources import load, load_questions, read_samples
-from tests.conftest import shared_path
 from tests.tiny import CALL, TOOL, USER
 
 
@@ -171,21 +170,6 @@ def test_a_wrong_question_is_named_and_a_test_set_is_never_trained_on(file, chan
         load_questions(path)
     with pytest.raises(ValueError, match=r"line 1: .* of no known data set: id, question, function"):
         load(path)
-
-
-@pytest.mark.parametrize(
-    ("source", "n", "n_with_tools"),
-    [
-        ("bfcl_v3/questions", 6821, 3637),  # questions of several turns list no tools, nor do four others
-        ("api_bank/level-1-api.json.gz", 399, 399),
-        ("api_bank/level-2-api.json.gz", 135, 135),
-    ],
-)
-def test_published_test_sets_are_read_to_the_last_question(source, n, n_with_tools):
-    samples = load_questions(shared_path(f"data/{source}"))
-    assert len(samples) == len({sample.id for sample in samples}) == n
-    assert all(any(message["role"] == "user" for message in sample.messages) for sample in samples)
-    assert sum(bool(sample.tools) for sample in samples) == n_with_tools
 
 
 def test_empty_and_unknown_data_is_named(file, tmp_path):

@@ -245,8 +245,8 @@ def load(
             return parts[key]
 
         found = jax.make_array_from_callback(leaf.shape, where, read)
-        in_layer = place.names[0] not in _TOP_NAMES.values()
-        return _quantize(str(path[-2].key), stacked, found) if nf4 and in_layer and place.transposed else found
+        coded = nf4 and place.transposed and path[0].key == "layers"
+        return _quantize(str(path[-2].key), stacked, found) if coded else found
 
     return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
 

@@ -55,6 +55,27 @@ class Nf4Kernel(nnx.Module):
         return quantize.dequantize(codes, self.n_in, x.dtype.name), x
 
 
+@jax.custom_vjp
+def _low_rank(x: Array, a: Array, b: Array) -> Array:
+    """x @ a @ b. In its gradient the small operands are the ones turned over, as XLA would not have it on a host."""
+    return x @ a @ b
+
+
+def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    low = x @ a
+    return low @ b, (x, low, a, b)
+
+
+def _low_rank_backward(saved: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array]:
+    x, low, a, b = saved
+    d_low = d_y @ b.T
+    rows = tuple(range(x.ndim - 1))
+    return d_low @ a.T, jnp.tensordot(d_low, x, (rows, rows)).T, jnp.tensordot(low, d_y, (rows, rows))
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class Linear(nnx.Module):
     """x @ kernel (+ bias) (+ alpha/rank · x @ A @ B), with A and B in float32."""
 
@@ -93,6 +114,6 @@ class Linear(nnx.Module):
             if key is not None and self.dropout:
                 kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0)
-            low_rank = x @ self.lora_a[...].astype(self.dtype) @ self.lora_b[...].astype(self.dtype)
-            y = y + self.lora_scale * low_rank
+            a, b = self.lora_a[...].astype(self.dtype), self.lora_scale * self.lora_b[...]
+            y = y + _low_rank(x, a, b.astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

@@ -125,11 +125,6 @@ def row_devices() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def by_rows(x: Array, running: bool) -> Array:
-    """Inside a compiled function: the rows of `x` (its first dimension) are spread over the mesh in use, if any."""
-    return along(x, "data" if running else ROWS)
-
-
 def along(x: Array, axes: str | tuple[str, ...]) -> Array:
     """Inside a compiled function: the first dimension of `x` is spread over these axes of the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import along, by_rows, n_devices
+from itool_jax.model.sharding import ROWS, along, n_devices
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
@@ -27,6 +27,8 @@ Remat = Literal["none", "layers", "dots"]
 MASKED = -1e30
 SCORES_AT_ONCE = 1 << 27
 """Attention scores that a device has in memory at a time, four bytes each."""
+CAUSAL_PARTS, SMALLEST_PART = 4, 64
+"""How many parts the queries of a causal pass are cut into at most, and tokens of the smallest."""
 
 
 class RopeScaling(NamedTuple):
@@ -162,6 +164,21 @@ def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     return out.swapaxes(0, 1).reshape(B, -1, out.shape[-1])[:, :T]
 
 
+def attend_causally(q_BTHD: Array, own: KeyValues) -> Array:
+    """What `attend` gives where no query sees a later key: the keys behind a part of the queries are left out."""
+    T = q_BTHD.shape[1]
+    n = min(CAUSAL_PARTS, max(1, T // SMALLEST_PART))
+    ends = [T * (i + 1) // n for i in range(n)]
+    parts = [
+        attend_in_blocks(
+            q_BTHD[:, start:end],
+            [KeyValues(own.k_BHDK[..., :end], own.v_BHKD[:, :, :end], own.mask_BTK[:, start:end, :end])],
+        )
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return jnp.concatenate(parts, axis=1) if n > 1 else parts[0]
+
+
 def _segment_scores(q: Array, segment: KeyValues) -> Array:
     """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
     k, _, mask = segment
@@ -247,8 +264,9 @@ class Transformer(nnx.Module):
 
         size = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), size))
-        one_by_one = () if config.stacked else range(config.n_layers)
-        self.layers: Any = stack(rngs) if config.stacked else nnx.List(Layer(config, lora, rngs) for _ in one_by_one)
+        self.layers: Any = (
+            stack(rngs) if config.stacked else nnx.List(Layer(config, lora, rngs) for _ in range(config.n_layers))
+        )
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), size[::-1]))
         self.config = config
@@ -265,7 +283,7 @@ class Transformer(nnx.Module):
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
         # Whole vectors before they are looked up: XLA finds no good way from their parts to rows.
         embedding = along(self.embedding[...], "tensor")
-        hidden = by_rows(embedding[tokens_BT].astype(self.config.dtype), running=not self.config.stacked)
+        hidden = along(embedding[tokens_BT].astype(self.config.dtype), ROWS if self.config.stacked else "data")
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
@@ -297,7 +315,7 @@ class Transformer(nnx.Module):
             keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
             q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            return layer.finish(x, attend_in_blocks(q, [KeyValues(k, v, seen)]), keys), (k, v)
+            return layer.finish(x, attend_causally(q, KeyValues(k, v, seen)), keys), (k, v)
 
         hidden, keys_and_values = self._through_layers(one_layer, hidden)
         length = jnp.full(B, T) if length_B is None else length_B

@@ -87,10 +87,10 @@ def base_params(config: Config, *, stacked: bool) -> Params:
     """
     folder, nf4 = model_folder(config), config.quantize == "nf4"
     held = _held(folder, config.dtype, nf4, config.mesh)
-    if stacked not in held and held:
-        held[stacked] = (forms.to_train if stacked else forms.to_run)(held.pop(not stacked))
-    elif not held:
+    if not held:
         held[stacked] = hf.load(folder, config.dtype, nf4=nf4, stacked=stacked)[1]
+    elif stacked not in held:
+        held[stacked] = (forms.to_train if stacked else forms.to_run)(held.pop(not stacked))
     return held[stacked]
 
 

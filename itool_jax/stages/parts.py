@@ -33,7 +33,6 @@ class Part(NamedTuple):
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made, described and written down when first asked for."""
     path = config.run_dir / "data" / f"{part}.jsonl"
-    benchmarks = _new_benchmarks(config)  # before all else: one that cannot be read is met now
     if not path.exists():
         skipped: list[str] | None = [] if config.skip_bad_rows else None
         parts, left_out = _make_parts(config, skipped)
@@ -41,15 +40,19 @@ def samples(config: Config, part: str) -> list[Sample]:
         _describe(config, parts, left_out, skipped or [])
         for name, (found, _) in parts.items():
             write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in found))
-    if benchmarks:
-        _compare(config, benchmarks)
     return sources.load(path)
 
 
 def look_for_benchmarks(config: Config) -> None:
     """Adds to the data card what of `evaluate.benchmarks` stands among the training samples, where it does not say."""
-    if config.evaluate.benchmarks:
-        samples(config, "train")
+    known = _read_card(config)["benchmarks"] if config.evaluate.benchmarks else ()
+    new = {name: sources.load_questions(name) for name in config.evaluate.benchmarks if name not in known}
+    if new:
+        found = overlap(samples(config, "train"), new)
+        card = _read_card(config)
+        folder.write_json(config.run_dir / CARD, card | {"benchmarks": card["benchmarks"] | found})
+        for line in overlap_lines(found):
+            say(line)
 
 
 def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
@@ -121,23 +124,6 @@ def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], 
     if config.data != "generated":
         for line in lines(card):
             say(line)
-
-
-def _new_benchmarks(config: Config) -> dict[str, list[Sample]]:
-    """The samples of each of `evaluate.benchmarks` that the data card does not name yet."""
-    if not config.evaluate.benchmarks:
-        return {}
-    known = _read_card(config)["benchmarks"]
-    return {name: sources.load_questions(name) for name in config.evaluate.benchmarks if name not in known}
-
-
-def _compare(config: Config, benchmarks: dict[str, list[Sample]]) -> None:
-    """Adds to the data card, and prints, what the training part shares with benchmarks."""
-    found = overlap(sources.load(config.run_dir / "data" / "train.jsonl"), benchmarks)
-    card = _read_card(config)
-    folder.write_json(config.run_dir / CARD, card | {"benchmarks": card["benchmarks"] | found})
-    for line in overlap_lines(found):
-        say(line)
 
 
 def _read_card(config: Config) -> dict[str, Any]:

@@ -156,10 +156,8 @@ class Searcher:
             return found
         with_gold = [states[i] for i in chosen]
         prefix, seats = self._seated(self.prompt, [state.problem for state in with_gold])
-        path_PS, path_length_P = _padded(self._paths(with_gold), seats)
-        step_PT, length_P = _padded([state.gold_step for state in with_gold], seats)
-        step_PT = np.where(np.arange(step_PT.shape[1]) < length_P[:, None], step_PT, -1)
-        sums_P = np.asarray(score_step(*self.policy, prefix, path_PS, path_length_P, step_PT))
+        steps = _padded([state.gold_step for state in with_gold], seats)
+        sums_P = np.asarray(score_step(*self.policy, prefix, *_padded(self._paths(with_gold), seats), *steps))
         for i, seat in zip(chosen, seats.taken, strict=True):
             found[i] = float(sums_P[seat])
         return found

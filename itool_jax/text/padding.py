@@ -43,10 +43,14 @@ class PairBatch(NamedTuple):
 
 
 def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
-    """The padded length: the next of 128, 192, 256, 384, 512, …: powers of two and the halves between."""
+    """The padded length: the next of 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, …
+
+    Powers of two and the halves between, from 512 on the quarters: a program more costs less than the padding there.
+    """
     power = max(smallest, 1 << max(0, length - 1).bit_length())
-    halfway = power * 3 // 4
-    return halfway if length <= halfway and halfway >= smallest else power
+    eighths = (5, 6, 7) if power > 512 else (6,)
+    between = (power * n // 8 for n in eighths)
+    return next((width for width in between if width >= max(length, smallest)), power)
 
 
 def target_width(prompt_length: int, target_length: int, smallest: int = SMALLEST_WIDTH) -> int:
