@@ -22,9 +22,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from itool_jax import sampler, train
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
+from itool_jax.model.cache import empty_prefix
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside
-from itool_jax.model.sharding import AXES, ROWS, MeshSettings, make_mesh, placed
+from itool_jax.model.sharding import AXES, ROWS, MeshSettings, make_mesh, placed, row_devices
 from itool_jax.model.transformer import ModelConfig, RopeScaling, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket
 from itool_jax.text.steps import N_STATES, StepTable
@@ -156,11 +157,13 @@ def search_programs(model: ModelConfig, batch: int, settings: Settings) -> tuple
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)  # from the host: it lies where the program wants it
 
-    prefill = sampler.prefill.lower(graph, weights, array(batch, settings.length), array(batch)).compile()
+    prompts = row_devices(running=True)
+    new = sampler.prefill.eval_shape(graph, weights, array(prompts, settings.length), array(prompts))
+    room = empty_prefix.lower(new, batch).compile()
     caches = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.tree.unflatten(jax.tree.structure(prefill.output_shardings), jax.tree.leaves(prefill.out_info)),
-        prefill.output_shardings,
+        jax.tree.unflatten(jax.tree.structure(room.output_shardings), jax.tree.leaves(room.out_info)),
+        room.output_shardings,
     )
     paths = array(batch, path), array(batch)
     step = sampler.sample_step.lower(
@@ -170,7 +173,7 @@ def search_programs(model: ModelConfig, batch: int, settings: Settings) -> tuple
     )
     judged = array(rows, bucket(search.last_step_limit + QUESTION)), array(rows)
     answer = sampler.answer.lower(graph, weights, caches, *paths, *judged, array(2))
-    kept = prefill.memory_analysis().output_size_in_bytes
+    kept = room.memory_analysis().output_size_in_bytes
     return [program.compile().memory_analysis() for program in (step, answer)], kept
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
+from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, grow, search
 from itool_jax.mcts.tree import NO_CHILD, ROOT
 
 STOP = 0
@@ -366,9 +366,30 @@ def test_sampled_tokens_are_counted_and_progress_is_told() -> None:
     assert not forest.step_length_BN[:, ROOT].any()
 
 
-def test_a_batch_holds_only_so_many_problems() -> None:
-    with pytest.raises(ValueError, match=r"^search.batch is 4, got 5 problems$"):
-        Toy(PROBLEMS, settings(batch=4)).run()
+def test_a_problem_takes_the_seat_of_one_that_is_done() -> None:
+    """As many at once as there are seats, each a seat once it is free; the trees are those of all at once."""
+    all_at_once = Toy(PROBLEMS, settings(n_simulations=7, batch=len(PROBLEMS))).run()
+    toy = Toy(PROBLEMS, settings(n_simulations=7, batch=2))
+    seats: dict[int, int] = {}
+    order: list[int] = []
+
+    def seat(taken: list[tuple[int, int]]) -> None:
+        seats.update(taken)
+        order.extend(problem for _, problem in taken)
+
+    def propose(states: list[State]) -> list[Proposal]:
+        assert {state.problem for state in states} <= set(seats.values())
+        assert len(states) <= 2
+        return toy.propose(states)
+
+    found = list(grow(PROBLEMS, propose, toy.judge, toy.grade, toy.settings, seat=seat))
+    assert order == list(range(len(PROBLEMS)))
+    assert sorted(number for number, _ in found) == order
+    for number, forest in found:
+        for one, together in zip(forest.tree, all_at_once.tree, strict=True):
+            np.testing.assert_array_equal(one[0], together[number])
+        np.testing.assert_array_equal(forest.step_tokens_BNS[0], all_at_once.step_tokens_BNS[number])
+    assert sum(forest.sampled_tokens for _, forest in found) == all_at_once.sampled_tokens
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ class Setup(NamedTuple):
         seed: int = 3,
     ) -> Searcher:
         batch = [self.batch[i] for i in rows]
-        return Searcher(self.policy, self.base, self.table, batch, search_settings, self_eval, seed)
+        searcher = Searcher(self.policy, self.base, self.table, batch, search_settings, self_eval, seed)
+        searcher.seat(list(enumerate(range(len(batch)))))
+        return searcher
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def searches(setup: Setup) -> Searches:
             widths["judge"] |= {1 + len(path) + len(searcher.frames[b].after) for b, path in states}
             return searcher.judge(states)
 
-        return search(searcher.problems(), propose, judge, searcher.grade, SMALL)
+        return search(searcher.problems(), propose, judge, searcher.grade, SMALL, seat=searcher.seat)
 
     together, first, last, turned = run(range(4)), run([0]), run([3]), run([3, 2, 1, 0])
     programs = {name: function._cache_size() - before[name] for name, function in compiled.items()}
@@ -156,18 +158,26 @@ def test_a_model_searches_many_as_each_alone_in_any_order(searches: Searches) ->
     assert (tree.terminal_BN & (tree.depth_BN < SMALL.max_depth) & ~tree.on_gold_BN).any()
 
 
+def test_those_that_wait_for_a_seat_become_what_they_become_at_once(setup: Setup, searches: Searches) -> None:
+    settings = dataclasses.replace(SMALL, batch=2)
+    searcher = Searcher(setup.policy, setup.base, setup.table, setup.batch, settings, SelfEvaluationSettings(), 3)
+    told: list[int] = []
+    assert_same_decisions(searches.together, searcher.search(told.append), range(4))
+    assert sum(told) == 4 * SMALL.n_simulations
+
+
 def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) -> None:
     lengths = [len(row.encoded.prompt_ids) for row in setup.batch]
     prompts = {bucket(n, stage.PROMPT_BUCKET) for n in lengths}
-    sizes, rooms = 3, 2  # all problems, a half or a quarter of them; a step or the whole remainder
+    sizes, rooms = 2, 2  # all problems or a quarter of them; a step or the whole remainder
     paths = {kind: {bucket(n, stage.PATH_BUCKET) for n in found} for kind, found in searches.widths.items()}
     assert len(set(lengths)) == 4
     assert len(prompts) == 2
     assert all(len(searches.widths[kind]) > len(found) + 1 for kind, found in paths.items())
-    first = 1  # the root's path is the prompt's last token alone
+    rows = 2  # candidates, and the gold by itself
     most = {
-        "sample_step": len(prompts) * sizes * (first + rooms * len(paths["propose"])),
-        "answer": len(prompts) * sizes * len(paths["judge"]),
+        "sample_step": len(prompts) * sizes * rooms * len(paths["propose"]),
+        "answer": len(prompts) * sizes * rows * len(paths["propose"]) * len(paths["judge"]),
     }
     assert searches.programs.keys() == most.keys()
     for name, count in searches.programs.items():
@@ -177,7 +187,7 @@ def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) ->
 def test_gold_is_found_and_rewarded(setup: Setup) -> None:
     settings = dataclasses.replace(SMALL, max_depth=1, last_step_limit=20)
     searcher = setup.searcher([1, 2], settings)
-    forest = search(searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings)
+    forest = searcher.search()
     for b, row in enumerate(searcher.batch):
         gold = by_path(forest, b)[tuple(row.encoded.target_ids)]
         assert forest.tree.outcome_BN[b, gold] == 1
@@ -316,12 +326,15 @@ def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setu
         assert row["q_chosen"] >= row["q_rejected"] + 0.1 - 1e-5
 
 
-def test_batches_are_of_similar_length_and_complete(setup: Setup) -> None:
+def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
     samples = [dataclasses.replace(sample, id=f"{sample.id}/{i}") for i in range(3) for sample in SAMPLES]
     encoded = [encode_sample(setup.base.chat, sample) for sample in samples]
-    batches = stage._batches(samples, encoded, 5)
-    assert [len(batch) for batch in batches] == [5, 5, 2]
-    assert {row.sample.id for batch in batches for row in batch} == {sample.id for sample in samples}
-    assert all(row.sample.id == row.encoded.id for batch in batches for row in batch)
-    widths = [bucket(len(row.encoded.prompt_ids), stage.PROMPT_BUCKET) for batch in batches for row in batch]
-    assert widths == sorted(widths)
+    assert len({bucket(len(row.prompt_ids), stage.PROMPT_BUCKET) for row in encoded}) == 2  # nine short, three long
+    for least, sizes in ((5, [9, 3]), (9, [9, 3]), (10, [12])):
+        groups = stage._groups(samples, encoded, least)
+        assert [len(group) for group in groups] == sizes
+        rows = [row for group in groups for row in group]
+        assert {row.sample.id for row in rows} == {sample.id for sample in samples}
+        assert all(row.sample.id == row.encoded.id for row in rows)
+        widths = [bucket(len(row.encoded.prompt_ids), stage.PROMPT_BUCKET) for row in rows]
+        assert widths == sorted(widths)

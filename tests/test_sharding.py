@@ -13,7 +13,7 @@ from itool_jax import checkpoint, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.data.records import Sample
 from itool_jax.losses import LossSettings
-from itool_jax.mcts.search import SearchSettings, search
+from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import forms, hf, sharding
 from itool_jax.model.linear import LoraSettings
@@ -87,7 +87,7 @@ def everything(folder: Path) -> dict[str, Any]:
     searcher = Searcher(
         Policy(policy.graph, base), Base(config, chat), table, batch, settings, SelfEvaluationSettings(), 0
     )
-    found["forest"] = search(searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings)
+    found["forest"] = searcher.search()
     return found
 
 

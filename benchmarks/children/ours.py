@@ -15,7 +15,7 @@ from itool_jax import train
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.data.records import Sample
 from itool_jax.losses import LossSettings
-from itool_jax.mcts.search import SearchSettings, State, search
+from itool_jax.mcts.search import SearchSettings, State
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.metrics import Metrics
 from itool_jax.model import hf
@@ -107,9 +107,7 @@ def search_trees(task: Task) -> Work:
         return Searcher(policy, base, table, batch, settings, SelfEvaluationSettings(), task["seed"])
 
     def work() -> float:
-        s = searcher()
-        forest = search(s.problems(), s.propose, s.judge, s.grade, settings)
-        return float(np.sum(forest.tree.n_nodes_B - 1))  # every node but the roots was judged
+        return float(np.sum(searcher().search().tree.n_nodes_B - 1))  # every node but the roots was judged
 
     work()
     return Work({"values": _first_gold_steps(searcher())}, timed(work))
@@ -123,7 +121,8 @@ def _searched(problem: dict[str, Any]) -> Searched:
 def _first_gold_steps(searcher: Searcher) -> list[float]:
     """For each problem: log-probability and self-evaluation of the gold's first step."""
     limit = searcher.settings.step_limit
-    steps = [problem.gold_steps[0][:limit] for problem in searcher.problems()]
+    steps = [problem.gold_steps[0][:limit] for problem in searcher.problems()[: searcher.settings.batch]]
+    searcher.seat(list(enumerate(range(len(steps)))))
     proposals = searcher.propose([State(b, [], limit, False, step) for b, step in enumerate(steps)])
     confidences = searcher.judge(list(enumerate(steps)))
     return [x for p, c in zip(proposals, confidences, strict=True) for x in (p.log_probs[-1], c)]

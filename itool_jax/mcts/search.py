@@ -7,10 +7,11 @@ keeps their tokens and decides which states need the model.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from itool_jax import losses
@@ -110,6 +111,8 @@ Judge = Callable[[list[tuple[int, list[int]]]], list[float]]
 """Confidence C of (problem, response so far) states (eq 7)."""
 Grade = Callable[[int, list[int], bool], float]
 """Outcome O of a terminal state: (problem, response, whether it ended by a stop token)."""
+Seat = Callable[[list[tuple[int, int]]], None]
+"""Is told of (seat, problem) before the model is asked about that problem; another one had the seat till then."""
 
 
 class Forest(NamedTuple):
@@ -121,18 +124,34 @@ class Forest(NamedTuple):
     sampled_tokens: int
 
 
-class _Nodes(NamedTuple):
-    """Tokens of all nodes: the step into each, and the whole response up to it."""
+class _Seats(NamedTuple):
+    """What grows at each seat: a problem's number, NOBODY where there is none, what is left to do, and its tokens."""
 
+    problem_B: np.ndarray
+    left_B: np.ndarray
+    """Simulations still to make."""
+    leaf_B: np.ndarray
+    sampled_B: np.ndarray
     tokens_BNS: np.ndarray
+    """Of the step into each node."""
     length_BN: np.ndarray
     paths: list[dict[int, list[int]]]
+    """The whole response up to each node."""
 
+
+NOBODY = -1
 
 _descend = jax.jit(trees.descend)
 _select = jax.jit(trees.select_child)
 _expand = jax.jit(trees.expand)
 _backup = functools.partial(jax.jit, static_argnames="value_weight")(trees.backup)
+
+
+@jax.jit
+def _renew(tree: Tree, chosen_B: jax.Array) -> Tree:
+    """The trees with those chosen as they begin."""
+    new = trees.new_tree(*tree.children_BNW.shape)
+    return jax.tree.map(lambda x, y: jnp.where(chosen_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, tree)
 
 
 def search(
@@ -142,56 +161,122 @@ def search(
     grade: Grade,
     settings: SearchSettings,
     advance: Callable[..., None] = lambda *_: None,
+    seat: Seat = lambda _: None,
 ) -> Forest:
-    """Searches all problems together; what one tree becomes does not depend on the others.
+    """The trees of all problems, in their order; see `grow`."""
+    found = dict(grow(problems, propose, judge, grade, settings, advance, seat))
+    parts = [found[number] for number in sorted(found)]
+    tree, tokens, lengths, sampled = zip(*parts, strict=True)
+    return Forest(
+        jax.tree.map(lambda *rows: np.concatenate(rows), *tree),
+        np.concatenate(tokens),
+        np.concatenate(lengths),
+        sum(sampled),
+    )
 
-    Raises:
-        ValueError: more problems than `settings.batch`.
+
+def grow(
+    problems: Sequence[Problem],
+    propose: Propose,
+    judge: Judge,
+    grade: Grade,
+    settings: SearchSettings,
+    advance: Callable[..., None] = lambda *_: None,
+    seat: Seat = lambda _: None,
+) -> Iterator[tuple[int, Forest]]:
+    """Searches `settings.batch` problems at a time; gives each one's number and tree as soon as it is done.
+
+    A problem that waits takes the seat of one that is done, so that the model's calls stay full. What a tree becomes
+    does not depend on the others.
     """
-    s = settings
-    if len(problems) > s.batch:
-        raise ValueError(f"search.batch is {s.batch}, got {len(problems)} problems")
-    tree = trees.new_tree(s.batch, s.max_nodes, s.slots)
-    size = (s.batch, s.max_nodes)
-    width = max(s.step_limit, s.last_step_limit)
-    nodes = _Nodes(np.zeros((*size, width), np.int32), np.zeros(size, np.int32), [{ROOT: []} for _ in problems])
-    # A tree whose simulation has reached a terminal state begins its next one while others still expand theirs:
-    # every call of the model serves all unfinished trees.
-    left_B = np.where(np.arange(s.batch) < len(problems), s.n_simulations, 0)
-    leaf_B = np.asarray(_descend(tree, s.exploration))
-    sampled = 0
-    while left_B.any():
-        while (ended_B := (left_B > 0) & _of(tree.terminal_BN, leaf_B)).any():
-            tree = _backup(tree, leaf_B, ended_B, s.discount, s.value_weight)
-            leaf_B = np.where(ended_B, np.asarray(_descend(tree, s.exploration)), leaf_B)
-            left_B = left_B - ended_B
-            advance(int(ended_B.sum()))
-        rows = np.flatnonzero(left_B)
-        if len(rows):
-            depth_B, on_gold_B = _of(tree.depth_BN, leaf_B), _of(tree.on_gold_BN, leaf_B)
-            states = [
-                _state(problems[b], b, nodes.paths[b][int(leaf_B[b])], int(depth_B[b]), bool(on_gold_B[b]), s)
-                for b in rows.tolist()
-            ]
-            proposals = propose(states)
-            sampled += sum(len(step) for p in proposals for step in p.steps[: s.breadth])
-            candidates = _candidates(states, proposals, problems, judge, grade, s)
-            tree, child_BW = _expand(tree, leaf_B, candidates, left_B > 0)
-            _keep(nodes, states, leaf_B, proposals, np.asarray(child_BW))
-            leaf_B = np.where(left_B > 0, np.asarray(_select(tree, leaf_B, s.exploration)), leaf_B)
-    tree = jax.tree.map(lambda x: np.asarray(x)[: len(problems)], tree)
-    return Forest(tree, nodes.tokens_BNS[: len(problems)], nodes.length_BN[: len(problems)], sampled)
+    s, size = settings, (settings.batch, settings.max_nodes)
+    tree = trees.new_tree(*size, s.slots)
+    seats = _Seats(
+        np.full(s.batch, NOBODY),
+        *np.zeros((3, s.batch), np.int32),
+        np.zeros((*size, max(s.step_limit, s.last_step_limit)), np.int32),
+        np.zeros(size, np.int32),
+        [{} for _ in range(s.batch)],
+    )
+    waiting = iter(range(len(problems)))
+    while True:
+        for b in np.flatnonzero((seats.problem_B != NOBODY) & (seats.left_B == 0)).tolist():
+            yield int(seats.problem_B[b]), _finished(tree, seats, b)
+            seats.problem_B[b] = NOBODY
+        free = np.flatnonzero(seats.problem_B == NOBODY).tolist()
+        if taken := list(zip(free, waiting, strict=False)):
+            seat(taken)
+            _sit_down(seats, taken, s.n_simulations)
+            tree = _renew(tree, np.isin(np.arange(s.batch), free))
+        if not seats.left_B.any():
+            return
+        tree = _grow_once(tree, seats, problems, (propose, judge, grade), s, advance)
+
+
+def _grow_once(
+    tree: Tree,
+    seats: _Seats,
+    problems: Sequence[Problem],
+    model: tuple[Propose, Judge, Grade],
+    s: SearchSettings,
+    advance: Callable[..., None],
+) -> Tree:
+    """Expands a leaf of every unfinished tree, and ends the simulations that reach a terminal state on the way.
+
+    A tree whose simulation has ended begins its next one while others still expand theirs: every call of the model
+    serves all unfinished trees, and a tree that is full is walked without the model.
+    """
+    propose, judge, grade = model
+    while (ended_B := (seats.left_B > 0) & _of(tree.terminal_BN, seats.leaf_B)).any():
+        tree = _backup(tree, seats.leaf_B, ended_B, s.discount, s.value_weight)
+        seats.leaf_B[ended_B] = np.asarray(_descend(tree, s.exploration))[ended_B]
+        seats.left_B[ended_B] -= 1
+        advance(int(ended_B.sum()))
+    active_B = seats.left_B > 0
+    rows = np.flatnonzero(active_B).tolist()
+    if not rows:
+        return tree
+    depth_B, on_gold_B = _of(tree.depth_BN, seats.leaf_B), _of(tree.on_gold_BN, seats.leaf_B)
+    states = [
+        _state(problems, int(seats.problem_B[b]), _path(seats, b), int(depth_B[b]), bool(on_gold_B[b]), s) for b in rows
+    ]
+    proposals = propose(states)
+    seats.sampled_B[rows] += [sum(map(len, proposal.steps[: s.breadth])) for proposal in proposals]
+    candidates = _candidates(rows, states, proposals, problems, judge, grade, s)
+    tree, child_BW = _expand(tree, seats.leaf_B, candidates, active_B)
+    _keep(seats, rows, proposals, np.asarray(child_BW))
+    seats.leaf_B[rows] = np.asarray(_select(tree, seats.leaf_B, s.exploration))[rows]
+    return tree
+
+
+def _sit_down(seats: _Seats, taken: list[tuple[int, int]], n_simulations: int) -> None:
+    for b, problem in taken:
+        seats.problem_B[b], seats.left_B[b], seats.leaf_B[b], seats.sampled_B[b] = problem, n_simulations, ROOT, 0
+        seats.tokens_BNS[b], seats.length_BN[b], seats.paths[b] = 0, 0, {ROOT: []}
+
+
+def _path(seats: _Seats, b: int) -> list[int]:
+    """The response up to the leaf of a tree."""
+    return seats.paths[b][int(seats.leaf_B[b])]
+
+
+def _finished(tree: Tree, seats: _Seats, b: int) -> Forest:
+    """A tree by itself."""
+    own = jax.tree.map(lambda x: np.asarray(x)[b : b + 1], tree)
+    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], int(seats.sampled_B[b]))
 
 
 def _of(array_BN: jax.Array, node_B: np.ndarray) -> np.ndarray:
     return np.asarray(array_BN)[np.arange(len(node_B)), node_B]
 
 
-def _state(problem: Problem, b: int, path: list[int], depth: int, on_gold: bool, s: SearchSettings) -> State:
+def _state(
+    problems: Sequence[Problem], problem: int, path: list[int], depth: int, on_gold: bool, s: SearchSettings
+) -> State:
     whole = depth + 1 >= s.max_depth
     limit = s.last_step_limit if whole else s.step_limit
-    gold = _next_gold_step(problem.gold_steps, len(path), whole) if on_gold and s.inject_gold else []
-    return State(b, path, limit, whole, gold[:limit])
+    gold = _next_gold_step(problems[problem].gold_steps, len(path), whole) if on_gold and s.inject_gold else []
+    return State(problem, path, limit, whole, gold[:limit])
 
 
 def _next_gold_step(gold_steps: list[list[int]], done: int, whole: bool) -> list[int]:
@@ -204,6 +289,7 @@ def _next_gold_step(gold_steps: list[list[int]], done: int, whole: bool) -> list
 
 
 def _candidates(
+    rows: list[int],
     states: list[State],
     proposals: list[Proposal],
     problems: Sequence[Problem],
@@ -211,27 +297,28 @@ def _candidates(
     grade: Grade,
     s: SearchSettings,
 ) -> Candidates:
-    """Scores of all new states, as arrays over the whole batch."""
+    """Scores of all new states, as arrays over all seats; `rows` are those of the states."""
     shape = (s.batch, s.slots)
     new = Candidates(*(np.zeros(shape, bool if f in _FLAGS else np.float32) for f in Candidates._fields))
     log_prob_BW, length_BW = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    asked: list[tuple[int, int, list[int]]] = []
-    for state, proposal in zip(states, proposals, strict=True):
+    asked: list[tuple[int, int]] = []
+    responses: list[tuple[int, list[int]]] = []
+    for b, state, proposal in zip(rows, states, proposals, strict=True):
         gold = [t for step in problems[state.problem].gold_steps for t in step]
         for w, step in enumerate(proposal.steps):
             if not step or step in proposal.steps[:w]:
                 continue
-            b, response, stopped = state.problem, state.path + step, proposal.stopped[w]
+            response, stopped = state.path + step, proposal.stopped[w]
             new.valid_BW[b, w] = True
             log_prob_BW[b, w], length_BW[b, w] = proposal.log_probs[w], len(step)
             new.terminal_BW[b, w] = stopped or state.whole
             new.on_gold_BW[b, w] = response == gold[: len(response)]
             if new.terminal_BW[b, w]:
-                new.outcome_BW[b, w] = grade(b, response, stopped)
-            asked.append((b, w, response))
-    confidences = judge([(b, response) for b, _, response in asked])
-    for (b, w, _), confidence in zip(asked, confidences, strict=True):
-        new.confidence_BW[b, w] = confidence
+                new.outcome_BW[b, w] = grade(state.problem, response, stopped)
+            asked.append((b, w))
+            responses.append((state.problem, response))
+    for place, confidence in zip(asked, judge(responses), strict=True):
+        new.confidence_BW[place] = confidence
     return new._replace(
         prior_BW=np.asarray(losses.step_prior(log_prob_BW, length_BW, s.prior_exponent)),
         state_score_BW=new.outcome_BW + new.confidence_BW,  # eq 6
@@ -241,13 +328,11 @@ def _candidates(
 _FLAGS = ("valid_BW", "terminal_BW", "on_gold_BW")
 
 
-def _keep(
-    nodes: _Nodes, states: list[State], leaf_B: np.ndarray, proposals: list[Proposal], child_BW: np.ndarray
-) -> None:
+def _keep(seats: _Seats, rows: list[int], proposals: list[Proposal], child_BW: np.ndarray) -> None:
     """Files the tokens of the new nodes."""
-    for state, proposal in zip(states, proposals, strict=True):
-        b = state.problem
+    for b, proposal in zip(rows, proposals, strict=True):
+        path = _path(seats, b)
         for w, step in enumerate(proposal.steps):
             if (child := int(child_BW[b, w])) != trees.NO_CHILD:
-                nodes.tokens_BNS[b, child, : len(step)], nodes.length_BN[b, child] = step, len(step)
-                nodes.paths[b][child] = nodes.paths[b][int(leaf_B[b])] + step
+                seats.tokens_BNS[b, child, : len(step)], seats.length_BN[b, child] = step, len(step)
+                seats.paths[b][child] = path + step

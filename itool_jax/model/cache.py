@@ -4,10 +4,14 @@ A layer's part is an array of its own, heads before slots and keys as columns: a
 its products read the caches as they lie, without slices or transposed copies.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from itool_jax.model.sharding import along
 
 Keys = tuple[Float[Array, "B H D K"], ...]
 Values = tuple[Float[Array, "B H K D"], ...]
@@ -27,6 +31,23 @@ class Suffix(NamedTuple):
     k: Keys
     v: Values
     valid_BS: Bool[Array, "B S"]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def empty_prefix(like: Prefix, rows: int) -> Prefix:
+    """Room for as many prompts of the width of those given."""
+    return _spread(jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), like))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def place(prefix: Prefix, new: Prefix, row_P: Int[Array, " P"]) -> Prefix:
+    """`prefix`, which is used up, with other prompts in some of its rows; a row beyond its end is for nothing."""
+    return _spread(jax.tree.map(lambda x, y: x.at[row_P].set(y, mode="drop"), prefix, new))
+
+
+def _spread(prefix: Prefix) -> Prefix:
+    """Rows and heads of a mesh's devices lie where the rows of a model that runs, and its heads, are computed."""
+    return jax.tree.map(lambda x: along(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
 
 
 def empty_suffix(prefix: Prefix, rows: int, slots: int) -> Suffix:

@@ -57,7 +57,7 @@ class Nf4Kernel(nnx.Module):
 
 @jax.custom_vjp
 def _low_rank(x: Array, a: Array, b: Array) -> Array:
-    """x @ a @ b. In its gradient the small operands are the ones turned over, as XLA would not have it on a host."""
+    """X @ a @ b. In its gradient the small operands are the ones turned over, as XLA would not have it on a host."""
     return x @ a @ b
 
 

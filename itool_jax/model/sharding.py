@@ -119,18 +119,18 @@ def n_devices() -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def row_devices() -> int:
+def row_devices(running: bool = False) -> int:
     """How many devices the rows of a batch are spread over, on the mesh in use."""
     mesh = jax.sharding.get_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
 
-def along(x: Array, axes: str | tuple[str, ...]) -> Array:
-    """Inside a compiled function: the first dimension of `x` is spread over these axes of the mesh in use, if any."""
+def along(x: Array, *axes: str | tuple[str, ...]) -> Array:
+    """Inside a compiled function: the first dimensions of `x` are spread over these axes of the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, fit((axes,) + (None,) * (x.ndim - 1), x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fit(axes + (None,) * (x.ndim - len(axes)), x.shape, mesh))
 
 
 def constrain(tree: Any, running: bool = False) -> Any:

@@ -6,7 +6,7 @@ In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pai
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,8 @@ from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.metrics import progress
-from itool_jax.model.cache import Prefix
+from itool_jax.model.cache import Prefix, empty_prefix, place
+from itool_jax.model.sharding import row_devices
 from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
 from itool_jax.stages import folder, parts
 from itool_jax.stages.folder import Base
@@ -28,6 +29,8 @@ from itool_jax.text.steps import StepTable, split_steps
 from itool_jax.types import AnyArray
 
 PROMPT_BUCKET, PATH_BUCKET = 256, 48  # smallest padded widths: few programs matter more than tight ones here
+FEW = 4
+"""Where no more than this part of the seats is asked about, a program of that size answers."""
 
 Row = dict[str, Any]
 
@@ -48,19 +51,19 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
     hardest = sorted((s for s in parts.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
-    batches = _batches(hardest, folder.encode(config, hardest), settings.batch)
+    groups = _groups(hardest, folder.encode(config, hardest), settings.batch)
     trees, pairs, tokens = [], [], 0
     with progress(f"search, iteration {config.iteration}", len(hardest) * settings.n_simulations) as advance:
-        for batch in batches:
-            # 2. Search a batch of them in lock-step (eq 5 to 9).
-            searcher = Searcher(policy, base, table, batch, settings, config.self_eval, config.seed)
-            forest = search(searcher.problems(), searcher.propose, searcher.judge, searcher.grade, settings, advance)
+        for group in groups:
+            # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
+            searcher = Searcher(policy, base, table, group, settings, config.self_eval, config.seed)
+            forest = searcher.search(advance)
             # 3. The best and the worst step at each node are a preference pair.
             found = preference_pairs(
                 forest.tree, forest.step_tokens_BNS, forest.step_length_BN, base.chat.tokenizer.decode, config.pairs
             )
-            pairs += [_pair_row(pair, batch[pair.tree], base.chat, config.iteration) for pair in found]
-            trees += [_tree_row(forest, b, batch[b], base.chat) for b in range(len(batch))]
+            pairs += [_pair_row(pair, group[pair.tree], base.chat, config.iteration) for pair in found]
+            trees += [_tree_row(forest, b, group[b], base.chat) for b in range(len(group))]
             tokens += forest.sampled_tokens
     write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
     write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
@@ -75,15 +78,20 @@ class Searched(NamedTuple):
     encoded: Encoded
 
 
-def _batches(samples: Sequence[Sample], encoded: Sequence[Encoded], size: int) -> list[list[Searched]]:
-    """Samples of similar prompt length together."""
+def _groups(samples: Sequence[Sample], encoded: Sequence[Encoded], least: int) -> list[list[Searched]]:
+    """Samples of one padded prompt length together, with the next longer ones where they are less than `least`."""
     rows = [Searched(sample, row) for sample, row in zip(samples, encoded, strict=True)]
     rows.sort(key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    found: list[list[Searched]] = []
+    for _, same in itertools.groupby(rows, lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET)):
+        if not found or len(found[-1]) >= least:
+            found.append([])
+        found[-1] += same
+    return found
 
 
 class Searcher:
-    """The policy as the functions that `mcts.search` takes, over one batch of samples.
+    """The policy as the functions that `mcts.search` takes, over samples of similar length.
 
     Prompts, and prompts with the reference answer behind them, are computed once; every node reads those caches.
     """
@@ -113,9 +121,13 @@ class Searcher:
                 f"sample {short[0]}: the question about its answers does not fit the model's context of "
                 f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
             )
-        # The last token of each opens its rows' own part, whose first pass gives the first logits.
-        self.prompt, self.prompt_end = self._prefill(prompts), [ids[-1] for ids in prompts]
-        self.asked, self.asked_end = self._prefill(asked), [ids[-1] for ids in asked]
+        self.prompt, self.asked = _Contexts(prompts, settings.batch), _Contexts(asked, settings.batch)
+        self.seat_of: dict[int, int] = {}
+
+    def search(self, advance: Callable[..., None] = lambda *_: None) -> Forest:
+        """The trees of all samples."""
+        functions = self.propose, self.judge, self.grade
+        return search(self.problems(), *functions, self.settings, advance, self.seat)
 
     def problems(self) -> list[Problem]:
         """What to search."""
@@ -125,9 +137,13 @@ class Searcher:
         gold = self.chat.content_ids(encoded.target_ids)
         return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
 
-    def _prefill(self, prompts: Sequence[list[int]]) -> Prefix:
-        width = bucket(max(len(ids) for ids in prompts), PROMPT_BUCKET)
-        return prefill(*self.policy, *pad([ids[:-1] for ids in prompts], width, self.settings.batch))
+    def seat(self, taken: Sequence[tuple[int, int]]) -> None:
+        """Computes the problems of (seat, problem), as many at a time as the mesh takes rows to different devices."""
+        self.seat_of |= {problem: seat for seat, problem in taken}
+        count = row_devices(running=True)
+        for start in range(0, len(taken), count):
+            for contexts in (self.prompt, self.asked):
+                contexts.compute(self.policy, taken[start : start + count], count)
 
     def propose(self, states: list[State]) -> list[Proposal]:
         """Samples `breadth` steps for each state, in one compiled loop, and scores the gold's next where it joins."""
@@ -163,7 +179,7 @@ class Searcher:
         return found
 
     def _paths(self, states: list[State]) -> list[list[int]]:
-        return [[self.prompt_end[state.problem], *state.path] for state in states]
+        return [[self.prompt.ids[state.problem][-1], *state.path] for state in states]
 
     def _limit(self, state: State) -> int:
         return max(1, min(state.limit, self.room[state.problem] - len(state.path)))
@@ -193,7 +209,7 @@ class Searcher:
         for seat, (problem, ids) in zip(seats.taken, groups, strict=True):
             shown = [self.chat.content_ids(states[i][1]) for i in ids]
             n = _n_common(shown)
-            paths.append([self.asked_end[problem], *shown[0][:n]])
+            paths.append([self.asked.ids[problem][-1], *shown[0][:n]])
             own[seat * rows : seat * rows + len(ids)] = [[*x[n:], *self.frames[problem].after] for x in shown]
         logits_BA = answer(*self.policy, prefix, *_padded(paths, seats), *pad(own, _width(own)), self.letters)
         scores_B = np.asarray(_confidences(logits_BA)).tolist()
@@ -206,18 +222,17 @@ class Searcher:
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
         return outcome(sample.target, text, finished=finished, tools=sample.tools)
 
-    def _seated(self, prefix: Prefix, problems: list[int]) -> tuple[Prefix, "_Seats"]:
+    def _seated(self, contexts: "_Contexts", problems: list[int]) -> tuple[Prefix, "_Seats"]:
         """The caches that a call about these problems reads, and where in them each has its place.
 
-        All caches as they lie, or where few trees still grow, copies of a half or a quarter of them.
+        All caches as they lie, or where few trees still grow, copies of a quarter of them.
         """
-        batch = self.settings.batch
-        sizes = [max(1, batch // part) for part in (4, 2)]
-        size = next((size for size in sizes if len(problems) <= size), batch)
-        if size == batch:
-            return prefix, _Seats(problems, batch)
-        seats = _Seats(list(range(len(problems))), size)
-        return _take(prefix, seats.column(problems)), seats
+        assert contexts.cache is not None, "no problem has a seat yet"
+        batch, taken = self.settings.batch, [self.seat_of[problem] for problem in problems]
+        if len(problems) > (few := max(1, batch // FEW)):
+            return contexts.cache, _Seats(taken, batch)
+        seats = _Seats(list(range(len(problems))), few)
+        return _take(contexts.cache, seats.column(taken)), seats
 
     def _keys(self, states: list[State], seats: "_Seats") -> jax.Array:
         """A key a row from the prompt's id, the path of the node and the candidate: never from the row's place."""
@@ -226,6 +241,25 @@ class Searcher:
         paths = seats.column([text_key(" ".join(map(str, state.path))) for state in states], np.uint32)
         candidates = np.tile(np.arange(breadth, dtype=np.uint32), seats.size)
         return row_keys(self.key, np.repeat(ids, breadth), np.repeat(paths, breadth), candidates)
+
+
+class _Contexts:
+    """Token ids that the model continues, a row a problem, and the caches of those that have a seat.
+
+    The last token of each opens its rows' own part, whose first pass gives the first logits.
+    """
+
+    def __init__(self, ids: list[list[int]], size: int):
+        self.ids, self.size = ids, size
+        self.cache: Prefix | None = None
+        self.width = bucket(max(map(len, ids)), PROMPT_BUCKET)
+
+    def compute(self, policy: Policy, taken: Sequence[tuple[int, int]], count: int) -> None:
+        """Puts at most `count` problems into the caches, at their seats."""
+        new = prefill(*policy, *pad([self.ids[problem][:-1] for _, problem in taken], self.width, count))
+        seats = np.full(count, self.size, np.int32)
+        seats[: len(taken)] = [seat for seat, _ in taken]
+        self.cache = place(empty_prefix(new, self.size) if self.cache is None else self.cache, new, seats)
 
 
 class _Seats(NamedTuple):
@@ -254,8 +288,7 @@ def _confidences(logits_BA: jax.Array) -> AnyArray:
 
 
 def _width(rows: Sequence[list[int]]) -> int:
-    longest = max(map(len, rows))
-    return 1 if longest == 1 else bucket(longest, PATH_BUCKET)
+    return bucket(max(map(len, rows)), PATH_BUCKET)
 
 
 def _n_common(rows: Sequence[list[int]]) -> int:
