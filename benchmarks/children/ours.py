@@ -29,6 +29,9 @@ from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, build_step_table
 
+SEATS = 16
+"""Prompts searched together: two cores are full then."""
+
 
 def load(task: Task) -> tuple[Base, Policy]:
     config, params = hf.load(Path(task["model"]), stacked=False)
@@ -97,11 +100,11 @@ def search_batched(task: Task) -> Work:
 
 
 def search_trees(task: Task) -> Work:
-    """The search with its prefill, on all problems together."""
+    """The search with its prefill, of all problems."""
     base, policy = load(task)
     table = step_table(base, endless=False)
     batch = [_searched(problem) for problem in task["problems"]]
-    settings = SearchSettings(batch=len(batch), **task["sizes"]["settings"])
+    settings = SearchSettings(batch=min(len(batch), SEATS), **task["sizes"]["settings"])
 
     def searcher() -> Searcher:
         return Searcher(policy, base, table, batch, settings, SelfEvaluationSettings(), task["seed"])

@@ -28,7 +28,7 @@ from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, split_steps
 from itool_jax.types import AnyArray
 
-PROMPT_BUCKET, PATH_BUCKET = 256, 48  # smallest padded widths: few programs matter more than tight ones here
+PROMPT_BUCKET, PATH_BUCKET, OWN_BUCKET = 256, 32, 64  # smallest padded widths: few programs matter more than tight ones
 FEW = 4
 """Where no more than this part of the seats is asked about, a program of that size answers."""
 
@@ -156,7 +156,7 @@ class Searcher:
             self.policy.params,
             self.table,
             prefix,
-            *_padded(self._paths(states), seats),
+            *self._paths(states, seats),
             self._keys(states, seats),
             np.repeat(seats.column([self._limit(state) for state in states]), s.breadth),
             np.repeat(seats.column([state.whole for state in states], bool), s.breadth),
@@ -172,14 +172,16 @@ class Searcher:
             return found
         with_gold = [states[i] for i in chosen]
         prefix, seats = self._seated(self.prompt, [state.problem for state in with_gold])
-        steps = _padded([state.gold_step for state in with_gold], seats)
-        sums_P = np.asarray(score_step(*self.policy, prefix, *_padded(self._paths(with_gold), seats), *steps))
+        steps = [state.gold_step for state in with_gold]
+        steps = _padded(steps, seats, bucket(max(map(len, steps)), OWN_BUCKET))
+        sums_P = np.asarray(score_step(*self.policy, prefix, *self._paths(with_gold, seats), *steps))
         for i, seat in zip(chosen, seats.taken, strict=True):
             found[i] = float(sums_P[seat])
         return found
 
-    def _paths(self, states: list[State]) -> list[list[int]]:
-        return [[self.prompt.ids[state.problem][-1], *state.path] for state in states]
+    def _paths(self, states: list[State], seats: "_Seats") -> tuple[np.ndarray, np.ndarray]:
+        paths = [[self.prompt.ids[state.problem][-1], *state.path] for state in states]
+        return _padded(paths, seats, _path_width(paths))
 
     def _limit(self, state: State) -> int:
         return max(1, min(state.limit, self.room[state.problem] - len(state.path)))
@@ -211,7 +213,9 @@ class Searcher:
             n = _n_common(shown)
             paths.append([self.asked.ids[problem][-1], *shown[0][:n]])
             own[seat * rows : seat * rows + len(ids)] = [[*x[n:], *self.frames[problem].after] for x in shown]
-        logits_BA = answer(*self.policy, prefix, *_padded(paths, seats), *pad(own, _width(own)), self.letters)
+        own_width = bucket(max(map(len, own)), OWN_BUCKET)
+        shared = _padded(paths, seats, _path_width(paths))
+        logits_BA = answer(*self.policy, prefix, *shared, *pad(own, own_width), self.letters)
         scores_B = np.asarray(_confidences(logits_BA)).tolist()
         for seat, (_, ids) in zip(seats.taken, groups, strict=True):
             yield from zip(ids, scores_B[seat * rows :], strict=False)
@@ -287,8 +291,9 @@ def _confidences(logits_BA: jax.Array) -> AnyArray:
     return four_grade_confidence(logits_BA)
 
 
-def _width(rows: Sequence[list[int]]) -> int:
-    return bucket(max(map(len, rows)), PATH_BUCKET)
+def _path_width(paths: Sequence[list[int]]) -> int:
+    """Room for a prompt's last token and the response so far, whose steps are often as long as they may be."""
+    return 1 + bucket(max(map(len, paths)) - 1, PATH_BUCKET)
 
 
 def _n_common(rows: Sequence[list[int]]) -> int:
@@ -297,12 +302,12 @@ def _n_common(rows: Sequence[list[int]]) -> int:
     return sum(itertools.takewhile(bool, alike))
 
 
-def _padded(rows: Sequence[list[int]], seats: _Seats) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens at their places, right-padded to one width, and their lengths; idle rows are a token of no meaning."""
+def _padded(rows: Sequence[list[int]], seats: _Seats, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens at their places, right-padded, and their lengths; idle rows are a token of no meaning."""
     seated: list[list[int]] = [[0]] * seats.size
     for seat, row in zip(seats.taken, rows, strict=True):
         seated[seat] = row
-    return pad(seated, _width(rows))
+    return pad(seated, width)
 
 
 def _proposals(
