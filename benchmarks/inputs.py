@@ -119,13 +119,19 @@ def random_params(folder: Path) -> Any:
     _, shapes, _ = abstract(hf.read_config(folder, "float32"))
     rng = np.random.default_rng(0)
 
-    def spread(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> np.ndarray:
-        if path[-1].key == "scale":
+    def make(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if not (width := spread(path, x.shape)):
             return np.ones(x.shape, np.float32)
-        width = {"embedding": x.shape[-1] / 6, "lm_head": x.shape[0] / 6}.get(path[-1].key, x.shape[-2])
-        return rng.standard_normal(x.shape, np.float32) * np.float32(width**-0.5)
+        return rng.standard_normal(x.shape, np.float32) * np.float32(width)
 
-    return jax.tree.map_with_path(spread, shapes)
+    return jax.tree.map_with_path(make, shapes)
+
+
+def spread(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
+    """Standard deviation of a random weight; 0 for the scale of a norm, which is 1."""
+    if path[-1].key == "scale":
+        return 0.0
+    return {"embedding": shape[-1] / 6, "lm_head": shape[0] / 6}.get(path[-1].key, shape[-2]) ** -0.5
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
@@ -154,7 +160,7 @@ def _rows(suite: str, size: Row, model: Path) -> Task:
     if suite == "import":
         return {}
     if suite == "search":
-        return _search_rows(size, model)
+        return search_rows(size, model)
     rng = np.random.default_rng(0)
 
     def ids(length: int) -> list[list[int]]:
@@ -170,10 +176,10 @@ def _rows(suite: str, size: Row, model: Path) -> Task:
     return parts
 
 
-def _search_rows(size: Row, model: Path) -> Task:
+def search_rows(size: Row, model: Path) -> Task:
     """Samples with calls as answers, prompts of equal length, and everything a program without itool_jax must know."""
     chat = Chat(load_tokenizer(str(model)))
-    table = build_step_table(chat.tokenizer, "call", MODELS[model.name]["vocab_size"], chat.stop_ids)
+    table = build_step_table(chat.tokenizer, "call", len(chat.tokenizer), chat.stop_ids)
     problems = []
     for sample in _samples(size["rows"]):
         encoded = encode_sample(chat, sample)

@@ -182,7 +182,9 @@ def train_step(
 
 def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
     """The state before the first step, of which `trainable` becomes a part: it is not copied."""
-    return TrainState(trainable, _new_moments(optimizer, trainable))
+    state = TrainState(trainable, _new_moments(optimizer, trainable))
+    # Tied to their devices like what the step gives back, or the second step would compile it again.
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
 
 
 @functools.partial(jax.jit, static_argnums=0)

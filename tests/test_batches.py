@@ -124,6 +124,16 @@ def test_a_batch_may_hold_no_pair() -> None:
     assert batch.reference[0].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("longest", "room"), [(5, 256), (128, 256), (129, 512)])
+def test_short_steps_have_room_for_few_targets(longest: int, room: int) -> None:
+    rows = [PairRow([1] * 50, [2] * n, [3], (0.0, 0.0), (1, 1)) for n in (1, longest)]
+    batch = collate_pairs(rows, 512, 4)
+    assert batch.row.positions_BR.shape == batch.row.targets_BR.shape == batch.row.mask_BR.shape == (4, room)
+    assert batch.row.mask_BR.sum(axis=1).tolist() == [2, longest + 1, 0, 0]
+    assert batch.row.targets_BR[1, : room // 2].sum() == 2 * longest
+    assert batch.row.targets_BR[1, room // 2] == 3
+
+
 def test_packs_hold_every_sample_once_and_little_padding() -> None:
     rng = random.Random(0)
     rows = [Encoded(str(i), [i % 90 + 1] * rng.randint(5, 60), [i % 90 + 1] * rng.randint(1, 20)) for i in range(200)]

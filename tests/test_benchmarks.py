@@ -1,5 +1,6 @@
 """The benchmarks: suites on a tiny model, peers in their own processes, and the serial search they compare with."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,10 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import inputs, peers, run, serial
+from benchmarks import gpu, inputs, peers, roofline, run, scaling, serial
+from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
+from itool_jax import sampler
 from itool_jax.mcts.search import Problem, Proposal, SearchSettings, State, search
+from itool_jax.model import hf
+from itool_jax.model.transformer import abstract
 from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.text.padding import collate
 from itool_jax.text.steps import build_step_table, split_steps
 
 COMPARED = {"score": "hf", "search": "hf_serial"}
@@ -181,3 +187,53 @@ def test_search_prompts_have_one_length_and_gold_in_steps(tmp_path: Path) -> Non
     for problem in task["problems"]:
         assert [t for step in problem["gold_steps"] for t in step] == problem["target_ids"]
         assert problem["target_ids"][-1] in task["stop_ids"]
+
+
+# Other benchmarks --------------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_of_the_compiled_program(tmp_path: Path) -> None:
+    """The counts of the roofline against XLA's own, which also has what is no matrix product."""
+    config = hf.read_config(inputs.checkpoint(tmp_path, "tiny"), "float32")
+    config = dataclasses.replace(config, stacked=False)
+    graph, params, _ = abstract(config)
+    rows, length, targets = 4, 64, 32
+    batch = collate([([1] * targets, [2] * targets)] * rows, length, rows)
+    counted = sampler.score.lower(graph, params, batch).compile().cost_analysis()["flops"]
+    expected = roofline.forward(config, rows, length, targets).flops
+    assert expected < counted < 1.5 * expected
+    one, two = (roofline.lora_step(config, n, length, targets).flops for n in (1, 2))
+    assert two == pytest.approx(2 * one)
+    assert one > 2 * roofline.forward(config, 1, length, targets).flops
+
+
+def test_decoding_reads_a_prompt_once_whatever_its_rows() -> None:
+    shared, alone = roofline.decode(LLAMA, 192, 1000, 64), roofline.decode(LLAMA, 192, 1000)
+    assert alone.bytes - shared.bytes == pytest.approx(128 * 1000 * 131072)  # 128 KiB a token
+    assert shared.flops == alone.flops
+    weights = roofline.layer_weights(LLAMA) + 4096 * 128256
+    assert weights == pytest.approx(7.5e9, rel=0.01)
+    assert roofline.decode(LLAMA, 1, 0).bytes == 2 * weights
+
+
+def test_the_accelerator_script_measures_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(gpu.Settings(small=True, rounds=1, json=tmp_path / "g.json"))
+    rows = json.loads((tmp_path / "g.json").read_text())
+    names = ["decode, batch 1", "decode, batch 2", "prefill", "scoring", "search", "LoRA SFT", "LoRA DPO"]
+    assert [row["name"] for row in rows] == names
+    assert all(row["rate"] > 0 for row in rows)
+    assert all((row["share"] is None) == (row["name"] == "search") for row in rows)
+    assert "cached against uncached" in capsys.readouterr().out
+
+
+def test_slopes_on_log_axes() -> None:
+    assert scaling.slope((1, 2, 8), [3.0, 6.0, 24.0]) == pytest.approx(1)
+    assert scaling.slope((1, 2, 8), [3.0, 3.0, 3.0]) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_search_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    rows = scaling.main(
+        scaling.Settings(prompts=(2, 3), length=(64,), breadth=(2,), simulations=(2,), batch=2, json=tmp_path / "s")
+    )
+    assert [row["size"] for row in rows if "size" in row] == [2, 3, 64, 2, 2]
+    assert all(row["states"] > 0 and row["megabytes"] > 0 for row in rows if "size" in row)

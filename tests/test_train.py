@@ -251,7 +251,8 @@ def run(
     path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
-    trained = fit(loss, settings, adapters, model.base, batches, n_steps, seed=0, what="test", metrics=metrics)
+    base = jax.device_put(model.base, jax.devices()[0])  # tied to a device, as one that was loaded is
+    trained = fit(loss, settings, adapters, base, batches, n_steps, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 

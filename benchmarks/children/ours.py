@@ -103,7 +103,7 @@ def search_trees(task: Task) -> Work:
     """The search with its prefill, of all problems."""
     base, policy = load(task)
     table = step_table(base, endless=False)
-    batch = [_searched(problem) for problem in task["problems"]]
+    batch = [searched(problem) for problem in task["problems"]]
     settings = SearchSettings(batch=min(len(batch), SEATS), **task["sizes"]["settings"])
 
     def searcher() -> Searcher:
@@ -116,8 +116,10 @@ def search_trees(task: Task) -> Work:
     return Work({"values": _first_gold_steps(searcher())}, timed(work))
 
 
-def _searched(problem: dict[str, Any]) -> Searched:
-    sample = Sample(**problem["sample"])
+def searched(problem: dict[str, Any]) -> Searched:
+    """A problem of a task."""
+    row = {key: tuple(value) if isinstance(value, list) else value for key, value in problem["sample"].items()}
+    sample = Sample(**row)
     return Searched(sample, Encoded(sample.id, problem["prompt_ids"], problem["target_ids"]))
 
 

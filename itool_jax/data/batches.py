@@ -15,6 +15,7 @@ from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, target_width
 
 OPEN_PACKS = 64  # packs that are looked through for room
+SHORT_STEP = 128  # tokens of a step that all pairs of a batch keep within, nearly always
 WINDOW = 16  # batches whose rows are sorted by length among themselves
 
 
@@ -83,10 +84,11 @@ def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: in
 
 
 def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
-    """One batch of `count` pairs, the missing ones empty."""
-    missing, half = count - len(rows), width // 2
-    chosen = collate([(row.prompt_ids, row.chosen_ids) for row in rows], width, count)
-    rejected = collate([(row.prompt_ids, row.rejected_ids) for row in rows], width, count)
+    """One batch of `count` pairs, the missing ones empty; short steps have room for few targets, so few logits."""
+    missing, longest = count - len(rows), max((len(ids) for row in rows for ids in row[1:3]), default=0)
+    half = min(SHORT_STEP, width // 2) if longest <= SHORT_STEP else width // 2
+    chosen = collate([(row.prompt_ids, row.chosen_ids) for row in rows], width, count, half)
+    rejected = collate([(row.prompt_ids, row.rejected_ids) for row in rows], width, count, half)
     both = TargetBatch(
         chosen.tokens_BT, *(np.concatenate(x, axis=1) for x in zip(chosen[1:4], rejected[1:4], strict=True))
     )

@@ -193,7 +193,9 @@ def grow(
     tree = trees.new_tree(*size, s.slots)
     seats = _Seats(
         np.full(s.batch, NOBODY),
-        *np.zeros((3, s.batch), np.int32),
+        np.zeros(s.batch, np.int32),
+        np.zeros(s.batch, np.int32),
+        np.zeros(s.batch, np.int32),
         np.zeros((*size, max(s.step_limit, s.last_step_limit)), np.int32),
         np.zeros(size, np.int32),
         [{} for _ in range(s.batch)],

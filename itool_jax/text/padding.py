@@ -29,7 +29,7 @@ class TargetBatch(NamedTuple):
 class PairBatch(NamedTuple):
     """Preference pairs, one a row: the prompt once, then both steps, neither of which sees the other.
 
-    R is T: the first half belongs to the chosen steps, the second to the rejected ones.
+    The first half of R belongs to the chosen steps, the second to the rejected ones.
     """
 
     row: TargetBatch
@@ -67,14 +67,19 @@ def pad(rows: Sequence[Sequence[int]], width: int, count: int | None = None) -> 
     return tokens, lengths
 
 
-def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int) -> TargetBatch:
-    """(prompt, target) rows as one batch of `count` rows; the missing ones are empty and masked."""
-    half = width // 2
+def collate(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int, targets: int | None = None
+) -> TargetBatch:
+    """(prompt, target) rows as one batch of `count` rows with room for `targets`, half a row unless it says so.
+
+    The missing rows are empty and masked.
+    """
+    room = width // 2 if targets is None else targets
     batch = TargetBatch(
         np.zeros((count, width), np.int32),
-        np.zeros((count, half), np.int32),
-        np.zeros((count, half), np.int32),
-        np.zeros((count, half), bool),
+        np.zeros((count, room), np.int32),
+        np.zeros((count, room), np.int32),
+        np.zeros((count, room), bool),
     )
     for i, (prompt, target) in enumerate(rows):
         p, n = len(prompt), len(target)
