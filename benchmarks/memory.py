@@ -32,8 +32,6 @@ from itool_jax.text.steps import N_STATES, StepTable
 
 QUESTION = 64
 """Tokens of the question about a response, about."""
-QUESTION = 64
-"""Tokens of the question about a response, about."""
 LLAMA = ModelConfig(
     vocab_size=128256,
     hidden_size=4096,
