@@ -1,9 +1,9 @@
 """What compiling costs a run of the program: how many programs, how long, and how fast a second start is.
 
-Starts `python -m itool_jax.main` twice, with an empty compilation cache and with the one it left behind.
+Starts `python -m itool_jax.main --config=smoke` twice, with an empty compilation cache and with the one it left behind, and
+then its search alone: from the start of the process to the last tree, so that the first step of it took less.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,33 +14,42 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import inputs
 from benchmarks.protocol import ROOT, TAIL, cpu
 
-COMPILED = re.compile(r"Finished XLA compilation of .* in ([\d.]+(?:e-?\d+)?) sec")
+COMPILED = re.compile(r"Finished XLA compilation of (.*) in ([\d.]+(?:e-?\d+)?) sec")
+OF_THE_MODEL = re.compile(r"jit\((prefill|sample_step|answer|score_step)\)")
+SMALL = ["--iterations=1", "--generated.train=60", "--generated.validation=10", "--generated.test=10"]
 
 
 class Start(NamedTuple):
     """One start of the program."""
 
     programs: int
+    of_the_model: int
+    """Programs that a search asks the model by."""
     compiling: float
     seconds: float
 
 
 def rows(work: Path, *, small: bool) -> list[dict[str, Any]]:
-    """Rows of the table: programs and seconds of the first start, seconds of both starts."""
+    """Rows of the table: programs and seconds of the first start, of a second one, and of a search by itself."""
+    arguments = ["--config=smoke", *(SMALL if small else [])]
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
-        arguments = _small_run(work, folder) if small else ["--stage=iterate", "--config=smoke"]
-        first, second = _start(arguments, folder), _start(arguments, folder)
+        first = _start(["--stage=iterate", *arguments], folder)
+        shutil.rmtree(folder / "run")
+        second = _start(["--stage=iterate", *arguments], folder)
+        (folder / "run" / "iteration_1" / "trees.jsonl").unlink()
+        search = _start(["--stage=search", "--iteration=1", *arguments], folder)
     found = [
         ("compile_programs", first.programs, "programs"),
         ("compile_seconds", first.compiling, "s"),
         ("compile_first_start", first.seconds, "s"),
         ("compile_second_start", second.seconds, "s"),
+        ("compile_search", search.of_the_model, "programs"),
+        ("compile_search_again", search.seconds, "s"),
     ]
-    return [_row(name, value, unit, " ".join(arguments[:2])) for name, value, unit in found]
+    return [_row(name, value, unit, " ".join(arguments)) for name, value, unit in found]
 
 
 def _row(name: str, value: float, unit: str, shapes: str) -> dict[str, Any]:
@@ -49,23 +58,15 @@ def _row(name: str, value: float, unit: str, shapes: str) -> dict[str, Any]:
     return row | empty | {"device": cpu(), "shapes": {"command": shapes}, "rounds": {"ours": [value], "theirs": []}}
 
 
-def _small_run(work: Path, folder: Path) -> list[str]:
-    data = folder / "data.jsonl"
-    data.write_text(json.dumps({"id": "0", "prompt_ids": [20, 21], "target_ids": [22, 23]}) + "\n")
-    model = inputs.checkpoint(work, "tiny")
-    return ["--stage=score", f"--model={model}", f"--data={data}", f"--output={folder / 'scores.jsonl'}"]
-
-
 def _start(arguments: list[str], folder: Path) -> Start:
-    """Runs the program in a new run directory, with the compilation cache in `folder`."""
-    run_dir = folder / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)
+    """Runs the program in the run directory `run` of a folder, with its compilation cache beside it."""
     environment = {"JAX_LOG_COMPILES": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "itool_jax.main", *arguments, f"--run_dir={run_dir}"]
+    command = [sys.executable, "-m", "itool_jax.main", *arguments, f"--run_dir={folder / 'run'}"]
     start = time.perf_counter()
     done = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-TAIL:]}")
-    found = [float(x) for x in COMPILED.findall(done.stderr)]
-    return Start(len(found), sum(found), seconds)
+    found = COMPILED.findall(done.stderr)
+    of_the_model = sum(1 for name, _ in found if OF_THE_MODEL.search(name))
+    return Start(len(found), of_the_model, sum(float(took) for _, took in found), seconds)

@@ -54,31 +54,40 @@ def prefill(graph: nnx.GraphDef, params: Params, tokens_PT: Array, length_P: Arr
 def score(graph: nnx.GraphDef, params: Params, batch: TargetBatch) -> FloatB:
     """Sum of log π over each row's target tokens, given all before them [B]."""
     model = nnx.merge(graph, params)
-    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR)
+    hidden_BRD, _ = model(batch.tokens_BT, at_BR=batch.positions_BR)
     log_probs_BR = losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)
     return losses.masked_log_prob_sum(log_probs_BR, batch.mask_BR)
 
 
 class _Read(NamedTuple):
-    """What rows leave behind that were fed tokens of their own: the cache, its end, and the hidden states."""
+    """What rows leave behind that were fed tokens of their own: the cache, its end, and hidden states."""
 
     suffix: Suffix
-    hidden_BTD: Array
-    last_BD: Array
+    hidden_BRD: Array
     end_B: Array
     """The position after the last token."""
 
 
-def _read(model: Transformer, shared: Sequence[Prefix], own_BT: Array, length_B: Array, spare: int = 0) -> _Read:
-    """Feeds right-padded rows of at least one token behind what they share; `spare` slots of the cache stay free."""
+def _read(
+    model: Transformer,
+    shared: Sequence[Prefix],
+    own_BT: Array,
+    length_B: Array,
+    at_BR: Array | None = None,
+    spare: int = 0,
+) -> _Read:
+    """Feeds right-padded rows of at least one token behind what they share.
+
+    The hidden states are those of the last token, or of the places `at_BR`; `spare` slots of the cache stay free.
+    """
     B, T = own_BT.shape
     start_B = sum((jnp.repeat(part.length_P, B // len(part.length_P)) for part in shared), jnp.zeros(B, jnp.int32))
     place_T = jnp.arange(T)
     suffix = empty_suffix(shared[0], B, T + spare)
-    valid_BT = place_T < length_B[:, None]
-    hidden_BTD, suffix = model.extend(own_BT, valid_BT, start_B[:, None] + place_T, shared, suffix, 0)
-    last_BD = jnp.take_along_axis(hidden_BTD, length_B[:, None, None] - 1, axis=1)[:, 0]
-    return _Read(suffix, hidden_BTD, last_BD, start_B + length_B)
+    valid_BT, position_BT = place_T < length_B[:, None], start_B[:, None] + place_T
+    at_BR = length_B[:, None] - 1 if at_BR is None else at_BR
+    hidden_BRD, suffix = model.extend(own_BT, valid_BT, position_BT, shared, suffix, 0, at_BR)
+    return _Read(suffix, hidden_BRD, start_B + length_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,7 +108,7 @@ def answer(
     model = nnx.merge(graph, params)
     path = _read(model, [prefix], path_PS, path_length_P)
     own = _read(model, [prefix, _shared(path, path_length_P)], own_BT, own_length_B)
-    return model.logits(own.last_BD)[:, answer_ids_A]
+    return model.logits(own.hidden_BRD[:, 0])[:, answer_ids_A]
 
 
 def _shared(read: _Read, length_B: Array) -> Prefix:
@@ -122,19 +131,22 @@ def score_step(
     row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
     place_PT = path_length_P[:, None] + jnp.arange(T)
     row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(step_PT)
-    hidden_PSD = _read(model, [prefix], row_PS, path_length_P + step_length_P).hidden_BTD
-    before_PTD = jnp.take_along_axis(hidden_PSD, place_PT[..., None] - 1, axis=1)
-    log_probs_PT = losses.token_log_probs(before_PTD, model.unembedding(), step_PT)
+    before = _read(model, [prefix], row_PS, path_length_P + step_length_P, place_PT - 1)
+    log_probs_PT = losses.token_log_probs(before.hidden_BRD, model.unembedding(), step_PT)
     return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
 def _choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
     """A token a row by inverse transform: one uniform number a row and token; temperature 0: the best."""
-    uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys_B)
-    shifted = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, 1e-6)
-    mass_BV = jnp.cumsum(jnp.exp(shifted), axis=-1)
-    sampled = jnp.argmax(mass_BV > uniform_B[:, None] * mass_BV[:, -1:], axis=-1)
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+    def sampled() -> Array:
+        uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys_B)
+        shifted = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
+        mass_BV = jnp.cumsum(jnp.exp(shifted), axis=-1)
+        return jnp.argmax(mass_BV > uniform_B[:, None] * mass_BV[:, -1:], axis=-1)
+
+    best = functools.partial(jnp.argmax, logits_BV, axis=-1)
+    return jax.lax.cond(temperature > 0, sampled, best).astype(jnp.int32)
 
 
 class _Rows(NamedTuple):
@@ -222,7 +234,7 @@ def sample_step(
     of_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
     automaton = jax.tree.map(of_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
     start = _Loop(jnp.int32(0), suffix, empty, automaton, limit_B <= 0)
-    first = _take(table, rows, of_rows(model.logits(path.last_BD)), start)
+    first = _take(table, rows, of_rows(model.logits(path.hidden_BRD[:, 0])), start)
     return jax.lax.while_loop(lambda loop: ~loop.done_B.all() & (loop.t < max_tokens), body, first).steps
 
 

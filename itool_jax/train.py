@@ -270,5 +270,5 @@ def _log_probs(
     branch_BT: AnyArray | None = None,
 ) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
-    hidden_BRD = model.hidden_at(batch.tokens_BT, batch.positions_BR, branch_BT, batch.segment_BT, key)
+    hidden_BRD, _ = model(batch.tokens_BT, None, branch_BT, batch.segment_BT, key, batch.positions_BR)
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

@@ -207,6 +207,11 @@ def _unfold(x: Array, B: int) -> Array:
     return jnp.moveaxis(x, 3, 1).reshape(B, heads, group, length * rows // B, *x.shape[5:])
 
 
+def pick(x_BT: Array, at_BR: Array) -> Array:
+    """[B, T, …] to [B, R, …]: each row at its own places."""
+    return jnp.take_along_axis(x_BT, at_BR.reshape(*at_BR.shape, *(1,) * (x_BT.ndim - 2)), axis=1)
+
+
 Keys = Sequence[Array | None]
 NO_KEYS: Keys = (None,) * len(LINEAR)
 """Random keys of a layer's linear parts, for dropout."""
@@ -293,12 +298,15 @@ class Transformer(nnx.Module):
         branch_BT: Int[Array, "B T"] | None = None,
         segment_BT: Int[Array, "B T"] | None = None,
         key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], Prefix]:
+        at_BR: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B T D"] | Float[Array, "B R D"], Prefix]:
         """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
 
         `length_B` goes into the returned prefix only: causality already hides the padding. Where `branch_BT` is
         given, a token sees those before it of branch 0 and of its own, as if no other branch were there; where
         `segment_BT` is, those of its own segment only, as if it were a row. `key` turns the adapters' dropout on.
+        `at_BR` are the positions whose hidden states are wanted: what is not a target needs no logits, nor most of
+        the last layer.
         """
         B, T = tokens_BT.shape
         seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
@@ -315,11 +323,20 @@ class Transformer(nnx.Module):
             keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
             q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            return layer.finish(x, attend_causally(q, KeyValues(k, v, seen)), keys), (k, v)
+            if at_BR is None or not self._is_last(number):
+                return layer.finish(x, attend_causally(q, KeyValues(k, v, seen)), keys), (k, v)
+            own = KeyValues(k, v, pick(seen, at_BR))
+            return layer.finish(pick(x, at_BR), attend_in_blocks(pick(q, at_BR), [own]), keys), (k, v)
 
         hidden, keys_and_values = self._through_layers(one_layer, hidden)
+        if at_BR is not None and self.config.stacked:
+            hidden = pick(hidden, at_BR)
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(*keys_and_values, length)
+
+    def _is_last(self, number: Array | int) -> bool:
+        """Whether this is known to be the last layer; of a stack, whose layers are one program, none is."""
+        return not self.config.stacked and number == self.config.n_layers - 1
 
     def _through_layers(
         self, one_layer: Callable[..., tuple[Array, tuple[Array, Array]]], hidden: Array
@@ -349,18 +366,6 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
         return nnx.merge(graph, jax.tree.map(lambda weights: weights[number], stacked))
 
-    def hidden_at(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BR: Int[Array, "B R"],
-        branch_BT: Int[Array, "B T"] | None = None,
-        segment_BT: Int[Array, "B T"] | None = None,
-        key: Array | None = None,
-    ) -> Float[Array, "B R D"]:
-        """Last hidden states at chosen positions only: what is not a target needs no logits."""
-        hidden_BTD, _ = self(tokens_BT, branch_BT=branch_BT, segment_BT=segment_BT, key=key)
-        return jnp.take_along_axis(hidden_BTD, positions_BR[..., None], axis=1)
-
     def extend(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -369,11 +374,13 @@ class Transformer(nnx.Module):
         shared: Sequence[Prefix],
         suffix: Suffix,
         slot: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B T D"], Suffix]:
+        at_BR: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B T D"] | Float[Array, "B R D"], Suffix]:
         """Continues rows that share what is before them: B = P · R rows over P prefixes, with caches of their own.
 
         Token t of every row is written to cache slot `slot + t`; `valid_BT` is False at padding. Rows see their group's
-        part of each of `shared`, which may be of several sizes P, and every valid slot up to their own.
+        part of each of `shared`, which may be of several sizes P, and every valid slot up to their own. `at_BR` are the
+        places among the T whose hidden states are wanted.
         """
         T, S = tokens_BT.shape[1], suffix.valid_BS.shape[1]
         hidden, angles = self._start(tokens_BT, positions_BT)
@@ -388,6 +395,8 @@ class Transformer(nnx.Module):
             k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
             v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
             segments = [KeyValues(part.k[i], part.v[i], mask) for part, mask in zip(shared, masks, strict=True)]
+            if at_BR is not None and i == self.config.n_layers - 1:
+                hidden, q, own_mask = (pick(x, at_BR) for x in (hidden, q, own_mask))
             hidden = layer.finish(hidden, attend_in_blocks(q, [*segments, KeyValues(k, v, own_mask)]))
             k_new.append(k)
             v_new.append(v)
