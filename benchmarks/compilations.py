@@ -1,7 +1,7 @@
 """What compiling costs a run of the program: how many programs, how long, and how fast a second start is.
 
-Starts `python -m itool_jax.main --config=smoke` twice, with an empty compilation cache and with the one it left behind, and
-then its search alone: from the start of the process to the last tree, so that the first step of it took less.
+Starts `python -m itool_jax.main --config=smoke` twice, with an empty compilation cache and with the one it left
+behind, and then its search alone: from the start of the process to the last tree, so that the first step took less.
 """
 
 import os

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax.model.linear import LoraSettings
+from itool_jax.model.linear import Linear, LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from tests import tiny
@@ -157,6 +157,34 @@ def test_the_gradient_reaches_every_adapter(config: ModelConfig, base: Params, t
     for path, leaf in jax.tree.leaves_with_path(gradient):
         per_layer = np.abs(leaf).max(axis=(1, 2))
         assert (per_layer > 1e-6).all(), path
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_gradients_of_a_linear_layer_are_those_of_its_formula(rank: int) -> None:
+    lora = LoraSettings(rank=rank, alpha=6.0) if rank else None
+    layer = Linear(5, 7, bias=False, lora=lora, dtype="float32", nf4=False, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 4, 5)), rng.standard_normal((2, 4, 7))
+    if rank:
+        layer.lora_b[...] = jnp.asarray(rng.standard_normal((rank, 7)), jnp.float32)
+    graph, params = nnx.split(layer)
+    params = nnx.to_pure_dict(params)
+
+    def loss(params: Params, x: jax.Array) -> jax.Array:
+        return (nnx.merge(graph, params)(x) * weight).sum()
+
+    with jax.default_matmul_precision("highest"):
+        found, d_x = jax.grad(loss, argnums=(0, 1))(params, jnp.asarray(x, jnp.float32))
+    flat_x, flat_weight = x.reshape(8, 5), weight.reshape(8, 7)
+    matrix, expected = np.asarray(params["kernel"], np.float64), {"kernel": flat_x.T @ flat_weight}
+    if rank:
+        a, b = (np.asarray(params[name], np.float64) for name in ("lora_a", "lora_b"))
+        scale, matrix = 6.0 / rank, matrix + 6.0 / rank * a @ b
+        expected |= {"lora_a": scale * flat_x.T @ flat_weight @ b.T, "lora_b": scale * (flat_x @ a).T @ flat_weight}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(d_x, weight @ matrix.T, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,19 @@ def test_branches_share_what_is_before_them_and_do_not_see_each_other(
         np.testing.assert_allclose(found_TV[kept], alone_TV, rtol=0, atol=2e-5)
 
 
+def test_chosen_positions_are_those_of_the_whole(model: tuple[ModelConfig, Policy]) -> None:
+    _, (graph, params) = model
+    tokens_BT, at_BR = random_tokens((3, 40)), np.random.default_rng(1).integers(0, 40, (3, 5))
+
+    @jax.jit
+    def chosen(params: Params, tokens_BT: jax.Array, at_BR: jax.Array) -> jax.Array:
+        module = nnx.merge(graph, params)
+        return module.logits(module(tokens_BT, at_BR=at_BR)[0])
+
+    whole_BTV = forward(Policy(graph, params), tokens_BT)
+    assert worst(chosen(params, tokens_BT, at_BR), whole_BTV[np.arange(3)[:, None], at_BR]) < 1e-5
+
+
 def test_rows_do_not_see_each_other(tiny_model: tuple[ModelConfig, Policy]) -> None:
     policy = tiny_model[1]
     tokens_BT = random_tokens((3, 40))

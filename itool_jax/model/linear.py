@@ -56,6 +56,25 @@ class Nf4Kernel(nnx.Module):
 
 
 @jax.custom_vjp
+def _product(x: Array, w: Array) -> Array:
+    """X @ w. The gradient of w reads what comes back as it lies, where XLA would compute it turned over, slowly."""
+    return x @ w
+
+
+def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
+    return x @ w, (x, w)
+
+
+def _product_backward(saved: tuple[Array, ...], d_y: Array) -> tuple[Array, Array]:
+    x, w = saved
+    d_y, rows = jax.lax.optimization_barrier(d_y), tuple(range(x.ndim - 1))
+    return d_y @ w.T, jnp.tensordot(x, d_y, (rows, rows))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
 def _low_rank(x: Array, a: Array, b: Array) -> Array:
     """X @ a @ b. In its gradient the small operands are the ones turned over, as XLA would not have it on a host."""
     return x @ a @ b
@@ -109,8 +128,11 @@ class Linear(nnx.Module):
             kernel, x = self.kernel.dequantize(x)
         else:
             kernel = self.kernel[...]
-        y = x @ kernel.astype(self.dtype)
-        if self.lora_scale:
+        kernel = kernel.astype(self.dtype)
+        if not self.lora_scale:
+            y = _product(x, kernel)
+        else:
+            y = x @ kernel
             if key is not None and self.dropout:
                 kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0)

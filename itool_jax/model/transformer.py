@@ -29,6 +29,7 @@ SCORES_AT_ONCE = 1 << 27
 """Attention scores that a device has in memory at a time, four bytes each."""
 CAUSAL_PARTS, SMALLEST_PART = 4, 64
 """How many parts the queries of a causal pass are cut into at most, and tokens of the smallest."""
+SHORT_STACK = 8
 
 
 class RopeScaling(NamedTuple):
@@ -323,26 +324,22 @@ class Transformer(nnx.Module):
             keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
             q, k, v = layer.project(x, angles, keys)
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            if at_BR is None or not self._is_last(number):
+            if at_BR is None or not self._flat or number < self.config.n_layers - 1:
                 return layer.finish(x, attend_causally(q, KeyValues(k, v, seen)), keys), (k, v)
             own = KeyValues(k, v, pick(seen, at_BR))
             return layer.finish(pick(x, at_BR), attend_in_blocks(pick(q, at_BR), [own]), keys), (k, v)
 
         hidden, keys_and_values = self._through_layers(one_layer, hidden)
-        if at_BR is not None and self.config.stacked:
+        if at_BR is not None and not self._flat:
             hidden = pick(hidden, at_BR)
         length = jnp.full(B, T) if length_B is None else length_B
         return self.norm(hidden), Prefix(*keys_and_values, length)
-
-    def _is_last(self, number: Array | int) -> bool:
-        """Whether this is known to be the last layer; of a stack, whose layers are one program, none is."""
-        return not self.config.stacked and number == self.config.n_layers - 1
 
     def _through_layers(
         self, one_layer: Callable[..., tuple[Array, tuple[Array, Array]]], hidden: Array
     ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
         """The hidden states after all layers, and what each of them leaves behind."""
-        if not self.config.stacked:
+        if self._flat:
             left = []
             for number in range(self.config.n_layers):
                 hidden, new = one_layer(self.layer(number), number, hidden)
@@ -355,8 +352,7 @@ class Transformer(nnx.Module):
             return one_layer(nnx.merge(graph, inputs[0]), inputs[1], x)
 
         body = scanned if self.config.remat == "none" else jax.checkpoint(scanned, policy=self._keep)
-        inputs = (stacked, jnp.arange(self.config.n_layers))
-        hidden, (k, v) = jax.lax.scan(body, hidden, inputs, unroll=self._unroll)
+        hidden, (k, v) = jax.lax.scan(body, hidden, (stacked, jnp.arange(self.config.n_layers)))
         return hidden, (tuple(k), tuple(v))
 
     def layer(self, number: int) -> Layer:
@@ -409,9 +405,10 @@ class Transformer(nnx.Module):
         return kept if self.config.remat == "dots" else policies.nothing_saveable
 
     @property
-    def _unroll(self) -> int:
-        # A short stack compiles fast and runs faster flat; a deep one stays a loop.
-        return self.config.n_layers if self.config.n_layers <= 8 else 1
+    def _flat(self) -> bool:
+        # A short stack compiles fast, and runs faster where each layer has a program of its own; a deep one is a loop.
+        short = self.config.n_layers <= SHORT_STACK and self.config.remat == "none"
+        return not self.config.stacked or short
 
 
 def abstract(config: ModelConfig, lora: LoraSettings | None = None) -> tuple[nnx.GraphDef, Params, Params]:
