@@ -28,7 +28,7 @@ from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, split_steps
 from itool_jax.types import AnyArray
 
-PROMPT_BUCKET, PATH_BUCKET, OWN_BUCKET = 256, 32, 64  # smallest padded widths: few programs matter more than tight ones
+PROMPT_BUCKET, PATH_BUCKET, OWN_BUCKET = 256, 64, 64  # smallest padded widths: few programs matter more than tight ones
 FEW = 4
 """Where no more than this part of the seats is asked about, a program of that size answers."""
 
