@@ -47,17 +47,26 @@ def layer_weights(c: ModelConfig) -> int:
     return c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
-def forward(c: ModelConfig, rows: int, length: int, logits: int = 0, before: int = 0) -> Work:
-    """A causal pass over rows of `length` tokens behind `before` cached ones, with logits at some positions a row.
+def linear(c: ModelConfig, rows: int, length: int, logits: int) -> float:
+    """Operations of the products with weights: two a weight and token, in the last layer where its outcome is wanted.
 
-    2 operations a weight and token; 4 a query, key and dimension of a head (its score, and its share of the value).
+    The last layer has keys and values at all tokens, and the rest where logits are asked for.
     """
-    keys = before + (length + 1) / 2
-    attention = 4 * c.n_layers * c.n_heads * c.head_dim * keys * rows * length
-    head = c.hidden_size * c.vocab_size
-    flops = 2 * layer_weights(c) * rows * length + attention + 2 * head * rows * logits
-    read = layer_weights(c) + (head if logits else 0)
-    return Work(flops=flops, bytes=BYTES * read + cache_bytes(c, rows * before))
+    keys_and_values = 2 * c.hidden_size * c.head_dim * c.n_kv_heads
+    left_out = (layer_weights(c) // c.n_layers - keys_and_values) * (length - logits)
+    return 2 * rows * (layer_weights(c) * length - left_out + c.hidden_size * c.vocab_size * logits)
+
+
+def forward(c: ModelConfig, rows: int, length: int, logits: int = 0, before: int = 0) -> Work:
+    """A causal pass over rows of `length` tokens behind `before` cached ones, with logits at the last `logits` of each.
+
+    Attention takes 4 operations a query, key and dimension of a head: its score, and its share of the value.
+    """
+    seen = length * (before + (length + 1) / 2)
+    seen_last = logits * (before + length - (logits - 1) / 2)
+    attention = 4 * rows * c.n_heads * c.head_dim * ((c.n_layers - 1) * seen + seen_last)
+    read = layer_weights(c) + (c.hidden_size * c.vocab_size if logits else 0)
+    return Work(flops=linear(c, rows, length, logits) + attention, bytes=BYTES * read + cache_bytes(c, rows * before))
 
 
 def decode(c: ModelConfig, rows: int, length: int, prompts: int | None = None, own: int = 0) -> Work:
@@ -79,10 +88,9 @@ def lora_step(c: ModelConfig, rows: int, length: int, logits: int, rank: int = 1
     Attention takes twice the operations backwards. What is computed again to save memory does not count.
     """
     once = forward(c, rows, length, logits)
-    linear = 2 * layer_weights(c) * rows * length + 2 * c.hidden_size * c.vocab_size * rows * logits
     shapes = 2 * (c.hidden_size + c.n_heads * c.head_dim) + 2 * (c.hidden_size + c.n_kv_heads * c.head_dim)
     adapters = c.n_layers * rank * (shapes + 3 * (c.hidden_size + c.intermediate_size))
-    flops = 2 * once.flops + (once.flops - linear) + 6 * adapters * rows * length
+    flops = 2 * once.flops + (once.flops - linear(c, rows, length, logits)) + 6 * adapters * rows * length
     return Work(flops=flops, bytes=2 * once.bytes)
 
 
