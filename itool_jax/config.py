@@ -41,6 +41,14 @@ class EvaluateSettings:
     """Samples of the split to evaluate, always the same ones; 0 is all of them."""
     split: Literal["test", "validation"] = "test"
     """Which part: settings are chosen on validation, claims made on test."""
+    phase: str | None = None
+    """Phase evaluated on a benchmark: base, warmup, iteration_2, or all; the last one that has weights."""
+    benchmark_data: Path | None = None
+    """Folder of the benchmark's data where --data is something else; else what the official scorer brings."""
+    benchmark_limit: int = 0
+    """Questions of each category of a benchmark, the first ones; 0 is all, which official figures need."""
+    layout: Literal["v3", "v4"] = "v3"
+    """Names of the files that BFCL responses are written to."""
     benchmarks: tuple[str, ...] = ()
     """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
     BFCL's questions, API-Bank's tests, or any form of training data."""
@@ -48,6 +56,8 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise ValueError(f"evaluate.limit must not be negative, got {self.limit}")
+        if self.benchmark_limit < 0:
+            raise ValueError(f"evaluate.benchmark_limit must not be negative, got {self.benchmark_limit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +91,28 @@ class Config:
     model: str = "embedded"
     """Model folder in Hugging Face layout, a hub name, or the embedded checkpoint."""
     data: str = "generated"
-    """Training data: a file, a folder, hf:OWNER/NAME, or the generated corpus."""
+    """Training data: a file, a folder, hf:OWNER/NAME, or the generated corpus; the folder with the questions and
+    answers when a benchmark is evaluated."""
     skip_bad_rows: bool = False
     """Leave out training rows that are wrong or too long for the model, and list them; else the first ends the run."""
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None
-    """File to write, for score and generate on a data file of their own; folder to write, for export."""
+    """File to write, for score and generate on a data file of their own, and for evaluate with results; for export, the
+    folder to write."""
     overwrite: bool = False
     """Replace an exported folder that is there already."""
+    benchmark: Literal["bfcl", "api_bank"] | None = None
+    """Public benchmark: evaluate takes it in place of the held-out part, iterate beside it after every phase."""
+    categories: tuple[str, ...] = ()
+    """The benchmark's categories. BFCL's by name, or all, single_turn (which is the default), non_live, live or
+    multi_turn (which runs the official simulators); API-Bank's level_1, level_2 and level_2_without_search."""
+    results: Path | None = None
+    """Folder of BFCL result files, whoever made them, that evaluate scores; no model is run."""
+    against: Path | None = None
+    """Another run's scores.json, with which evaluate compares a benchmark question by question."""
+    official: bool = False
+    """Have the official BFCL scorer judge the same responses, and show both."""
     iterations: int = 3
     """Rounds of score, search, preference training."""
     iteration: int = 1
@@ -125,13 +148,25 @@ class Config:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
-        if self.output is not None and self.stage not in ("score", "generate", "export"):
-            raise ValueError(f"output is for the stages score, generate and export, got it with stage {self.stage}")
+        if self.output is not None and self.stage not in ("score", "generate", "export") and self.results is None:
+            raise ValueError(
+                f"output is for the stages score, generate and export, and for results, got it with stage {self.stage}"
+            )
+        self._check_benchmark()
         if self.overwrite and self.stage != "export":
             raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
+
+    def _check_benchmark(self) -> None:
+        given = [name for name in ("results", "against", "official") if getattr(self, name)]
+        if given and self.stage != "evaluate":
+            raise ValueError(f"{given[0]} is for the stage evaluate, got it with stage {self.stage}")
+        if (given or self.categories) and self.benchmark is None:
+            raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
+        if self.benchmark is not None and self.stage not in ("evaluate", "iterate", "export"):
+            raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""
@@ -245,6 +280,7 @@ def _defaults() -> dict[str, Any]:
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
 FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
+    *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch"),
 )
@@ -258,6 +294,8 @@ def save_or_check(config: Config) -> None:
     Raises:
         ValueError: it was made with other settings; names the first.
     """
+    if config.results is not None and config.output is None:
+        return
     if config.output is not None and config.stage != "export":
         if config.output.is_dir():
             raise ValueError(f"output {config.output} is a folder, not a file")
@@ -273,7 +311,10 @@ def save_or_check(config: Config) -> None:
     if path.exists() and any(entry != path for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
-    lasting = dataclasses.replace(config, output=None, overwrite=False)  # those are for this command alone
+    # Those are for this command alone.
+    lasting = dataclasses.replace(config, output=None, overwrite=False, against=None, official=False)
+    if _evaluates_benchmark(config):
+        lasting = dataclasses.replace(lasting, data=Config.data)
     with whole_file(path) as file:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 
@@ -285,7 +326,7 @@ def _check_saved(path: Path, config: Config) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); {mend}") from error
     for name, value in config.flat().items():
-        if name.startswith(FREE):
+        if name.startswith(FREE) or (name == "data" and _evaluates_benchmark(config)):
             continue
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
@@ -294,6 +335,11 @@ def _check_saved(path: Path, config: Config) -> None:
                 f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "
                 f"{mend} or the same settings"
             )
+
+
+def _evaluates_benchmark(config: Config) -> bool:
+    """Whether --data is a benchmark's."""
+    return config.stage == "evaluate" and config.benchmark is not None
 
 
 MEMORY_SETTINGS = (

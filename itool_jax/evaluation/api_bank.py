@@ -1,8 +1,8 @@
 """API-Bank, levels 1 and 2: prompts for a model, and whether its call is the right one, without executing it.
 
-In: the published test files. Out: verdicts. The official evaluator executes a call on a database of its own and compares
-what comes back API by API; here the name and all arguments must be the same text. `docs/evaluation.md` tells where the
-two differ, and on how many cases they agree.
+In: the published test files. Out: verdicts. The official evaluator executes a call on a database of its own and
+compares what comes back API by API; here the name and all arguments must be the same text. `docs/evaluation.md` tells
+where the two differ, and on how many cases they agree.
 """
 
 import re

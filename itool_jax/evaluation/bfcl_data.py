@@ -42,7 +42,8 @@ _V4_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "si
 _V3_NAMES = {new: old for old, new in _V4_NAMES.items()}
 _RESULT_FILE = re.compile(r"BFCL_v[34]_(\w+)_result\.json(?:\.gz)?")
 
-# The leaderboard's prompt (Apache-2.0, https://github.com/ShishirPatil/gorilla): word for word, or scores do not compare.
+# The leaderboard's prompt (Apache-2.0, https://github.com/ShishirPatil/gorilla), word for word: with another one,
+# scores could not be compared.
 _SYSTEM_PROMPT = """\
 You are an expert in composing functions. You are given a question and a set of possible functions. Based on the \
 question, you will need to make one or more function/tool calls to achieve the purpose.
@@ -82,7 +83,7 @@ class Question(NamedTuple):
 
 
 def select(names: Sequence[str]) -> tuple[str, ...]:
-    """The categories that names of categories (v3 or v4) and groups stand for, in order; ValueError for an unknown one."""
+    """The categories that names of categories (v3 or v4) and groups stand for, in order. ValueError for an unknown."""
     chosen: set[str] = set()
     for name in names:
         name = _V3_NAMES.get(name, name)
@@ -144,7 +145,7 @@ def with_system_prompt(messages: Sequence[Message], functions: Sequence[Mapping[
 
 
 def shown_functions(functions: Iterable[Mapping[str, Any]], category: str) -> list[dict[str, Any]]:
-    """Documentation as models see it: with the language, and Java's and JavaScript's types moved into the descriptions."""
+    """Documentation as models see it: with the language, and types other than Python's as part of the descriptions."""
     language = "Python" if category in MULTI_TURN else language_of(category)
     shown = copy.deepcopy([dict(function) for function in functions])
     for function in shown:

@@ -8,10 +8,16 @@ import numpy as np
 
 from itool_jax.evaluation.bfcl import Verdict, check
 from itool_jax.evaluation.bfcl_data import LIVE, MULTI_TURN, NON_LIVE, SIMPLE, Question
+from itool_jax.evaluation.statistics import (
+    PairedDifference,
+    paired_difference,
+    percentile_interval,
+    resampled_accuracies,
+)
 
 COLUMNS = ("non-live", "live", "multi-turn", "relevance", "irrelevance", "overall")
 """Those of the paper's Table 1."""
-_NEEDED = {
+NEEDED = {
     "non-live": NON_LIVE,
     "live": LIVE,
     "multi-turn": MULTI_TURN,
@@ -33,7 +39,7 @@ class Score(NamedTuple):
     """Error type by question id."""
 
     def kinds(self) -> Counter[str]:
-        """How many failed by the main kind of error, the part before the colon and what follows a decoder's."""
+        """How many failed by error type."""
         return Counter(self.failed.values())
 
 
@@ -49,48 +55,64 @@ def score(verdicts: Mapping[str, Verdict], n_questions: int) -> Score:
 
 
 def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
-    """The columns of Table 1 as fractions; None where a category of a column was not run, overall also where one is partial."""
-    accuracy = {name: np.float64(found.correct / found.total) for name, found in scores.items() if found.total}
-    totals = {name: found.total for name, found in scores.items()}
-    known = {column for column in COLUMNS if accuracy.keys() >= set(_NEEDED[column])}
-    if any(found.total < found.questions for found in scores.values()):
-        known -= {"overall"}
-    weighed = _columns(accuracy, totals, known)
-    return {column: float(weighed[column]) if column in weighed else None for column in COLUMNS}
+    """The columns of Table 1 as fractions; None where a category of a column was not run.
+
+    Overall is withheld also where a category was run in part.
+    """
+    accuracy = {name: found.correct / found.total for name, found in scores.items() if found.total}
+    columns = _columns(accuracy, scores)
+    return {column: columns.get(column) for column in COLUMNS}
 
 
-def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_000) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of the columns that `figures` gives, questions resampled within each category."""
-    known = {column for column, figure in figures(scores).items() if figure is not None}
+class Intervals(NamedTuple):
+    """95 % bootstrap intervals, questions resampled within each category."""
+
+    categories: dict[str, tuple[float, float]]
+    columns: dict[str, tuple[float, float]]
+    """Of the columns that `figures` gives."""
+
+
+def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_000) -> Intervals:
+    """The intervals of all accuracies, as fractions."""
     random = np.random.default_rng(seed)
-    # Drawing n answers with replacement, each right with the share observed, is a binomial draw.
     drawn = {
-        name: random.binomial(found.total, found.correct / found.total, n_resamples) / found.total
+        name: resampled_accuracies(found.correct, found.total, random, n_resamples)
         for name, found in scores.items()
         if found.total
     }
-    weighed = _columns(drawn, {name: found.total for name, found in scores.items()}, known)
-    return {column: tuple(np.quantile(values, (0.025, 0.975)).tolist()) for column, values in weighed.items()}
+    columns = _columns(drawn, scores)
+    return Intervals(*({name: percentile_interval(x) for name, x in side.items()} for side in (drawn, columns)))
 
 
-def _columns(accuracy: Mapping[str, Any], totals: Mapping[str, int], known: set[str]) -> dict[str, Any]:
-    """The leaderboard's averages of accuracies, numbers or arrays of one shape."""
+def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
+    """The leaderboard's averages of accuracies, numbers or arrays of one shape, where all that they need is there."""
 
-    def mean(values: Sequence[Any]) -> Any:
-        return sum(values) / len(values)
+    def mean(names: Sequence[str], of: Mapping[str, Any] = accuracy) -> Any:
+        return sum(of[name] for name in names) / len(names)
 
+    known = {column for column in COLUMNS if accuracy.keys() >= set(NEEDED[column])}
     found = {}
     if "non-live" in known:
-        simple = mean([accuracy[name] for name in SIMPLE])
-        found["non-live"] = mean([simple, *(accuracy[name] for name in NON_LIVE if name not in SIMPLE)])
+        others = [name for name in NON_LIVE if name not in SIMPLE]
+        found["non-live"] = mean(["simple", *others], {**accuracy, "simple": mean(SIMPLE)})
     if "live" in known:
-        found["live"] = sum(accuracy[name] * totals[name] for name in LIVE) / sum(totals[name] for name in LIVE)
-    for column in ("multi-turn", "relevance", "irrelevance"):
-        if column in known:
-            found[column] = mean([accuracy[name] for name in _NEEDED[column]])
-    if "overall" in known:
-        found["overall"] = mean([found["non-live"], found["live"], found["multi-turn"]])
+        total = sum(scores[name].total for name in LIVE)
+        found["live"] = sum(accuracy[name] * scores[name].total for name in LIVE) / total
+    for column in known & {"multi-turn", "relevance", "irrelevance"}:
+        found[column] = mean(NEEDED[column])
+    if "overall" in known and all(scores[name].total == scores[name].questions for name in NEEDED["overall"]):
+        found["overall"] = mean(("non-live", "live", "multi-turn"), found)
     return found
+
+
+def paired(now: Score, then: Score) -> PairedDifference:
+    """One run against another on the same questions, sample by sample. ValueError where they answered other ones."""
+    if now.total != then.total:
+        raise ValueError(f"{now.total} questions cannot be compared with {then.total}; evaluate both runs on the same")
+    either = now.failed.keys() | then.failed.keys()
+    both_right = [True] * (now.total - len(either))
+    marks = ([name not in side.failed for name in either] + both_right for side in (now, then))
+    return paired_difference(*marks)
 
 
 def as_json(scores: Mapping[str, Score]) -> dict[str, Any]:

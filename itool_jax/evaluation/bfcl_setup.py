@@ -1,7 +1,7 @@
 """`python -m itool_jax.evaluation.bfcl_setup` installs the official BFCL scorer in an environment of its own.
 
-It brings the questions, the simulators of multi-turn and the official checker. It cannot live beside jax, for it pins an
-old numpy; and it executes text that models wrote, so that it only ever runs as a child process
+It brings the questions, the simulators of multi-turn and the official checker. It cannot live beside jax, for it pins
+an old numpy; and it executes text that models wrote, so that it only ever runs as a child process
 (`itool_jax.evaluation.bfcl_worker`), without network and with limits.
 """
 

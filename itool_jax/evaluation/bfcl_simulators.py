@@ -116,7 +116,7 @@ class _Conversation(NamedTuple):
             more = MORE_FUNCTIONS.format(functions=self.more[number])
             self.messages.append({"role": "user", "content": more})
         elif self.turns:
-            self.messages += self.question.turns[len(self.turns)]
+            self.messages.extend(self.question.turns[len(self.turns)])
         self.turns.append([])
 
     def end_turn(self) -> bool:

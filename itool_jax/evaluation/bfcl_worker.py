@@ -31,8 +31,8 @@ MODEL = "itool"
 Row = dict[str, Any]
 
 
-class _TimeUp(BaseException):  # noqa: N818 - the official code catches every Exception
-    """A command took too long."""
+class _TimeUp(BaseException):
+    """A command took too long. No Exception, for the official code catches those."""
 
 
 class _AnyModel(dict):

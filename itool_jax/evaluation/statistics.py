@@ -29,6 +29,20 @@ def standard_error(correct: Sequence[bool]) -> float:
     return math.sqrt(p * (1 - p) / len(correct))
 
 
+def resampled_accuracies(correct: int, total: int, random: np.random.Generator, n_resamples: int) -> np.ndarray:
+    """Accuracies, shape (n_resamples,), of bootstrap resamples of `total` answers, `correct` of them right.
+
+    Drawing answers with replacement, each right with the share observed, is a binomial draw.
+    """
+    return random.binomial(total, correct / total, n_resamples) / total
+
+
+def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of bootstrapped figures."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean over independent runs (seeds) and its standard error; nan where undefined, as the error of one."""
     if len(values) == 0:

@@ -16,7 +16,7 @@ from itool_jax.evaluation.statistics import standard_error
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder, parts
+from itool_jax.stages import benchmark, folder, parts
 from itool_jax.text.calls import looks_like_calls
 
 CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
@@ -25,7 +25,9 @@ Row = dict[str, Any]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Evaluates every phase of the run that has weights; returns the figures of each."""
+    """Evaluates every phase of the run that has weights, or some on a benchmark; returns the figures of each."""
+    if config.benchmark is not None:
+        return benchmark.run(config)
     return {phase: evaluate(config, phase) for phase in ("base", *folder.trained_phases(config))}
 
 

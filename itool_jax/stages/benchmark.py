@@ -1,0 +1,323 @@
+"""A phase's policy on a public benchmark: its questions answered, the responses scored, runs compared.
+
+In: a phase with weights, or result files that anyone made, and the benchmark's data. Out, in `<phase>/<benchmark>/`:
+the responses, for BFCL in the leaderboard's layout, a `<category>.json` when it is done, `scores.json` and `summary.json`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from itool_jax.config import Config
+from itool_jax.data.records import read_rows, write_jsonl
+from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores, bfcl_setup
+from itool_jax.evaluation.bfcl import Verdict
+from itool_jax.evaluation.bfcl_scores import Score
+from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
+from itool_jax.evaluation.statistics import describe
+from itool_jax.metrics import console_out, progress, say
+from itool_jax.sampler import respond
+from itool_jax.stages import folder
+
+Figures = dict[str, Any]
+
+
+class _Asked(NamedTuple):
+    """What there is to answer in a category, and how."""
+
+    questions: Sequence[Any]
+    """Of the benchmark's own form, each with an id."""
+    file: Path
+    """Where the responses go."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Scores result files, or evaluates the chosen phases of the run; returns the figures of each."""
+    if config.results is not None:
+        return {"results": score_results(config)}
+    known = folder.trained_phases(config)
+    chosen = config.evaluate.phase or (known[-1] if known else "base")
+    if chosen not in ("all", "base", *known):
+        raise ValueError(
+            f"evaluate.phase {chosen} has no weights in {config.run_dir}; there are: base {' '.join(known)}"
+        )
+    return {phase: evaluate(config, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
+
+
+def evaluate(config: Config, phase: str) -> Figures:
+    """Answers and scores what is not done yet of the chosen categories; prints the table and returns the figures."""
+    scores = {category: _score(_category(config, phase, category)) for category in categories(config)}
+    figures = summarize(config, scores)
+    where = results_folder(config, phase)
+    folder.write_json(where / "scores.json", bfcl_scores.as_json(scores))
+    folder.write_json(where / "summary.json", figures)
+    show(config, phase, scores, figures)
+    if config.official:
+        with Simulators() as simulators:
+            found = {c: _read_responses(config, phase, c) for c in scores}
+            compare_official(config, scores, found, simulators)
+    if config.against is not None:
+        compare(config, scores, where / "comparison.json")
+    say(f"responses and scores are in {where}")
+    return figures
+
+
+def score_results(config: Config) -> Figures:
+    """Scores the result files of `results`, writes `output`, and prints the table."""
+    assert config.results is not None
+    if config.benchmark != "bfcl":
+        raise ValueError("results are files in BFCL's layout; set --benchmark=bfcl")
+    files = bfcl_data.find_results(config.results)
+    chosen = [category for category in files if not config.categories or category in categories(config)]
+    responses, scores = {}, {}
+    for category in chosen:
+        questions = bfcl_data.load_questions(data_folder(config), category)
+        responses[category] = bfcl_data.read_results(files[category], questions)
+        scores[category] = bfcl_scores.score(_judge(config, questions, responses[category]), len(questions))
+    figures = summarize(config, scores)
+    if config.output is not None:
+        folder.write_json(config.output, bfcl_scores.as_json(scores))
+    show(config, config.results.name, scores, figures)
+    if config.official:
+        with Simulators() as simulators:
+            compare_official(config, scores, responses, simulators)
+    if config.against is not None:
+        compare(config, scores, config.output and config.output.with_suffix(".comparison.json"))
+    return figures
+
+
+def categories(config: Config) -> tuple[str, ...]:
+    """The categories to run; those of one turn where none is chosen."""
+    if config.benchmark == "bfcl":
+        return bfcl_data.select(config.categories or ("single_turn",))
+    if unknown := set(config.categories) - set(api_bank.CATEGORIES):
+        raise ValueError(f"category {min(unknown)!r} is none of API-Bank's: {', '.join(api_bank.CATEGORIES)}")
+    return config.categories or api_bank.CATEGORIES
+
+
+def data_folder(config: Config) -> Path:
+    """Where the benchmark's questions are: evaluate.benchmark_data, else --data, else what the scorer brings."""
+    if config.evaluate.benchmark_data is not None:
+        return config.evaluate.benchmark_data
+    if config.stage == "evaluate" and config.data != "generated":
+        return Path(config.data)
+    if config.benchmark == "bfcl":
+        return bfcl_setup.data()
+    raise ValueError("api_bank needs --data=DIR with level-1-api.json and level-2-api.json")
+
+
+def results_folder(config: Config, phase: str) -> Path:
+    """Where the responses of a phase and their scores are."""
+    limit = config.evaluate.benchmark_limit
+    return config.run_dir / phase / (f"{config.benchmark}_{limit}" if limit else str(config.benchmark))
+
+
+def _load(config: Config, category: str) -> Sequence[Any]:
+    module = bfcl_data if config.benchmark == "bfcl" else api_bank
+    return module.load_questions(data_folder(config), category)
+
+
+def _response_file(config: Config, phase: str, category: str) -> Path:
+    where = results_folder(config, phase)
+    if config.benchmark == "bfcl":
+        return bfcl_data.result_file(where, category, config.evaluate.layout)
+    return where / f"{category}_result.jsonl"
+
+
+def _category(config: Config, phase: str, category: str) -> Figures:
+    """The figures of one category: answered, scored and written down unless that is done."""
+    file = _response_file(config, phase, category)
+    outputs = [str(file.relative_to(config.run_dir / phase))]
+    after = [] if phase == "base" else [folder.policy_stage(phase)]
+    stage = f"{results_folder(config, phase).name}/{category}"
+    return folder.once(config, phase, stage, lambda: _answer_category(config, phase, category, file), outputs, after)
+
+
+def _answer_category(config: Config, phase: str, category: str, file: Path) -> Figures:
+    questions = _load(config, category)
+    asked = questions[: config.evaluate.benchmark_limit or None]
+    results = _responses(config, phase, category, asked)
+    write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
+    return bfcl_scores.score(_judge(config, asked, results), len(questions))._asdict()
+
+
+def _score(figures: Figures) -> Score:
+    return Score(**{name: figures[name] for name in Score._fields})
+
+
+def _read_responses(config: Config, phase: str, category: str) -> dict[str, Any]:
+    return {row["id"]: row["result"] for _, row in read_rows(_response_file(config, phase, category))}
+
+
+def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any]) -> dict[str, Verdict]:
+    """The verdicts on a category's responses; those of multi-turn are the official scorer's."""
+    if config.benchmark == "api_bank":
+        return api_bank.judge(questions, results)
+    if questions and questions[0].category in bfcl_data.MULTI_TURN:
+        with Simulators() as simulators:
+            return official_verdicts(questions, results, simulators)
+    return bfcl_scores.judge(questions, results)
+
+
+def _responses(config: Config, phase: str, category: str, questions: Sequence[Any]) -> dict[str, Any]:
+    """What the phase's policy answers to each question, by id."""
+    with progress(f"{config.benchmark} {category}", len(questions)) as advance:
+        if category in bfcl_data.MULTI_TURN:
+            answer = _answerer(config, phase)
+            with Simulators() as simulators:
+                return converse(questions, answer, simulators, advance)
+        answer = _answerer(config, phase, advance)
+        first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
+        texts = answer([(question.id, first(question)) for question in questions])
+    return {question.id: text for question, text in zip(questions, texts, strict=True)}
+
+
+def _answerer(
+    config: Config, phase: str, advance: Callable[[int], None] = lambda _: None
+) -> Callable[[Sequence[tuple[str, Sequence[dict[str, str]]]]], list[str]]:
+    """A function from (key, messages) of many conversations to the policy's responses as text.
+
+    A conversation longer than the model's context is answered by a line that says so, as on the leaderboard.
+    """
+    base, policy = folder.load_base(config), folder.load_policy(config, phase)
+    table = folder.step_table(base, "sentence")
+    temperature = bfcl_data.TEMPERATURE if config.benchmark == "bfcl" else 0.0
+    settings = dataclasses.replace(config.generate, temperature=temperature)
+    limit = base.config.max_length
+
+    def answer(conversations: Sequence[tuple[str, Sequence[dict[str, str]]]]) -> list[str]:
+        prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
+        fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
+        texts = [f"Error during inference: {len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
+        if left_out := len(prompts) - len(fitting):
+            advance(left_out)
+        responses = respond(policy, table, [prompts[i] for i in fitting], settings, limit, config.seed, advance)
+        for i, response in zip(fitting, responses, strict=True):
+            texts[i] = base.chat.tokenizer.decode(base.chat.content_ids(response))
+        return texts
+
+    return answer
+
+
+def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
+    """Accuracies by category and column with 95 % intervals, counts, and how many failed by kind of error."""
+    intervals = bfcl_scores.intervals(scores, config.seed)
+    found: Figures = {
+        "accuracy": {name: score.correct / score.total if score.total else None for name, score in scores.items()},
+        "n": {name: score.total for name, score in scores.items()},
+        "questions": {name: score.questions for name, score in scores.items()},
+        "interval": intervals.categories,
+        "errors": {name: dict(score.kinds().most_common()) for name, score in scores.items()},
+    }
+    if config.benchmark == "bfcl":
+        found |= {"columns": bfcl_scores.figures(scores), "column_interval": intervals.columns}
+    return found
+
+
+def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figures) -> None:
+    """Prints accuracies with their intervals, counts and most frequent errors; for BFCL Table 1's columns below."""
+    table = Table(title=f"{config.benchmark}, {name}: % right [95 % interval]", title_justify="left", box=None)
+    for column in ("category", "right", "n"):
+        table.add_column(column, justify="left" if column == "category" else "right", no_wrap=True)
+    for category, score in scores.items():
+        partial = f"{score.total} of {score.questions}" if score.total < score.questions else str(score.total)
+        table.add_row(category, _cell(figures["accuracy"][category], figures["interval"].get(category)), partial)
+    if config.benchmark == "bfcl":
+        table.add_section()
+        for column, value in figures["columns"].items():
+            table.add_row(column, _cell(value, figures["column_interval"].get(column)), _count(column, scores))
+    console_out.print(table)
+    for category, score in scores.items():
+        if score.failed:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in score.kinds().most_common())
+            console_out.print(f"{category}, wrong: {kinds}", soft_wrap=True)
+
+
+def _cell(value: float | None, bounds: Sequence[float] | None) -> str:
+    if value is None or bounds is None:
+        return "not run"
+    return f"{100 * value:.2f} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
+
+
+def _count(column: str, scores: Mapping[str, Score]) -> str:
+    needed = bfcl_scores.NEEDED[column]
+    missing = [category for category in needed if category not in scores]
+    if missing:
+        return f"{len(missing)} of {len(needed)} categories missing"
+    return str(sum(scores[category].total for category in needed))
+
+
+def compare_official(
+    config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
+) -> None:
+    """Prints the official scorer's figures beside ours, and names every question they disagree on."""
+    if config.benchmark != "bfcl":
+        raise ValueError("official is for bfcl")
+    table = Table(title="the official scorer beside ours", title_justify="left", box=None)
+    for column in ("category", "n", "official", "ours", "other verdict"):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    official = {}
+    for category, score in scores.items():
+        questions = _load(config, category)
+        verdicts = official_verdicts(questions, responses[category], simulators)
+        official[category] = bfcl_scores.score(verdicts, len(questions))
+        differ = sorted(official[category].failed.keys() ^ score.failed.keys())
+        names = ", ".join(differ[:5]) + (", …" if len(differ) > 5 else "") if differ else "none"
+        table.add_row(category, str(score.total), str(official[category].correct), str(score.correct), names)
+    table.add_section()
+    theirs, ours = bfcl_scores.figures(official), bfcl_scores.figures(scores)
+    for column, value in ours.items():
+        cells = ["not run" if x is None else f"{100 * x:.2f}" for x in (theirs[column], value)]
+        table.add_row(column, _count(column, scores), *cells, "")
+    console_out.print(table)
+
+
+def read_scores(path: Path) -> dict[str, Score]:
+    """The scores of a `scores.json`. ValueError for another file."""
+    try:
+        content = json.loads(path.read_text())
+        return {
+            name: Score(row["correct"], row["total"], row["total"], dict.fromkeys(row["failed"], ""))
+            for name, row in content.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no scores.json: {error!r}") from error
+
+
+def compare(config: Config, scores: Mapping[str, Score], output: Path | None) -> dict[str, Any]:
+    """Compares with the run that `against` scores, question by question; prints and keeps the differences."""
+    assert config.against is not None
+    theirs = read_scores(config.against)
+    shared = [category for category in scores if category in theirs]
+    if not shared:
+        raise ValueError(f"{config.against} has none of the categories {', '.join(scores)}")
+    found: dict[str, Any] = {}
+    for category in shared:
+        result = bfcl_scores.paired(scores[category], theirs[category])
+        ours_failed, theirs_failed = scores[category].failed, theirs[category].failed
+        only = {
+            "only_here": [name for name in theirs_failed if name not in ours_failed],
+            "only_there": [name for name in ours_failed if name not in theirs_failed],
+        }
+        found[category] = {**result._asdict(), "text": describe(result), **only}
+        console_out.print(f"{category} against {config.against}: {describe(result)}", soft_wrap=True)
+        for side, ids in only.items():
+            more = " …" if len(ids) > 8 else ""
+            console_out.print(
+                f"  right {side.replace('_', ' ')}, {len(ids)}: {' '.join(ids[:8])}{more}", soft_wrap=True
+            )
+    if output is not None:
+        folder.write_json(output, found)
+        say(f"all questions that one has right and the other wrong are in {output}")
+    return found
+
+
+def regressions(config: Config, before: str, phase: str) -> list[str]:
+    """A line for each category of the benchmark that fell from one phase to the next, and whether by chance."""
+    then, now = (read_scores(results_folder(config, name) / "scores.json") for name in (before, phase))
+    found = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
+    return [f"{category} fell by {describe(x).lstrip('-')}" for category, x in found.items() if x.difference < 0]
