@@ -79,8 +79,8 @@ def _python_value(node: ast.AST | None) -> Any:
     match node:
         case ast.Constant(value=value):
             return "..." if value is Ellipsis else value
-        case ast.UnaryOp(operand=ast.Constant(value=value)):
-            return operator.neg(value)  # whichever the operator: the leaderboard negates for `not x` too
+        case ast.UnaryOp(operand=ast.Constant(value=int() | float() | complex() as value)):
+            return -value  # whichever the operator: the leaderboard negates for `not x` too
         case ast.List():
             return [_python_value(item) for item in node.elts]
         case ast.Tuple():

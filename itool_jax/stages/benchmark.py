@@ -1,7 +1,7 @@
 """A phase's policy on a public benchmark: its questions answered, the responses scored, runs compared.
 
 In: a phase with weights, or result files that anyone made, and the benchmark's data. Out, in `<phase>/<benchmark>/`:
-the responses, for BFCL in the leaderboard's layout, a `<category>.json` when it is done, `scores.json` and `summary.json`.
+the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it is done, `scores.json`, `summary.json`.
 """
 
 import dataclasses
