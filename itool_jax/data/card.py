@@ -3,8 +3,9 @@
 In: samples by part, and the same as token ids. Out: counts, as a dictionary and as lines to print.
 """
 
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from itool_jax.data.records import Sample
@@ -12,7 +13,9 @@ from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Encoded
 
 FIRST = 5
-"""How many ids of shared questions a card lists."""
+"""How many ids of shared questions are printed; the card lists all."""
+NEAR = 0.7
+"""Share of common runs of three words (Jaccard) from which on two questions are near duplicates."""
 
 
 def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, Any]:
@@ -25,21 +28,62 @@ def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequen
 
 
 def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
-    """What of each set stands in the training part: questions, whatever their spacing and case, and tools by name."""
-    questions = {_question(sample) for sample in train} - {""}
+    """What of each set stands in the training part.
+
+    Questions count whatever their spacing and case, and near duplicates, which share most of their runs of three words
+    (`NEAR`), beside them; tools by name, whatever its case and punctuation. Ids are those of the set's samples.
+    """
+    questions = {_question(sample): sample.id for sample in train if _question(sample)}
+    near = _NearDuplicates(questions)
     tools = set().union(*map(_tools, train))
     found: dict[str, dict[str, Any]] = {}
     for name, samples in sets.items():
         known = [sample.id for sample in samples if _question(sample) in questions]
+        likely = {s.id: near.find(_question(s)) for s in samples if _question(s) not in questions}
         offered = [_tools(sample) for sample in samples]
         found[name] = {
             "samples": len(samples),
             "questions": len(known),
-            "first_questions": known[:FIRST],
+            "question_ids": known,
+            "near_questions": sum(other is not None for other in likely.values()),
+            "near_question_ids": {sample: other for sample, other in likely.items() if other is not None},
             "samples_with_tools": sum(map(bool, offered)),
             "samples_with_a_known_tool": sum(bool(names & tools) for names in offered),
+            "known_tools": sorted(set().union(*offered) & tools),
         }
     return found
+
+
+class _NearDuplicates:
+    """Finds the training question that shares at least `NEAR` of its runs of words with another one.
+
+    Two such sets share one of the rarest runs of either (prefix filtering, https://doi.org/10.1145/1242572.1242591),
+    so that only few are compared.
+    """
+
+    def __init__(self, questions: Mapping[str, str]) -> None:
+        self.questions = [(sample_id, _runs(text)) for text, sample_id in questions.items()]
+        self.places: dict[str, list[int]] = {}
+        for number, (_, runs) in enumerate(self.questions):
+            for run in runs:
+                self.places.setdefault(run, []).append(number)
+
+    def find(self, text: str) -> str | None:
+        """The id of the first training sample with a near duplicate of `text`, or None."""
+        runs = _runs(text)
+        rarest = sorted(runs, key=lambda run: len(self.places.get(run, ())))[: int((1 - NEAR) * len(runs)) + 1]
+        candidates = sorted({number for run in rarest for number in self.places.get(run, ())})
+        near = (
+            self.questions[number][0]
+            for number in candidates
+            if len(runs & self.questions[number][1]) >= NEAR * len(runs | self.questions[number][1])
+        )
+        return next(near, None)
+
+
+def _runs(text: str) -> set[str]:
+    words = re.findall(r"\w+", text)
+    return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))} if words else set()
 
 
 def lines(card: Mapping[str, Any]) -> list[str]:
@@ -56,10 +100,15 @@ def lines(card: Mapping[str, Any]) -> list[str]:
 def overlap_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What `overlap` found as text, a line a set."""
     return [
-        f"  {name} shares with train: {c['questions']} of {c['samples']} questions, a tool in "
+        f"  {name} shares with train: {c['questions']} of {c['samples']} questions{_first(c['question_ids'])}, "
+        f"{c['near_questions']} near duplicates{_first(c['near_question_ids'])}, a tool in "
         f"{c['samples_with_a_known_tool']} of the {c['samples_with_tools']} samples that list tools"
         for name, c in found.items()
     ]
+
+
+def _first(ids: Collection[str]) -> str:
+    return f" ({', '.join(list(ids)[:FIRST])}{', …' if len(ids) > FIRST else ''})" if ids else ""
 
 
 def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, int]:
@@ -89,4 +138,4 @@ def _question(sample: Sample) -> str:
 
 
 def _tools(sample: Sample) -> set[str]:
-    return {tool["function"]["name"] for tool in sample.tools}
+    return {re.sub(r"\W|_", "", tool["function"]["name"].casefold()) for tool in sample.tools}

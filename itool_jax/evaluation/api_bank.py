@@ -66,15 +66,20 @@ def check(model_output: Any, answer: Call) -> Verdict:
     return Verdict(False, "INPUT_MISMATCH") if wrong else Verdict(True, None)
 
 
+def question_file(folder: Path, category: str) -> Path:
+    """The file of a category's tests, plain or .gz. Raises ValueError where there is none."""
+    for path in (folder / f"{_FILES[category]}{ending}" for ending in ("", ".gz")):
+        if path.is_file():
+            return path
+    raise ValueError(f"{folder} holds no {_FILES[category]}, plain or .gz")
+
+
 def load_questions(folder: Path, category: str) -> list[Question]:
     """The tests of a category from a folder with `level-1-api.json` and `level-2-api.json`, plain or .gz.
 
     Raises ValueError, naming file and row, for a missing file and for a row of another form.
     """
-    paths = [folder / f"{_FILES[category]}{ending}" for ending in ("", ".gz")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} holds no {_FILES[category]}, plain or .gz")
+    path = question_file(folder, category)
     found = []
     for number, row in read_rows(path):
         try:

@@ -94,9 +94,14 @@ def select(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(category for category in CATEGORIES if category in chosen)
 
 
+def question_file(folder: Path, category: str) -> Path:
+    """The file of a category's questions, plain or .gz. Raises ValueError where there is none."""
+    return _find(folder, "questions", category)
+
+
 def load_questions(folder: Path, category: str) -> list[Question]:
     """The questions of a category, in the order of the file. Raises ValueError, naming file and row, for wrong ones."""
-    file = _find(folder, "questions", category)
+    file = question_file(folder, category)
     answers = {}
     if "relevance" not in category:
         answer_file = _find(folder, "possible_answer", category)

@@ -5,10 +5,11 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 
@@ -18,21 +19,18 @@ from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
-from itool_jax.evaluation.statistics import describe
+from itool_jax.evaluation.statistics import PairedDifference, describe
 from itool_jax.metrics import console_out, progress, say
 from itool_jax.sampler import respond
 from itool_jax.stages import folder
 
 Figures = dict[str, Any]
+Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
+"""(key, messages) of each."""
+_Answer = Callable[..., list[str]]
 
-
-class _Asked(NamedTuple):
-    """What there is to answer in a category, and how."""
-
-    questions: Sequence[Any]
-    """Of the benchmark's own form, each with an id."""
-    file: Path
-    """Where the responses go."""
+UNFIT = "Error during inference: "
+"""How the leaderboard's result files begin where a model gave no answer."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -50,7 +48,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def evaluate(config: Config, phase: str) -> Figures:
     """Answers and scores what is not done yet of the chosen categories; prints the table and returns the figures."""
-    scores = {category: _score(_category(config, phase, category)) for category in categories(config)}
+    answer = functools.cache(functools.partial(_answerer, config, phase))  # the model is loaded when it is first needed
+    scores = {category: _score(_category(config, phase, category, answer)) for category in categories(config)}
     figures = summarize(config, scores)
     where = results_folder(config, phase)
     folder.write_json(where / "scores.json", bfcl_scores.as_json(scores))
@@ -110,6 +109,13 @@ def data_folder(config: Config) -> Path:
     raise ValueError("api_bank needs --data=DIR with level-1-api.json and level-2-api.json")
 
 
+def question_files(config: Config) -> list[str]:
+    """The files of the questions that a run is to be evaluated on, to be looked for in its training data."""
+    if config.benchmark is None:
+        return []
+    return sorted({str(_module(config).question_file(data_folder(config), name)) for name in categories(config)})
+
+
 def results_folder(config: Config, phase: str) -> Path:
     """Where the responses of a phase and their scores are."""
     limit = config.evaluate.benchmark_limit
@@ -117,8 +123,11 @@ def results_folder(config: Config, phase: str) -> Path:
 
 
 def _load(config: Config, category: str) -> Sequence[Any]:
-    module = bfcl_data if config.benchmark == "bfcl" else api_bank
-    return module.load_questions(data_folder(config), category)
+    return _module(config).load_questions(data_folder(config), category)
+
+
+def _module(config: Config) -> Any:
+    return bfcl_data if config.benchmark == "bfcl" else api_bank
 
 
 def _response_file(config: Config, phase: str, category: str) -> Path:
@@ -128,19 +137,19 @@ def _response_file(config: Config, phase: str, category: str) -> Path:
     return where / f"{category}_result.jsonl"
 
 
-def _category(config: Config, phase: str, category: str) -> Figures:
+def _category(config: Config, phase: str, category: str, answer: Callable[[], _Answer]) -> Figures:
     """The figures of one category: answered, scored and written down unless that is done."""
     file = _response_file(config, phase, category)
     outputs = [str(file.relative_to(config.run_dir / phase))]
     after = [] if phase == "base" else [folder.policy_stage(phase)]
     stage = f"{results_folder(config, phase).name}/{category}"
-    return folder.once(config, phase, stage, lambda: _answer_category(config, phase, category, file), outputs, after)
+    return folder.once(config, phase, stage, lambda: _answer_category(config, category, answer(), file), outputs, after)
 
 
-def _answer_category(config: Config, phase: str, category: str, file: Path) -> Figures:
+def _answer_category(config: Config, category: str, answer: _Answer, file: Path) -> Figures:
     questions = _load(config, category)
     asked = questions[: config.evaluate.benchmark_limit or None]
-    results = _responses(config, phase, category, asked)
+    results = _responses(config, category, asked, answer)
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
     return bfcl_scores.score(_judge(config, asked, results), len(questions))._asdict()
 
@@ -163,22 +172,22 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     return bfcl_scores.judge(questions, results)
 
 
-def _responses(config: Config, phase: str, category: str, questions: Sequence[Any]) -> dict[str, Any]:
-    """What the phase's policy answers to each question, by id."""
+def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer) -> dict[str, Any]:
+    """What the policy answers to each question, by id."""
     with progress(f"{config.benchmark} {category}", len(questions)) as advance:
         if category in bfcl_data.MULTI_TURN:
-            answer = _answerer(config, phase)
             with Simulators() as simulators:
                 return converse(questions, answer, simulators, advance)
-        answer = _answerer(config, phase, advance)
         first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
-        texts = answer([(question.id, first(question)) for question in questions])
+        texts = answer([(question.id, first(question)) for question in questions], advance)
+    if unfit := sum(text.startswith(UNFIT) for text in texts):
+        say(
+            f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context and were answered by a line saying so"
+        )
     return {question.id: text for question, text in zip(questions, texts, strict=True)}
 
 
-def _answerer(
-    config: Config, phase: str, advance: Callable[[int], None] = lambda _: None
-) -> Callable[[Sequence[tuple[str, Sequence[dict[str, str]]]]], list[str]]:
+def _answerer(config: Config, phase: str) -> _Answer:
     """A function from (key, messages) of many conversations to the policy's responses as text.
 
     A conversation longer than the model's context is answered by a line that says so, as on the leaderboard.
@@ -189,10 +198,10 @@ def _answerer(
     settings = dataclasses.replace(config.generate, temperature=temperature)
     limit = base.config.max_length
 
-    def answer(conversations: Sequence[tuple[str, Sequence[dict[str, str]]]]) -> list[str]:
+    def answer(conversations: Conversations, advance: Callable[[int], None] = lambda _: None) -> list[str]:
         prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
         fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
-        texts = [f"Error during inference: {len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
+        texts = [f"{UNFIT}{len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
         if left_out := len(prompts) - len(fitting):
             advance(left_out)
         responses = respond(policy, table, [prompts[i] for i in fitting], settings, limit, config.seed, advance)
@@ -320,4 +329,15 @@ def regressions(config: Config, before: str, phase: str) -> list[str]:
     """A line for each category of the benchmark that fell from one phase to the next, and whether by chance."""
     then, now = (read_scores(results_folder(config, name) / "scores.json") for name in (before, phase))
     found = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
-    return [f"{category} fell by {describe(x).lstrip('-')}" for category, x in found.items() if x.difference < 0]
+    return fallen(found)
+
+
+def fallen(found: Mapping[str, PairedDifference]) -> list[str]:
+    """A line for each category with fewer right answers than before, and whether that may be chance."""
+    lines = []
+    for category, x in found.items():
+        if x.difference < 0:
+            doubt = "significant" if x.significant else "not significant"
+            points = f"{100 * x.difference:+.1f} ± {100 * x.standard_error:.1f} points"
+            lines.append(f"{category} {points} (n={x.n}, p={x.p_value:.4f}, {doubt})")
+    return lines

@@ -12,7 +12,7 @@ from typing import Any
 from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, write_jsonl
-from itool_jax.evaluation.statistics import standard_error
+from itool_jax.evaluation.statistics import PairedDifference, paired_difference, standard_error
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
@@ -48,6 +48,17 @@ def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Whether each evaluated sample is right, by id."""
     rows = folder.read_table(results_file(config, phase), ["id", "correct"])
     return {row["id"]: row["correct"] for row in rows}
+
+
+def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDifference]:
+    """Each category of one phase against another's, sample by sample."""
+    marks = read_results(config, before)
+    rows = folder.read_table(results_file(config, phase), ["id", "correct", "categories"])
+    found = {}
+    for name in CATEGORIES[1:]:
+        chosen = [row for row in rows if name in row["categories"]]
+        found[name] = paired_difference([row["correct"] for row in chosen], [marks[row["id"]] for row in chosen])
+    return found
 
 
 def _evaluate(config: Config, phase: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> N
     path = config.run_dir / SOURCES
     if not path.exists():
         return
-    then, now = _read_json(path), fingerprints(config, names)
+    then, now = read_json(path), fingerprints(config, names)
     for name in now:
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
@@ -245,13 +245,14 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     path = done_file(config, phase, stage)
     if not path.exists():
         return None
-    figures = _read_json(path)
+    figures = read_json(path)
     if missing := [key for key in ("seconds", "outputs") if key not in figures]:
         raise ValueError(f"{path} is damaged (it holds no {missing[0]}); delete it to run the stage again")
     return figures
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the run; ValueError where it is damaged."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not text

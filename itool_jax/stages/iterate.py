@@ -12,7 +12,7 @@ from rich.table import Table
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
 from itool_jax.metrics import console_out, say
-from itool_jax.stages import dpo, evaluate, folder, score, search, warmup
+from itool_jax.stages import benchmark, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 
@@ -23,17 +23,24 @@ def run(config: Config) -> dict[str, Any]:
         training.n_micro()  # sizes that do not go together are met now, not hours later
     evaluate.evaluate(config, "base")
     warmup.run(config)
-    evaluate.evaluate(config, "warmup")
+    _evaluate(config, "warmup")
     for iteration in range(1, config.iterations + 1):
         now = dataclasses.replace(config, iteration=iteration)
         score.run(now)
         search.run(now)
         dpo.run(now)
-        evaluate.evaluate(now, folder.phase_name(iteration))
+        _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
     folder.write_json(config.run_dir / "summary.json", summary)
     show(config, summary)
     return summary
+
+
+def _evaluate(config: Config, phase: str) -> None:
+    """On the held-out part, and on the benchmark where there is one."""
+    evaluate.evaluate(config, phase)
+    if config.benchmark is not None:
+        benchmark.evaluate(config, phase)
 
 
 def phases(config: Config) -> list[str]:
@@ -64,7 +71,17 @@ def summarize(config: Config) -> dict[str, Any]:
         "phases": found,
         "search": searches,
         "comparisons": _comparisons(config),
+        "benchmark": _benchmark(config),
     }
+
+
+def _benchmark(config: Config) -> dict[str, Any] | None:
+    """The benchmark's figures by phase; null without one."""
+    if config.benchmark is None:
+        return None
+    trained = phases(config)[1:]
+    read = {phase: folder.read_json(benchmark.results_folder(config, phase) / "summary.json") for phase in trained}
+    return {"name": config.benchmark, "phases": read}
 
 
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
@@ -88,7 +105,10 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     for phase, before in pairs:
         a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
         result = paired_difference([a[i] for i in a], [b[i] for i in a])
-        row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result)}
+        lower = benchmark.fallen(evaluate.by_category(config, phase, before))
+        if config.benchmark is not None and before != "base":
+            lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
+        row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}
         found.append(row)
     return found
 
@@ -116,4 +136,6 @@ def show(config: Config, summary: dict[str, Any]) -> None:
         )
     for row in summary["comparisons"]:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
+        for line in row["regressions"]:
+            console_out.print(f"  lower: {line}", soft_wrap=True)
     say(f"everything is in {config.run_dir}")

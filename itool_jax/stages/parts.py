@@ -7,6 +7,7 @@ the run, or is left out like a wrong row.
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import replay
@@ -15,7 +16,7 @@ from itool_jax.data import generated, sources
 from itool_jax.data.card import describe, lines, overlap, overlap_lines
 from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write_jsonl
 from itool_jax.metrics import say
-from itool_jax.stages import folder
+from itool_jax.stages import benchmark, folder
 from itool_jax.text.chat import Encoded, encode_sample
 
 CARD = "data/card.json"
@@ -44,9 +45,10 @@ def samples(config: Config, part: str) -> list[Sample]:
 
 
 def look_for_benchmarks(config: Config) -> None:
-    """Adds to the data card what of `evaluate.benchmarks` stands among the training samples, where it does not say."""
-    known = _read_card(config)["benchmarks"] if config.evaluate.benchmarks else ()
-    new = {name: sources.load_questions(name) for name in config.evaluate.benchmarks if name not in known}
+    """Adds to the data card what of the benchmarks stands among the training samples, where it does not say yet."""
+    names = [*config.evaluate.benchmarks, *benchmark.question_files(config)]
+    known = _read_card(config)["benchmarks"] if names else ()
+    new = {name: sources.load_questions(Path(name)) for name in names if name not in known}
     if new:
         found = overlap(samples(config, "train"), new)
         card = _read_card(config)
