@@ -182,7 +182,7 @@ def _responses(config: Config, category: str, questions: Sequence[Any], answer: 
         texts = answer([(question.id, first(question)) for question in questions], advance)
     if unfit := sum(text.startswith(UNFIT) for text in texts):
         say(
-            f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context and were answered by a line saying so"
+            f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context; a line saying so answers them"
         )
     return {question.id: text for question, text in zip(questions, texts, strict=True)}
 
