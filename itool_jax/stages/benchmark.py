@@ -90,9 +90,12 @@ def score_results(config: Config) -> Figures:
 
 
 def categories(config: Config) -> tuple[str, ...]:
-    """The categories to run; those of one turn where none is chosen."""
+    """The categories to run; BFCL's of one turn where none is chosen. Raises ValueError for what cannot be run here."""
     if config.benchmark == "bfcl":
-        return bfcl_data.select(config.categories or ("single_turn",))
+        chosen = bfcl_data.select(config.categories or ("single_turn",))
+        if set(chosen) & set(bfcl_data.MULTI_TURN):
+            bfcl_setup.python()
+        return chosen
     if unknown := set(config.categories) - set(api_bank.CATEGORIES):
         raise ValueError(f"category {min(unknown)!r} is none of API-Bank's: {', '.join(api_bank.CATEGORIES)}")
     return config.categories or api_bank.CATEGORIES
