@@ -59,7 +59,8 @@ def check(
     `functions` and `possible_answer` are the question's `function` and `ground_truth` entries; categories go by their
     names in v3 or v4 (`simple`, `simple_python`, `live_parallel`, …). `underscore_to_dot` says that the model was
     shown `_` for every dot in a function's name. No text raises, and a value that is no text counts as unreadable.
-    Raises ValueError for an unknown category, and where the possible answers are missing or name no such function.
+    Raises ValueError for an unknown category or parameter type, and where the possible answers are missing or name no
+    such function.
     """
     language = language_of(category)
     try:
@@ -167,6 +168,8 @@ class _Checker(NamedTuple):
     def argument(self, value: Any, schema: Mapping[str, Any], allowed: Sequence[Any]) -> None:
         """One argument against its documentation and its allowed values; "" among them only says it may be left out."""
         kind, types = schema["type"], _TYPES[self.language]
+        if kind not in types:
+            raise ValueError(f"{self.language} has no parameters of type {kind!r}, only {', '.join(types)}")
         item_kind = schema["items"]["type"] if types[kind] is list and "items" in schema else None
         if self.language in _CONVERTERS:
             _require(isinstance(value, str), _TEXT_ERRORS.get(self.language, ""))
