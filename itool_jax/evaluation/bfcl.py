@@ -49,15 +49,15 @@ class _WrongError(Exception):
 def check(
     functions: Sequence[Function],
     model_output: Any,
-    possible_answer: Sequence[Answer],
+    possible_answer: Sequence[Answer] | None,
     category: str,
     *,
     underscore_to_dot: bool = False,
 ) -> Verdict:
     """The verdict on `model_output`, the raw text of a response to a question of `category`.
 
-    `functions` and `possible_answer` are the question's `function` and `ground_truth` entries; categories go by their
-    names in v3 or v4 (`simple`, `simple_python`, `live_parallel`, …). `underscore_to_dot` says that the model was
+    `functions` and `possible_answer` are the question's `function` and `ground_truth` entries, of which relevance and
+    irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`, …). `underscore_to_dot` says that the model was
     shown `_` for every dot in a function's name. No text raises, and a value that is no text counts as unreadable.
     Raises ValueError for an unknown category or parameter type, and where the possible answers are missing or name no
     such function.
@@ -107,7 +107,7 @@ def _require(condition: bool, error_type: str) -> None:
         raise _WrongError(error_type)
 
 
-def _answers(functions: Sequence[Function], possible_answer: Sequence[Answer]) -> list[tuple[Function, Answer]]:
+def _answers(functions: Sequence[Function], possible_answer: Sequence[Answer] | None) -> list[tuple[Function, Answer]]:
     """The documentation and the allowed values by parameter of each expected call."""
     if not possible_answer:
         raise ValueError("a question that wants calls needs possible answers, got none")

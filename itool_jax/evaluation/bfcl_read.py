@@ -24,8 +24,9 @@ from itool_jax.text.calls import Call
 
 Language = Literal["Python", "Java", "JavaScript"]
 
-MAX_CHARACTERS = 100_000
-"""A longer response is unreadable: a model's longest answer is a tenth of that."""
+MAX_CHARACTERS: dict[Language, int] = {"Python": 100_000, "Java": 4_000, "JavaScript": 4_000}
+"""A longer response is unreadable. Tree-sitter takes quadratic time and memory, 1 s and 400 MB at worst for 4,000
+characters; the longest right answers in Java and JavaScript have a tenth of these."""
 MAX_COMPUTED = 10_000
 """Bits or items that arithmetic in a value may come to, as in `2 ** 10` and `"ab" * 3`."""
 
@@ -43,8 +44,8 @@ def read_response(text: Any, language: Language) -> list[Call] | None:
     """
     if not isinstance(text, str):
         raise UnreadableError(f"a response is text, got {type(text).__name__}")
-    if len(text) > MAX_CHARACTERS:
-        raise UnreadableError(f"{len(text)} characters, more than {MAX_CHARACTERS}")
+    if len(text) > MAX_CHARACTERS[language]:
+        raise UnreadableError(f"{len(text)} characters, more than {MAX_CHARACTERS[language]}")
     text = text.strip("`\n ")
     text = text if text.startswith("[") else "[" + text
     text = text if text.endswith("]") else text + "]"

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from itool_jax.evaluation import bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
@@ -40,7 +40,7 @@ class Simulators:
         self._child: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="itool_bfcl_")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Simulators":
         return self
 
     def __exit__(self, *_: object) -> None:

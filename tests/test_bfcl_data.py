@@ -1,0 +1,205 @@
+"""BFCL's files, prompts and scores: the leaderboard's layouts and averages, and one clear line for wrong files."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itool_jax.evaluation import bfcl_data, bfcl_scores
+from itool_jax.evaluation.bfcl_data import CATEGORIES, MULTI_TURN, SINGLE_TURN, Question
+from itool_jax.evaluation.bfcl_scores import Score
+from tests.conftest import shared_path
+
+TOOL = {
+    "name": "f",
+    "description": "Does it.",
+    "parameters": {
+        "type": "dict",
+        "properties": {
+            "a": {"type": "ArrayList", "description": "A.", "items": {"type": "long"}},
+            "b": {"type": "any", "description": "B."},
+        },
+        "required": [],
+    },
+}
+
+
+def question(category: str, *messages: dict[str, str], functions: Any = (TOOL,)) -> Question:
+    return Question(f"{category}_0", category, [list(messages)], list(functions), [], {})
+
+
+def write_data(folder: Path, category: str, n: int = 2, *, zipped: bool = False, answers: int | None = None) -> Path:
+    """A data folder with one category's questions and answers."""
+    rows = [
+        {"id": f"{category}_{i}", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL]}
+        for i in range(n)
+    ]
+    truth = [
+        {"id": f"{category}_{i}", "ground_truth": [{"f": {"b": ["x"]}}]}
+        for i in range(n if answers is None else answers)
+    ]
+    for part, content in (("questions", rows), ("possible_answer", truth)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in content).encode()
+        name = folder / part / f"BFCL_v3_{category}.json"
+        if zipped:
+            name.with_name(name.name + ".gz").write_bytes(gzip.compress(text))
+        else:
+            name.write_bytes(text)
+    return folder
+
+
+def test_categories_by_name_and_group() -> None:
+    assert len(SINGLE_TURN) == 13
+    assert len(MULTI_TURN) == 4
+    assert bfcl_data.select(["multi_turn", "simple_python", "java"]) == ("simple", "java", *MULTI_TURN)
+    assert bfcl_data.select(["all"]) == CATEGORIES
+    with pytest.raises(ValueError, match="category 'simpel' is none of BFCL's: all, single_turn"):
+        bfcl_data.select(["simpel"])
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_questions_are_read_plain_and_gzipped(tmp_path: Path, zipped: bool) -> None:
+    found = bfcl_data.load_questions(write_data(tmp_path, "simple", zipped=zipped), "simple")
+    assert [(q.id, q.answer) for q in found] == [(f"simple_{i}", [{"f": {"b": ["x"]}}]) for i in range(2)]
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no BFCL_v3_java\.json, plain or \.gz"):
+        bfcl_data.load_questions(tmp_path, "java")
+    write_data(tmp_path, "simple", answers=1)
+    with pytest.raises(ValueError, match=r"BFCL_v3_simple\.json row 2: no possible answer to simple_1"):
+        bfcl_data.load_questions(tmp_path, "simple")
+    (tmp_path / "questions/BFCL_v3_simple.json").write_text('{"id": "simple_0"}\n')
+    with pytest.raises(ValueError, match=r'BFCL_v3_simple\.json row 1: no "question"'):
+        bfcl_data.load_questions(tmp_path, "simple")
+
+
+def test_the_system_prompt_comes_first_and_keeps_a_prompt_of_the_question() -> None:
+    user, system = {"role": "user", "content": "q"}, {"role": "system", "content": "Be brief."}
+    alone = bfcl_data.first_messages(question("simple", user))
+    both = bfcl_data.first_messages(question("simple", system, user))
+    assert alone[1:] == both[1:] == [user]
+    assert alone[0]["content"].startswith("You are an expert in composing functions.")
+    assert (
+        "[{'name': 'f', 'description': 'Does it. Note that the provided function is in Python 3 syntax.'"
+        in (alone[0]["content"])
+    )
+    assert both[0]["content"] == alone[0]["content"] + "\n\nBe brief."
+
+
+def test_other_languages_types_move_into_the_descriptions() -> None:
+    shown = bfcl_data.shown_functions([TOOL], "java")[0]
+    assert shown["description"] == "Does it. Note that the provided function is in Java 8 SDK syntax."
+    assert shown["parameters"]["properties"] == {
+        "a": {
+            "type": "string",
+            "description": "A. This is Java ArrayList type parameter in string representation. The list elements are "
+            "of type long; they are not in string representation.",
+        },
+        "b": {
+            "type": "string",
+            "description": "B. This parameter can be of any type of Java object in string representation.",
+        },
+    }
+    assert TOOL["parameters"]["properties"]["a"]["type"] == "ArrayList"  # the question itself stays
+    inner = {"type": "dict", "description": "D.", "properties": {"k": {"type": "String"}}}
+    function = {"name": "g", "description": "", "parameters": {"properties": {"d": inner}}}
+    shown = bfcl_data.shown_functions([function], "javascript")[0]["parameters"]["properties"]["d"]
+    assert shown["description"].endswith('representation. {"k": {"type": "String"}}')
+    assert "properties" not in shown
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("v3", "BFCL_v3_java_result.json"), ("v4", "non_live/BFCL_v4_simple_java_result.json")],
+)
+def test_result_files_are_found_where_they_are_written(tmp_path: Path, version: Any, name: str) -> None:
+    path = bfcl_data.result_file(tmp_path, "java", version)
+    assert path == tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"id": "java_0", "result": "x"}\n')
+    assert bfcl_data.find_results(tmp_path) == {"java": path}
+    assert bfcl_data.read_results(path, [question("java")]) == {"java_0": "x"}
+
+
+def test_wrong_result_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no BFCL_v3_<category>_result\.json"):
+        bfcl_data.find_results(tmp_path)
+    path = tmp_path / "BFCL_v3_simple_result.json"
+    asked = [question("simple")]
+    for row, reason in (
+        ({"id": "simple_9", "result": ""}, "'simple_9' is none of the category's questions"),
+        ({"result": ""}, 'no "id"'),
+        ({"id": "simple_0"}, 'no "result"'),
+    ):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=f"row 1: {reason}"):
+            bfcl_data.read_results(path, asked)
+    path.write_text('{"id": "simple_0", "result": ""}\n' * 2)
+    with pytest.raises(ValueError, match="row 2: 'simple_0' is given twice"):
+        bfcl_data.read_results(path, asked)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / path.name).write_text("")
+    with pytest.raises(ValueError, match="are both of simple"):
+        bfcl_data.find_results(tmp_path)
+
+
+def scores(**changes: Score) -> dict[str, Score]:
+    """Every category: the n-th has n right of 20."""
+    return {name: Score(n, 20, 20, {}) for n, name in enumerate(CATEGORIES)} | changes
+
+
+def test_columns_by_hand() -> None:
+    # non-live: mean of mean(0, 1, 2), 3, 4, 5, 6; live: mean of 7 … 12; multi-turn: mean of 13 … 16; all of 20.
+    columns = bfcl_scores.figures(scores())
+    expected = {"non-live": 3.8, "live": 9.5, "multi-turn": 14.5, "relevance": 12, "irrelevance": 8.5}
+    expected["overall"] = (3.8 + 9.5 + 14.5) / 3
+    assert columns == {name: pytest.approx(value / 20) for name, value in expected.items()}
+    # Live goes by the number of questions.
+    weighted = bfcl_scores.figures(scores(live_simple=Score(100, 100, 100, {})))
+    assert weighted["live"] == pytest.approx((100 + 8 + 9 + 10 + 11 + 12) / 200)
+
+
+def test_a_category_not_run_or_in_part_withholds_overall() -> None:
+    without = {name: score for name, score in scores().items() if name != "java"}
+    assert {name for name, value in bfcl_scores.figures(without).items() if value is None} == {"non-live", "overall"}
+    partial = bfcl_scores.figures(scores(java=Score(1, 20, 21, {})))
+    assert {name for name, value in partial.items() if value is None} == {"overall"}
+    assert set(bfcl_scores.figures({}).values()) == {None}
+
+
+def test_intervals_hold_their_figures_and_shrink() -> None:
+    figures = bfcl_scores.figures(scores())
+    wide = bfcl_scores.intervals(scores())
+    narrow = bfcl_scores.intervals({n: Score(s.correct * 25, 500, 500, {}) for n, s in scores().items()})
+    assert wide.columns.keys() == figures.keys()
+    for name, (low, high) in wide.columns.items():
+        value = figures[name]
+        assert value is not None
+        assert low < value < high
+        assert narrow.columns[name][1] - narrow.columns[name][0] < (high - low) / 2
+    assert wide.categories["simple"] == (0.0, 0.0)
+    # Ten of twenty: about ± 1.96 · sqrt(1/4/20), on a grid of twentieths.
+    assert wide.categories["live_parallel_multiple"] == pytest.approx((0.3, 0.7), abs=0.051)
+
+
+def test_two_runs_are_compared_question_by_question() -> None:
+    now, then = Score(8, 10, 10, {"a": "x", "b": "y"}), Score(7, 10, 10, {"b": "", "c": "", "d": ""})
+    found = bfcl_scores.paired(now, then)
+    assert (found.n, found.wins, found.losses, found.difference) == (10, 2, 1, pytest.approx(0.1))
+    with pytest.raises(ValueError, match="10 questions cannot be compared with 9"):
+        bfcl_scores.paired(now, Score(9, 9, 9, {}))
+
+
+def test_published_questions_are_all_there() -> None:
+    data = shared_path("data/bfcl_v3")
+    counts = {name: len(bfcl_data.load_questions(data, name)) for name in CATEGORIES}
+    assert sum(counts[name] for name in bfcl_data.LIVE) == 2251
+    assert sum(counts[name] for name in bfcl_data.NON_LIVE) == 1390
+    assert [counts[name] for name in MULTI_TURN] == [200] * 4
+    for name in SINGLE_TURN:
+        for asked in bfcl_data.load_questions(data, name):
+            assert bfcl_data.first_messages(asked)[0]["role"] == "system"
