@@ -153,8 +153,11 @@ def _confine() -> None:
 
 def main() -> None:
     """Serves commands until stdin ends."""
+    # What is executed may print, and exit() closes stdin: it gets others.
+    commands = os.fdopen(os.dup(sys.stdin.fileno()))
     replies = io.TextIOWrapper(os.fdopen(os.dup(sys.stdout.fileno()), "wb"), line_buffering=True)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the official code prints
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     sys.modules["bfcl_eval.constants.model_config"] = SimpleNamespace(MODEL_CONFIG_MAPPING=_AnyModel())  # type: ignore
     for name in ("eval_checker.eval_runner", "model_handler.utils", "constants.category_mapping"):
         _module(name)
@@ -162,7 +165,7 @@ def main() -> None:
         importlib.import_module(path)
     signal.signal(signal.SIGALRM, _time_up)
     _confine()
-    for line in sys.stdin:
+    for line in commands:
         replies.write(json.dumps(answer(line)) + "\n")
 
 
