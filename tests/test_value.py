@@ -99,6 +99,34 @@ def test_many_repeated_calls_take_little_time() -> None:
     assert time.perf_counter() - start < 5.0
 
 
+@pytest.mark.parametrize(
+    ("response", "grade"),
+    [
+        ("[f(a=1, b=2), g()]", 1.0),
+        ("[g(), f(b=2, a=1)]", 1.0),
+        # J(names) + J(names of f's parameters) + 1 equal value + J of none, of 1 + 3 + 1.
+        ("[f(a=1, b=3), g()]", 0.9 * (1 + (1 + 1) + 1) / 5),
+        ("[f(a=1), g()]", 0.9 * (1 + (1 / 2 + 1) + 1) / 5),
+        ("[f(a=1, b=2)]", 0.9 * (1 / 2 + (1 + 2)) / 5),
+        ("[f(a=1, b=2), g(), g()]", 0.9 * (2 / 3 + (1 + 2) + 1) / 5),
+        # Of two calls of one name, the better match counts.
+        ("[f(a=3, b=4), f(a=1, b=2)]", 0.9 * (1 / 3 + (1 + 2)) / 5),
+        ("[h(a=1)]", 0.0),
+        ("[f(a=1, b=2), g()", 0.0),
+        ("I cannot.", 0.0),
+    ],
+)
+def test_graded_outcome_by_hand(response: str, grade: float) -> None:
+    found = outcome("[f(a=1, b=2), g()]", response, finished=True, grading="graded")
+    assert found == pytest.approx(2 * grade - 1)
+    assert outcome("[f(a=1, b=2), g()]", response, finished=False, grading="graded") == -1.0
+
+
+def test_text_and_calls_that_disagree_get_no_grade() -> None:
+    assert outcome("I cannot.", "[f()]", finished=True, grading="graded") == -1.0
+    assert outcome("I cannot.", "Sorry.", finished=True, grading="graded") == 1.0
+
+
 def test_confidence() -> None:
     assert float(confidence(jnp.float32(3), jnp.float32(1))) == pytest.approx(0.880797, abs=1e-6)
     correct_BW, incorrect_B1 = jnp.array([[0.0, 3.0], [1e4, -1e4]]), jnp.array([[0.0], [0.0]])

@@ -57,10 +57,10 @@ def check(
     """The verdict on `model_output`, the raw text of a response to a question of `category`.
 
     `functions` and `possible_answer` are the question's `function` and `ground_truth` entries, of which relevance and
-    irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`, …). `underscore_to_dot` says that the model was
-    shown `_` for every dot in a function's name. No text raises, and a value that is no text counts as unreadable.
-    Raises ValueError for an unknown category or parameter type, and where the possible answers are missing or name no
-    such function.
+    irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`).
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. No text raises, and a
+    value that is no text counts as unreadable. Raises ValueError for an unknown category or parameter type, and where
+    the possible answers are missing or name no such function.
     """
     language = language_of(category)
     try:

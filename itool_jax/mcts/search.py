@@ -8,7 +8,7 @@ keeps their tokens and decides which states need the model.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class SearchSettings:
     """Longest step, in tokens."""
     last_step_limit: int = 512
     """Longest last step, in tokens."""
+    outcome: Literal["binary", "graded"] = "binary"
+    """O of a whole response: right or wrong, +1 or -1, or graded between them by how much of the calls is right."""
     inject_gold: bool = True
     """Whether the gold's next step joins the candidates where the response so far is the gold's."""
     batch: int = 64

@@ -5,16 +5,20 @@ Out: O, one number a response, and C, one number a state.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, same_calls, value_key
 from itool_jax.text.chat import Scale
 from itool_jax.types import AnyArray
+
+Grading = Literal["binary", "graded"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +36,54 @@ class SelfEvaluationSettings:
         return "AB" if self.scale == "binary" else "ABCD"
 
 
-def outcome(gold: str, response: str, *, finished: bool, tools: Sequence[Mapping[str, Any]] = ()) -> float:
+def outcome(
+    gold: str,
+    response: str,
+    *,
+    finished: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+    grading: Grading = "binary",
+) -> float:
     """O of eq 6 for a terminal state: +1.0 where `response` agrees with `gold`, else -1.0.
 
     Calls agree where they are equal as multisets of typed calls. Gold that is no call list is text: then a response
     is right when it attempts no call list, or is the gold itself. A response that ran into the length limit
     (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out counts as given with
     its default.
+
+    `graded` tells near misses apart: between them a response whose calls are read, but not right, has 2 g - 1, where
+    g = 0.9 [J(names) + Σ over matched calls (J(parameter names) + equal values)] / [1 + Σ over gold calls (1 +
+    parameters)], J is the Jaccard index of multisets, and calls of one name are matched for the largest g.
     """
-    return 1.0 if finished and _is_right(gold, response, tools) else -1.0
+    if not finished:
+        return -1.0
+    if _is_right(gold, response, tools):
+        return 1.0
+    gold_calls, calls = read_calls(gold), read_calls(response)
+    if grading == "binary" or gold_calls is None or calls is None:
+        return -1.0
+    defaults = _optional_defaults(tools)
+    return 2 * _similarity(*([_without_defaults(call, defaults) for call in side] for side in (gold_calls, calls))) - 1
+
+
+def _similarity(gold: Sequence[Call], calls: Sequence[Call]) -> float:
+    """The g of `outcome`, from 0 to 0.9."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and few runs grade
+
+    names, gold_names = (Counter(call.name for call in side) for side in (calls, gold))
+    shared = (names & gold_names).total() / (names | gold_names).total()
+    gains_GC = np.array([[_common(want, call) for call in calls] for want in gold])
+    matched = gains_GC[linear_sum_assignment(gains_GC, maximize=True)].sum()
+    return 0.9 * float(shared + matched) / (1 + sum(1 + len(call.arguments) for call in gold))
+
+
+def _common(want: Call, call: Call) -> float:
+    """What two calls share: the Jaccard index of their parameters' names, 1 where there are none, and equal values."""
+    if want.name != call.name:
+        return 0.0
+    shared, either = want.arguments.keys() & call.arguments.keys(), want.arguments.keys() | call.arguments.keys()
+    equal = sum(value_key(want.arguments[name]) == value_key(call.arguments[name]) for name in shared)
+    return equal + (len(shared) / len(either) if either else 1.0)
 
 
 def confidence(

@@ -224,7 +224,8 @@ class Searcher:
         """Outcome of a whole response against the gold (O of eq 6)."""
         sample = self.batch[problem].sample
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
-        return outcome(sample.target, text, finished=finished, tools=sample.tools)
+        grading = self.settings.outcome
+        return outcome(sample.target, text, finished=finished, tools=sample.tools, grading=grading)
 
     def _seated(self, contexts: "_Contexts", problems: list[int]) -> tuple[Prefix, "_Seats"]:
         """The caches that a call about these problems reads, and where in them each has its place.
