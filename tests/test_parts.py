@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from itool_jax.config import Config
+from itool_jax.data import card
 from itool_jax.data.card import describe, lines, overlap
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import Sample
@@ -66,7 +68,10 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     write(tmp_path / "d.jsonl", make_samples(60))
     bfcl = write(tmp_path / "bfcl.jsonl", [{"id": f"q{i}", "question": [[USER]]} for i in range(3)])
     assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={bfcl}") == 0
-    assert f"{bfcl} shares with train: 0 of 3 questions, a tool in 0 of the 0 samples" in capsys.readouterr().err
+    assert (
+        f"{bfcl} shares with train: 0 of 3 questions, 0 near duplicates, a tool in 0 of the 0 samples"
+        in capsys.readouterr().err
+    )
     # Another benchmark, and the same run, which is done: it is looked for all the same.
     trained = read(tmp_path / "run/data/train.jsonl")
     asked = [{"id": f"b{i}", "question": [row["messages"][-1:]]} for i, row in enumerate(trained[:7])]
@@ -75,13 +80,14 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     more = write(tmp_path / "more.jsonl", asked)
     assert warm_up(tmp_path, tiny_folder, "--evaluate.benchmarks", str(bfcl), str(more)) == 0
     err = capsys.readouterr().err
-    assert f"{more} shares with train: 8 of 9 questions, a tool in 1 of the 3 samples that list tools" in err
+    shared = f"{more} shares with train: 8 of 9 questions (b0, b1, b2, b3, b4, …), 0 near duplicates, "
+    assert f"{shared}a tool in 1 of the 3 samples that list tools" in err
     assert f"{bfcl} shares" not in err
     found = json.loads((tmp_path / "run/data/card.json").read_text())
     assert found["parts"]["train"]["samples"] == len(trained)
     assert found["benchmarks"][str(bfcl)]["questions"] == 0
     assert found["benchmarks"][str(more)]["questions"] == 8
-    assert found["benchmarks"][str(more)]["first_questions"] == ["b0", "b1", "b2", "b3", "b4"]
+    assert found["benchmarks"][str(more)]["question_ids"] == [*(f"b{i}" for i in range(7)), "other/2"]
 
 
 @pytest.mark.parametrize(
@@ -158,16 +164,55 @@ def test_the_card_by_hand() -> None:
     }
     assert card["overlap_with_train"] == {
         "test": {
-            **{"samples": 2, "questions": 1, "first_questions": ["b"]},
-            **{"samples_with_tools": 1, "samples_with_a_known_tool": 1},
+            **{"samples": 2, "questions": 1, "question_ids": ["b"], "near_questions": 0, "near_question_ids": {}},
+            **{"samples_with_tools": 1, "samples_with_a_known_tool": 1, "known_tools": ["f"]},
         }
     }
     text = "\n".join(lines(card | {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0, "too_long": 3}))
     assert "data d.jsonl: 0 repeats left out, 0 wrong rows skipped, 3 samples too long for the model" in text
     assert "train: 2 samples of 1 conversations, 4 turns, 2 calls, 1 texts, 18 tokens" in text
-    assert "test shares with train: 1 of 2 questions, a tool in 1 of the 1 samples that list tools" in text
+    assert (
+        "test shares with train: 1 of 2 questions (b), 0 near duplicates, a tool in 1 of the 1 samples that list tools"
+        in text
+    )
 
 
 def test_samples_that_ask_nothing_share_no_question() -> None:
     silent = Sample(id="a", messages=({"role": "tool", "content": "x"},), target="no")
     assert overlap([silent], {"b": [silent]})["b"]["questions"] == 0
+
+
+def test_near_duplicates_are_found_by_their_runs_of_words() -> None:
+    def asking(name: str, text: str, tool: str) -> Sample:
+        tools = ({"type": "function", "function": {"name": tool}},)
+        return Sample(id=name, messages=({"role": "user", "content": text},), tools=tools, target="no")
+
+    text = "please find me a cheap direct flight from Oslo to Rome on the third of May for two adults"
+    train = [asking("other", "what is the weather like in Rome today", "weather"), asking("t", text, "find_flight")]
+    found = overlap(
+        train,
+        {
+            "test": [
+                asking("same", text.upper(), "FindFlight"),
+                asking("near", text.replace("two", "three"), "flights.find"),
+                asking("far", "please find me a cheap direct flight from Bern to Cairo in June", "book"),
+            ]
+        },
+    )["test"]
+    assert found["question_ids"] == ["same"]
+    assert found["near_question_ids"] == {"near": "t"}
+    assert (found["questions"], found["near_questions"], found["known_tools"]) == (1, 1, ["findflight"])
+
+
+def test_near_duplicates_are_all_that_comparing_every_pair_finds() -> None:
+    random = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(6)]
+    texts = [" ".join(random.choice(words, size=random.integers(1, 9))) for _ in range(150)]
+    near = card._NearDuplicates({text: str(i) for i, text in enumerate(dict.fromkeys(texts[:100]))})
+    found = 0
+    for text in texts[100:]:
+        runs = card._runs(text)
+        similar = [name for name, other in near.questions if len(runs & other) >= card.NEAR * len(runs | other)]
+        assert near.find(text) == (similar[0] if similar else None)
+        found += bool(similar)
+    assert 5 < found < 45

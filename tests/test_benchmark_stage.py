@@ -1,0 +1,248 @@
+"""`--benchmark`: a model's responses to public questions, scored, kept, compared; result files that others made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from itool_jax.evaluation import bfcl_setup
+from itool_jax.evaluation.bfcl_data import CATEGORIES, SINGLE_TURN
+from itool_jax.main import main
+from itool_jax.stages import benchmark
+from tests import tiny
+from tests.conftest import read, shared_path, write
+from tests.runs import SMALL, Made, again, copy_run, make_run
+from tests.test_bfcl_data import write_data
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with room for the leaderboard's prompts, a byte a token."""
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("long"), max_position_embeddings=16_384)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Made:
+    return make_run(tmp_path_factory.mktemp("made"), tiny_folder)
+
+
+def evaluate(model: Path, run_dir: Path, *settings: str) -> int:
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--model={model}", f"--run_dir={run_dir}"]
+    return main([*command, *SMALL, *settings])
+
+
+def results(folder: Path, category: str, *texts: Any) -> Path:
+    """A result file, as anyone may make one."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"id": f"{category}_{i}", "result": text} for i, text in enumerate(texts)]
+    return write(folder / f"BFCL_v3_{category}_result.json", rows)
+
+
+def test_questions_are_answered_once_scored_and_kept(
+    tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", "multiple", 3)
+    write_data(data, "simple", 2)
+    settings = [f"--data={data}", "--categories", "simple", "multiple"]
+    assert evaluate(long_folder, tmp_path / "run", *settings) == 0
+    out = capsys.readouterr().out
+    assert "bfcl, base: % right" in out
+    assert "4 of 7 categories" not in out  # non-live needs five more
+    assert "not run" in out
+    where = tmp_path / "run/base/bfcl"
+    rows = read(where / "BFCL_v3_multiple_result.json")
+    assert [row["id"] for row in rows] == ["multiple_0", "multiple_1", "multiple_2"]
+    assert all(isinstance(row["result"], str) and row["result"] for row in rows)
+    scores = json.loads((where / "scores.json").read_text())
+    assert {name: row["total"] for name, row in scores.items()} == {"simple": 2, "multiple": 3}
+    assert all(row["correct"] + len(row["failed"]) == row["total"] for row in scores.values())
+    summary = json.loads((where / "summary.json").read_text())
+    assert summary["columns"]["overall"] is None
+    assert summary["errors"].keys() == scores.keys()
+    # Again: nothing is answered; a category whose responses are gone is answered again, and alike.
+    assert evaluate(long_folder, tmp_path / "run", *settings) == 0
+    assert capsys.readouterr().err.count("is done already") == 2
+    (where / "BFCL_v3_multiple_result.json").unlink()
+    assert evaluate(long_folder, tmp_path / "run", *settings) == 0
+    assert capsys.readouterr().err.count("is done already") == 1
+    assert read(where / "BFCL_v3_multiple_result.json") == rows
+
+
+def test_a_part_and_the_layout_of_v4(tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 3)
+    chosen = [f"--data={data}", "--categories=simple_python", "--evaluate.benchmark_limit=1", "--evaluate.layout=v4"]
+    assert evaluate(long_folder, tmp_path / "run", *chosen) == 0
+    assert "1 of 3" in capsys.readouterr().out
+    where = tmp_path / "run/base/bfcl_1"
+    assert len(read(where / "non_live/BFCL_v4_simple_python_result.json")) == 1
+    # What it wrote is what --results reads.
+    output = tmp_path / "scores.json"
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--results={where}", f"--data={data}", f"--output={output}"]
+    assert main(command) == 0
+    assert json.loads(output.read_text()) == json.loads((where / "scores.json").read_text())
+
+
+def test_prompts_that_do_not_fit_are_told(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", "simple")
+    assert evaluate(tiny_folder, tmp_path / "run", f"--data={data}", "--categories=simple") == 0
+    assert "simple: 2 of 2 prompts do not fit the model's context" in capsys.readouterr().err
+    rows = read(tmp_path / "run/base/bfcl/BFCL_v3_simple_result.json")
+    assert rows[0]["result"].startswith("Error during inference: ")
+
+
+def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 3)
+    results(tmp_path / "a", "simple", "[f(b='x')]", "[f(b='x')]", "no")
+    results(tmp_path / "b", "simple", "[f(b='x')]", "[f(b='y')]", "[f(b='X')]")
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}"]
+    for name in "ab":
+        assert main([*command, f"--results={tmp_path / name}", f"--output={tmp_path / f'{name}.json'}"]) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "simple": {"correct": 2, "total": 3, "failed": ["simple_2"]}
+    }
+    assert "simple, wrong: value_error:string 1" in capsys.readouterr().out
+    against = [f"--results={tmp_path / 'a'}", f"--against={tmp_path / 'b.json'}", f"--output={tmp_path / 'a.json'}"]
+    assert main([*command, *against]) == 0
+    out = capsys.readouterr().out
+    assert "simple against" in out
+    assert "+0.0 ± 47.1 points (n=3, p=1.0000), no significant gain" in out
+    found = json.loads((tmp_path / "a.comparison.json").read_text())["simple"]
+    assert (found["only_here"], found["only_there"]) == (["simple_1"], ["simple_2"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["--results=none"], "none holds no BFCL_v3_<category>_result.json"),
+        (["--categories=simpel"], "category 'simpel' is none of BFCL's"),
+        (["--data=none"], "none/questions holds no BFCL_v3_simple.json, plain or .gz"),
+        (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
+        (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
+        (["--output=x.json"], "output is for the stages score, generate and export, and for results"),
+        (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
+        (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
+    ],
+)
+def test_wrong_settings_are_named(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: Any,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(tiny_folder, tmp_path / "run", *settings) == 2
+    err = capsys.readouterr().err
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+def test_settings_without_a_benchmark_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--stage=evaluate", "--categories=simple"]) == 2
+    assert "categories needs a benchmark; set --benchmark=bfcl" in capsys.readouterr().err
+
+
+def test_without_the_official_environment_the_command_is_named(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ITOOL_BFCL", str(tmp_path / "none"))
+    for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"]):
+        assert evaluate(tiny_folder, tmp_path / "run", *settings) == 2
+        assert "run python -m itool_jax.evaluation.bfcl_setup" in capsys.readouterr().err
+
+
+def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 2)
+    results(tmp_path / "a", "simple", "no", "no")
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
+    for content, reason in (
+        ("{", "is no scores.json"),
+        ("{}", "has none of the categories simple"),
+        ('{"simple": {"correct": 1, "total": 1, "failed": []}}', "2 questions cannot be compared with 1"),
+    ):
+        (tmp_path / "b.json").write_text(content)
+        assert main([*command, f"--against={tmp_path / 'b.json'}"]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_run(made, tmp_path)
+    asked = [f"User: {row['messages'][-1]['content']}" for row in made.samples[:2]]
+    row = {"file": "t", "instruction": "Call f0.", "expected_output": "[f0(x='1')]"}
+    tests = [row | {"id": i, "input": text} for i, text in enumerate(asked)]
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api/level-1-api.json").write_text(json.dumps(tests))
+    settings = ["--benchmark=api_bank", "--categories=level_1", f"--evaluate.benchmark_data={tmp_path / 'api'}"]
+    assert again(made, folder, *settings) == 0
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'api/level-1-api.json'} shares with train: " in captured.err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["benchmark"]["name"] == "api_bank"
+    assert list(summary["benchmark"]["phases"]) == ["warmup", "iteration_1", "iteration_2"]
+    assert all(figures["n"] == {"level_1": 2} for figures in summary["benchmark"]["phases"].values())
+    assert captured.out.count("api_bank, ") == 3
+    # The run's own phases by name.
+    assert again(made, folder, *settings, "--evaluate.phase=all", stage="evaluate") == 0
+    assert capsys.readouterr().out.count("api_bank, ") == 4
+
+
+def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
+    def scores(wrong: int) -> dict[str, Any]:
+        failed = [f"q{i}" for i in range(wrong)]
+        return {"simple": {"correct": 40 - wrong, "total": 40, "failed": failed}}
+
+    found = {
+        phase: benchmark.bfcl_scores.paired(benchmark.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
+        for phase, wrong in (("few", 6), ("many", 20), ("none", 0))
+        if (tmp_path / "a.json").write_text(json.dumps(scores(3)))
+        and (tmp_path / "b.json").write_text(json.dumps(scores(wrong)))
+        and (earlier := benchmark.read_scores(tmp_path / "a.json"))
+    }
+    lines = benchmark.fallen(found)
+    assert lines == [
+        "few -7.5 ± 4.2 points (n=40, p=0.2500, not significant)",
+        "many -42.5 ± 7.8 points (n=40, p=0.0000, significant)",
+    ]
+
+
+def test_all_single_turn_categories_with_the_published_files(
+    tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shared_path("data/bfcl_v3")
+    assert evaluate(long_folder, tmp_path / "run", f"--data={data}", "--evaluate.benchmark_limit=2") == 0
+    where = tmp_path / "run/base/bfcl_2"
+    scores = json.loads((where / "scores.json").read_text())
+    assert tuple(scores) == SINGLE_TURN
+    assert {row["total"] for row in scores.values()} == {2}
+    for category in SINGLE_TURN:
+        rows = read(where / f"BFCL_v3_{category}_result.json")
+        assert not any(row["result"].startswith("Error") for row in rows)
+    assert "do not fit" not in capsys.readouterr().err
+
+
+def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
+    tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        bfcl_setup.python()
+    except ValueError as error:
+        pytest.skip(str(error))
+    settings = ["--categories", "multi_turn_miss_func", "java", "--evaluate.benchmark_limit=2", "--official"]
+    assert evaluate(long_folder, tmp_path / "run", *settings) == 0
+    rows = read(tmp_path / "run/base/bfcl_2/BFCL_v3_multi_turn_miss_func_result.json")
+    assert [row["id"] for row in rows] == ["multi_turn_miss_func_0", "multi_turn_miss_func_1"]
+    assert all(isinstance(text, str) for row in rows for turn in row["result"] for text in turn)
+    out = capsys.readouterr().out
+    assert "the official scorer beside ours" in out
+    assert out.count("none") == 2  # categories with another verdict
+
+
+def test_every_category_has_a_place_in_a_column() -> None:
+    assert set(benchmark.bfcl_scores.NEEDED["overall"]) == set(CATEGORIES)
