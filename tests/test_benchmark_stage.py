@@ -48,8 +48,7 @@ def test_questions_are_answered_once_scored_and_kept(
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
     out = capsys.readouterr().out
     assert "bfcl, base: % right" in out
-    assert "4 of 7 categories" not in out  # non-live needs five more
-    assert "not run" in out
+    assert "5 of 7 missing" in out  # of non-live
     where = tmp_path / "run/base/bfcl"
     rows = read(where / "BFCL_v3_multiple_result.json")
     assert [row["id"] for row in rows] == ["multiple_0", "multiple_1", "multiple_2"]

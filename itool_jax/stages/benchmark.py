@@ -259,7 +259,7 @@ def _count(column: str, scores: Mapping[str, Score]) -> str:
     needed = bfcl_scores.NEEDED[column]
     missing = [category for category in needed if category not in scores]
     if missing:
-        return f"{len(missing)} of {len(needed)} categories missing"
+        return f"{len(missing)} of {len(needed)} missing"
     return str(sum(scores[category].total for category in needed))
 
 
@@ -271,7 +271,7 @@ def compare_official(
         raise ValueError("official is for bfcl")
     table = Table(title="the official scorer beside ours", title_justify="left", box=None)
     for column in ("category", "n", "official", "ours", "other verdict"):
-        table.add_column(column, justify="left" if column == "category" else "right")
+        table.add_column(column, justify="left" if column == "category" else "right", no_wrap=column != "other verdict")
     official = {}
     for category, score in scores.items():
         questions = _load(config, category)
