@@ -190,6 +190,8 @@ def test_two_runs_are_compared_question_by_question() -> None:
     now, then = Score(8, 10, 10, {"a": "x", "b": "y"}), Score(7, 10, 10, {"b": "", "c": "", "d": ""})
     found = bfcl_scores.paired(now, then)
     assert (found.n, found.wins, found.losses, found.difference) == (10, 2, 1, pytest.approx(0.1))
+    both = bfcl_scores.paired(*(bfcl_scores.pooled([side, Score(5, 6, 6, {"e": ""})]) for side in (now, then)))
+    assert (both.n, both.wins, both.losses) == (16, 2, 1)
     with pytest.raises(ValueError, match="10 questions cannot be compared with 9"):
         bfcl_scores.paired(now, Score(9, 9, 9, {}))
 

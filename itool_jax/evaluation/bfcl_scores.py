@@ -115,6 +115,13 @@ def paired(now: Score, then: Score) -> PairedDifference:
     return paired_difference(*marks)
 
 
+def pooled(scores: Sequence[Score]) -> Score:
+    """All questions of some categories as one."""
+    failed = {name: error for found in scores for name, error in found.failed.items()}
+    correct, total, questions = (sum(column) for column in list(zip(*scores, strict=True))[:3])
+    return Score(correct, total, questions, failed)
+
+
 def as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
     """`{category: {"correct", "total", "failed": [ids]}}`."""
     return {

@@ -308,6 +308,11 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
     if not shared:
         raise ValueError(f"{config.against} has none of the categories {', '.join(scores)}")
     found: dict[str, Any] = {}
+    if config.benchmark == "bfcl" and len(shared) > 1:  # API-Bank's categories share questions
+        pooled = [bfcl_scores.pooled([side[category] for category in shared]) for side in (scores, theirs)]
+        result = bfcl_scores.paired(*pooled)
+        found["all"] = {**result._asdict(), "text": describe(result)}
+        console_out.print(f"all {len(shared)} categories against {config.against}: {describe(result)}", soft_wrap=True)
     for category in shared:
         result = bfcl_scores.paired(scores[category], theirs[category])
         ours_failed, theirs_failed = scores[category].failed, theirs[category].failed
