@@ -139,7 +139,8 @@ def test_the_summary_has_its_fixed_shape(made: Made):
     summary = json.loads((made.folder / "summary.json").read_text())
     fixed = ["finished", "seed", "model", "data", "device", "phases", "search"]
     assert [key for key in fixed if key not in summary] == []
-    assert set(summary) - set(fixed) == {"split", "comparisons"}
+    assert set(summary) - set(fixed) == {"split", "comparisons", "benchmark"}
+    assert summary["benchmark"] is None  # none was chosen
     assert summary["finished"] is True
     assert (summary["seed"], summary["device"]) == (0, jax.devices()[0].device_kind)
     assert f"--model={summary['model']}" in made.settings
