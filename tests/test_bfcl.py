@@ -251,6 +251,8 @@ def test_a_wrong_question_is_named() -> None:
     with pytest.raises(ValueError, match="needs possible answers"):
         check([function()], "f()", [], "simple")
     with pytest.raises(ValueError, match="'h', which is not among"):
+        check([], "f()", [{"h": {}}], "simple")
+    with pytest.raises(ValueError, match="'h', which is not among"):
         check([function(), function("g")], "f()", [{"h": {}}], "multiple")
     with pytest.raises(ValueError, match="Python has no parameters of type 'byte'"):
         check([function(a="byte")], "f(a=1)", [{"f": {"a": [1]}}], "simple")

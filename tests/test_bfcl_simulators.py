@@ -107,6 +107,7 @@ def test_a_model_that_never_ends_its_turn_is_stopped(simulators: Simulators) -> 
         "__import__('subprocess').call(['touch', '{path}'])",
         "len(__import__('os').listdir('/'))",
         "len(bytearray(9 << 30))",
+        "len(__import__('gc').get_objects())",
     ],
 )
 def test_text_of_a_model_does_no_harm(simulators: Simulators, tmp_path: Path, code: str) -> None:

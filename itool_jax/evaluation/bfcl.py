@@ -115,7 +115,7 @@ def _answers(functions: Sequence[Function], possible_answer: Sequence[Answer] | 
     pairs = []
     for answer in possible_answer:
         name, parameters = next(iter(answer.items()))
-        if len(functions) > 1 and name not in by_name:
+        if len(functions) != 1 and name not in by_name:
             raise ValueError(f"the possible answer calls {name!r}, which is not among the functions")
         pairs.append((functions[0] if len(functions) == 1 else by_name[name], parameters))
     return pairs

@@ -22,10 +22,11 @@ from typing import Any
 
 SECONDS = 30
 MEMORY_BYTES = 4 << 30
+FILE_BYTES = 1 << 28
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 FORBIDDEN = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill")
 FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
-FORBIDDEN += ("shutil.", "ctypes.", "pty.", "signal.", "os.listdir", "os.scandir", "resource.")
+FORBIDDEN += ("shutil.", "ctypes.", "pty.", "signal.", "os.listdir", "os.scandir", "resource.", "gc.")
 MODEL = "itool"
 
 Row = dict[str, Any]
@@ -136,10 +137,13 @@ def _confine() -> None:
     writable = os.path.realpath(os.getcwd()) + os.sep
     ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the system refuses, the hook below has to do
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
+        resource.setrlimit(limit, (0, 0))
+    watched = (*FORBIDDEN, "open", "os.mkdir")  # not a global name, which what is executed could change
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "signal.setitimer" or not event.startswith((*FORBIDDEN, "open", "os.mkdir")):
+        if event == "signal.setitimer" or not event.startswith(watched):
             return
         if event in ("open", "os.mkdir") and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.path.realpath(os.fsdecode(arguments[0]))
