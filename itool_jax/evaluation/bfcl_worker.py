@@ -1,13 +1,14 @@
 """The official BFCL scorer and simulators behind JSON lines: runs in the environment that `bfcl_setup` makes.
 
 In: a command a line on stdin, `{"do": name, …}`. Out: an answer a line on stdout. It executes text that models wrote.
-So it takes away its own network, may read nothing but Python's files and write nothing outside its working folder, and
-each command has its time; whoever starts it gives it an empty environment and replaces it when it hangs or dies.
+So it takes away its own network, rights and all files outside its working folder, and each command has its time;
+whoever starts it gives it an empty environment and replaces it when it hangs or dies.
 It keeps nothing between commands: a conversation comes with all its steps so far, and they are executed anew.
 """
 
 import copy
 import ctypes
+import functools
 import importlib
 import io
 import json
@@ -23,7 +24,7 @@ from typing import Any
 SECONDS = 30
 MEMORY_BYTES = 4 << 30
 FILE_BYTES = 1 << 28
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+CLONE_NEWUSER, CLONE_NEWNET, CAPABILITY_VERSION = 0x10000000, 0x40000000, 0x20080522
 FORBIDDEN = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill")
 FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
 FORBIDDEN += ("shutil.", "ctypes.", "pty.", "signal.", "os.listdir", "os.scandir", "resource.", "gc.")
@@ -95,12 +96,13 @@ def official(command: Row) -> Row:
     return {"failed": failed, "correct": json.loads(lines[0])["correct_count"]}
 
 
-def functions(command: Row) -> Row:
+@functools.cache
+def documentation() -> dict[str, list[Row]]:
     """The documented functions by class."""
     files = _module("constants.category_mapping").MULTI_TURN_FUNC_DOC_FILE_MAPPING
     folder = Path(_module("constants.eval_config").MULTI_TURN_FUNC_DOC_PATH)
     read = {name: (folder / file).read_text().splitlines() for name, file in files.items()}
-    return {"functions": {name: [json.loads(line) for line in lines] for name, lines in read.items()}}
+    return {name: [json.loads(line) for line in lines] for name, lines in read.items()}
 
 
 def _handler() -> Any:
@@ -110,7 +112,8 @@ def _handler() -> Any:
     )
 
 
-COMMANDS: dict[str, Callable[[Row], Row]] = {"execute": execute, "official": official, "functions": functions}
+COMMANDS: dict[str, Callable[[Row], Row]] = {"execute": execute, "official": official}
+COMMANDS["functions"] = lambda _: {"functions": documentation()}
 
 
 def answer(line: str) -> Row:
@@ -135,7 +138,14 @@ def _confine() -> None:
     """Takes the process's rights away, as far as the system lets it, and for good."""
     readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix)})
     writable = os.path.realpath(os.getcwd()) + os.sep
-    ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the system refuses, the hook below has to do
+    system = ctypes.CDLL(None)
+    if system.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0:  # where the system refuses, the hook below has to do
+        os.chroot(".")
+        os.chdir(os.sep)
+        writable = os.sep
+        # The rights that came with the namespace, to leave this folder again among them, go too.
+        if system.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()):
+            raise OSError("the rights of a new namespace could not be given up")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
@@ -167,6 +177,8 @@ def main() -> None:
         _module(name)
     for path in _module("eval_checker.multi_turn_eval.multi_turn_utils").CLASS_FILE_PATH_MAPPING.values():
         importlib.import_module(path)
+    importlib.import_module("_strptime")  # which datetime imports when first needed
+    documentation()
     signal.signal(signal.SIGALRM, _time_up)
     _confine()
     for line in commands:
