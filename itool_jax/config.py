@@ -6,9 +6,12 @@ A YAML file holds differences from the defaults only; the command line wins over
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import io
 import math
+import os
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -282,8 +285,51 @@ FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
-    *("warmup.micro_batch", "preference.micro_batch"),
+    *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
 )
+
+
+def binding_settings(config: Config) -> dict[str, Any]:
+    """The settings by which a run directory tells one run from another."""
+    benchmark = _evaluates_benchmark(config)
+    return {
+        name: value
+        for name, value in config.flat().items()
+        if not name.startswith(FREE) and not (name == "data" and benchmark)
+    }
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock(config: Config) -> Iterator[None]:
+    """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
+
+    The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process is at work there; names it.
+    """
+    if config.stage == "export" or (config.stage == "generate" and config.output is None):
+        yield
+        return
+    output = config.output
+    path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            raise ValueError(f"{path.parent} is in use by {holder}; wait for it, or choose another folder") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        if config.output is not None:
+            path.unlink(missing_ok=True)
 
 
 def save_or_check(config: Config) -> None:
@@ -308,7 +354,7 @@ def save_or_check(config: Config) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything binds nobody to its settings.
-    if path.exists() and any(entry != path for entry in config.run_dir.iterdir()):
+    if path.exists() and any(entry.name not in (path.name, LOCK) for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
     # Those are for this command alone.
@@ -325,9 +371,7 @@ def _check_saved(path: Path, config: Config) -> None:
         saved = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); {mend}") from error
-    for name, value in config.flat().items():
-        if name.startswith(FREE) or (name == "data" and _evaluates_benchmark(config)):
-            continue
+    for name, value in binding_settings(config).items():
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
         if saved[name] != value:

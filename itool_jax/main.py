@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from itool_jax import config as settings
+from itool_jax import hosts
 from itool_jax.config import Config
 
-USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code: 0, or 2 for what the user can mend."""
+    """Runs a command line; returns its exit code: 0, 2 for what the user can mend, 75 where it was asked to stop."""
     where = None
     try:
         config = settings.parse(sys.argv[1:] if arguments is None else arguments)
@@ -27,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
+    except hosts.PreemptionError:
+        print("asked to stop; all is kept, and the same command goes on where it was", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the stage it was in, finished ones are kept", file=sys.stderr)
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
@@ -49,8 +53,9 @@ def run(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    settings.save_or_check(config)
-    with use_mesh(config.mesh):
+    hosts.listen()
+    with settings.lock(config), use_mesh(config.mesh):
+        settings.save_or_check(config)
         importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 
 

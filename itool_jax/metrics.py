@@ -16,6 +16,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from itool_jax.data.records import whole_file
+
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
 
@@ -33,6 +35,23 @@ class Metrics(NamedTuple):
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def drop_after(self, step: int) -> None:
+        """Takes out the lines of this stage behind a step, where it goes on, and a line that was cut off."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and not self._is_later(line, step)]
+        if kept != lines:
+            with whole_file(self.path) as file:
+                file.writelines(kept)
+
+    def _is_later(self, line: bytes, step: int) -> bool:
+        try:
+            row = json.loads(line)
+            return row["stage"] == self.stage and row["step"] > step
+        except (ValueError, TypeError, KeyError):
+            return True
+
 
 def say(text: str) -> None:
     """One line for the user, on stderr, so that stdout holds results only."""
@@ -40,13 +59,12 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar for `total` units of work; call what it yields with the units done and, if wished, `note=`.
+def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar for `total` units of work, some `done` before; call what it yields with units and, if wished, `note=`.
 
     Where nobody looks at a terminal, one line at the end says how long it took.
     """
     start = time.monotonic()
-    done = 0
     bar = Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=24),
@@ -60,7 +78,7 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
         disable=not sys.stderr.isatty(),
     )
     with bar:
-        task = bar.add_task(what, total=total, note="")
+        task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(units: int = 1, note: str = "") -> None:
             nonlocal done

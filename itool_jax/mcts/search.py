@@ -123,7 +123,7 @@ class Forest(NamedTuple):
     tree: Tree
     step_tokens_BNS: np.ndarray
     step_length_BN: np.ndarray
-    sampled_tokens: int
+    sampled_tokens_B: np.ndarray
 
 
 class _Seats(NamedTuple):
@@ -173,7 +173,7 @@ def search(
         jax.tree.map(lambda *rows: np.concatenate(rows), *tree),
         np.concatenate(tokens),
         np.concatenate(lengths),
-        sum(sampled),
+        np.concatenate(sampled),
     )
 
 
@@ -267,7 +267,7 @@ def _path(seats: _Seats, b: int) -> list[int]:
 def _finished(tree: Tree, seats: _Seats, b: int) -> Forest:
     """A tree by itself."""
     own = jax.tree.map(lambda x: np.asarray(x)[b : b + 1], tree)
-    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], int(seats.sampled_B[b]))
+    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], seats.sampled_B[[b]])
 
 
 def _of(array_BN: jax.Array, node_B: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
 from itool_jax.evaluation.statistics import PairedDifference, describe
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import console_out, progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder
+from itool_jax.stages import folder, manifest
+from itool_jax.stages.spread import spread
 
 Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
@@ -146,13 +149,18 @@ def _category(config: Config, phase: str, category: str, answer: Callable[[], _A
     outputs = [str(file.relative_to(config.run_dir / phase))]
     after = [] if phase == "base" else [folder.policy_stage(phase)]
     stage = f"{results_folder(config, phase).name}/{category}"
-    return folder.once(config, phase, stage, lambda: _answer_category(config, category, answer(), file), outputs, after)
+
+    def work() -> Figures:
+        return _answer_category(config, category, answer(), file, manifest.working_folder(config, phase, stage))
+
+    return manifest.once(config, phase, stage, work, outputs, after, from_data=False)
 
 
-def _answer_category(config: Config, category: str, answer: _Answer, file: Path) -> Figures:
+def _answer_category(config: Config, category: str, answer: _Answer, file: Path, working: Path) -> Figures:
     questions = _load(config, category)
     asked = questions[: config.evaluate.benchmark_limit or None]
-    results = _responses(config, category, asked, answer)
+    found = spread(config, working, asked, lambda asked, keep: _responses(config, category, asked, answer, keep))
+    results = {question.id: result for question, result in zip(asked, found, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
     return bfcl_scores.score(_judge(config, asked, results), len(questions))._asdict()
 
@@ -175,19 +183,26 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     return bfcl_scores.judge(questions, results)
 
 
-def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer) -> dict[str, Any]:
-    """What the policy answers to each question, by id."""
+def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer, keep: Keep) -> list[Any]:
+    """What the policy answers to each question."""
     with progress(f"{config.benchmark} {category}", len(questions)) as advance:
         if category in bfcl_data.MULTI_TURN:
+            steps = itertools.count()
+
+            def next_step(conversations: Conversations) -> list[str]:
+                number = next(steps)
+                return answer(conversations, keep=lambda key, compute: keep(f"step {number}, {key}", compute))
+
             with Simulators() as simulators:
-                return converse(questions, answer, simulators, advance)
+                found = converse(questions, next_step, simulators, advance)
+            return [found[question.id] for question in questions]
         first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
-        texts = answer([(question.id, first(question)) for question in questions], advance)
+        texts = answer([(question.id, first(question)) for question in questions], advance, keep)
     if unfit := sum(text.startswith(UNFIT) for text in texts):
         say(
             f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context; a line saying so answers them"
         )
-    return {question.id: text for question, text in zip(questions, texts, strict=True)}
+    return texts
 
 
 def _answerer(config: Config, phase: str) -> _Answer:
@@ -201,13 +216,16 @@ def _answerer(config: Config, phase: str) -> _Answer:
     settings = dataclasses.replace(config.generate, temperature=temperature)
     limit = base.config.max_length
 
-    def answer(conversations: Conversations, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+    def answer(
+        conversations: Conversations, advance: Callable[[int], None] = lambda _: None, keep: Keep = keep_nothing
+    ) -> list[str]:
         prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
         fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
         texts = [f"{UNFIT}{len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
         if left_out := len(prompts) - len(fitting):
             advance(left_out)
-        responses = respond(policy, table, [prompts[i] for i in fitting], settings, limit, config.seed, advance)
+        asked = [prompts[i] for i in fitting]
+        responses = respond(policy, table, asked, settings, limit, config.seed, advance, keep)
         for i, response in zip(fitting, responses, strict=True):
             texts[i] = base.chat.tokenizer.decode(base.chat.content_ids(response))
         return texts
