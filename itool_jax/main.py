@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from itool_jax import config as settings
+from itool_jax import metrics, trackers
 from itool_jax.config import Config
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -28,14 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the stage it was in, finished ones are kept", file=sys.stderr)
+        metrics.fail("interrupted; the same command goes on with the stage it was in, finished ones are kept")
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
+        line = settings.describe_error(error, where)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
+            metrics.note("error", line)
             raise
-        print(settings.describe_error(error, where), file=sys.stderr)
+        metrics.fail(line)
         return USAGE_ERROR
+    finally:
+        metrics.close_journal()
 
 
 def run(config: Config) -> None:
@@ -49,7 +54,10 @@ def run(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
+    trackers.require(config.log)
     settings.save_or_check(config)
+    if config.keeps_run:
+        metrics.open_journal(config.run_dir, config.log, config.flat(), config.profile)
     with use_mesh(config.mesh):
         importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 

@@ -82,7 +82,7 @@ def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:
     return {
         name: path.read_bytes()
         for name, path in files.items()
-        if "weights" not in name and not name.endswith((".json", "metrics.jsonl", *leave_out))
+        if "weights" not in name and not name.endswith((".json", "metrics.jsonl", "log.jsonl", *leave_out))
     }
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 from itool_jax import checkpoint
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, place, read_rows, whole_file
-from itool_jax.metrics import say
+from itool_jax.metrics import say, working_on
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, placed
@@ -290,7 +290,9 @@ def once(
             return figures
         say(f"{phase}: {stage} was made from results that have changed since, so it is done again")
     start = time.monotonic()
-    figures = work()
+    with working_on(phase, stage) as report:
+        figures = work()
+        report(figures)
     figures |= {"seconds": round(time.monotonic() - start, 2), "after": basis, "outputs": list(outputs)}
     write_json(done_file(config, phase, stage), figures)
     return figures
