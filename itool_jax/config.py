@@ -128,6 +128,10 @@ class Config:
     remat: Literal["auto", "none", "layers", "dots"] = "auto"
     """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
     layers for models of more than eight."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
+    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
+    refused; what it costs here was not measured. Elsewhere it changes nothing."""
     profile: bool = False
     """Trace a few steps of each kind of work, once it is warm, into profile/ in the run directory, for Perfetto and
     XProf."""
@@ -296,7 +300,7 @@ FREE = (
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "profile", "log."),
 )
-NO_RESULTS = ("config.yaml", "log.jsonl", "profile", "tensorboard", "wandb")
+NO_RESULTS = ("config.yaml", "environment.json", "log.jsonl", "profile", "tensorboard", "wandb")
 """What a run directory may hold before anything was computed."""
 
 

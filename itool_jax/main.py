@@ -18,9 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code: 0, or 2 for what the user can mend."""
     where = None
     try:
-        config = settings.parse(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        config = settings.parse(arguments)
         where = config.output or config.run_dir
-        run(config)
+        run(config, arguments)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # whoever read the output went away
@@ -43,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metrics.close_journal()
 
 
-def run(config: Config) -> None:
+def run(config: Config, arguments: Sequence[str] = ()) -> None:
     """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
     import jax  # slow to import; --help and errors of the command line come without it
 
+    from itool_jax import environment
     from itool_jax.model.sharding import use_mesh
 
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
@@ -58,7 +60,11 @@ def run(config: Config) -> None:
     settings.save_or_check(config)
     if config.keeps_run:
         metrics.open_journal(config.run_dir, config.log, config.flat(), config.profile)
+    if config.deterministic:
+        environment.make_deterministic()
     with use_mesh(config.mesh):
+        if config.keeps_run and (line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments])):
+            metrics.say(line)
         importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 
 
