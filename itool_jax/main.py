@@ -65,7 +65,11 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     with use_mesh(config.mesh):
         if config.keeps_run and (line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments])):
             metrics.say(line)
-        importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+        from itool_jax.stages import sizes
+
+        config = sizes.resolved(config)
+        with sizes.explained(config):
+            importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 
 
 def keep_freed_memory() -> None:

@@ -51,7 +51,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
     hardest = sorted((s for s in parts.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
-    groups = _groups(hardest, folder.encode(config, hardest), settings.batch)
+    groups = _groups(hardest, folder.encode(config, hardest), settings.seats)
     trees, pairs, tokens = [], [], 0
     with progress(f"search, iteration {config.iteration}", len(hardest) * settings.n_simulations) as advance:
         for group in groups:
@@ -121,7 +121,7 @@ class Searcher:
                 f"sample {short[0]}: the question about its answers does not fit the model's context of "
                 f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
             )
-        self.prompt, self.asked = _Contexts(prompts, settings.batch), _Contexts(asked, settings.batch)
+        self.prompt, self.asked = _Contexts(prompts, settings.seats), _Contexts(asked, settings.seats)
         self.seat_of: dict[int, int] = {}
 
     def search(self, advance: Callable[..., None] = lambda *_: None) -> Forest:
@@ -233,7 +233,7 @@ class Searcher:
         All caches as they lie, or where few trees still grow, copies of a quarter of them.
         """
         assert contexts.cache is not None, "no problem has a seat yet"
-        batch, taken = self.settings.batch, [self.seat_of[problem] for problem in problems]
+        batch, taken = self.settings.seats, [self.seat_of[problem] for problem in problems]
         if len(problems) > (few := max(1, batch // FEW)):
             return contexts.cache, _Seats(taken, batch)
         seats = _Seats(list(range(len(problems))), few)
