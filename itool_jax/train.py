@@ -50,7 +50,7 @@ class TrainingSettings:
     """Largest norm of a gradient; larger ones are scaled down."""
     micro_batch: int | Literal["auto"] = 0
     """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
-    auto as much of it as fits by the compiler's estimate, found when a run first trains, and kept."""
+    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):

@@ -51,8 +51,8 @@ class SearchSettings:
     inject_gold: bool = True
     """Whether the gold's next step joins the candidates where the response so far is the gold's."""
     batch: int | Literal["auto"] = 64
-    """Prompts searched together; auto is as many as fit a device's memory by the compiler's estimate, found when a run
-    first searches, and kept."""
+    """Prompts searched together; auto is as many as fit a device's memory by the compiler's estimate, found once
+    and kept with the run."""
 
     def __post_init__(self) -> None:
         for name in ("n_simulations", "breadth", "max_depth", "step_limit", "last_step_limit", "batch"):
