@@ -18,10 +18,15 @@ pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]):
     files = [path for path in made.folder.rglob("*") if path.is_file()]
+    log = made.folder / "log.jsonl"
+    lines = log.read_text()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     assert again(made, made.folder) == 0
     assert sorted(path for path in made.folder.rglob("*") if path.is_file()) == sorted(files)
+    assert log.read_text().startswith(lines)
     for path, (content, time) in before.items():
+        if path == log:
+            continue
         assert path.read_bytes() == content, path
         assert path.stat().st_mtime_ns == time or path.name in ("summary.json", ".lock")
     out, err = capsys.readouterr()

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,12 +247,12 @@ def run(
 ) -> tuple[Params, list[dict[str, Any]]]:
     """A fit on one batch over and over; the adapters and the lines of its metrics."""
     settings = settings or WarmupSettings(learning_rate=0.03)
-    batches: Iterator[Any] = iter([batch] * n_steps)
+    batches = grain.MapDataset.source(range(n_steps)).map(lambda _: batch)
     path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
     base = jax.device_put(model.base, jax.devices()[0])  # tied to a device, as one that was loaded is
-    trained = fit(loss, settings, adapters, base, batches, n_steps, seed=0, what="test", metrics=metrics)
+    trained = fit(loss, settings, adapters, base, batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -346,7 +346,8 @@ def test_what_is_computed_again_changes_nothing(model: Model, remat: Any) -> Non
 def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
     loss = train.sft_loss(model.graph)
-    same = fit(loss, WarmupSettings(), model.adapters, model.base, [], 0, seed=0, what="none", metrics=metrics)
+    none = grain.MapDataset.source([])
+    same = fit(loss, WarmupSettings(), model.adapters, model.base, none, seed=0, what="none", metrics=metrics)
     jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
     assert not metrics.path.exists()
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
-from itool_jax.metrics import console_out, say
+from itool_jax.metrics import console_out, is_writer, say
 from itool_jax.stages import benchmark, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
@@ -31,8 +31,9 @@ def run(config: Config) -> dict[str, Any]:
         dpo.run(now)
         _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
-    folder.write_json(config.run_dir / "summary.json", summary)
-    show(config, summary)
+    if is_writer():
+        folder.write_json(config.run_dir / "summary.json", summary)
+        show(config, summary)
     return summary
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from itool_jax import hosts
 from itool_jax.checkpoint import damage
 from itool_jax.config import Config, binding_settings
-from itool_jax.metrics import say
+from itool_jax.metrics import say, working_on
 from itool_jax.stages import folder
 
 
@@ -53,7 +53,9 @@ def once(
         say(f"{phase}: {bad or f'{stage} was made from results that have changed since'}, so it is done again")
     before = _begin(working, basis)
     start = time.monotonic()
-    figures = work()
+    with working_on(phase, stage) as report:
+        figures = work()
+        report(figures)
     digests = {name: _digest(path) for name, path in paths.items()}
     seconds = round(before + time.monotonic() - start, 2)
     figures |= {"seconds": seconds, "after": basis, "outputs": digests}
