@@ -11,7 +11,14 @@ import pytest
 from itool_jax.evaluation import bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_data import Question
-from itool_jax.evaluation.bfcl_simulators import MAX_STEPS, SimulatorError, Simulators, converse, official_verdicts
+from itool_jax.evaluation.bfcl_simulators import (
+    MAX_STEPS,
+    SimulatorError,
+    Simulators,
+    check_multi_turn,
+    converse,
+    official_verdicts,
+)
 from tests.conftest import shared_path
 
 FILES = {"root": {"a": {"type": "directory", "contents": {"f.txt": {"type": "file", "content": "x"}}}}}
@@ -146,16 +153,31 @@ def test_a_question_whose_simulators_fail_is_failed_and_no_other(simulators: Sim
 def test_the_official_verdicts_on_cases(simulators: Simulators) -> None:
     with gzip.open(shared_path("data/bfcl_v3/multi_turn_cases_dev.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
-    different = []
-    for number, row in enumerate(rows):
-        config = {"initial_config": row["initial_config"], "involved_classes": row["involved_classes"]}
-        asked = question([], row["ground_truth"], f"{row['category']}_{number}", **config)
-        verdict = official_verdicts([asked], {asked.id: row["model_output"]}, simulators)[asked.id]
-        if verdict != (row["verdict"], row["error_type"]):
-            different.append(row["id"])
+    found = check_multi_turn(rows)  # with ids as published, multi_turn_base_13#1, which are no identifiers
+    different = [row["id"] for row in rows if found[row["id"]] != (row["verdict"], row["error_type"])]
     # In v3 a wrong token counts the days of the right one down too, which v4 mended: the extra call changes the state.
     assert different == ["multi_turn_base_151#3"]
     assert len(rows) == 66
+
+
+def test_a_verdict_does_not_depend_on_the_id(simulators: Simulators) -> None:
+    for name in ("multi_turn_base_0", "multi_turn_base_0#1", "a b", "1", "multi_turn_base"):
+        asked = question(["q"], [["ls()"]], name)._replace(category="multi_turn_base")
+        assert official_verdicts([asked], {name: [["[ls()]"]]}, simulators) == {name: Verdict(True, None)}
+        wrong = official_verdicts([asked], {name: [["[pwd()]"]]}, simulators)
+        assert wrong == {name: Verdict(False, "multi_turn:execution_response_mismatch")}
+
+
+def test_wrong_multi_turn_rows_are_named() -> None:
+    row = {"id": "a", "category": "multi_turn_base", "initial_config": {}, "involved_classes": ["MathAPI"]}
+    row |= {"ground_truth": [], "model_output": []}
+    for rows, reason in (
+        ([{"id": "a"}], 'row 1: no "category"'),
+        ([row | {"category": "simple"}], "row 1: 'simple' is no multi-turn category"),
+        ([row, row], "row 2: 'a' is given twice"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_multi_turn(rows)
 
 
 def test_the_official_scorer_agrees_on_real_outputs(simulators: Simulators) -> None:

@@ -8,13 +8,20 @@ import os
 import selectors
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax.evaluation import bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
-from itool_jax.evaluation.bfcl_data import MORE_FUNCTIONS, Message, Question, shown_functions, with_system_prompt
+from itool_jax.evaluation.bfcl_data import (
+    MORE_FUNCTIONS,
+    MULTI_TURN,
+    Message,
+    Question,
+    shown_functions,
+    with_system_prompt,
+)
 
 MAX_STEPS = 20
 """Steps of a turn; a model that has still not finished then has failed, as the leaderboard counts."""
@@ -211,6 +218,34 @@ def official_verdicts(
             except SimulatorError as error:
                 failed[question.id] = f"simulator_error:{error}"
     return {q.id: Verdict(q.id not in failed, failed.get(q.id)) for q in answered}
+
+
+def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
+    """The official scorer's verdicts on multi-turn responses, by id, without files of questions.
+
+    A row holds `id`, any text that is given once; `category`, such as `multi_turn_base`; `initial_config` and
+    `involved_classes` as the questions have them; `ground_truth`, the calls of each turn; and `model_output`, turns of
+    steps of text. Raises ValueError for other rows, and where the official scorer is not installed.
+    """
+    by_category: dict[str, dict[str, tuple[Question, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in _CASE if name not in row]
+        if missing or row["category"] not in MULTI_TURN:
+            problem = f'no "{missing[0]}"' if missing else f"{row['category']!r} is no multi-turn category of BFCL"
+            raise ValueError(f"row {number}: {problem}")
+        if any(row["id"] in cases for cases in by_category.values()):
+            raise ValueError(f"row {number}: {row['id']!r} is given twice")
+        question = Question(row["id"], row["category"], [], [], row["ground_truth"], {**row, "question": []})
+        by_category.setdefault(row["category"], {})[row["id"]] = question, row["model_output"]
+    found: dict[str, Verdict] = {}
+    with Simulators() as simulators:
+        for cases in by_category.values():
+            questions, results = zip(*cases.values(), strict=True)
+            found |= official_verdicts(questions, dict(zip(cases, results, strict=True)), simulators)
+    return found
+
+
+_CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth", "model_output")
 
 
 def _official(

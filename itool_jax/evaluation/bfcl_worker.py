@@ -74,25 +74,30 @@ def execute(command: Row) -> Row:
 
 
 def official(command: Row) -> Row:
-    """Has the official runner score a category; the error type of each question that failed, by id."""
+    """Has the official runner score a category; the error type of each question that failed, by id.
+
+    The official code makes names of variables from ids and reads the category in them: it gets ids of its own form.
+    """
     runner, handler = _module("eval_checker.eval_runner"), _handler()
     _forget_simulators()
     category, folder = command["category"], Path.cwd()
-    shared = [copy.deepcopy(command["questions"]), MODEL, category, folder]
+    ids = {f"{category}_{i}": row["id"] for i, row in enumerate(command["questions"])}
+    questions, answers, results = (
+        [copy.deepcopy(row) | {"id": name} for name, row in zip(ids, command[part], strict=True)]
+        for part in ("questions", "answers", "results")
+    )
     if "relevance" in category:
-        runner.relevance_file_runner(handler, command["results"], *shared)
+        runner.relevance_file_runner(handler, results, questions, MODEL, category, folder)
     elif "multi_turn" in category:
-        shared[1:1] = [command["answers"]]
-        runner.multi_turn_runner(handler, command["results"], *shared)
+        runner.multi_turn_runner(handler, results, questions, answers, MODEL, category, folder)
     else:
         language = {"java": "Java", "javascript": "JavaScript"}.get(category, "Python")
-        shared[1:1] = [command["answers"], language]
-        shared[3:5] = [category, MODEL]
-        runner.ast_file_runner(handler, command["results"], *shared)
+        runner.ast_file_runner(handler, results, questions, answers, language, category, MODEL, folder)
     lines = (folder / MODEL / f"BFCL_v3_{category}_score.json").read_text().splitlines()
     rows = [json.loads(line) for line in lines[1:]]
     # Of a response that is no list of turns the official runner reports two errors; the first is the reason.
-    failed = {row["id"]: row["error_type"] if "error_type" in row else row["error"]["error_type"] for row in rows[::-1]}
+    errors = {row["id"]: row["error_type"] if "error_type" in row else row["error"]["error_type"] for row in rows[::-1]}
+    failed = {ids[name]: error for name, error in errors.items()}
     return {"failed": failed, "correct": json.loads(lines[0])["correct_count"]}
 
 
