@@ -92,6 +92,16 @@ def test_prompts_that_do_not_fit_are_told(
     assert rows[0]["result"].startswith("Error during inference: ")
 
 
+def test_models_that_were_shown_no_dots_are_judged_by_what_they_were_shown(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", "simple", 2, name="a.f")
+    results(tmp_path / "r", "simple", "[a.f(b='x')]", "[a_f(b='x')]")
+    output = tmp_path / "scores.json"
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'r'}"]
+    for settings, failed in (([], ["simple_1"]), (["--evaluate.underscore_to_dot"], ["simple_0"])):
+        assert main([*command, f"--output={output}", *settings]) == 0
+        assert json.loads(output.read_text())["simple"]["failed"] == failed
+
+
 def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_data(tmp_path / "data", "simple", 3)
     results(tmp_path / "a", "simple", "[f(b='x')]", "[f(b='x')]", "no")
@@ -122,6 +132,7 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
         (["--output=x.json"], "output is for the stages score, generate and export, and for results"),
+        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
         (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
         (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
     ],

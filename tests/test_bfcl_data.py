@@ -30,24 +30,26 @@ def question(category: str, *messages: dict[str, str], functions: Any = (TOOL,))
     return Question(f"{category}_0", category, [list(messages)], list(functions), [], {})
 
 
-def write_data(folder: Path, category: str, n: int = 2, *, zipped: bool = False, answers: int | None = None) -> Path:
-    """A data folder with one category's questions and answers."""
+def write_data(
+    folder: Path, category: str, n: int = 2, *, zipped: bool = False, answers: int | None = None, name: str = "f"
+) -> Path:
+    """A data folder with one category's questions and answers, about a function of that name."""
     rows = [
-        {"id": f"{category}_{i}", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL]}
+        {"id": f"{category}_{i}", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL | {"name": name}]}
         for i in range(n)
     ]
     truth = [
-        {"id": f"{category}_{i}", "ground_truth": [{"f": {"b": ["x"]}}]}
+        {"id": f"{category}_{i}", "ground_truth": [{name: {"b": ["x"]}}]}
         for i in range(n if answers is None else answers)
     ]
     for part, content in (("questions", rows), ("possible_answer", truth)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in content).encode()
-        name = folder / part / f"BFCL_v3_{category}.json"
+        path = folder / part / f"BFCL_v3_{category}.json"
         if zipped:
-            name.with_name(name.name + ".gz").write_bytes(gzip.compress(text))
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(text))
         else:
-            name.write_bytes(text)
+            path.write_bytes(text)
     return folder
 
 

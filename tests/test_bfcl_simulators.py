@@ -180,6 +180,17 @@ def test_wrong_multi_turn_rows_are_named() -> None:
             check_multi_turn(rows)
 
 
+def test_the_official_scorer_takes_names_without_dots(simulators: Simulators) -> None:
+    tool = {"name": "a.f", "parameters": {"properties": {"b": {"type": "string"}}, "required": []}}
+    row = {"id": "simple_0", "function": [tool], "question": []}
+    asked = Question("simple_0", "simple", [], [tool], [{"a.f": {"b": ["x"]}}], row)
+    for dots, text in ((False, "[a.f(b='x')]"), (True, "[a_f(b='x')]")):
+        for shown in (False, True):
+            found = official_verdicts([asked], {asked.id: text}, simulators, underscore_to_dot=shown)
+            assert found[asked.id].valid == (dots == shown)
+            assert found == bfcl_scores.judge([asked], {asked.id: text}, underscore_to_dot=shown)
+
+
 def test_the_official_scorer_agrees_on_real_outputs(simulators: Simulators) -> None:
     folder, data = shared_path("data/bfcl_outputs/watt-ai_watt-tool-8B"), shared_path("data/bfcl_v3")
     for category in ("java", "javascript", "parallel", "live_relevance"):

@@ -43,9 +43,18 @@ class Score(NamedTuple):
         return Counter(self.failed.values())
 
 
-def judge(questions: Sequence[Question], results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """The verdict on each single-turn response, by question id, in the order of the questions."""
-    return {q.id: check(q.functions, results[q.id], q.answer, q.category) for q in questions if q.id in results}
+def judge(
+    questions: Sequence[Question], results: Mapping[str, Any], *, underscore_to_dot: bool = False
+) -> dict[str, Verdict]:
+    """The verdict on each single-turn response, by question id, in the order of the questions.
+
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name.
+    """
+    return {
+        q.id: check(q.functions, results[q.id], q.answer, q.category, underscore_to_dot=underscore_to_dot)
+        for q in questions
+        if q.id in results
+    }
 
 
 def score(verdicts: Mapping[str, Verdict], n_questions: int) -> Score:

@@ -201,20 +201,25 @@ def _step(conversation: _Conversation, text: str, simulators: Simulators) -> boo
 
 
 def official_verdicts(
-    questions: Sequence[Question], results: Mapping[str, Any], simulators: Simulators
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    simulators: Simulators,
+    *,
+    underscore_to_dot: bool = False,
 ) -> dict[str, Verdict]:
     """What the official scorer says of the responses to a category's questions, by id; the only judge of multi-turn.
 
-    A question whose scoring dies or takes too long is failed with `simulator_error`.
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. A question whose scoring
+    dies or takes too long is failed with `simulator_error`.
     """
     answered = [question for question in questions if question.id in results]
     try:
-        failed = _official(answered, results, simulators, 10 + SECONDS * len(answered))
+        failed = _official(answered, results, simulators, underscore_to_dot, 10 + SECONDS * len(answered))
     except SimulatorError:  # one of them, so that each gets a child of its own
         failed = {}
         for question in answered:
             try:
-                failed |= _official([question], results, simulators, SECONDS)
+                failed |= _official([question], results, simulators, underscore_to_dot, SECONDS)
             except SimulatorError as error:
                 failed[question.id] = f"simulator_error:{error}"
     return {q.id: Verdict(q.id not in failed, failed.get(q.id)) for q in answered}
@@ -249,11 +254,16 @@ _CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth",
 
 
 def _official(
-    questions: Sequence[Question], results: Mapping[str, Any], simulators: Simulators, seconds: float
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    simulators: Simulators,
+    underscore_to_dot: bool,
+    seconds: float,
 ) -> dict[str, str]:
     command = {
         "do": "official",
         "category": questions[0].category,
+        "underscore_to_dot": underscore_to_dot,
         "questions": [question.row for question in questions],
         "answers": [{"id": question.id, "ground_truth": question.answer} for question in questions],
         "results": [{"id": question.id, "result": results[question.id]} for question in questions],

@@ -40,8 +40,11 @@ class _TimeUp(BaseException):
 class _AnyModel(dict):
     """Takes the place of the official list of models, which imports every vendor's client."""
 
+    underscore_to_dot = False
+    """Whether the model was shown _ for every dot in a function's name."""
+
     def __missing__(self, name: str) -> Any:
-        return SimpleNamespace(underscore_to_dot=False)
+        return SimpleNamespace(underscore_to_dot=self.underscore_to_dot)
 
 
 def _module(name: str) -> Any:
@@ -80,6 +83,7 @@ def official(command: Row) -> Row:
     """
     runner, handler = _module("eval_checker.eval_runner"), _handler()
     _forget_simulators()
+    _AnyModel.underscore_to_dot = command["underscore_to_dot"]
     category, folder = command["category"], Path.cwd()
     ids = {f"{category}_{i}": row["id"] for i, row in enumerate(command["questions"])}
     questions, answers, results = (

@@ -180,7 +180,7 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     if questions and questions[0].category in bfcl_data.MULTI_TURN:
         with Simulators() as simulators:
             return official_verdicts(questions, results, simulators)
-    return bfcl_scores.judge(questions, results)
+    return bfcl_scores.judge(questions, results, underscore_to_dot=config.evaluate.underscore_to_dot)
 
 
 def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer, keep: Keep) -> list[Any]:
@@ -293,7 +293,8 @@ def compare_official(
     official = {}
     for category, score in scores.items():
         questions = _load(config, category)
-        verdicts = official_verdicts(questions, responses[category], simulators)
+        dots = config.evaluate.underscore_to_dot
+        verdicts = official_verdicts(questions, responses[category], simulators, underscore_to_dot=dots)
         official[category] = bfcl_scores.score(verdicts, len(questions))
         differ = sorted(official[category].failed.keys() ^ score.failed.keys())
         names = ", ".join(differ[:5]) + (", …" if len(differ) > 5 else "") if differ else "none"
