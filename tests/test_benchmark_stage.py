@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import bfcl_setup
+from itool_jax.evaluation import bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl_data import CATEGORIES, SINGLE_TURN
 from itool_jax.main import main
-from itool_jax.stages import benchmark
+from itool_jax.stages import comparison
 from tests import tiny
 from tests.conftest import read, shared_path, write
 from tests.runs import SMALL, Made, again, copy_run, make_run
@@ -49,6 +49,7 @@ def test_questions_are_answered_once_scored_and_kept(
     out = capsys.readouterr().out
     assert "bfcl, base: % right" in out
     assert "5 of 7 missing" in out  # of non-live
+    assert "not answer" not in out
     where = tmp_path / "run/base/bfcl"
     rows = read(where / "BFCL_v3_multiple_result.json")
     assert [row["id"] for row in rows] == ["multiple_0", "multiple_1", "multiple_2"]
@@ -86,7 +87,19 @@ def test_prompts_that_do_not_fit_are_told(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_data(tmp_path / "data", "simple")
-    assert evaluate(tiny_folder, tmp_path / "run", f"--data={data}", "--categories=simple") == 0
+    write_data(tmp_path / "data", "irrelevance", 3)
+    settings = [f"--data={data}", "--categories", "simple", "irrelevance"]
+    for _ in range(2):  # the second time from what the first one kept
+        assert evaluate(tiny_folder, tmp_path / "run", *settings) == 0
+        captured = capsys.readouterr()
+        assert "unanswered" in captured.out
+        assert "5 of 5 questions the model did not answer" in captured.out
+        summary = json.loads((tmp_path / "run/base/bfcl/summary.json").read_text())
+        assert summary["unanswered"] == {"simple": 2, "irrelevance": 3}
+        assert summary["accuracy"] == {"simple": 0.0, "irrelevance": 1.0}
+        (tmp_path / "run/base/bfcl/summary.json").unlink()
+    (tmp_path / "run/base/bfcl/BFCL_v3_simple_result.json").unlink()
+    assert evaluate(tiny_folder, tmp_path / "run", *settings) == 0
     assert "simple: 2 of 2 prompts do not fit the model's context" in capsys.readouterr().err
     rows = read(tmp_path / "run/base/bfcl/BFCL_v3_simple_result.json")
     assert rows[0]["result"].startswith("Error during inference: ")
@@ -209,13 +222,13 @@ def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
         return {"simple": {"correct": 40 - wrong, "total": 40, "failed": failed}}
 
     found = {
-        phase: benchmark.bfcl_scores.paired(benchmark.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
+        phase: bfcl_scores.paired(comparison.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
         for phase, wrong in (("few", 6), ("many", 20), ("none", 0))
         if (tmp_path / "a.json").write_text(json.dumps(scores(3)))
         and (tmp_path / "b.json").write_text(json.dumps(scores(wrong)))
-        and (earlier := benchmark.read_scores(tmp_path / "a.json"))
+        and (earlier := comparison.read_scores(tmp_path / "a.json"))
     }
-    lines = benchmark.fallen(found)
+    lines = comparison.fallen(found)
     assert lines == [
         "few -7.5 ± 4.2 points (n=40, p=0.2500, not significant)",
         "many -42.5 ± 7.8 points (n=40, p=0.0000, significant)",
@@ -255,4 +268,4 @@ def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
 
 
 def test_every_category_has_a_place_in_a_column() -> None:
-    assert set(benchmark.bfcl_scores.NEEDED["overall"]) == set(CATEGORIES)
+    assert set(bfcl_scores.NEEDED["overall"]) == set(CATEGORIES)

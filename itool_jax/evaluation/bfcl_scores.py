@@ -37,6 +37,8 @@ class Score(NamedTuple):
     """Questions there are; a part of them makes no official figure."""
     failed: dict[str, str]
     """Error type by question id."""
+    unanswered: int = 0
+    """Answered by a line of the harness instead of the model, such as of a prompt that does not fit its context."""
 
     def kinds(self) -> Counter[str]:
         """How many failed by error type."""
@@ -57,10 +59,10 @@ def judge(
     }
 
 
-def score(verdicts: Mapping[str, Verdict], n_questions: int) -> Score:
+def score(verdicts: Mapping[str, Verdict], n_questions: int, unanswered: int = 0) -> Score:
     """The score of a category's verdicts, of which there may be fewer than questions."""
     failed = {name: str(verdict.error_type) for name, verdict in verdicts.items() if not verdict.valid}
-    return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed)
+    return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed, unanswered)
 
 
 def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
