@@ -1,7 +1,11 @@
 """BFCL's multi-turn conversations with the official simulators; skipped where those are not installed."""
 
+import contextlib
 import gzip
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,18 @@ from itool_jax.evaluation.bfcl_simulators import (
 from tests.conftest import shared_path
 
 FILES = {"root": {"a": {"type": "directory", "contents": {"f.txt": {"type": "file", "content": "x"}}}}}
+
+
+# A process that holds all that its parent has open, and calls no audit hook.
+FORK = (
+    "{module}.fork_exec([b'/x'],[b'/x'],False,(),None,[],-1,-1,-1,-1,-1,-1,-1,-1,False,True,-1,None,None,None,-1,"
+    "lambda: __import__('time').sleep(30),False)"
+)
+# Changes what judges, for whatever is judged in the same process.
+FORGERY = (
+    "[cd(folder='' + str(setattr(__import__('sys').modules['bfcl_eval.eval_checker.eval_runner'], "
+    "'multi_turn_checker', lambda *a: {'valid': True})))]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +131,10 @@ def test_a_model_that_never_ends_its_turn_is_stopped(simulators: Simulators) -> 
         "len(__import__('os').listdir('/'))",
         "len(bytearray(9 << 30))",
         "len(__import__('gc').get_objects())",
+        FORK.format(module="__import__('_posixsubprocess')"),
+        FORK.format(module="__import__('importlib').reload(__import__('_posixsubprocess'))"),
+        "__import__('os').fork()",
+        "__import__('importlib').reload(__import__('posix')).fork()",
     ],
 )
 def test_text_of_a_model_does_no_harm(simulators: Simulators, tmp_path: Path, code: str) -> None:
@@ -148,6 +168,47 @@ def test_a_question_whose_simulators_fail_is_failed_and_no_other(simulators: Sim
     found = official_verdicts([good, bad], results, simulators)
     assert found[good.id].valid
     assert str(found[bad.id].error_type).startswith("simulator_error:")
+
+
+def test_a_response_changes_no_verdict_on_another(simulators: Simulators) -> None:
+    questions = [question(["q"], [["ls()"]], f"multi_turn_base_{i}") for i in range(3)]
+    results = {q.id: [[FORGERY if q is questions[0] else "no"]] for q in questions}
+    found = official_verdicts(questions, results, simulators)
+    assert [found[q.id].error_type for q in questions[1:]] == ["multi_turn:empty_turn_model_response"] * 2
+
+
+def test_a_response_forges_no_answer_to_the_next_command(simulators: Simulators) -> None:
+    forged = '[__import__(\'os\').write(i, b\'{{"calls": ["x"], "results": ["x"]}}\\n\') for i in range({})]'
+    for n in (3, 9):
+        with contextlib.suppress(SimulatorError):
+            execute(simulators, f"[cd(folder='' + str({forged.format(n)}))]")
+        assert execute(simulators, "[pwd()]")["calls"] == ["pwd()"]
+
+
+def test_ending_it_waits_for_nothing_and_leaves_nothing(simulators: Simulators) -> None:
+    fork = FORK.format(module="__import__('_posixsubprocess')")
+    with Simulators() as fresh:
+        folder = Path(fresh._folder.name)
+        for code in (f"str({fork}) or 9 ** 9 ** 9", "9 ** 9 ** 9"):
+            with contextlib.suppress(SimulatorError):
+                execute(fresh, f"[cd(folder=1 + ({code}))]", seconds=3)
+        start = time.monotonic()
+    assert time.monotonic() - start < 2
+    assert not folder.exists()
+
+
+def test_a_killed_parent_leaves_nothing(simulators: Simulators) -> None:
+    code = (
+        "import os, signal; from itool_jax.evaluation.bfcl_simulators import Simulators; s = Simulators(); "
+        "s.ask({'do': 'functions'}); print(s._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    folder = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+    assert folder.name.startswith("itool_bfcl_")
+    for _ in range(100):
+        if not folder.exists():
+            break
+        time.sleep(0.1)
+    assert not folder.exists()
 
 
 def test_the_official_verdicts_on_cases(simulators: Simulators) -> None:
