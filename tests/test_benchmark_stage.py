@@ -145,6 +145,9 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
         (["--output=x.json"], "output is for the stages score, generate and export, and for results"),
+        (["--against=none.json"], "none.json is no file; against wants another run's scores.json"),
+        (["--benchmark=api_bank", "--official"], "official is for BFCL; set --benchmark=bfcl"),
+        (["--benchmark=api_bank", "--results=none"], "results is for BFCL; set --benchmark=bfcl"),
         (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
         (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
         (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
@@ -174,9 +177,12 @@ def test_without_the_official_environment_the_command_is_named(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ITOOL_BFCL", str(tmp_path / "none"))
-    for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"]):
+    data = write_data(tmp_path / "data", "simple")
+    official = [f"--data={data}", "--categories=simple", "--official"]
+    for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"], official):
         assert evaluate(tiny_folder, tmp_path / "run", *settings) == 2
         assert "run python -m itool_jax.evaluation.bfcl_setup" in capsys.readouterr().err
+        assert not (tmp_path / "run/base").exists()  # before any work
 
 
 def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +197,26 @@ def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixt
         (tmp_path / "b.json").write_text(content)
         assert main([*command, f"--against={tmp_path / 'b.json'}"]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_nothing_to_score_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 2)
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
+    results(tmp_path / "a", "simple", "no")
+    assert main([*command, "--categories=java"]) == 2
+    assert "a holds none of the categories java" in capsys.readouterr().err
+    (tmp_path / "a/BFCL_v3_simple_result.json").write_text("")
+    assert main(command) == 2
+    assert "BFCL_v3_simple_result.json holds no responses" in capsys.readouterr().err
+
+
+def test_columns_of_parts_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "live_relevance", 3)
+    results(tmp_path / "a", "live_relevance", "[f()]", "no")
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
+    assert main(command) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("relevance", "live_relevance "))]
+    assert [row.rstrip().endswith("2 of 3") for row in rows] == [True, True]
 
 
 def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(

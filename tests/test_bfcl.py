@@ -256,6 +256,19 @@ def test_a_wrong_question_is_named() -> None:
         check([function(), function("g")], "f()", [{"h": {}}], "multiple")
     with pytest.raises(ValueError, match="Python has no parameters of type 'byte'"):
         check([function(a="byte")], "f(a=1)", [{"f": {"a": [1]}}], "simple")
+    array = function(a=("array", "Set"))
+    for functions, answers, reason in (
+        ([array], [{"f": {"a": [[1]]}}], r"Python has no parameters of type 'Set' \(f\.a\)"),
+        ([{"name": "f"}], [{"f": {"a": [1]}}], 'a function has no "name" or no "parameters"'),
+        ([function(a="any")], [{}], "a possible answer holds no call"),
+        ([function(a="any")], [{"f": [1]}], "the possible arguments of 'f' are no object"),
+        ([function(a="any")], [{"f": {"a": 1}}], "the allowed values of f.a are no list"),
+        ([function(a="dict")], [{"f": {"a": [{"k": 1}]}}], "an allowed value of f.a has a key without a list"),
+        ([function(a=("array", "dict"))], [{"f": {"a": [[{"k": 1}]]}}], "an allowed value of f.a has a key without"),
+        ([], [{"f": {"a": [1]}}], "'f', which is not among the functions"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check(functions, "[f(a=1)]", answers, "simple")
 
 
 def test_the_official_verdicts_on_cases() -> None:

@@ -37,6 +37,7 @@ UNFIT = "Error during inference: "
 
 def run(config: Config) -> dict[str, Any]:
     """Scores result files, or evaluates the chosen phases of the run; returns the figures of each."""
+    _check(config)
     if config.results is not None:
         return {"results": score_results(config)}
     known = folder.trained_phases(config)
@@ -46,6 +47,17 @@ def run(config: Config) -> dict[str, Any]:
             f"evaluate.phase {chosen} has no weights in {config.run_dir}; there are: base {' '.join(known)}"
         )
     return {phase: evaluate(config, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
+
+
+def _check(config: Config) -> None:
+    """Raises ValueError, before any work, for what would be missing after it."""
+    if config.benchmark != "bfcl" and (config.official or config.results is not None):
+        name = "results" if config.results is not None else "official"
+        raise ValueError(f"{name} is for BFCL; set --benchmark=bfcl, got --benchmark={config.benchmark}")
+    if config.official:
+        bfcl_setup.python()
+    if config.against is not None:
+        read_scores(config.against)
 
 
 def evaluate(config: Config, phase: str) -> Figures:
@@ -70,10 +82,12 @@ def evaluate(config: Config, phase: str) -> Figures:
 def score_results(config: Config) -> Figures:
     """Scores the result files of `results`, writes `output`, and prints the table."""
     assert config.results is not None
-    if config.benchmark != "bfcl":
-        raise ValueError("results are files in BFCL's layout; set --benchmark=bfcl")
-    files = bfcl_data.find_results(config.results)
+    files = bfcl_data.find_results(config.results, config.evaluate.layout)
     chosen = [category for category in files if not config.categories or category in categories(config)]
+    if not chosen:
+        raise ValueError(f"{config.results} holds none of the categories {', '.join(categories(config))}")
+    if set(chosen) & set(bfcl_data.MULTI_TURN):
+        bfcl_setup.python()
     responses, scores = {}, {}
     for category in chosen:
         questions = bfcl_data.load_questions(data_folder(config), category)
@@ -299,15 +313,14 @@ def _count(column: str, scores: Mapping[str, Score]) -> str:
     missing = [category for category in needed if category not in scores]
     if missing:
         return f"{len(missing)} of {len(needed)} missing"
-    return str(sum(scores[category].total for category in needed))
+    done, there = (sum(getattr(scores[category], name) for category in needed) for name in ("total", "questions"))
+    return f"{done} of {there}" if done < there else str(done)
 
 
 def compare_official(
     config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
 ) -> None:
     """Prints the official scorer's figures beside ours, and names every question they disagree on."""
-    if config.benchmark != "bfcl":
-        raise ValueError("official is for bfcl")
     table = Table(title="the official scorer beside ours", title_justify="left", box=None)
     for column in ("category", "n", "official", "ours", "other verdict"):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=column != "other verdict")

@@ -17,7 +17,9 @@ from itool_jax.stages import folder
 
 
 def read_scores(path: Path) -> dict[str, Score]:
-    """The scores of a `scores.json`. ValueError for another file."""
+    """The scores of a `scores.json`. ValueError for another file, or none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; against wants another run's scores.json")
     try:
         content = json.loads(path.read_text())
         return {
