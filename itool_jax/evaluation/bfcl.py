@@ -154,7 +154,9 @@ def _require_form(name: str, schema: Any, allowed: Any, language: Language) -> N
     elif types[kinds[-1]] is dict:
         dicts = [item for answer in allowed if isinstance(answer, list) for item in answer]
     values = (value for answer in dicts if isinstance(answer, Mapping) for value in answer.values())
-    _need(all(isinstance(value, list) for value in values), f"an allowed value of {name} has a key without a list")
+    _need(
+        all(isinstance(value, list | str) for value in values), f"an allowed value of {name} has a key without a list"
+    )
 
 
 def _need(condition: bool, problem: str) -> None:
