@@ -54,6 +54,8 @@ class EvaluateSettings:
     """Questions of each category of a benchmark, the first ones; 0 is all, which official figures need."""
     layout: Literal["v3", "v4"] = "v3"
     """Names of the files that BFCL responses are written to."""
+    underscore_to_dot: bool = False
+    """The model of --results was shown _ for every dot in a function's name, as OpenAI's interface wants it."""
     benchmarks: tuple[str, ...] = ()
     """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
     BFCL's questions, API-Bank's tests, or any form of training data."""
@@ -180,6 +182,8 @@ class Config:
             raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
         if self.benchmark is not None and self.stage not in ("evaluate", "iterate", "export"):
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
+        if self.evaluate.underscore_to_dot and self.results is None:
+            raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
 
     @property
     def keeps_run(self) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Table
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
 from itool_jax.metrics import console_out, is_writer, say
-from itool_jax.stages import benchmark, dpo, evaluate, folder, score, search, warmup
+from itool_jax.stages import benchmark, comparison, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 
@@ -106,7 +106,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     for phase, before in pairs:
         a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
         result = paired_difference([a[i] for i in a], [b[i] for i in a])
-        lower = benchmark.fallen(evaluate.by_category(config, phase, before))
+        lower = comparison.fallen(evaluate.by_category(config, phase, before))
         if config.benchmark is not None and before != "base":
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
         row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}
