@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
             raise

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from itool_jax.data.records import whole_file
+from itool_jax.untrusted import redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
@@ -55,7 +56,7 @@ class Metrics(NamedTuple):
 
 def say(text: str) -> None:
     """One line for the user, on stderr, so that stdout holds results only."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(redacted(text), markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
