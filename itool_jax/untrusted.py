@@ -69,14 +69,24 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("an alias (*name) is not allowed here")
+        _check_events(yaml.parse(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, OverflowError) as error:
         # Of the last four are errors in values such as `!!int ""`.
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_events(events: Iterator[Any]) -> None:
+    """ValueError at the first alias or level too many: time to read YAML grows with the square of its levels."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("an alias (*name) is not allowed here")
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
 
 
 def inside(folder: Path, name: str) -> Path:
