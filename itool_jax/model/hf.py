@@ -92,8 +92,9 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+    raw = _read_json(path)
     try:
-        return _config(_read_json(path), dtype)
+        return _config(raw, dtype)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, OverflowError) as error:
@@ -112,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     names = raw["architectures"]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
         raise ValueError(f"architecture {names} is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unknown_features(raw, names[0])
     rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
@@ -122,7 +123,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     if n_heads % n_kv_heads:
         raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
     given = raw.get("head_dim") or ARCHITECTURES[names[0]].qk_norm
-    head_dim = _positive(raw, "head_dim") if given else raw["hidden_size"] // n_heads
+    head_dim = _positive(raw, "head_dim") if given else _positive(raw, "hidden_size") // n_heads
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
     return ModelConfig(
