@@ -10,12 +10,9 @@ from tests.faults.place import (
     full_disk,
     header,
     index,
-    link,
     locked,
     mkdir,
     remove,
-    rows,
-    samples,
     tensors,
     write_scores,
 )
@@ -109,12 +106,10 @@ RUNS = [
     fault("run-done-key", "a done file without its seconds", WARMUP, "?", finished, edit(DONE, seconds=None)),
     fault("run-done-outside", "a done file that names another's file", WARMUP, "?", finished, edit(DONE, outputs={"../../etc/passwd": "0"})),
     fault("run-done-absolute", "a done file that names a whole path", WARMUP, "?", finished, edit(DONE, outputs={"/etc/passwd": "0"})),
-    fault("run-done-other", "a done file that names other files", WARMUP, "?", finished, edit(DONE, outputs={"none.jsonl": "0"})),
     fault("run-started", "a folder of unfinished work, damaged", WARMUP, "?", finished, remove(DONE), file("run/warmup/warmup.working/started.json", "{")),
     fault("run-sources", "sources.json is a list", WARMUP, "?", finished, file("run/data/sources.json", [])),
     fault("run-sources-key", "sources.json without the model", WARMUP, "?", finished, edit("run/data/sources.json", model=None)),
     fault("run-sources-changed", "a model that is another", WARMUP, "?", finished, edit("run/data/sources.json", model={"config.json": "0"})),
-    fault("run-sources-kind", "sources.json with lists for hashes", WARMUP, "?", finished, edit("run/data/sources.json", model={"config.json": []})),
     fault("run-train-cut", "a data part that is cut off", WARMUP, "?", finished, remove(DONE), cut("run/data/train.jsonl", 30)),
     fault("run-scores-absent", "no scores", "--stage=search --run_dir=RUN SETTINGS", "?", finished, remove("run/iteration_1/scores.jsonl", "run/iteration_1/search.json")),
     fault("run-scores-key", "scores without ranks", "--stage=search --run_dir=RUN SETTINGS", "?", finished, remove("run/iteration_1/search.json"), file("run/iteration_1/scores.jsonl", '{"id": "s1"}\n')),
@@ -123,7 +118,6 @@ RUNS = [
     fault("run-in-use", "another process is at work there", AGAIN, "?", locked("run/.lock")),
     fault("output-in-use", "another process writes the output", SCORE, "?", locked(".out.jsonl.lock")),
     fault("disk-full", "a disk that is full", ITERATE, "?", full_disk),
-    fault("disk-full-metrics", "a file on a full device", WARMUP, "?", mkdir("run"), link("run/config.yaml", "/dev/full")),
 ]
 
 BFCL = "--stage=evaluate --benchmark=bfcl --results=DIR/r --data=DIR/b --categories simple --output=OUT"
@@ -148,7 +142,6 @@ BENCHMARKS = [
     fault("answers-kind", "a truth that is a number", BFCL, "?", *GOOD, file(A, {**ANSWER, "ground_truth": 1})),
     fault("answers-function", "a truth of an unknown function", BFCL, "?", *GOOD, file(Q, {**QUESTION, "function": QUESTION["function"] * 2}), file(A, {**ANSWER, "ground_truth": [{"g": {}}]})),
     fault("questions-key", "a question without functions", BFCL, "?", *GOOD, file(Q, {"id": "simple_0", "question": []})),
-    fault("questions-function", "a function that is a text", BFCL, "?", *GOOD, file(Q, {**QUESTION, "function": ["f"]})),
     fault("category-bfcl", "a category that there is none of", BFCL.replace("simple", "easy"), "?", *GOOD),
     fault("results-api-bank", "results of API-Bank", BFCL.replace("=bfcl", "=api_bank"), "?", *GOOD),
     fault("against-absent", "scores that are not there", f"{BFCL} --against=DIR/scores.json", "?", *GOOD),

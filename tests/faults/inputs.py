@@ -1,6 +1,6 @@
 """Faults of command lines, configs and data files."""
 
-from tests.faults.place import SAMPLE, cut, fault, file, link, mkdir, rows, samples
+from tests.faults.place import SAMPLE, fault, file, mkdir, rows, samples
 
 ITERATE = "--stage=iterate --model=MODEL --data=FILE --run_dir=RUN"
 SCORE = "--stage=score --model=MODEL --data=FILE --output=OUT"
@@ -77,7 +77,6 @@ CONFIGS = [
 MESSAGES = {"messages": [{"role": "user", "content": "q"}]}
 CHAT = {"system": "", "conversations": [{"from": "user", "value": "q"}]}
 XLAM = {"query": "q", "tools": "[]", "answers": "[]"}
-PARAMETERS = {"type": "object", "properties": {}}
 
 DATA = [
     fault("data-absent", "a file that is not there", "--stage=score --model=MODEL --data=DIR/none.jsonl --output=OUT", "?"),

@@ -41,6 +41,9 @@ class Place(NamedTuple):
         """A message without the paths of this machine."""
         for name, path in self.names().items():
             text = text.replace(str(path), name)
+        for setting in self.made.settings[:2]:  # the model and the data of the run
+            name, _, path = setting.removeprefix("--").partition("=")
+            text = text.replace(path, f"{name.upper()}_OF_RUN")
         return text
 
 
@@ -158,11 +161,6 @@ def finished(place: Place) -> None:
 def mkdir(name: str) -> Step:
     """A folder of the place."""
     return lambda place: (place.folder / name).mkdir(parents=True)
-
-
-def link(name: str, target: str) -> Step:
-    """A symbolic link."""
-    return lambda place: (place.folder / name).symlink_to(target)
 
 
 def cut(name: str, size: int) -> Step:
