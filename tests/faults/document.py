@@ -9,12 +9,12 @@ PATH = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 INTRODUCTION = """\
 # What can go wrong, and what is said
 
-Made by `python -m tests.faults.document` from the catalogue in `tests/faults`, whose tests provoke each of these {count} faults for
-real. Every one ends the program with code 2 and one line on stderr, which begins `python -m itool_jax.main: error: `; what was finished
-is kept. `ITOOL_TRACEBACK=1` shows where it came from.
+Made by `python -m tests.faults.document` from the catalogue in `tests/faults`, whose tests provoke each of these
+{count} faults for real. Every one ends the program with code 2 and one line on stderr, which begins
+`python -m itool_jax.main: error: `. `ITOOL_TRACEBACK=1` shows where it came from.
 
-MODEL, FILE, OUT and RUN stand for a model's folder, a data file, an output and a run directory, all in the folder DIR; SETTINGS are
-those that the run was made with. Where a line ends in …, a library's own words follow.
+MODEL, FILE, OUT and RUN stand for a model's folder, a data file, an output and a run directory, all in the folder DIR;
+SETTINGS are those that the run was made with. Where a line ends in …, a library's own words follow.
 """
 
 
