@@ -19,6 +19,7 @@ from typing import Any, Literal
 import tyro
 import yaml
 
+from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
@@ -173,6 +174,8 @@ class Config:
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
+            if isinstance(value, str) and untrusted.redacted(value) != value:
+                raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
 
     def _check_benchmark(self) -> None:
         given = [name for name in ("results", "against", "official") if getattr(self, name)]
@@ -266,16 +269,19 @@ def find_config(name: str) -> Path:
 def _file_arguments(path: Path) -> list[str]:
     """A YAML file as command-line arguments, so that one parser checks both."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = untrusted.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
     flat = dict(_flatten(content))
     known = {name for name, _ in _flatten(_defaults())}
     if unknown := sorted(set(flat) - known):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
-    return [argument for name, value in flat.items() for argument in _argument(name, value)]
+    try:
+        return [argument for name, value in flat.items() for argument in _argument(name, value)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _argument(name: str, value: Any) -> list[str]:
@@ -283,6 +289,8 @@ def _argument(name: str, value: Any) -> list[str]:
         head, _, last = name.rpartition(".")
         return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{last}"]
     if isinstance(value, list):
+        if option := next((item for item in map(str, value) if item.startswith("-")), None):
+            raise ValueError(f"{name} holds {option!r}, which would be read as an option")
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 
@@ -388,9 +396,9 @@ def save_or_check(config: Config) -> None:
 def _check_saved(path: Path, config: Config) -> None:
     mend = "choose another --run_dir"
     try:
-        saved = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); {mend}") from error
+        saved = untrusted.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error
     for name, value in binding_settings(config).items():
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
@@ -420,10 +428,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_error(error: BaseException, where: Path | None = None) -> str:
     """One line for the user; `where` is what was being written, for errors that name no file."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or give less data"
     if is_out_of_memory(error):
         text = f"out of device memory ({text[:200]}); lower {MEMORY_SETTINGS}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or where or 'error'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text += "; free some space and run the same command again: what is finished is kept"
-    return f"{PROGRAM}: error: {text}"
+    return untrusted.redacted(f"{PROGRAM}: error: {text}")

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from itool_jax.data.records import whole_file
-from itool_jax.metrics import redact
+from itool_jax.untrusted import redacted
 
 FILE = "environment.json"
 PACKAGES = (
@@ -57,14 +57,14 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "time": round(time.time(), 3),
-        "command": redact(shlex.join(arguments)),
+        "command": redacted(shlex.join(arguments)),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),
         "backend": jax.default_backend(),
         "devices": dict(collections.Counter(device.device_kind for device in devices)),
         "processes": jax.process_count(),
-        "flags": {name: redact(os.environ[name]) for name in FLAGS if os.environ.get(name)},
+        "flags": {name: redacted(os.environ[name]) for name in FLAGS if os.environ.get(name)},
         "code": _code(),
     }
 

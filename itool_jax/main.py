@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         metrics.fail("interrupted; the same command goes on where it was")
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
         line = settings.describe_error(error, where)
         if fault or os.environ.get("ITOOL_TRACEBACK"):

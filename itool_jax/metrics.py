@@ -9,8 +9,6 @@ first reports.
 import contextlib
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from itool_jax.data.records import whole_file
 from itool_jax.profiling import traced
 from itool_jax.trackers import LogSettings, Tracker, open_trackers
+from itool_jax.untrusted import redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
 
 PROGRESS_SECONDS = 30.0
 """How often `log.jsonl` says how far a work is."""
-_HIDDEN = "***"
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL)S?$", re.IGNORECASE)
-_SECRET = re.compile(
-    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|\b(?:hf|sk|ghp|wandb_v\d)[-_][A-Za-z0-9_-]{16,}"
-    r"|(?<=[-_]token=)\S+|(?<=TOKEN=)\S+|(?i:(?<=key=)|(?<=secret=)|(?<=password=))\S+"
-)
 
 
 class Journal:
@@ -48,7 +41,7 @@ class Journal:
 
     def line(self, level: str, text: str) -> None:
         """Appends one line."""
-        row = {"time": round(time.time(), 3), "stage": self.stage, "level": level, "text": redact(text)}
+        row = {"time": round(time.time(), 3), "stage": self.stage, "level": level, "text": redacted(text)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -155,28 +148,20 @@ def say(text: str) -> None:
     """One line for the user, on stderr, so that stdout holds results only."""
     if is_writer():
         note("info", text)
-        console.print(redact(text), markup=False, soft_wrap=True)
+        console.print(redacted(text), markup=False, soft_wrap=True)
 
 
 def fail(text: str) -> None:
     """The line that a command ends with in error; every process says its own."""
     with contextlib.suppress(OSError):  # the disk that is full may be what it is about
         note("error", text)
-    print(redact(text), file=sys.stderr)
+    print(redacted(text), file=sys.stderr)
 
 
 def note(level: str, text: str) -> None:
     """A line for `log.jsonl` alone."""
     if _journal is not None:
         _journal.line(level, text)
-
-
-def redact(text: str) -> str:
-    """The text without what looks like a secret, or is one by the name of its environment variable."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
-            text = text.replace(value, _HIDDEN)
-    return _SECRET.sub(_HIDDEN, text)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ import pytest
 from itool_jax import metrics, profiling, trackers
 from itool_jax.config import Config
 from itool_jax.main import main
-from itool_jax.metrics import Metrics, close_journal, open_journal, progress, redact, say, working_on
+from itool_jax.metrics import Metrics, close_journal, open_journal, progress, say, working_on
 from itool_jax.stages import evaluate, folder, generate
 from itool_jax.trackers import LogSettings
+from itool_jax.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import SMALL, make_samples
 
@@ -251,7 +252,7 @@ def test_no_secret_is_in_any_file_of_a_run(observed: Path):
 def test_what_looks_like_a_secret_is_hidden(text: str, shown: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_PASSWORD", SECRETS["MY_PASSWORD"])
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "16384")
-    assert redact(text) == shown
+    assert redacted(text) == shown
 
 
 # Traces -----------------------------------------------------------------------------------------------------
