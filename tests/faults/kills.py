@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from itool_jax.main import PREEMPTED
+from itool_jax.main import main as run
 from tests.runs import lasting
 
 CHANGES, PAUSE = 25, 0.05
@@ -31,12 +33,10 @@ def start(arguments: Sequence[str], folder: Path) -> int:
         return pid
     code = 1
     try:
-        from itool_jax.main import main
-
         with (folder.parent / f"{folder.name}.log").open("a") as log:
             os.dup2(log.fileno(), sys.stderr.fileno())
             os.dup2(log.fileno(), sys.stdout.fileno())
-        code = main([*arguments, f"--run_dir={folder}"])
+        code = run([*arguments, f"--run_dir={folder}"])
     finally:
         os._exit(code)
 
@@ -74,7 +74,11 @@ def kill_until_done(arguments: Sequence[str], folder: Path, most: int, rng: rand
             return met
         time.sleep(rng.uniform(0, PAUSE))
         os.kill(pid, asked)
-        os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:  # it was through
+            return met
+        if code != (PREEMPTED if asked == signal.SIGTERM else -asked):
+            raise RuntimeError(f"a run ended with {code}, see {folder}.log")
         met.append(stage_of(folder))
 
 
