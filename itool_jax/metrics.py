@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from itool_jax.data.records import whole_file
-from itool_jax.untrusted import redacted
+from itool_jax.untrusted import parse_json, redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
@@ -48,7 +48,7 @@ class Metrics(NamedTuple):
 
     def _is_later(self, line: bytes, step: int) -> bool:
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode())
             return row["stage"] == self.stage and row["step"] > step
         except (ValueError, TypeError, KeyError):
             return True

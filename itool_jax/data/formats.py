@@ -148,9 +148,7 @@ def from_toolrl(row: Row) -> list[Sample]:
     if not found:
         raise ValueError('"instruction" holds no list of tools')
     history = [
-        _toolrl_message(tag, text.strip())
-        for tag, text in _toolrl_blocks(field(row, "input", str))
-        if tag != "think"
+        _toolrl_message(tag, text.strip()) for tag, text in _toolrl_blocks(field(row, "input", str)) if tag != "think"
     ]
     # The thought may itself mention the tags, so the answer is what follows the last thought.
     answers = _toolrl_blocks(field(row, "output", str).rpartition("</think>")[2])

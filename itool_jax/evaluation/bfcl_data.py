@@ -105,16 +105,39 @@ def load_questions(folder: Path, category: str) -> list[Question]:
     answers = {}
     if "relevance" not in category:
         answer_file = _find(folder, "possible_answer", category)
-        answers = {_field(row, "id", answer_file, n): row for n, row in read_rows(answer_file)}
+        rows = list(read_rows(answer_file))
+        answers = {_id(row, answer_file, n): _field(row, "ground_truth", answer_file, n) for n, row in rows}
     found = []
     for number, row in read_rows(file):
-        question_id = _field(row, "id", file, number)
+        question_id = _id(row, file, number)
         if "relevance" not in category and question_id not in answers:
             raise ValueError(f"{place(file, number)}: no possible answer to {question_id}")
-        answer = answers[question_id]["ground_truth"] if answers else []
+        answer = answers[question_id] if answers else []
         turns = _field(row, "question", file, number)
         functions = [] if category in MULTI_TURN else _field(row, "function", file, number)
         found.append(Question(question_id, category, turns, functions, answer, row))
+        _check_form(found[-1], place(file, number))
+    return found
+
+
+def _check_form(question: Question, where: str) -> None:
+    """ValueError where no prompt can be made of a question."""
+    try:
+        texts = [message[key] for turn in question.turns for message in turn for key in ("role", "content")]
+        kind = list if question.category in MULTI_TURN else dict
+        if not isinstance(question.answer, list) or not all(isinstance(item, kind) for item in question.answer):
+            raise TypeError("the possible answers are of the wrong type")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a message holds no text")
+        first_messages(question)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"{where}: not a question of BFCL ({error!r})") from error
+
+
+def _id(row: Row, file: Path, number: int) -> str:
+    found = _field(row, "id", file, number)
+    if not isinstance(found, str):
+        raise ValueError(f'{place(file, number)}: "id" is no text')
     return found
 
 
@@ -214,7 +237,7 @@ def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
     known = {question.id for question in questions}
     results: dict[str, Any] = {}
     for number, row in read_rows(path):
-        question_id = _field(row, "id", path, number)
+        question_id = _id(row, path, number)
         if question_id not in known or question_id in results:
             problem = "is given twice" if question_id in results else "is none of the category's questions"
             raise ValueError(f"{place(path, number)}: {question_id!r} {problem}")

@@ -45,7 +45,14 @@ class Score(NamedTuple):
 
 def judge(questions: Sequence[Question], results: Mapping[str, Any]) -> dict[str, Verdict]:
     """The verdict on each single-turn response, by question id, in the order of the questions."""
-    return {q.id: check(q.functions, results[q.id], q.answer, q.category) for q in questions if q.id in results}
+    found: dict[str, Verdict] = {}
+    for question in questions:
+        if question.id in results:
+            try:
+                found[question.id] = check(question.functions, results[question.id], question.answer, question.category)
+            except ValueError as error:
+                raise ValueError(f"{question.category} {question.id}: {error}") from error
+    return found
 
 
 def score(verdicts: Mapping[str, Verdict], n_questions: int) -> Score:

@@ -7,7 +7,6 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from itool_jax.metrics import console_out, progress, say
 from itool_jax.sampler import respond
 from itool_jax.stages import folder, manifest
 from itool_jax.stages.spread import spread
+from itool_jax.untrusted import read_json
 
 Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
@@ -309,12 +309,12 @@ def compare_official(
 def read_scores(path: Path) -> dict[str, Score]:
     """The scores of a `scores.json`. ValueError for another file."""
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return {
-            name: Score(row["correct"], row["total"], row["total"], dict.fromkeys(row["failed"], ""))
+            name: Score(int(row["correct"]), int(row["total"]), int(row["total"]), dict.fromkeys(row["failed"], ""))
             for name, row in content.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no scores.json: {error!r}") from error
 
 
