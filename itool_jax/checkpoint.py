@@ -25,6 +25,7 @@ import numpy as np
 
 from itool_jax.data.records import whole_file
 from itool_jax.metrics import say
+from itool_jax.untrusted import read_json
 
 CHECKSUMS = "checksums.json"
 COSTS = 0.02
@@ -112,7 +113,7 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where it is whole and as it was written."""
     try:
-        sealed = json.loads((folder / CHECKSUMS).read_text())
+        sealed = read_json(folder / CHECKSUMS)
         found = _checksums(folder)
         wrong = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
     except FileNotFoundError:

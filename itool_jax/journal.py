@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
-from itool_jax import hosts
+from itool_jax import hosts, untrusted
 from itool_jax.metrics import say
 
 T = TypeVar("T")
@@ -78,6 +78,8 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
         if checksum != b"%08x" % zlib.crc32(text):
             say(f"{path} is damaged behind its first {len(found)} lines; what stood there is computed again")
             break
-        key, value = json.loads(text)
-        found[key], whole = value, end + 1
+        entry = untrusted.parse_json(text.decode())  # as it was written, by its checksum
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise ValueError(f"{path} is no journal of a stage; delete it")
+        found[entry[0]], whole = entry[1], end + 1
     return found, whole

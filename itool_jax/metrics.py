@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from itool_jax.data.records import whole_file
 from itool_jax.profiling import traced
 from itool_jax.trackers import LogSettings, Tracker, open_trackers
-from itool_jax.untrusted import redacted
+from itool_jax.untrusted import parse_json, redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
@@ -103,7 +103,7 @@ class Metrics(NamedTuple):
 
     def _is_later(self, line: bytes, step: int) -> bool:
         try:
-            row = json.loads(line)
+            row = parse_json(line.decode())
             return row["stage"] == self.stage and row["step"] > step
         except (ValueError, TypeError, KeyError):
             return True

@@ -355,7 +355,7 @@ def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
 # Goes on, and goes wrong ---------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -376,7 +376,7 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
 
     def fail(i: int, after: int) -> Any:
         if i >= after:
-            raise Killed
+            raise KilledError
         return data[i]
 
     whole = fit_on(data, None)
@@ -385,7 +385,7 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
         folder = tmp_path / f"cut {after}"
         cut = grain.MapDataset.source(range(9)).map(lambda i, after=after: fail(i, after))
         kept = checkpoint.Training(folder, 1)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             fit_on(cut, kept)
         kept.finish()
         kept = checkpoint.Training(folder, 1)

@@ -99,7 +99,7 @@ def refuse(reason: str, skipped: list[str] | None, cause: Exception | None = Non
     """Puts the reason why a row is left out into `skipped`; ValueError with it where there is no such list."""
     if skipped is None:
         raise ValueError(reason) from cause
-    skipped.append(reason)
+    skipped.append(" ".join(reason.split()))  # a reason may quote a text of several lines
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:

@@ -60,7 +60,7 @@ def check(
     irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`).
     `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. No text raises, and a
     value that is no text counts as unreadable. Raises ValueError for an unknown category or parameter type, and where
-    the possible answers are missing or name no such function.
+    the possible answers are missing, malformed or name no such function.
     """
     language = language_of(category)
     try:
@@ -83,6 +83,8 @@ def check(
             checker.calls(calls, answers, category)
     except _WrongError as wrong:
         return Verdict(False, str(wrong))
+    except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:  # no text causes one of them
+        raise ValueError(f"a question whose functions or possible answers are malformed ({error!r})") from error
     return Verdict(True, None)
 
 

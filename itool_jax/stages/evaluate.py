@@ -56,6 +56,9 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     """Each category of one phase against another's, sample by sample."""
     marks = read_results(config, before)
     rows = folder.read_table(results_file(config, phase), ["id", "correct", "categories"])
+    if missing := [row["id"] for row in rows if row["id"] not in marks]:
+        path = results_file(config, before)
+        raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
     found = {}
     for name in CATEGORIES[1:]:
         chosen = [row for row in rows if name in row["categories"]]

@@ -21,7 +21,7 @@ import grain
 import jax
 from flax import nnx
 
-from itool_jax import checkpoint
+from itool_jax import checkpoint, untrusted
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import Metrics
@@ -30,6 +30,7 @@ from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, placed
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
+from itool_jax.stages import columns
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
 from itool_jax.train import LossFn, TrainingSettings, fit
@@ -220,7 +221,7 @@ def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> N
     for name in now:
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
-        if changed := sorted(file for file, _ in set(then[name].items()) ^ set(now[name].items())):
+        if changed := sorted(f for f in then[name] | now[name] if then[name].get(f) != now[name].get(f)):
             source = f"{changed[0]} of --{name}={getattr(config, name)}"
             raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
 
@@ -283,7 +284,7 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the run; ValueError where it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = untrusted.read_json(path)
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
     if not isinstance(content, dict):
@@ -306,8 +307,8 @@ def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a file of the run; ValueError names a row that lacks one of the keys."""
     found = []
     for number, row in read_rows(path):
-        if missing := [key for key in keys if key not in row]:
-            raise ValueError(f'{place(path, number)}: no "{missing[0]}"; delete the file to compute it again')
+        if bad := columns.fault(row, keys):
+            raise ValueError(f"{place(path, number)}: {bad}; delete the file to compute it again")
         found.append(row)
     return found
 

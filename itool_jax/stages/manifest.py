@@ -17,7 +17,7 @@ from itool_jax import hosts
 from itool_jax.checkpoint import damage
 from itool_jax.config import Config, binding_settings
 from itool_jax.metrics import say, working_on
-from itool_jax.stages import folder
+from itool_jax.stages import columns, folder
 
 
 def once(
@@ -46,7 +46,7 @@ def once(
         bad = next((f"{path}: {bad}" for path in paths.values() if path.is_dir() and (bad := damage(path))), None)
         if bad is None and figures.get("after") == basis:
             shutil.rmtree(working, ignore_errors=True)
-            changed = [paths[name] for name, digest in figures["outputs"].items() if _digest(paths[name]) != digest]
+            changed = [path for name, path in paths.items() if _digest(path) != figures["outputs"].get(name)]
             note = f", {changed[0]} has been changed since" if changed else ""
             say(f"{phase}: {stage} is done already{note}")
             return figures
@@ -100,7 +100,8 @@ def _begin(working: Path, basis: dict[str, Any]) -> float:
     begun, seconds = folder.read_json(path) if path.exists() else {}, 0.0
     if begun.get("after") == basis:
         last = max(file.stat().st_mtime for file in working.rglob("*"))
-        seconds = float(begun["seconds"]) + max(0.0, last - float(begun["time"]))
+        if not columns.fault(begun, ["seconds", "time"]):
+            seconds = begun["seconds"] + max(0.0, last - begun["time"])
     elif working.exists():
         say(f"{working} is of other inputs, so the work begins anew")
         shutil.rmtree(working)

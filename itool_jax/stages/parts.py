@@ -18,6 +18,7 @@ from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write
 from itool_jax.metrics import say
 from itool_jax.stages import benchmark, folder
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.untrusted import read_json
 
 CARD = "data/card.json"
 PARTS = ("train", "validation", "test")
@@ -143,7 +144,7 @@ def _read_card(config: Config) -> dict[str, Any]:
     """The data card as it is, with its benchmarks, none where there is no card yet."""
     path = config.run_dir / CARD
     try:
-        card = {"benchmarks": {}} | (json.loads(path.read_text()) if path.exists() else {})
+        card = {"benchmarks": {}} | (read_json(path) if path.exists() else {})
         return card | {"benchmarks": dict(card["benchmarks"])}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have the benchmarks looked for again") from error
