@@ -340,10 +340,11 @@ def lock(config: Config) -> Iterator[None]:
     Raises:
         ValueError: another process is at work there; names it.
     """
-    if config.stage == "export" or (config.stage == "generate" and config.output is None):
+    output = config.output
+    unseen = output is None if config.stage == "generate" else config.stage == "export"
+    if unseen or (output is not None and output.exists() and not output.is_file()):  # a pipe or a device, say
         yield
         return
-    output = config.output
     path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +67,11 @@ def once(
 
 @contextlib.contextmanager
 def resumed(config: Config, output: Path) -> Iterator[Path]:
-    """A folder beside a file for what is done of it, which is gone when it is written."""
+    """A folder beside a file for what is done of it, which is gone when it is written; elsewhere for a pipe or device."""
+    if output.exists() and not output.is_file():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     working = output.with_name(f"{output.name}.working")
     _begin(working, {"settings": _hash(config.flat()), "sources": folder.fingerprints(config)})
     yield working
