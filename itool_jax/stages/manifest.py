@@ -67,7 +67,7 @@ def once(
 
 @contextlib.contextmanager
 def resumed(config: Config, output: Path) -> Iterator[Path]:
-    """A folder beside a file for what is done of it, which is gone when it is written; elsewhere for a pipe or device."""
+    """A folder beside a file for what is done of it, gone when it is written; elsewhere for a pipe or a device."""
     if output.exists() and not output.is_file():
         with tempfile.TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
