@@ -97,6 +97,14 @@ def test_a_refused_download_does_not_show_the_token(
     assert "401 for https://***@huggingface.co/o/m?" in line
 
 
+def test_a_traceback_of_the_program_hides_secrets(capsys: pytest.CaptureFixture[str]):
+    error = KeyError(f"a bug met {HUB}")
+    untrusted.show_traceback(KeyError, error, None)
+    err = capsys.readouterr().err
+    assert is_hidden(err)
+    assert err.startswith("KeyError: 'a bug met ***'")
+
+
 def test_a_saved_config_and_all_files_of_a_run_hold_no_secret(tmp_path: Path):
     run = config.parse(["--stage=iterate", "--model=m", f"--run_dir={tmp_path / 'run'}"])
     config.save_or_check(run)
