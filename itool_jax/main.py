@@ -9,6 +9,7 @@ from pathlib import Path
 from itool_jax import config as settings
 from itool_jax import hosts, metrics, trackers
 from itool_jax.config import Config
+from itool_jax.untrusted import show_traceback
 
 USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
@@ -91,4 +92,5 @@ def keep_freed_memory() -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    sys.excepthook = show_traceback
     sys.exit(main())

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,11 @@ def redacted(text: str) -> str:
     for pattern in _SECRETS:
         text = pattern.sub(HIDDEN, text)
     return _NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
+
+
+def show_traceback(_: object, error: BaseException, __: object) -> None:
+    """Prints an error that ends the program as Python does, without the secrets in it."""
+    print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def _secret_values() -> list[str]:

@@ -181,7 +181,7 @@ def test_states_are_kept_as_often_as_asked(tmp_path: Path):
 def test_of_a_damaged_state_the_one_before_is_used(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "training"
     kept(folder, 4)
-    largest = max((p for p in (folder / "4").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = max((folder / "4/state").rglob("ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
     if what == "bit":
         content = bytearray(largest.read_bytes())
         content[len(content) // 2] ^= 1

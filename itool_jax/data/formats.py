@@ -313,7 +313,7 @@ def _toolbench_action(text: str) -> tuple[str, str] | None:
         line = max(text.rfind("\n", 0, match.start()), begin)
         found = text.find(_TOOLBENCH_ACTION, line, match.start())
         name = text[found + len(_TOOLBENCH_ACTION) : match.start()]
-        if found >= 0 and name:
+        if found >= 0 and name and (found == begin or text.startswith("Thought:", begin)):
             return name, text[match.end() :]
     return None
 

@@ -70,7 +70,7 @@ def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
 def load_base(config: Config) -> Base:
     """The checkpoint a run starts from: shapes, tokenizer and template."""
     base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
-    if (n := len(base.chat.tokenizer)) > base.config.vocab_size:
+    if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
         )

@@ -77,7 +77,7 @@ class Chat:
 
     `end_of_turn` is the special token that the template puts after an assistant's content (the
     end-of-sequence token where it puts none); `stop_ids` are all tokens that end a response, end of turn
-    first.
+    first. `n_ids` is one more than the largest id that a text can come to.
     """
 
     def __init__(self, tokenizer: Any):
@@ -85,6 +85,7 @@ class Chat:
         self.name = tokenizer.name_or_path or "the model"
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
+        self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
         """Ids of the conversation up to where the assistant's content begins.
