@@ -143,7 +143,7 @@ class Training:
         import orbax.checkpoint as ocp
 
         self.folder, self.every = folder.absolute(), every
-        self.kept, self.next, self.time = 0, 1, 0.0
+        self.kept, self.next, self.time = 0, every or 1, 0.0
         self.thread = ThreadPoolExecutor(1)
         self.sealing: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class Training:
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         with _quiet():
             found = self.manager.restore(step, args=wanted)
-        self.kept, self.next = step, step + 1
+        self.kept, self.next = step, step + (self.every or 1)
         return step, found["state"], found["data"]
 
     def due(self, step: int) -> bool:

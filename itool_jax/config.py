@@ -25,10 +25,12 @@ from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.metrics import is_writer
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
 from itool_jax.replay import ReplaySettings
 from itool_jax.sampler import GenerateSettings
+from itool_jax.trackers import LogSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
 Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export"]
@@ -53,6 +55,8 @@ class EvaluateSettings:
     """Questions of each category of a benchmark, the first ones; 0 is all, which official figures need."""
     layout: Literal["v3", "v4"] = "v3"
     """Names of the files that BFCL responses are written to."""
+    underscore_to_dot: bool = False
+    """The model of --results was shown _ for every dot in a function's name, as OpenAI's interface wants it."""
     benchmarks: tuple[str, ...] = ()
     """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
     BFCL's questions, API-Bank's tests, or any form of training data."""
@@ -130,6 +134,14 @@ class Config:
     remat: Literal["auto", "none", "layers", "dots"] = "auto"
     """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
     layers for models of more than eight."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
+    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
+    refused; what it costs here was not measured. Elsewhere it changes nothing."""
+    profile: bool = False
+    """Trace a few steps of each kind of work, once it is warm, into profile/ in the run directory, for Perfetto and
+    XProf."""
+    log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
@@ -173,6 +185,14 @@ class Config:
             raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
         if self.benchmark is not None and self.stage not in ("evaluate", "iterate", "export"):
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
+        if self.evaluate.underscore_to_dot and self.results is None:
+            raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
+
+    @property
+    def keeps_run(self) -> bool:
+        """Whether the command works in the run directory; some write one file of their own, or none."""
+        alone = self.output is not None and self.stage != "export"
+        return self.stage != "generate" and self.results is None and not alone
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""
@@ -294,7 +314,11 @@ FREE = (
     *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
+    *("profile", "log."),
 )
+LOCK = ".lock"
+NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "profile", "tensorboard", "wandb")
+"""What a run directory may hold before anything was computed."""
 
 
 def binding_settings(config: Config) -> dict[str, Any]:
@@ -307,9 +331,6 @@ def binding_settings(config: Config) -> dict[str, Any]:
     }
 
 
-LOCK = ".lock"
-
-
 @contextlib.contextmanager
 def lock(config: Config) -> Iterator[None]:
     """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
@@ -319,10 +340,11 @@ def lock(config: Config) -> Iterator[None]:
     Raises:
         ValueError: another process is at work there; names it.
     """
-    if config.stage == "export" or (config.stage == "generate" and config.output is None):
+    output = config.output
+    unseen = output is None if config.stage == "generate" else config.stage == "export"
+    if unseen or (output is not None and output.exists() and not output.is_file()):  # a pipe or a device, say
         yield
         return
-    output = config.output
     path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -348,27 +370,26 @@ def save_or_check(config: Config) -> None:
     Raises:
         ValueError: it was made with other settings; names the first.
     """
-    if config.results is not None and config.output is None:
-        return
-    if config.output is not None and config.stage != "export":
-        if config.output.is_dir():
+    if not config.keeps_run:
+        if config.output is not None and config.output.is_dir():
             raise ValueError(f"output {config.output} is a folder, not a file")
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        return
-    if config.stage == "generate":
+        if config.output is not None:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
         return
     if config.stage == "export" and not config.run_dir.is_dir():
         raise ValueError(f"run directory {config.run_dir} does not exist")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything binds nobody to its settings.
-    if path.exists() and any(entry.name not in (path.name, LOCK) for entry in config.run_dir.iterdir()):
+    if path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
     # Those are for this command alone.
     lasting = dataclasses.replace(config, output=None, overwrite=False, against=None, official=False)
     if _evaluates_benchmark(config):
         lasting = dataclasses.replace(lasting, data=Config.data)
+    if not is_writer():
+        return
     with whole_file(path) as file:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 

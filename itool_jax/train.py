@@ -50,8 +50,9 @@ class TrainingSettings:
     """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
-    micro_batch: int = 0
-    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch."""
+    micro_batch: int | Literal["auto"] = 0
+    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
+    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
     checkpoint_every: int = 0
     """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
 
@@ -61,7 +62,7 @@ class TrainingSettings:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.rise < 1:
             raise ValueError(f"{self.section}.rise must be in [0, 1), got {self.rise}")
-        if self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch):
+        if self.micro_batch != "auto" and (self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch)):
             raise ValueError(
                 f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
                 f"got {self.micro_batch}"
@@ -73,14 +74,20 @@ class TrainingSettings:
 
     def n_micro(self) -> int:
         """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
-        devices = sharding.row_devices()
-        share, rest = divmod(self.batch_size, devices)
-        name = f"{self.section}.batch_size={self.batch_size}"
-        if rest:
-            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        assert self.micro_batch != "auto", f"{self.section}.micro_batch was not resolved"
+        share, name = self.share(), f"{self.section}.batch_size={self.batch_size}"
         if self.micro_batch and share % min(self.micro_batch, share):
             raise ValueError(f"{name}: {self.section}.micro_batch={self.micro_batch} must divide a device's {share}")
         return share // min(self.micro_batch or share, share)
+
+    def share(self) -> int:
+        """Rows of a batch on each device of the mesh in use; ValueError where they cannot be shared out evenly."""
+        devices = sharding.row_devices()
+        share, rest = divmod(self.batch_size, devices)
+        if rest:
+            name = f"{self.section}.batch_size={self.batch_size}"
+            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        return share
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""

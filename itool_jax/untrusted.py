@@ -115,6 +115,7 @@ _SECRETS = (
     re.compile(r"(?<=bearer )[^\s'\",;]{8,}|(?<=basic )[^\s'\",;]{16,}", re.IGNORECASE),
     re.compile(r"(?<=[?&;])(?:[\w-]*(?:token|secret|password|api_?key|signature))=[^\s&;'\"]+", re.IGNORECASE),
 )
+_NAMED_SECRET = re.compile(r"((?:token|secret|password|api[-_]?key|credential)=)[^\s&;'\"]+", re.IGNORECASE)
 HIDDEN = "***"
 
 
@@ -124,7 +125,7 @@ def redacted(text: str) -> str:
         text = text.replace(value, HIDDEN)
     for pattern in _SECRETS:
         text = pattern.sub(HIDDEN, text)
-    return text
+    return _NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
 
 
 def show_traceback(_: object, error: BaseException, __: object) -> None:

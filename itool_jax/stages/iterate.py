@@ -11,8 +11,8 @@ from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
-from itool_jax.metrics import console_out, say
-from itool_jax.stages import benchmark, columns, dpo, evaluate, folder, score, search, warmup
+from itool_jax.metrics import console_out, is_writer, say
+from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
@@ -32,8 +32,9 @@ def run(config: Config) -> dict[str, Any]:
         dpo.run(now)
         _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
-    folder.write_json(config.run_dir / "summary.json", summary)
-    show(config, summary)
+    if is_writer():
+        folder.write_json(config.run_dir / "summary.json", summary)
+        show(config, summary)
     return summary
 
 
@@ -107,9 +108,9 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
         pairs.append((names[-1], "warmup"))
     found = []
     for phase, before in pairs:
-        lower = benchmark.fallen(evaluate.by_category(config, phase, before))
         a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
         result = paired_difference([a[i] for i in a], [b[i] for i in a])
+        lower = comparison.fallen(evaluate.by_category(config, phase, before))
         if config.benchmark is not None and before != "base":
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
         row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}

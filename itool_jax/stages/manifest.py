@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from itool_jax import hosts
 from itool_jax.checkpoint import damage
 from itool_jax.config import Config, binding_settings
-from itool_jax.metrics import say
+from itool_jax.metrics import say, working_on
 from itool_jax.stages import columns, folder
 
 
@@ -53,7 +54,9 @@ def once(
         say(f"{phase}: {bad or f'{stage} was made from results that have changed since'}, so it is done again")
     before = _begin(working, basis)
     start = time.monotonic()
-    figures = work()
+    with working_on(phase, stage) as report:
+        figures = work()
+        report(figures)
     digests = {name: _digest(path) for name, path in paths.items()}
     seconds = round(before + time.monotonic() - start, 2)
     figures |= {"seconds": seconds, "after": basis, "outputs": digests}
@@ -64,7 +67,11 @@ def once(
 
 @contextlib.contextmanager
 def resumed(config: Config, output: Path) -> Iterator[Path]:
-    """A folder beside a file for what is done of it, which is gone when it is written."""
+    """A folder beside a file for what is done of it, gone when it is written; elsewhere for a pipe or a device."""
+    if output.exists() and not output.is_file():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
     working = output.with_name(f"{output.name}.working")
     _begin(working, {"settings": _hash(config.flat()), "sources": folder.fingerprints(config)})
     yield working

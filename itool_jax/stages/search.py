@@ -58,7 +58,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     def work(items: Sequence[Searched], keep: Keep) -> list[Row]:
         found: dict[str, Row] = {}
         with progress(f"search, iteration {config.iteration}", len(items) * settings.n_simulations) as advance:
-            for number, group in enumerate(_groups(items, settings.batch)):
+            for number, group in enumerate(_groups(items, settings.seats)):
                 # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
                 keep_here = functools.partial(_keep_in_group, keep, number)
                 searcher = Searcher(policy, base, table, group, settings, config.self_eval, config.seed, keep_here)
@@ -155,7 +155,7 @@ class Searcher:
                 f"sample {short[0]}: the question about its answers does not fit the model's context of "
                 f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
             )
-        self.prompt, self.asked = _Contexts(prompts, settings.batch), _Contexts(asked, settings.batch)
+        self.prompt, self.asked = _Contexts(prompts, settings.seats), _Contexts(asked, settings.seats)
         self.seat_of: dict[int, int] = {}
         self.waiting: dict[int, int] = {}
 
@@ -281,7 +281,7 @@ class Searcher:
         """
         self._compute_waiting()
         assert contexts.cache is not None, "no problem has a seat yet"
-        batch, taken = self.settings.batch, [self.seat_of[problem] for problem in problems]
+        batch, taken = self.settings.seats, [self.seat_of[problem] for problem in problems]
         if len(problems) > (few := max(1, batch // FEW)):
             return contexts.cache, _Seats(taken, batch)
         seats = _Seats(list(range(len(problems))), few)
