@@ -167,5 +167,5 @@ EXPORTS = [
     fault("export-base", "a base where there is one only", f"{EXPORT} --export.base=original", "export.base is for runs with quantize=nf4; other adapters have one base only", finished),
     fault("export-file", "a file in the way", EXPORT.replace("DIR/o", "FILE"), "output FILE exists; choose another --output, or replace it with --overwrite", finished),
     fault("export-damaged", "weights that are damaged", EXPORT, "checkpoint RUN/iteration_2/weights: _METADATA is damaged; delete it to compute it again", finished, cut("run/iteration_2/weights/_METADATA", 5)),
-    fault("export-unfinished", "weights that were not finished", EXPORT, "checkpoint RUN/iteration_2/weights: Individual parameter subdirectory not found at path: RUN/iteration_2/weights/layers.down.lora_a; delete it to compute it again", finished, remove("run/iteration_2/weights"), mkdir("run/iteration_2/weights")),
+    fault("export-unfinished", "weights that were not finished", EXPORT, "checkpoint RUN/iteration_2/weights: Individual parameter subdirectory not found at path: RUN/iteration_2/weights/layers.…", finished, remove("run/iteration_2/weights"), mkdir("run/iteration_2/weights")),
 ]
