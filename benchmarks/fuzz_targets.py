@@ -19,7 +19,7 @@ from itool_jax.data.records import SUFFIXES, read_rows
 from itool_jax.evaluation import api_bank, bfcl, bfcl_data, bfcl_read
 from itool_jax.journal import Journal
 from itool_jax.model import hf
-from itool_jax.stages import benchmark, columns, folder
+from itool_jax.stages import columns, comparison, folder
 from itool_jax.text.calls import Call, read_calls, same_calls, write_calls
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 
@@ -143,7 +143,7 @@ def questions(data: bytes) -> None:
     path = _written("level-1-api.json", lines[0])
     _keeps_promise(path, lambda: api_bank.load_questions(path.parent, "level_1"))
     path = _written("scores.json", lines[0])
-    _keeps_promise(path, lambda: benchmark.read_scores(path))
+    _keeps_promise(path, lambda: comparison.read_scores(path))
 
 
 # Models -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from itool_jax.data.records import whole_file
-from itool_jax.untrusted import redacted
+from itool_jax.untrusted import read_json, redacted
 
 FILE = "environment.json"
 PACKAGES = (
@@ -97,7 +97,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The sessions so far; none where there is no such file, or where it is damaged: it decides nothing."""
     try:
-        sessions = json.loads(path.read_text())["sessions"]
+        sessions = read_json(path)["sessions"]
         return [session for session in sessions if isinstance(session, dict)]
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -204,7 +204,7 @@ def _typed(default: Any, kind: Any) -> Any:
         return default
     try:
         value = json.loads(default.lower() if kind == "boolean" else default)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return default
     expected = {"integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list}[kind]
     return value if isinstance(value, expected) else default

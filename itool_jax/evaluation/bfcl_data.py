@@ -128,8 +128,7 @@ def load_questions(folder: Path, category: str) -> list[Question]:
 def _wrong_form(question: Question) -> str | None:
     """What is wrong with a question's messages, functions and answers; None where nothing is."""
     if not question.turns or not all(
-        isinstance(turn, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in turn)
-        for turn in question.turns
+        isinstance(turn, list) and all(_is_message(message) for message in turn) for turn in question.turns
     ):
         return '"question" is no list of turns, each a list of messages'
     if question.category in MULTI_TURN:
@@ -140,8 +139,11 @@ def _wrong_form(question: Question) -> str | None:
     try:
         if "relevance" not in question.category:
             expected_calls(question.functions, question.answer, language_of(question.category))
+        first_messages(question)
     except ValueError as error:
         return str(error)
+    except (TypeError, KeyError, AttributeError) as error:
+        return f"no prompt can be made of it ({error!r})"
     return None
 
 
@@ -151,6 +153,10 @@ def _field(row: Row, name: str, file: Path, number: int, kind: type = object) ->
     if not isinstance(row[name], kind):
         raise ValueError(f'{place(file, number)}: "{name}" is no {_KINDS[kind]}')
     return row[name]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 _KINDS = {str: "text", list: "list", dict: "object"}

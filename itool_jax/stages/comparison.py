@@ -3,7 +3,6 @@
 In: scores, and the other run's `scores.json`. Out: what differs, printed and in a file.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.statistics import PairedDifference, describe
 from itool_jax.metrics import console_out, say
 from itool_jax.stages import folder
+from itool_jax.untrusted import read_json
 
 
 def read_scores(path: Path) -> dict[str, Score]:
@@ -21,12 +21,12 @@ def read_scores(path: Path) -> dict[str, Score]:
     if not path.is_file():
         raise ValueError(f"{path} is no file; against wants another run's scores.json")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         return {
-            name: Score(row["correct"], row["total"], row["total"], dict.fromkeys(row["failed"], ""))
+            name: Score(int(row["correct"]), int(row["total"]), int(row["total"]), dict.fromkeys(row["failed"], ""))
             for name, row in content.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no scores.json: {error!r}") from error
 
 
