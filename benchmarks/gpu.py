@@ -24,13 +24,13 @@ import tyro
 from benchmarks import inputs, roofline
 from benchmarks.children.ours import device, searched, step_table
 from benchmarks.memory import LLAMA
-from benchmarks.memory import step_table as any_step_table
 from benchmarks.roofline import Machine, Work
 from itool_jax import sampler, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.memory import step_table as any_step_table
 from itool_jax.model import forms, hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters

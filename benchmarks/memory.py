@@ -10,25 +10,22 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-from itool_jax import sampler, train
+from itool_jax import memory
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
-from itool_jax.model.cache import empty_prefix
+from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
-from itool_jax.model.lora import beside
-from itool_jax.model.sharding import AXES, ROWS, MeshSettings, make_mesh, placed, row_devices
-from itool_jax.model.transformer import ModelConfig, RopeScaling, abstract
-from itool_jax.text.padding import PairBatch, TargetBatch, bucket
-from itool_jax.text.steps import N_STATES, StepTable
+from itool_jax.model.sharding import AXES, MeshSettings, make_mesh
+from itool_jax.model.transformer import ModelConfig, RopeScaling
+from itool_jax.text.padding import bucket
 
 QUESTION = 64
 """Tokens of the question about a response, about."""
@@ -89,96 +86,21 @@ class Settings:
     """File for the rows of the table."""
 
 
-def batch_of(kind: str, rows: int, length: int, mesh: Mesh) -> Any:
-    """Shapes of a batch, its rows spread over the mesh."""
-    spread = rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    where = NamedSharding(mesh, PartitionSpec(ROWS if spread else None))
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    targets = length // 2 if kind == "sft" else length
-    batch = TargetBatch(
-        array(rows, length), array(rows, targets), array(rows, targets), array(rows, targets, dtype=jnp.bool_)
-    )
-    if kind == "sft":
-        return batch
-    number = array(rows, dtype=jnp.float32)
-    return PairBatch(batch, array(rows, length), (number, number), (number, number), array(rows, dtype=jnp.bool_))
-
-
-def _stored(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A weight of the base as a run holds it: bfloat16, but for four-bit codes and their scales."""
-    coded = "kernel" in [part.key for part in path[:-1]]
-    return leaf if coded else jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-
-
-def memory(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Settings) -> dict[str, float]:
+def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Settings) -> dict[str, float]:
     """Gigabytes a device, by purpose."""
-    model = dataclasses.replace(settings.model, nf4=weights == "qlora")
+    model, lora = dataclasses.replace(settings.model, nf4=weights == "qlora"), LoraSettings()
     with jax.set_mesh(mesh):
         if kind == "search":
-            found, kept = search_programs(model, machine.search_batch, settings)
+            search = SearchSettings()
+            own = bucket(search.last_step_limit + QUESTION)
+            lengths = Lengths(settings.length, settings.length, bucket(search.max_depth * search.step_limit), own)
+            need = memory.searching(model, lora, search, lengths, machine.search_batch)
         else:
-            found, kept = [training_program(kind, model, mesh, settings).compile().memory_analysis()], 0
-    sizes = {
-        "arguments": max(f.argument_size_in_bytes for f in found) + kept,
-        "temporaries": max(f.temp_size_in_bytes for f in found),
-        "new outputs": max(f.output_size_in_bytes - f.alias_size_in_bytes for f in found),
-    }
-    return {name: size / 1e9 for name, size in sizes.items()} | {"total": sum(sizes.values()) / 1e9}
-
-
-def training_program(kind: str, model: ModelConfig, mesh: Mesh, settings: Settings) -> Any:
-    """A step of SFT or DPO, lowered."""
-    graph, base, adapters = abstract(model, LoraSettings())
-    base = jax.tree.map_with_path(_stored, base)
-    optimizer = train.adamw(0.01, 1.0)
-    loss = train.sft_loss(graph) if kind == "sft" else train.preference_loss(graph, LossSettings())
-    state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), adapters))
-    n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-    whole = NamedSharding(mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=whole)
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    batch = batch_of(kind, settings.rows, settings.length, mesh)
-    return train.train_step.lower(loss, optimizer, n_micro, state, placed(base), batch, key, rate)
-
-
-def search_programs(model: ModelConfig, batch: int, settings: Settings) -> tuple[list[Any], int]:
-    """What a round of last steps and one of self-evaluation take, as a search of `batch` prompts has them; and the
-    bytes of what neither reads: the caches of the prompts while it asks, those of the questions while it samples."""
-    graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), LoraSettings())
-    weights = placed(beside(jax.tree.map_with_path(_stored, base), adapters), running=True)
-    search = SearchSettings(batch=batch)
-    rows, path = batch * search.breadth, bucket(search.max_depth * search.step_limit)
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)  # from the host: it lies where the program wants it
-
-    prompts = row_devices(running=True)
-    new = sampler.prefill.eval_shape(graph, weights, array(prompts, settings.length), array(prompts))
-    room = empty_prefix.lower(new, batch).compile()
-    caches = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.tree.unflatten(jax.tree.structure(room.output_shardings), jax.tree.leaves(room.out_info)),
-        room.output_shardings,
-    )
-    paths = array(batch, path), array(batch)
-    step = sampler.sample_step.lower(
-        *(graph, search.last_step_limit, weights, step_table(model.vocab_size), caches, *paths),
-        *(array(rows, dtype=jax.eval_shape(jax.random.key, 0).dtype), array(rows), array(rows, dtype=jnp.bool_)),
-        array(dtype=jnp.float32),
-    )
-    judged = array(rows, bucket(search.last_step_limit + QUESTION)), array(rows)
-    answer = sampler.answer.lower(graph, weights, caches, *paths, *judged, array(2))
-    kept = room.memory_analysis().output_size_in_bytes
-    return [program.compile().memory_analysis() for program in (step, answer)], kept
-
-
-def step_table(vocab_size: int) -> StepTable:
-    """A table of step boundaries of any model: only its shape matters here."""
-    cells, flags = np.zeros((vocab_size, N_STATES), np.int16), np.zeros(vocab_size, bool)
-    return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, np.int32(0))
+            n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+            loss = None if kind == "sft" else LossSettings()
+            need = memory.training(loss, model, lora, n_micro, settings.rows, settings.length)
+    sizes = {"arguments": need.arguments, "temporaries": need.temporaries, "new outputs": need.outputs}
+    return {name: size / 1e9 for name, size in sizes.items()} | {"total": need.total / 1e9}
 
 
 def mesh_of(machine: Machine, topology: str | None) -> Mesh:
@@ -200,7 +122,7 @@ def main(settings: Settings) -> None:
             for weights in machine.weights:
                 try:
                     mesh = mesh_of(machine, settings.topology)
-                    sizes = memory(kind, weights, machine, mesh, settings)
+                    sizes = measure(kind, weights, machine, mesh, settings)
                 except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
                     reason = str(error).splitlines()[0]
                     rows.append({"devices": machine.name, "step": kind, "weights": weights, "refused": reason})

@@ -1,23 +1,35 @@
 """Orbax checkpoints of pytrees: a policy's adapters, the optimizer's state, the data position.
 
 In: a folder and a pytree of arrays. Out: the folder, complete or absent; and the tree again, shaped like a given one.
+Each checkpoint holds checksums of its files, written last: what is damaged is named, and never used.
 """
 
 import contextlib
 import errno
 import gc
 import hashlib
+import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from itool_jax.data.records import whole_file
+from itool_jax.metrics import say
+from itool_jax.untrusted import read_json
+
+CHECKSUMS = "checksums.json"
+COSTS = 0.02
+"""Share of a training's time that its checkpoints may take."""
 
 
 def save(folder: Path, tree: Any) -> str:
@@ -31,18 +43,27 @@ def save(folder: Path, tree: Any) -> str:
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial, tree, force=True)
+        with _disk_errors(folder):
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial, tree, force=True)
+            seal(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except ValueError as error:  # what the storage library makes of an error of the disk
-        full = "No space left" in str(error)
-        number, reason = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, _reason(error))
-        raise OSError(number, reason, str(folder)) from error
     finally:
         for left in folder.parent.glob(f"{partial.name}*"):
             shutil.rmtree(left, ignore_errors=True)
     return digest(tree)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Makes errors of the disk of what the storage library makes of them."""
+    try:
+        yield
+    except ValueError as error:
+        full = "No space left" in str(error)
+        number, reason = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, _reason(error))
+        raise OSError(number, reason, str(folder)) from error
 
 
 def digest(tree: Any) -> str:
@@ -64,6 +85,8 @@ def restore(folder: Path, like: Any) -> Any:
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} does not exist; run the stage that writes it first")
     folder = folder.absolute()
+    if (CHECKSUMS in os.listdir(folder)) and (bad := damage(folder)):  # without: of an earlier version
+        raise ValueError(f"checkpoint {folder}: {bad}; delete it to compute it again")
     with _quiet():
         try:
             with ocp.StandardCheckpointer() as checkpointer:
@@ -78,6 +101,115 @@ def restore(folder: Path, like: Any) -> Any:
         time.sleep(0.5)
         gc.collect()
     raise ValueError(f"checkpoint {folder}: {reason}; delete it to compute it again")
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of a complete checkpoint."""
+    found = json.dumps(_checksums(folder), indent=0).encode()
+    with whole_file(folder / CHECKSUMS) as file:
+        file.write(found)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole and as it was written."""
+    try:
+        sealed = read_json(folder / CHECKSUMS)
+        found = _checksums(folder)
+        wrong = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
+    except FileNotFoundError:
+        return "it was not finished"
+    except (ValueError, AttributeError):
+        wrong = [CHECKSUMS]
+    return f"{wrong[0]} is damaged" if wrong else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """A hash of each file in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / CHECKSUMS:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return found
+
+
+class Training:
+    """A training that goes on: its state, kept every so often beside it, the last two times.
+
+    `every` is the number of steps between; 0 makes it as small as costs `COSTS` of the time.
+    """
+
+    def __init__(self, folder: Path, every: int = 0):
+        import orbax.checkpoint as ocp
+
+        self.folder, self.every = folder.absolute(), every
+        self.kept, self.next, self.time = 0, every or 1, 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.sealing: Future[None] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._drop_damaged()
+        with _quiet():
+            self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def _drop_damaged(self) -> None:
+        """Removes what was not finished, and names what is damaged."""
+        for path in sorted(self.folder.iterdir()):
+            if bad := damage(path):
+                if "damaged" in bad:
+                    say(f"checkpoint {path}: {bad}; the one before it is used")
+                shutil.rmtree(path)
+
+    def _seal(self) -> None:
+        """Waits for the newest checkpoint to be complete."""
+        self.manager.wait_until_finished()
+        for path in self.folder.iterdir():
+            if path.name.isdigit() and not (path / CHECKSUMS).exists():
+                seal(path)
+
+    def restore(self, like: Any) -> tuple[int, Any, Any] | None:
+        """Steps done, the state, shaped and laid out as `like`, and the data's position; None where there is none."""
+        import orbax.checkpoint as ocp
+
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        with _quiet():
+            found = self.manager.restore(step, args=wanted)
+        self.kept, self.next = step, step + (self.every or 1)
+        return step, found["state"], found["data"]
+
+    def due(self, step: int) -> bool:
+        """Whether the state is to be kept after so many steps."""
+        return step >= self.next
+
+    def save(self, step: int, state: Any, position: Any) -> None:
+        """Begins to write the state after so many steps, and the data's position; the arrays may be changed at once."""
+        import orbax.checkpoint as ocp
+
+        start = time.monotonic()
+        self._wait()
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
+        with _quiet():
+            self.manager.save(step, args=parts)
+        self.sealing = self.thread.submit(self._seal)
+        end = time.monotonic()
+        apart = self.every or 1
+        if not self.every and self.time:
+            apart = max(1, math.ceil((end - start) / (start - self.time) * (step - self.kept) / COSTS))
+        self.kept, self.next, self.time = step, step + apart, end
+
+    def _wait(self) -> None:
+        if self.sealing is not None:
+            with _disk_errors(self.folder):
+                self.sealing.result()
+
+    def finish(self) -> None:
+        """Waits until the last state is on disk."""
+        self._wait()
+        self.thread.shutdown()
+        with _quiet():
+            self.manager.close()
 
 
 def _compare(found: Any, wanted: Any) -> None:

@@ -6,9 +6,12 @@ A YAML file holds differences from the defaults only; the command line wins over
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import io
 import math
+import os
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +19,18 @@ from typing import Any, Literal
 import tyro
 import yaml
 
+from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import whole_file
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.metrics import is_writer
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
 from itool_jax.replay import ReplaySettings
 from itool_jax.sampler import GenerateSettings
+from itool_jax.trackers import LogSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
 Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export"]
@@ -49,6 +55,8 @@ class EvaluateSettings:
     """Questions of each category of a benchmark, the first ones; 0 is all, which official figures need."""
     layout: Literal["v3", "v4"] = "v3"
     """Names of the files that BFCL responses are written to."""
+    underscore_to_dot: bool = False
+    """The model of --results was shown _ for every dot in a function's name, as OpenAI's interface wants it."""
     benchmarks: tuple[str, ...] = ()
     """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
     BFCL's questions, API-Bank's tests, or any form of training data."""
@@ -126,6 +134,14 @@ class Config:
     remat: Literal["auto", "none", "layers", "dots"] = "auto"
     """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
     layers for models of more than eight."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
+    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
+    refused; what it costs here was not measured. Elsewhere it changes nothing."""
+    profile: bool = False
+    """Trace a few steps of each kind of work, once it is warm, into profile/ in the run directory, for Perfetto and
+    XProf."""
+    log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
@@ -158,6 +174,8 @@ class Config:
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
+            if isinstance(value, str) and untrusted.redacted(value) != value:
+                raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
 
     def _check_benchmark(self) -> None:
         given = [name for name in ("results", "against", "official") if getattr(self, name)]
@@ -167,6 +185,14 @@ class Config:
             raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
         if self.benchmark is not None and self.stage not in ("evaluate", "iterate", "export"):
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
+        if self.evaluate.underscore_to_dot and self.results is None:
+            raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
+
+    @property
+    def keeps_run(self) -> bool:
+        """Whether the command works in the run directory; some write one file of their own, or none."""
+        alone = self.output is not None and self.stage != "export"
+        return self.stage != "generate" and self.results is None and not alone
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""
@@ -243,16 +269,19 @@ def find_config(name: str) -> Path:
 def _file_arguments(path: Path) -> list[str]:
     """A YAML file as command-line arguments, so that one parser checks both."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = untrusted.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
     flat = dict(_flatten(content))
     known = {name for name, _ in _flatten(_defaults())}
     if unknown := sorted(set(flat) - known):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
-    return [argument for name, value in flat.items() for argument in _argument(name, value)]
+    try:
+        return [argument for name, value in flat.items() for argument in _argument(name, value)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _argument(name: str, value: Any) -> list[str]:
@@ -260,6 +289,8 @@ def _argument(name: str, value: Any) -> list[str]:
         head, _, last = name.rpartition(".")
         return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{last}"]
     if isinstance(value, list):
+        if option := next((item for item in map(str, value) if item.startswith("-")), None):
+            raise ValueError(f"{name} holds {option!r}, which would be read as an option")
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 
@@ -282,8 +313,53 @@ FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
-    *("warmup.micro_batch", "preference.micro_batch"),
+    *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
+    *("profile", "log."),
 )
+LOCK = ".lock"
+NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "profile", "tensorboard", "wandb")
+"""What a run directory may hold before anything was computed."""
+
+
+def binding_settings(config: Config) -> dict[str, Any]:
+    """The settings by which a run directory tells one run from another."""
+    benchmark = _evaluates_benchmark(config)
+    return {
+        name: value
+        for name, value in config.flat().items()
+        if not name.startswith(FREE) and not (name == "data" and benchmark)
+    }
+
+
+@contextlib.contextmanager
+def lock(config: Config) -> Iterator[None]:
+    """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
+
+    The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process is at work there; names it.
+    """
+    output = config.output
+    unseen = output is None if config.stage == "generate" else config.stage == "export"
+    if unseen or (output is not None and output.exists() and not output.is_file()):  # a pipe or a device, say
+        yield
+        return
+    path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            raise ValueError(f"{path.parent} is in use by {holder}; wait for it, or choose another folder") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        if config.output is not None:
+            path.unlink(missing_ok=True)
 
 
 def save_or_check(config: Config) -> None:
@@ -294,27 +370,26 @@ def save_or_check(config: Config) -> None:
     Raises:
         ValueError: it was made with other settings; names the first.
     """
-    if config.results is not None and config.output is None:
-        return
-    if config.output is not None and config.stage != "export":
-        if config.output.is_dir():
+    if not config.keeps_run:
+        if config.output is not None and config.output.is_dir():
             raise ValueError(f"output {config.output} is a folder, not a file")
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        return
-    if config.stage == "generate":
+        if config.output is not None:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
         return
     if config.stage == "export" and not config.run_dir.is_dir():
         raise ValueError(f"run directory {config.run_dir} does not exist")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything binds nobody to its settings.
-    if path.exists() and any(entry != path for entry in config.run_dir.iterdir()):
+    if path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir()):
         _check_saved(path, config)
         return
     # Those are for this command alone.
     lasting = dataclasses.replace(config, output=None, overwrite=False, against=None, official=False)
     if _evaluates_benchmark(config):
         lasting = dataclasses.replace(lasting, data=Config.data)
+    if not is_writer():
+        return
     with whole_file(path) as file:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 
@@ -322,12 +397,10 @@ def save_or_check(config: Config) -> None:
 def _check_saved(path: Path, config: Config) -> None:
     mend = "choose another --run_dir"
     try:
-        saved = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); {mend}") from error
-    for name, value in config.flat().items():
-        if name.startswith(FREE) or (name == "data" and _evaluates_benchmark(config)):
-            continue
+        saved = untrusted.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error
+    for name, value in binding_settings(config).items():
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
         if saved[name] != value:
@@ -356,10 +429,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_error(error: BaseException, where: Path | None = None) -> str:
     """One line for the user; `where` is what was being written, for errors that name no file."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or give less data"
     if is_out_of_memory(error):
         text = f"out of device memory ({text[:200]}); lower {MEMORY_SETTINGS}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or where or 'error'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             text += "; free some space and run the same command again: what is finished is kept"
-    return f"{PROGRAM}: error: {text}"
+    return untrusted.redacted(f"{PROGRAM}: error: {text}")

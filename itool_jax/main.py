@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from itool_jax import config as settings
+from itool_jax import hosts, metrics, trackers
 from itool_jax.config import Config
+from itool_jax.untrusted import show_traceback
 
-USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code: 0, or 2 for what the user can mend."""
+    """Runs a command line; returns its exit code: 0, 2 for what the user can mend, 75 where it was asked to stop."""
     where = None
     try:
-        config = settings.parse(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        config = settings.parse(arguments)
         where = config.output or config.run_dir
-        run(config)
+        run(config, arguments)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # whoever read the output went away
@@ -27,21 +30,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
+    except hosts.PreemptionError:
+        print("asked to stop; all is kept, and the same command goes on where it was", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the stage it was in, finished ones are kept", file=sys.stderr)
+        metrics.fail("interrupted; the same command goes on where it was")
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
+        line = settings.describe_error(error, where)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
+            metrics.note("error", line)
             raise
-        print(settings.describe_error(error, where), file=sys.stderr)
+        metrics.fail(line)
         return USAGE_ERROR
+    finally:
+        metrics.close_journal()
 
 
-def run(config: Config) -> None:
+def run(config: Config, arguments: Sequence[str] = ()) -> None:
     """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
     import jax  # slow to import; --help and errors of the command line come without it
 
+    from itool_jax import environment
     from itool_jax.model.sharding import use_mesh
 
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
@@ -49,9 +60,28 @@ def run(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    settings.save_or_check(config)
-    with use_mesh(config.mesh):
-        importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+    trackers.require(config.log)
+    if config.deterministic:
+        environment.make_deterministic()
+    hosts.listen()
+    with settings.lock(config), use_mesh(config.mesh):
+        settings.save_or_check(config)
+        _open_log(config, arguments)
+        from itool_jax.stages import sizes
+
+        config = sizes.resolved(config)
+        with sizes.explained(config):
+            importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+
+
+def _open_log(config: Config, arguments: Sequence[str]) -> None:
+    """What the run says is kept, and where it runs."""
+    from itool_jax import environment
+
+    if config.keeps_run:
+        metrics.open_journal(config.run_dir, config.log, config.flat(), config.profile)
+        if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
+            metrics.say(line)
 
 
 def keep_freed_memory() -> None:
@@ -62,4 +92,5 @@ def keep_freed_memory() -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    sys.excepthook = show_traceback
     sys.exit(main())

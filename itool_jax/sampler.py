@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax import losses
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.model.cache import Prefix, Suffix, empty_suffix
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
@@ -281,6 +282,7 @@ def respond(
     max_length: int,
     seed: int,
     advance: Callable[..., None] = lambda *_: None,
+    keep: Keep = keep_nothing,
 ) -> list[list[int]]:
     """Whole responses to (id, prompt ids), stop token included; `advance(n)` is told of every n finished.
 
@@ -289,30 +291,46 @@ def respond(
     """
     found: list[list[int]] = [[] for _ in prompts]
     widths = [bucket(len(ids) - 1) for _, ids in prompts]
-    for chosen, width, count in group(widths, settings.tokens_per_batch):
-        padded = chosen + chosen[:1] * (count - len(chosen))
-        prefix = prefill(*policy, *pad([prompts[i][1][:-1] for i in padded], width))
-        path_PS, length_P = pad([prompts[i][1][-1:] for i in padded], 1)
-        limits = [min(settings.max_tokens, max_length - len(prompts[i][1])) for i in chosen]
-        limits += [0] * (count - len(chosen))
-        steps = sample_step(
-            policy.graph,
-            settings.max_tokens,
-            policy.params,
-            table,
-            prefix,
-            path_PS,
-            length_P,
-            row_keys(jax.random.key(seed), np.array([text_key(prompts[i][0]) for i in padded], np.uint32)),
-            np.array(limits, np.int32),
-            np.ones(count, bool),
-            np.float32(settings.temperature),
-        )
-        tokens_BT, lengths_B = np.asarray(steps.tokens_BT), np.asarray(steps.length_B)
-        for row, i in enumerate(chosen):
-            found[i] = tokens_BT[row, : lengths_B[row]].tolist()
+    for number, (chosen, width, count) in enumerate(group(widths, settings.tokens_per_batch)):
+        batch = functools.partial(_respond, policy, table, [prompts[i] for i in chosen], width, count)
+        rows = keep(f"responses {number}", functools.partial(batch, settings, max_length, seed))
+        for row, i in zip(rows, chosen, strict=True):
+            found[i] = row
         advance(len(chosen))
     return found
+
+
+def _respond(
+    policy: Policy,
+    table: StepTable,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    width: int,
+    count: int,
+    settings: GenerateSettings,
+    max_length: int,
+    seed: int,
+) -> list[list[int]]:
+    """The responses to one batch of at most `count` prompts, padded to `width`."""
+    padded = [*prompts, *[prompts[0]] * (count - len(prompts))]
+    prefix = prefill(*policy, *pad([ids[:-1] for _, ids in padded], width))
+    path_PS, length_P = pad([ids[-1:] for _, ids in padded], 1)
+    limits = [min(settings.max_tokens, max_length - len(ids)) for _, ids in prompts]
+    limits += [0] * (count - len(prompts))
+    steps = sample_step(
+        policy.graph,
+        settings.max_tokens,
+        policy.params,
+        table,
+        prefix,
+        path_PS,
+        length_P,
+        row_keys(jax.random.key(seed), np.array([text_key(name) for name, _ in padded], np.uint32)),
+        np.array(limits, np.int32),
+        np.ones(count, bool),
+        np.float32(settings.temperature),
+    )
+    tokens_BT, lengths_B = np.asarray(steps.tokens_BT), np.asarray(steps.length_B)
+    return [tokens_BT[row, : lengths_B[row]].tolist() for row in range(len(prompts))]
 
 
 def target_log_probs(
@@ -320,13 +338,15 @@ def target_log_probs(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     tokens_per_batch: int,
     advance: Callable[..., None] = lambda *_: None,
+    keep: Keep = keep_nothing,
 ) -> list[float]:
     """Sum of log π over the target of each (prompt ids, target ids)."""
     found = [0.0] * len(rows)
     widths = [target_width(len(prompt), len(target)) for prompt, target in rows]
-    for chosen, width, count in group(widths, tokens_per_batch):
-        sums_B = np.asarray(score(*policy, collate([rows[i] for i in chosen], width, count)))
-        for row, i in enumerate(chosen):
-            found[i] = float(sums_B[row])
+    for number, (chosen, width, count) in enumerate(group(widths, tokens_per_batch)):
+        batch = functools.partial(collate, [rows[i] for i in chosen], width, count)
+        sums = keep(f"log-probs {number}", lambda batch=batch: np.asarray(score(*policy, batch())).tolist())
+        for i, total in zip(chosen, sums, strict=False):
+            found[i] = total
         advance(len(chosen))
     return found

@@ -6,9 +6,10 @@ In: a loss function, its weights and batches of arrays. Out: the trained weights
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +17,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from itool_jax import losses
+from itool_jax import hosts, losses
+from itool_jax.checkpoint import Training
 from itool_jax.losses import LossSettings
-from itool_jax.metrics import Metrics, progress
+from itool_jax.metrics import Metrics, progress, say
 from itool_jax.model import sharding
 from itool_jax.model.transformer import Params
 from itool_jax.text.padding import PairBatch, TargetBatch
@@ -48,8 +50,11 @@ class TrainingSettings:
     """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
-    micro_batch: int = 0
-    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch."""
+    micro_batch: int | Literal["auto"] = 0
+    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
+    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
@@ -57,24 +62,32 @@ class TrainingSettings:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.rise < 1:
             raise ValueError(f"{self.section}.rise must be in [0, 1), got {self.rise}")
-        if self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch):
+        if self.micro_batch != "auto" and (self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch)):
             raise ValueError(
                 f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
                 f"got {self.micro_batch}"
             )
+        if self.checkpoint_every < 0:
+            raise ValueError(f"{self.section}.checkpoint_every must not be negative, got {self.checkpoint_every}")
         if not self.weight_decay >= 0:
             raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
 
     def n_micro(self) -> int:
         """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
-        devices = sharding.row_devices()
-        share, rest = divmod(self.batch_size, devices)
-        name = f"{self.section}.batch_size={self.batch_size}"
-        if rest:
-            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        assert self.micro_batch != "auto", f"{self.section}.micro_batch was not resolved"
+        share, name = self.share(), f"{self.section}.batch_size={self.batch_size}"
         if self.micro_batch and share % min(self.micro_batch, share):
             raise ValueError(f"{name}: {self.section}.micro_batch={self.micro_batch} must divide a device's {share}")
         return share // min(self.micro_batch or share, share)
+
+    def share(self) -> int:
+        """Rows of a batch on each device of the mesh in use; ValueError where they cannot be shared out evenly."""
+        devices = sharding.row_devices()
+        share, rest = divmod(self.batch_size, devices)
+        if rest:
+            name = f"{self.section}.batch_size={self.batch_size}"
+            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        return share
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
@@ -157,7 +170,10 @@ def train_step(
     key: Array,
     learning_rate: Array | float,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update from `n_micro` parts of a batch, one after the other; metrics gain loss and the gradient's norm."""
+    """One update from `n_micro` parts of a batch, one after the other; metrics gain loss and the gradient's norm.
+
+    Where either is not finite, the state stays as it is and `skipped` is true.
+    """
     gradients = jax.value_and_grad(loss_fn, has_aux=True)
     if n_micro == 1:
         (loss, sums), gradient = gradients(state.trainable, frozen, batch, key)
@@ -175,9 +191,11 @@ def train_step(
     (loss, sums, gradient) = jax.tree.map(lambda x: x / sums["weight"], (loss, sums, gradient))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     trainable = jax.tree.map(lambda p, u: p + learning_rate * u, state.trainable, updates)
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(functools.partial(jnp.where, finite), TrainState(trainable, optimizer_state), state)
     metrics = {name: value for name, value in sums.items() if name != "weight"}
-    metrics |= {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-    return sharding.constrain(TrainState(trainable, optimizer_state)), metrics
+    return sharding.constrain(new), metrics | {"loss": loss, "gradient_norm": norm, "skipped": ~finite}
 
 
 def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
@@ -193,41 +211,98 @@ def _new_moments(optimizer: optax.GradientTransformation, trainable: Params) -> 
     return sharding.constrain(optimizer.init(trainable))
 
 
+READ = grain.ReadOptions(num_threads=0)  # batches are made while the device computes
+PATIENCE = 3
+"""Steps in a row without a finite loss and gradient that end a training."""
+
+
 def fit(
     loss_fn: LossFn,
     settings: TrainingSettings,
     trainable: Params,
     frozen: Params,
-    batches: Iterable[Any],
-    n_steps: int,
+    batches: grain.MapDataset,
     *,
     seed: int,
     what: str,
     metrics: Metrics,
+    kept: Training | None = None,
 ) -> Params:
-    """Trains over `batches` (`n_steps` of them in all) and returns the trained weights; `trainable` is used up."""
-    optimizer = adamw(settings.weight_decay, settings.clip_norm)
-    state, key = new_state(optimizer, trainable), jax.random.key(seed)
-    n_micro = settings.n_micro()
-    pending: tuple[int, dict[str, Array]] | None = None
-    with progress(what, n_steps) as advance:
-        for step, batch in enumerate(batches):
-            rate = np.float32(settings.rate(step, n_steps))
-            step_key = jax.random.fold_in(key, step)
+    """Trains over `batches` and returns the trained weights; `trainable` is used up.
+
+    With `kept`, it goes on from the newest state there, to the same bits, and keeps new ones.
+
+    Raises:
+        ValueError: three steps in a row had no finite loss or gradient; the last batch is saved.
+        PreemptionError: the run was asked to stop, and the state is kept.
+    """
+    optimizer, key, n_micro = adamw(settings.weight_decay, settings.clip_norm), jax.random.key(seed), settings.n_micro()
+    state, data, n_steps = new_state(optimizer, trainable), iter(batches.to_iter_dataset(READ)), len(batches)
+    first = 0
+    if kept is not None and (found := kept.restore(state)) is not None:
+        first, state, position = found
+        data.set_state(position)
+        say(f"{what}: goes on after step {first} of {n_steps}")
+    metrics.drop_after(first)
+    with progress(what, n_steps, first) as advance:
+        late = _Late(metrics, settings.section, advance)
+        for step, batch in enumerate(data, first):
+            rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
             state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, batch, step_key, rate)
-            # Metrics are read one step late, so that the device never waits for the host.
-            if pending is not None:
-                advance(1, note=_log(metrics, *pending))
-            pending = step + 1, values
-        if pending is not None:
-            advance(1, note=_log(metrics, *pending))
+            vote = hosts.vote(stop=hosts.asked_to_stop(), save=kept is not None and kept.due(step + 1))
+            decided = late.add(step + 1, values, batch, vote)
+            if kept is not None and (decided.stop or decided.save):
+                late.flush()  # what is kept is reported too
+                kept.save(step + 1, state, data.get_state())
+                if decided.stop:
+                    kept.finish()
+                    raise hosts.PreemptionError
+        late.flush()
     return state.trainable
 
 
-def _log(metrics: Metrics, step: int, values: dict[str, Array]) -> str:
-    numbers = {name: float(value) for name, value in values.items()}
-    metrics.write(step, **numbers)
-    return f"loss {numbers['loss']:.3f}"
+class _Late:
+    """What steps gave, read one step late, so that the device never waits for the host."""
+
+    def __init__(self, metrics: Metrics, section: str, advance: Callable[..., None]):
+        self.metrics, self.section, self.advance = metrics, section, advance
+        self.step, self.wrong = 0, 0
+        self.pending: tuple[dict[str, Array], Any, hosts.Vote] | None = None
+
+    def add(self, step: int, values: dict[str, Array], batch: Any, vote: hosts.Vote) -> hosts.Vote:
+        """Files what a step gives; returns what was voted in the one before."""
+        decided = self.flush()
+        self.step, self.pending = step, (values, batch, vote)
+        return decided
+
+    def flush(self) -> hosts.Vote:
+        """Reports the last step."""
+        if self.pending is None:
+            return hosts.Vote(False, False)
+        (values, batch, vote), self.pending = self.pending, None
+        numbers = {name: float(value) for name, value in values.items()}
+        self.metrics.write(self.step, **numbers)
+        self._check(numbers, batch)
+        self.advance(1, note=f"loss {numbers['loss']:.3f}")
+        return hosts.decided(vote)
+
+    def _check(self, numbers: dict[str, float], batch: Any) -> None:
+        """Says that a step was left out; ValueError where several in a row were."""
+        self.wrong = self.wrong + 1 if numbers["skipped"] else 0
+        if not self.wrong:
+            return
+        what = f"loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}"
+        say(f"{self.metrics.stage}: step {self.step} is left out, its numbers are not finite ({what})")
+        if self.wrong == PATIENCE:
+            path = self.metrics.path.parent / self.metrics.stage / f"not_finite_step_{self.step}.npz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            leaves = jax.tree.leaves_with_path(batch)
+            arrays: dict[str, Any] = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
+            np.savez(path, **arrays)
+            raise ValueError(
+                f"{self.metrics.stage}: {PATIENCE} steps in a row had no finite loss or gradient; the batch of step "
+                f"{self.step} is in {path}; lower {self.section}.learning_rate, or look at the batch"
+            )
 
 
 @functools.cache

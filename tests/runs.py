@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,20 @@ def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:
     return {
         name: path.read_bytes()
         for name, path in files.items()
-        if "weights" not in name and not name.endswith((".json", "metrics.jsonl", *leave_out))
+        if "weights" not in name and not name.endswith((".json", "metrics.jsonl", "log.jsonl", ".lock", *leave_out))
+    }
+
+
+CLOCK = re.compile(rb'("time": [\d.]+)|("seconds": [\d.]+)|([\d.]+ s\b)')
+
+
+def lasting(folder: Path) -> dict[str, bytes]:
+    """All files of a run without what the clock and the folder's name put there; of weights, what their digests say."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        name: CLOCK.sub(b"", path.read_bytes()).replace(str(folder).encode(), b"FOLDER")
+        for name, path in files.items()
+        if "weights" not in name
     }
 
 

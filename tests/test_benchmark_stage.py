@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import bfcl_setup
+from itool_jax.evaluation import bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl_data import CATEGORIES, SINGLE_TURN
 from itool_jax.main import main
-from itool_jax.stages import benchmark
+from itool_jax.stages import comparison
 from tests import tiny
 from tests.conftest import read, shared_path, write
 from tests.runs import SMALL, Made, again, copy_run, make_run
@@ -49,6 +49,7 @@ def test_questions_are_answered_once_scored_and_kept(
     out = capsys.readouterr().out
     assert "bfcl, base: % right" in out
     assert "5 of 7 missing" in out  # of non-live
+    assert "not answer" not in out
     where = tmp_path / "run/base/bfcl"
     rows = read(where / "BFCL_v3_multiple_result.json")
     assert [row["id"] for row in rows] == ["multiple_0", "multiple_1", "multiple_2"]
@@ -86,10 +87,32 @@ def test_prompts_that_do_not_fit_are_told(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_data(tmp_path / "data", "simple")
-    assert evaluate(tiny_folder, tmp_path / "run", f"--data={data}", "--categories=simple") == 0
+    write_data(tmp_path / "data", "irrelevance", 3)
+    settings = [f"--data={data}", "--categories", "simple", "irrelevance"]
+    for _ in range(2):  # the second time from what the first one kept
+        assert evaluate(tiny_folder, tmp_path / "run", *settings) == 0
+        captured = capsys.readouterr()
+        assert "unanswered" in captured.out
+        assert "5 of 5 questions the model did not answer" in captured.out
+        summary = json.loads((tmp_path / "run/base/bfcl/summary.json").read_text())
+        assert summary["unanswered"] == {"simple": 2, "irrelevance": 3}
+        assert summary["accuracy"] == {"simple": 0.0, "irrelevance": 1.0}
+        (tmp_path / "run/base/bfcl/summary.json").unlink()
+    (tmp_path / "run/base/bfcl/BFCL_v3_simple_result.json").unlink()
+    assert evaluate(tiny_folder, tmp_path / "run", *settings) == 0
     assert "simple: 2 of 2 prompts do not fit the model's context" in capsys.readouterr().err
     rows = read(tmp_path / "run/base/bfcl/BFCL_v3_simple_result.json")
     assert rows[0]["result"].startswith("Error during inference: ")
+
+
+def test_models_that_were_shown_no_dots_are_judged_by_what_they_were_shown(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", "simple", 2, name="a.f")
+    results(tmp_path / "r", "simple", "[a.f(b='x')]", "[a_f(b='x')]")
+    output = tmp_path / "scores.json"
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'r'}"]
+    for settings, failed in (([], ["simple_1"]), (["--evaluate.underscore_to_dot"], ["simple_0"])):
+        assert main([*command, f"--output={output}", *settings]) == 0
+        assert json.loads(output.read_text())["simple"]["failed"] == failed
 
 
 def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +145,10 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
         (["--output=x.json"], "output is for the stages score, generate and export, and for results"),
+        (["--against=none.json"], "none.json is no file; against wants another run's scores.json"),
+        (["--benchmark=api_bank", "--official"], "official is for BFCL; set --benchmark=bfcl"),
+        (["--benchmark=api_bank", "--results=none"], "results is for BFCL; set --benchmark=bfcl"),
+        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
         (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
         (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
     ],
@@ -150,9 +177,12 @@ def test_without_the_official_environment_the_command_is_named(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ITOOL_BFCL", str(tmp_path / "none"))
-    for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"]):
+    data = write_data(tmp_path / "data", "simple")
+    official = [f"--data={data}", "--categories=simple", "--official"]
+    for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"], official):
         assert evaluate(tiny_folder, tmp_path / "run", *settings) == 2
         assert "run python -m itool_jax.evaluation.bfcl_setup" in capsys.readouterr().err
+        assert not list((tmp_path / "run").rglob("*_result.json"))  # before any work
 
 
 def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +197,28 @@ def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixt
         (tmp_path / "b.json").write_text(content)
         assert main([*command, f"--against={tmp_path / 'b.json'}"]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_nothing_to_score_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 2)
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
+    results(tmp_path / "a", "simple", "no")
+    assert main([*command, "--categories=java"]) == 2
+    assert "a holds none of the categories java" in capsys.readouterr().err
+    (tmp_path / "a/BFCL_v3_simple_result.json").write_text("")
+    assert main(command) == 2
+    assert "BFCL_v3_simple_result.json holds no responses" in capsys.readouterr().err
+
+
+def test_columns_of_parts_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "live_relevance", 3)
+    results(tmp_path / "a", "live_relevance", "[f()]", "no")
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
+    assert main(command) == 0
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.split()[:1] in (["relevance"], ["live_relevance"])
+    ]
+    assert [row.rstrip().endswith("2 of 3") for row in rows] == [True, True]
 
 
 def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
@@ -198,13 +250,13 @@ def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
         return {"simple": {"correct": 40 - wrong, "total": 40, "failed": failed}}
 
     found = {
-        phase: benchmark.bfcl_scores.paired(benchmark.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
+        phase: bfcl_scores.paired(comparison.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
         for phase, wrong in (("few", 6), ("many", 20), ("none", 0))
         if (tmp_path / "a.json").write_text(json.dumps(scores(3)))
         and (tmp_path / "b.json").write_text(json.dumps(scores(wrong)))
-        and (earlier := benchmark.read_scores(tmp_path / "a.json"))
+        and (earlier := comparison.read_scores(tmp_path / "a.json"))
     }
-    lines = benchmark.fallen(found)
+    lines = comparison.fallen(found)
     assert lines == [
         "few -7.5 ± 4.2 points (n=40, p=0.2500, not significant)",
         "many -42.5 ± 7.8 points (n=40, p=0.0000, significant)",
@@ -244,4 +296,4 @@ def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
 
 
 def test_every_category_has_a_place_in_a_column() -> None:
-    assert set(benchmark.bfcl_scores.NEEDED["overall"]) == set(CATEGORIES)
+    assert set(bfcl_scores.NEEDED["overall"]) == set(CATEGORIES)

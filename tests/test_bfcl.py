@@ -256,22 +256,39 @@ def test_a_wrong_question_is_named() -> None:
         check([function(), function("g")], "f()", [{"h": {}}], "multiple")
     with pytest.raises(ValueError, match="Python has no parameters of type 'byte'"):
         check([function(a="byte")], "f(a=1)", [{"f": {"a": [1]}}], "simple")
+    array = function(a=("array", "Set"))
+    for functions, answers, reason in (
+        ([array], [{"f": {"a": [[1]]}}], r"Python has no parameters of type 'Set' \(f\.a\)"),
+        ([{"name": "f"}], [{"f": {"a": [1]}}], 'a function has no "name" or no "parameters"'),
+        ([function(a="any")], [{}], "a possible answer holds no call"),
+        ([function(a="any")], [{"f": [1]}], "the possible arguments of 'f' are no object"),
+        ([function(a="any")], [{"f": {"a": 1}}], "the allowed values of f.a are no list"),
+        ([function(a="dict")], [{"f": {"a": [{"k": 1}]}}], "an allowed value of f.a has a key without a list"),
+        ([function(a=("array", "dict"))], [{"f": {"a": [[{"k": 1}]]}}], "an allowed value of f.a has a key without"),
+        ([], [{"f": {"a": [1]}}], "'f', which is not among the functions"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check(functions, "[f(a=1)]", answers, "simple")
 
 
 def test_the_official_verdicts_on_cases() -> None:
     with gzip.open(shared_path("data/bfcl_v3/checker_cases_dev.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 1110
+    without_keyword = []
     for row in rows:
         dots = row.get("underscore_to_dot", False)
         shown = (row["functions"], row["model_output"], row["possible_answer"], row["category"])
         verdict = check(*shown, underscore_to_dot=dots)
         expected = row["verdict_v3"] if "verdict_v3" in row else row["verdict"]
         assert verdict.valid == expected, row["id"]
+        without_keyword += [row["id"]] if check(*shown).valid != expected else []
         # The decoder of v4 reads an empty list as no calls, that of v3 not at all.
         empty = row["model_output"].strip("`[] \n") == ""
         if "verdict_v3" not in row and not empty:
             assert verdict.error_type == row["error_type"], row["id"]
+    # docs/evaluation.md says so: those of a model that was shown no dots.
+    assert len(without_keyword) == 6
 
 
 @pytest.mark.parametrize("model", ["meta-llama_Llama-3.1-8B-Instruct", "watt-ai_watt-tool-8B"])

@@ -30,24 +30,26 @@ def question(category: str, *messages: dict[str, str], functions: Any = (TOOL,))
     return Question(f"{category}_0", category, [list(messages)], list(functions), [], {})
 
 
-def write_data(folder: Path, category: str, n: int = 2, *, zipped: bool = False, answers: int | None = None) -> Path:
-    """A data folder with one category's questions and answers."""
+def write_data(
+    folder: Path, category: str, n: int = 2, *, zipped: bool = False, answers: int | None = None, name: str = "f"
+) -> Path:
+    """A data folder with one category's questions and answers, about a function of that name."""
     rows = [
-        {"id": f"{category}_{i}", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL]}
+        {"id": f"{category}_{i}", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL | {"name": name}]}
         for i in range(n)
     ]
     truth = [
-        {"id": f"{category}_{i}", "ground_truth": [{"f": {"b": ["x"]}}]}
+        {"id": f"{category}_{i}", "ground_truth": [{name: {"b": ["x"]}}]}
         for i in range(n if answers is None else answers)
     ]
     for part, content in (("questions", rows), ("possible_answer", truth)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in content).encode()
-        name = folder / part / f"BFCL_v3_{category}.json"
+        path = folder / part / f"BFCL_v3_{category}.json"
         if zipped:
-            name.with_name(name.name + ".gz").write_bytes(gzip.compress(text))
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(text))
         else:
-            name.write_bytes(text)
+            path.write_bytes(text)
     return folder
 
 
@@ -75,6 +77,32 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "questions/BFCL_v3_simple.json").write_text('{"id": "simple_0"}\n')
     with pytest.raises(ValueError, match=r'BFCL_v3_simple\.json row 1: no "question"'):
         bfcl_data.load_questions(tmp_path, "simple")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("questions", {"function": TOOL}, 'questions/BFCL_v3_java.json row 1: "function" is no list'),
+        ("questions", {"question": [{}]}, 'questions/BFCL_v3_java.json row 1: java_0: "question" is no list of turns'),
+        ("questions", {"id": 1}, 'questions/BFCL_v3_java.json row 1: "id" is no text'),
+        ("possible_answer", {"ground_truth": {}}, 'possible_answer/BFCL_v3_java.json row 1: "ground_truth" is no list'),
+        (
+            "possible_answer",
+            {"ground_truth": [{}]},
+            "questions/BFCL_v3_java.json row 1: java_0: a possible answer holds",
+        ),
+        ("possible_answer", {"truth": 0}, 'possible_answer/BFCL_v3_java.json row 1: no "ground_truth"'),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path: Path, part: str, change: dict[str, Any], reason: str) -> None:
+    path = write_data(tmp_path, "java", 1) / part / "BFCL_v3_java.json"
+    row = json.loads(path.read_text())
+    if "truth" in change:
+        del row["ground_truth"]
+    path.write_text(json.dumps(row | change) + "\n")
+    with pytest.raises(ValueError) as error:
+        bfcl_data.load_questions(tmp_path, "java")
+    assert reason in str(error.value)
 
 
 def test_the_system_prompt_comes_first_and_keeps_a_prompt_of_the_question() -> None:
@@ -138,13 +166,29 @@ def test_wrong_result_files_are_named(tmp_path: Path) -> None:
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(ValueError, match=f"row 1: {reason}"):
             bfcl_data.read_results(path, asked)
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds no responses"):
+        bfcl_data.read_results(path, asked)
     path.write_text('{"id": "simple_0", "result": ""}\n' * 2)
     with pytest.raises(ValueError, match="row 2: 'simple_0' is given twice"):
         bfcl_data.read_results(path, asked)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / path.name).write_text("")
+    path.with_name(f"{path.name}.gz").write_text("")
     with pytest.raises(ValueError, match="are both of simple"):
         bfcl_data.find_results(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / path.name).write_text("")
+    with pytest.raises(ValueError, match=r"holds the results of several models: \., other; --results is one model's"):
+        bfcl_data.find_results(tmp_path)
+
+
+def test_of_both_layouts_the_one_asked_for_is_taken(tmp_path: Path) -> None:
+    for version in ("v3", "v4"):
+        path = bfcl_data.result_file(tmp_path, "java", version)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    for version in ("v3", "v4"):
+        expected = {"java": bfcl_data.result_file(tmp_path, "java", version)}
+        assert bfcl_data.find_results(tmp_path, version) == expected
 
 
 def scores(**changes: Score) -> dict[str, Score]:

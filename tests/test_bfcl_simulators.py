@@ -1,7 +1,11 @@
 """BFCL's multi-turn conversations with the official simulators; skipped where those are not installed."""
 
+import contextlib
 import gzip
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,29 @@ import pytest
 from itool_jax.evaluation import bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_data import Question
-from itool_jax.evaluation.bfcl_simulators import MAX_STEPS, SimulatorError, Simulators, converse, official_verdicts
+from itool_jax.evaluation.bfcl_simulators import (
+    MAX_STEPS,
+    SimulatorError,
+    Simulators,
+    check_multi_turn,
+    converse,
+    official_verdicts,
+)
 from tests.conftest import shared_path
 
 FILES = {"root": {"a": {"type": "directory", "contents": {"f.txt": {"type": "file", "content": "x"}}}}}
+
+
+# A process that holds all that its parent has open, and calls no audit hook.
+FORK = (
+    "{module}.fork_exec([b'/x'],[b'/x'],False,(),None,[],-1,-1,-1,-1,-1,-1,-1,-1,False,True,-1,None,None,None,-1,"
+    "lambda: __import__('time').sleep(30),False)"
+)
+# Changes what judges, for whatever is judged in the same process.
+FORGERY = (
+    "[cd(folder='' + str(setattr(__import__('sys').modules['bfcl_eval.eval_checker.eval_runner'], "
+    "'multi_turn_checker', lambda *a: {'valid': True})))]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +131,10 @@ def test_a_model_that_never_ends_its_turn_is_stopped(simulators: Simulators) -> 
         "len(__import__('os').listdir('/'))",
         "len(bytearray(9 << 30))",
         "len(__import__('gc').get_objects())",
+        FORK.format(module="__import__('_posixsubprocess')"),
+        FORK.format(module="__import__('importlib').reload(__import__('_posixsubprocess'))"),
+        "__import__('os').fork()",
+        "__import__('importlib').reload(__import__('posix')).fork()",
     ],
 )
 def test_text_of_a_model_does_no_harm(simulators: Simulators, tmp_path: Path, code: str) -> None:
@@ -143,19 +170,86 @@ def test_a_question_whose_simulators_fail_is_failed_and_no_other(simulators: Sim
     assert str(found[bad.id].error_type).startswith("simulator_error:")
 
 
+def test_a_response_changes_no_verdict_on_another(simulators: Simulators) -> None:
+    questions = [question(["q"], [["ls()"]], f"multi_turn_base_{i}") for i in range(3)]
+    results = {q.id: [[FORGERY if q is questions[0] else "no"]] for q in questions}
+    found = official_verdicts(questions, results, simulators)
+    assert [found[q.id].error_type for q in questions[1:]] == ["multi_turn:empty_turn_model_response"] * 2
+
+
+def test_a_response_forges_no_answer_to_the_next_command(simulators: Simulators) -> None:
+    forged = '[__import__(\'os\').write(i, b\'{{"calls": ["x"], "results": ["x"]}}\\n\') for i in range({})]'
+    for n in (3, 9):
+        with contextlib.suppress(SimulatorError):
+            execute(simulators, f"[cd(folder='' + str({forged.format(n)}))]")
+        assert execute(simulators, "[pwd()]")["calls"] == ["pwd()"]
+
+
+def test_ending_it_waits_for_nothing_and_leaves_nothing(simulators: Simulators) -> None:
+    fork = FORK.format(module="__import__('_posixsubprocess')")
+    with Simulators() as fresh:
+        folder = Path(fresh._folder.name)
+        for code in (f"str({fork}) or 9 ** 9 ** 9", "9 ** 9 ** 9"):
+            with contextlib.suppress(SimulatorError):
+                execute(fresh, f"[cd(folder=1 + ({code}))]", seconds=3)
+        start = time.monotonic()
+    assert time.monotonic() - start < 2
+    assert not folder.exists()
+
+
+def test_a_killed_parent_leaves_nothing(simulators: Simulators) -> None:
+    code = (
+        "import os, signal; from itool_jax.evaluation.bfcl_simulators import Simulators; s = Simulators(); "
+        "s.ask({'do': 'functions'}); print(s._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    folder = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+    assert folder.name.startswith("itool_bfcl_")
+    for _ in range(100):
+        if not folder.exists():
+            break
+        time.sleep(0.1)
+    assert not folder.exists()
+
+
 def test_the_official_verdicts_on_cases(simulators: Simulators) -> None:
     with gzip.open(shared_path("data/bfcl_v3/multi_turn_cases_dev.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
-    different = []
-    for number, row in enumerate(rows):
-        config = {"initial_config": row["initial_config"], "involved_classes": row["involved_classes"]}
-        asked = question([], row["ground_truth"], f"{row['category']}_{number}", **config)
-        verdict = official_verdicts([asked], {asked.id: row["model_output"]}, simulators)[asked.id]
-        if verdict != (row["verdict"], row["error_type"]):
-            different.append(row["id"])
+    found = check_multi_turn(rows)  # with ids as published, multi_turn_base_13#1, which are no identifiers
+    different = [row["id"] for row in rows if found[row["id"]] != (row["verdict"], row["error_type"])]
     # In v3 a wrong token counts the days of the right one down too, which v4 mended: the extra call changes the state.
     assert different == ["multi_turn_base_151#3"]
     assert len(rows) == 66
+
+
+def test_a_verdict_does_not_depend_on_the_id(simulators: Simulators) -> None:
+    for name in ("multi_turn_base_0", "multi_turn_base_0#1", "a b", "1", "multi_turn_base"):
+        asked = question(["q"], [["ls()"]], name)._replace(category="multi_turn_base")
+        assert official_verdicts([asked], {name: [["[ls()]"]]}, simulators) == {name: Verdict(True, None)}
+        wrong = official_verdicts([asked], {name: [["[pwd()]"]]}, simulators)
+        assert wrong == {name: Verdict(False, "multi_turn:execution_response_mismatch")}
+
+
+def test_wrong_multi_turn_rows_are_named() -> None:
+    row = {"id": "a", "category": "multi_turn_base", "initial_config": {}, "involved_classes": ["MathAPI"]}
+    row |= {"ground_truth": [], "model_output": []}
+    for rows, reason in (
+        ([{"id": "a"}], 'row 1: no "category"'),
+        ([row | {"category": "simple"}], "row 1: 'simple' is no multi-turn category"),
+        ([row, row], "row 2: 'a' is given twice"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_multi_turn(rows)
+
+
+def test_the_official_scorer_takes_names_without_dots(simulators: Simulators) -> None:
+    tool = {"name": "a.f", "parameters": {"properties": {"b": {"type": "string"}}, "required": []}}
+    row = {"id": "simple_0", "function": [tool], "question": []}
+    asked = Question("simple_0", "simple", [], [tool], [{"a.f": {"b": ["x"]}}], row)
+    for dots, text in ((False, "[a.f(b='x')]"), (True, "[a_f(b='x')]")):
+        for shown in (False, True):
+            found = official_verdicts([asked], {asked.id: text}, simulators, underscore_to_dot=shown)
+            assert found[asked.id].valid == (dots == shown)
+            assert found == bfcl_scores.judge([asked], {asked.id: text}, underscore_to_dot=shown)
 
 
 def test_the_official_scorer_agrees_on_real_outputs(simulators: Simulators) -> None:

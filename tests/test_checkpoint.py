@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back bit for bit, and damage is named in one line, at no loss."""
 
 import errno
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,90 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == ["adapters"]
     assert_same(checkpoint.restore(tmp_path / "adapters", make_tree()), make_tree(1))
     assert not logging.getLogger("absl").disabled
+
+
+# A training that goes on ---------------------------------------------------------------------------------------
+
+
+def kept(folder: Path, steps: int, every: int = 1) -> checkpoint.Training:
+    """A training whose state was kept after each of so many steps; donated arrays are written over at once."""
+    training, state = checkpoint.Training(folder, every), make_tree(0)
+    for step in range(1, steps + 1):
+        state = changed(state)
+        if training.due(step):
+            training.save(step, state, {"next_index": step})
+    training.finish()
+    return training
+
+
+def restored(folder: Path) -> tuple[int, Any, Any] | None:
+    training = checkpoint.Training(folder)
+    found = training.restore(make_tree(1))
+    training.finish()
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def changed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x + 1, tree)
+
+
+def later(steps: int) -> Any:
+    tree = make_tree(0)
+    for _ in range(steps):
+        tree = changed(tree)
+    return tree
+
+
+def test_a_training_goes_on_from_its_newest_state(tmp_path: Path):
+    assert restored(tmp_path / "new") is None
+    kept(tmp_path / "training", 5)
+    step, state, position = restored(tmp_path / "training") or pytest.fail("nothing kept")
+    assert (step, position) == (5, {"next_index": 5})
+    assert_same(state, later(5))
+    assert names(tmp_path / "training") == ["4", "5"]
+
+
+def test_states_are_kept_as_often_as_asked(tmp_path: Path):
+    kept(tmp_path / "training", 7, every=3)
+    assert names(tmp_path / "training") == ["3", "6"]
+
+
+@pytest.mark.parametrize("what", ["bit", "file", "checksums", "unfinished"])
+def test_of_a_damaged_state_the_one_before_is_used(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "training"
+    kept(folder, 4)
+    largest = max((folder / "4/state").rglob("ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
+    if what == "bit":
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif what == "file":
+        largest.unlink()
+    elif what == "checksums":
+        (folder / "4/checksums.json").write_text("{")
+    else:
+        (folder / "4/checksums.json").unlink()
+    step, state, _ = restored(folder) or pytest.fail("nothing kept")
+    assert step == 3
+    assert_same(state, later(3))
+    said = capsys.readouterr().err.replace("\n", "")
+    assert (f"checkpoint {folder}/4: " in said and "is damaged; the one before it is used" in said) == (
+        what != "unfinished"
+    )
+
+
+def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a clock of steps of a second and writing of half a second: one in 25 steps."""
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    training, saved = checkpoint.Training(tmp_path / "training"), []
+    save = training.manager.save
+    monkeypatch.setattr(training.manager, "save", lambda *a, **k: (save(*a, **k), clock.append(clock.pop() + 0.5)))
+    for step in range(1, 80):
+        clock[0] += 1
+        if training.due(step):
+            saved.append(step)
+            training.save(step, make_tree(0), {})
+    training.finish()
+    assert saved == [1, 2, 27, 52, 77]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from itool_jax import config
 from itool_jax.data import records
 from tests.conftest import read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
@@ -17,12 +18,17 @@ pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]):
     files = [path for path in made.folder.rglob("*") if path.is_file()]
+    log = made.folder / "log.jsonl"
+    lines = log.read_text()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     assert again(made, made.folder) == 0
     assert sorted(path for path in made.folder.rglob("*") if path.is_file()) == sorted(files)
+    assert log.read_text().startswith(lines)
     for path, (content, time) in before.items():
+        if path == log:
+            continue
         assert path.read_bytes() == content, path
-        assert path.stat().st_mtime_ns == time or path.name == "summary.json"
+        assert path.stat().st_mtime_ns == time or path.name in ("summary.json", ".lock")
     out, err = capsys.readouterr()
     assert out == made.output
     assert err.count("is done already") == N_STAGES
@@ -171,7 +177,6 @@ def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: p
         ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
         ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
         ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
-        ("iteration_1/weights/_METADATA", "{", "iteration_1/weights: "),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
@@ -179,15 +184,44 @@ def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
 ):
     folder = copy_run(made, tmp_path)
     # The last stages are still to be done, so that each file is read.
-    for name in (
-        ("search.json", "dpo.json") if "scores" in file or "weights" in file or "data" in file else ("dpo.json",)
-    ):
+    for name in ("search.json", "dpo.json") if "scores" in file or "data" in file else ("dpo.json",):
         (folder / "iteration_2" / name).unlink()
     (folder / file).write_text(content)
     before = contents(folder)
     line = refused(capsys, made, folder)
     assert line.removeprefix("checkpoint ").startswith(f"{folder}/{message}")
     assert contents(folder) == before
+
+
+def test_damaged_weights_are_named_and_made_again(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = copy_run(made, tmp_path)
+    path = next(p for p in (folder / "iteration_1/weights").rglob("*") if p.is_file() and p.stat().st_size > 1000)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert again(made, folder) == 0
+    err = capsys.readouterr().err
+    name = path.relative_to(folder / "iteration_1/weights")
+    assert f"{folder / 'iteration_1/weights'}: {name} is damaged, so it is done again" in err
+    assert err.count("is done already") == N_STAGES  # with the reference; what comes after is as it was
+    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
+
+
+def test_a_result_that_was_edited_is_named_and_kept(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = copy_run(made, tmp_path)
+    path = folder / "iteration_2/pairs.jsonl"
+    write(path, read(path)[1:])
+    assert again(made, folder) == 0
+    assert f"iteration_2: search is done already, {path} has been changed since" in capsys.readouterr().err
+    assert len(read(folder / "iteration_2/reference.jsonl")) == len(read(path))
+
+
+def test_a_run_directory_in_use_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = copy_run(made, tmp_path)
+    with config.lock(config.parse(["--stage=iterate", f"--run_dir={folder}"])):
+        line = refused(capsys, made, folder)
+    assert line.startswith(f"{folder} is in use by process {os.getpid()} on ")
+    assert again(made, folder) == 0
 
 
 def test_a_full_disk_loses_nothing(
@@ -217,7 +251,7 @@ def test_a_disk_that_is_full_in_earnest(made: Made, tmp_path: Path, capsys: pyte
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     line = refused(capsys, made, folder, stage="warmup")
     assert line.startswith(f"{folder}: No space left on device; free some space")
-    assert not (folder / "warmup").exists()
+    assert not (folder / "warmup/weights").exists()
     (folder / "metrics.jsonl").unlink()
     assert again(made, folder, stage="warmup") == 0
     ours, theirs = (read(f / "metrics.jsonl") for f in (folder, made.folder))

@@ -361,7 +361,7 @@ def test_sampled_tokens_are_counted_and_progress_is_told() -> None:
     toy = Toy(PROBLEMS[:3], settings(n_simulations=7, inject_gold=True))
     forest = toy.run(told.append)
     assert sum(told) == 3 * 7
-    assert forest.sampled_tokens == toy.sampled > 0
+    assert forest.sampled_tokens_B.sum() == toy.sampled > 0
     assert not forest.step_tokens_BNS[np.arange(8) >= forest.step_length_BN[..., None]].any()
     assert not forest.step_length_BN[:, ROOT].any()
 
@@ -389,7 +389,7 @@ def test_a_problem_takes_the_seat_of_one_that_is_done() -> None:
         for one, together in zip(forest.tree, all_at_once.tree, strict=True):
             np.testing.assert_array_equal(one[0], together[number])
         np.testing.assert_array_equal(forest.step_tokens_BNS[0], all_at_once.step_tokens_BNS[number])
-    assert sum(forest.sampled_tokens for _, forest in found) == all_at_once.sampled_tokens
+    assert sum(forest.sampled_tokens_B for _, forest in found) == all_at_once.sampled_tokens_B.sum()
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,8 @@ def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
     encoded = [encode_sample(setup.base.chat, sample) for sample in samples]
     assert len({bucket(len(row.prompt_ids), stage.PROMPT_BUCKET) for row in encoded}) == 2  # nine short, three long
     for least, sizes in ((5, [9, 3]), (9, [9, 3]), (10, [12])):
-        groups = stage._groups(samples, encoded, least)
+        items = [stage.Searched(*row) for row in zip(samples, encoded, strict=True)]
+        groups = stage._groups(items, least)
         assert [len(group) for group in groups] == sizes
         rows = [row for group in groups for row in group]
         assert {row.sample.id for row in rows} == {sample.id for sample in samples}

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 
 def test_a_run_leaves_all_its_files(made: Made):
-    expected = {"config.yaml", "summary.json", "metrics.jsonl"}
+    expected = {"config.yaml", "summary.json", "metrics.jsonl", ".lock", "log.jsonl", "environment.json"}
     expected |= {f"data/{part}.jsonl" for part in ("train", "validation", "test")}
     expected |= {"data/sources.json", "data/card.json"}
     expected |= {f"{phase}/evaluation_test_all.{kind}" for phase in PHASES for kind in ("json", "jsonl")}
@@ -223,7 +223,7 @@ def test_the_control_takes_as_many_steps_on_the_gold_of_the_same_prompts(made: M
     assert again(made, folder, *changes, "--iteration=2", stage="dpo") == 0
     ours, theirs = (json.loads((f / "iteration_2/dpo.json").read_text()) for f in (folder, made.folder))
     assert (ours["pairs"], ours["steps"]) == (theirs["pairs"], theirs["steps"])
-    steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_2"][theirs["steps"] :]
+    steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_2"]
     assert len(steps) == ours["steps"]
     assert steps[0]["loss"] > 1.5  # nats a token of the gold response, not ln 2
     assert "reward_margin" not in steps[0]
@@ -253,7 +253,10 @@ def approximately(value: Any) -> Any:
 
 
 def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Beside them their two moments, and nothing else of their size: no base, no copy to start from."""
+    """Beside them their two moments, and nothing else of their size: no base, no copy to start from.
+
+    A checkpoint copies them to the host, which is the device here, so none is made.
+    """
     seen: list[int] = []
     step = train.train_step
 
@@ -264,7 +267,8 @@ def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkey
     monkeypatch.setattr(train, "train_step", spy)
     stage_folder._held.cache_clear()
     before = sum(x.nbytes for x in jax.live_arrays())
-    assert again(made, tmp_path / "run", "--lora.rank=0", stage="warmup") == 0
+    changes = "--lora.rank=0", "--warmup.checkpoint_every=1000"
+    assert again(made, tmp_path / "run", *changes, stage="warmup") == 0
     config = settings.parse(["--stage=warmup", f"--run_dir={tmp_path / 'run'}", *made.settings, "--lora.rank=0"])
     weights = sum(x.nbytes for x in jax.tree.leaves(stage_folder.load_trained(config, "warmup")))
     assert len(seen) > 5

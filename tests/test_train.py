@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from itool_jax import losses, train
+from itool_jax import checkpoint, losses, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossName, LossSettings, PairLogProbs
 from itool_jax.metrics import Metrics
@@ -247,12 +247,12 @@ def run(
 ) -> tuple[Params, list[dict[str, Any]]]:
     """A fit on one batch over and over; the adapters and the lines of its metrics."""
     settings = settings or WarmupSettings(learning_rate=0.03)
-    batches: Iterator[Any] = iter([batch] * n_steps)
+    batches = grain.MapDataset.source(range(n_steps)).map(lambda _: batch)
     path.mkdir(exist_ok=True)
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
     base = jax.device_put(model.base, jax.devices()[0])  # tied to a device, as one that was loaded is
-    trained = fit(loss, settings, adapters, base, batches, n_steps, seed=0, what="test", metrics=metrics)
+    trained = fit(loss, settings, adapters, base, batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -346,9 +346,90 @@ def test_what_is_computed_again_changes_nothing(model: Model, remat: Any) -> Non
 def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
     loss = train.sft_loss(model.graph)
-    same = fit(loss, WarmupSettings(), model.adapters, model.base, [], 0, seed=0, what="none", metrics=metrics)
+    none = grain.MapDataset.source([])
+    same = fit(loss, WarmupSettings(), model.adapters, model.base, none, seed=0, what="none", metrics=metrics)
     jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
     assert not metrics.path.exists()
+
+
+# Goes on, and goes wrong ---------------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_path: Path) -> None:
+    """Adapters with dropout off, batches that differ, cut off after any step."""
+    data = grain.MapDataset.source(range(9)).map(lambda i: collate(ROWS[i % 3 :][:2], WIDTH, 4))
+    settings, loss = WarmupSettings(learning_rate=0.03), train.sft_loss(model.graph)
+    metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
+
+    def fit_on(batches: grain.MapDataset, kept: checkpoint.Training | None) -> Params:
+        adapters = jax.tree.map(jnp.copy, model.adapters)
+        base = jax.device_put(model.base, jax.devices()[0])
+        return fit(loss, settings, adapters, base, batches, seed=0, what="test", metrics=metrics, kept=kept)
+
+    def lines() -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+        return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+    def fail(i: int, after: int) -> Any:
+        if i >= after:
+            raise KilledError
+        return data[i]
+
+    whole = fit_on(data, None)
+    expected = lines()
+    for after in (1, 4, 7):
+        folder = tmp_path / f"cut {after}"
+        cut = grain.MapDataset.source(range(9)).map(lambda i, after=after: fail(i, after))
+        kept = checkpoint.Training(folder, 1)
+        with pytest.raises(KilledError):
+            fit_on(cut, kept)
+        kept.finish()
+        kept = checkpoint.Training(folder, 1)
+        jax.tree.map(np.testing.assert_array_equal, fit_on(data, kept), whole)
+        kept.finish()
+        assert lines() == expected
+
+
+@pytest.mark.parametrize("wrong", [(2,), (1, 3, 5), (2, 3)])
+def test_steps_without_finite_numbers_are_left_out(
+    model: Model, tmp_path: Path, wrong: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, rows = run_with(model, tmp_path, wrong, 6)
+    assert [row["step"] for row in rows if row["skipped"]] == list(wrong)
+    assert all(row["loss"] is None for row in rows if row["skipped"])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(trained))
+    assert capsys.readouterr().err.count("is left out, its numbers are not finite") == len(wrong)
+
+
+def test_three_steps_in_a_row_without_finite_numbers_end_the_training(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 steps in a row had no finite loss or gradient; the batch of step 4") as e:
+        run_with(model, tmp_path, (2, 3, 4), 6)
+    path = tmp_path / "warmup/not_finite_step_4.npz"
+    assert str(path) in str(e.value)
+    with np.load(path) as saved:
+        assert np.isnan(saved["1"]).all() if "1" in saved else any(np.isnan(saved[n]).all() for n in saved.files)
+
+
+def run_with(model: Model, folder: Path, wrong: tuple[int, ...], n_steps: int) -> tuple[Params, list[dict[str, Any]]]:
+    """A fit whose batches of these steps carry a factor that is not a number."""
+    inner = train.sft_loss(model.graph)
+
+    def loss(trainable: Params, frozen: Params, batch: Any, key: Any) -> train.Loss:
+        rows, factor = batch
+        total, sums = inner(trainable, frozen, rows, key)
+        return total * factor, sums
+
+    def make(i: int) -> Any:
+        return collate(ROWS[:2], WIDTH, 4), np.float32(np.nan if i + 1 in wrong else 1.0)
+
+    batches, metrics = grain.MapDataset.source(range(n_steps)).map(make), Metrics(folder / "metrics.jsonl", "warmup")
+    adapters, base = jax.tree.map(jnp.copy, model.adapters), jax.device_put(model.base, jax.devices()[0])
+    trained = fit(loss, WarmupSettings(), adapters, base, batches, seed=0, what="test", metrics=metrics)
+    return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
 # Settings ----------------------------------------------------------------------------------------------------

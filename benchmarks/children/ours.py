@@ -181,7 +181,6 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
             jax.tree.map(jnp.copy, trainable),  # training uses them up
             frozen,
             batches,
-            len(batches),
             seed=task["seed"],
             what=task["name"],
             metrics=Metrics(path, task["name"]),

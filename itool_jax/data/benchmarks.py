@@ -15,7 +15,9 @@ from itool_jax.data.records import Row, Sample, content_id
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas
 from itool_jax.text.calls import read_calls
 
-_API_BANK_BARE = re.compile(r"(\w+)=([^'\"\[{(][^,=)]*)(?=[,)])")
+MAX_CHARACTERS = 200_000
+"""A dialogue's, which is put together line by line in quadratic time."""
+_API_BANK_BARE = re.compile(r"\b(\w++)=([^'\"\[{(][^,=)]*+)(?=[,)])")
 
 
 def from_bfcl(row: Row) -> list[Sample]:
@@ -50,6 +52,8 @@ def from_api_bank(row: Row) -> list[Sample]:
     head, found, dialogue = field(row, "input", str).partition("\nUser: ")
     if not found:
         raise ValueError('"input" holds no turn of the user')
+    if len(dialogue) > MAX_CHARACTERS:
+        raise ValueError(f"a dialogue of {len(dialogue)} characters, more than {MAX_CHARACTERS}")
     tools = [_api_bank_tool(read_json("input", line)) for line in head.splitlines() if line.strip()]
     messages: list[Row] = [{"role": "user", "content": ""}]
     for line in dialogue.partition("\nGenerate API Request:")[0].split("\n"):

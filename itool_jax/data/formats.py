@@ -31,12 +31,15 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-_TOOLACE_LEAD_IN = re.compile(r"\s*Here is a list of functions in JSON format that you can invoke[:.]?\s*$")
-_TOOLRL_TOOL = re.compile(r"\d+\. Name: (.*)\nDescription: (.*)\nParameters: (.*)", re.DOTALL)
-_TOOLRL_BLOCK = re.compile(r"<(user|think|tool_call|obs|response)>(.*?)</\1>", re.DOTALL)
+_TOOLACE_LEAD_IN = re.compile(r"(?<!\s)\s*+Here is a list of functions in JSON format that you can invoke[:.]?\s*$")
+_TOOLRL_NAME = re.compile(r"\d+\. Name: (.*)", re.DOTALL)
+_TOOLRL_TAG = re.compile(r"<(user|think|tool_call|obs|response)>")
 _GLAIVE_TURN = re.compile(r"^(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
-_GLAIVE_QUOTED = re.compile(r"(\"arguments\"\s*:\s*)'(.*)'\s*}\s*\Z", re.DOTALL)
-_TOOLBENCH_ACTION = re.compile(r"\s*(?:Thought:.*?)?Action: *([^\n]+)\nAction Input: *(.*)", re.DOTALL)
+_GLAIVE_OPENING, _GLAIVE_CLOSING = re.compile(r"\"arguments\"\s*+:\s*+'"), re.compile(r"'\s*+}\s*+\Z")
+_NO_SPACE = re.compile(r"\S")
+_TOOLBENCH_ACTION, _TOOLBENCH_INPUT = "Action:", re.compile(r"\nAction Input: *+")
+MAX_MESSAGES = 1000
+"""Messages of a conversation: each of its samples holds all messages before it, which takes quadratic memory."""
 
 
 def samples_from_conversation(
@@ -46,6 +49,8 @@ def samples_from_conversation(
 
     The first has the conversation's id, later ones "ID/2", "ID/3", ...
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"a conversation of {len(messages)} messages, more than {MAX_MESSAGES}")
     turns = [
         i
         for i in range(1, len(messages))
@@ -143,12 +148,10 @@ def from_toolrl(row: Row) -> list[Sample]:
     if not found:
         raise ValueError('"instruction" holds no list of tools')
     history = [
-        _toolrl_message(tag, text.strip())
-        for tag, text in _TOOLRL_BLOCK.findall(field(row, "input", str))
-        if tag != "think"
+        _toolrl_message(tag, text.strip()) for tag, text in _toolrl_blocks(field(row, "input", str)) if tag != "think"
     ]
     # The thought may itself mention the tags, so the answer is what follows the last thought.
-    answers = _TOOLRL_BLOCK.findall(field(row, "output", str).rpartition("</think>")[2])
+    answers = _toolrl_blocks(field(row, "output", str).rpartition("</think>")[2])
     if not history or not answers:
         raise ValueError('"input" holds no dialogue or "output" no answer')
     target = _toolrl_message(answers[0][0], answers[0][1].strip())["content"]
@@ -216,7 +219,7 @@ def read_json(name: str, text: str) -> Any:
     """The value of a JSON text inside a row; ValueError where it is not valid."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'"{name}" is not valid JSON ({str(error)[:60]})') from error
 
 
@@ -270,41 +273,74 @@ def _glaive_message(speaker: str, text: str) -> Row:
 
 def _glaive_call(text: str) -> Any:
     """The call of {"name": "f", "arguments": '{"a": 1}'}: the single quotes keep it from being JSON."""
-    unquoted = _GLAIVE_QUOTED.sub(lambda match: match[1] + re.sub(r"(?<!\\)\\'", "'", match[2]) + "}", text)
-    call = read_json("functioncall", unquoted)
+    opening, closing = _GLAIVE_OPENING.search(text), _GLAIVE_CLOSING.search(text)
+    if opening and closing and opening.end() <= closing.start():
+        unquoted = re.sub(r"(?<!\\)\\'", "'", text[opening.end() : closing.start()])
+        text = f"{text[: opening.end() - 1]}{unquoted}}}"
+    call = read_json("functioncall", text)
     # Functions without parameters are called without arguments.
     return call | {"arguments": {}} if isinstance(call, dict) and call.keys() == {"name"} else call
 
 
 def _json_values(text: str) -> list[Any]:
     """The JSON values that stand in a text one after another."""
-    values, rest = [], text.strip()
-    while rest:
+    values, at = [], 0
+    while start := _NO_SPACE.search(text, at):
         try:
-            value, end = json.JSONDecoder().raw_decode(rest)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f'a tool is not valid JSON: "{rest[:40]}"') from error
+            value, at = json.JSONDecoder().raw_decode(text, start.start())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'a tool is not valid JSON: "{text[start.start() :][:40]}"') from error
         values.append(value)
-        rest = rest[end:].strip()
     return values
 
 
 def _toolbench_answer(text: str) -> str:
-    action = _TOOLBENCH_ACTION.fullmatch(text)
+    action = _toolbench_action(text)
     if not action:
         return text
-    arguments = read_json("Action Input", action[2].strip() or "{}")
-    if action[1].strip() == "Finish" and isinstance(arguments, dict):
+    arguments = read_json("Action Input", action[1].strip() or "{}")
+    if action[0].strip() == "Finish" and isinstance(arguments, dict):
         return str(arguments.get("final_answer") or NO_CALL)
-    return _bracketed([{"name": action[1].strip(), "arguments": arguments}])
+    return _bracketed([{"name": action[0].strip(), "arguments": arguments}])
+
+
+def _toolbench_action(text: str) -> tuple[str, str] | None:
+    r"""Name and input of the first action, "Thought: …Action: f\nAction Input: {…}"; None where there is none."""
+    begin = len(text) - len(text.lstrip())
+    if not text.startswith(("Thought:", _TOOLBENCH_ACTION), begin):
+        return None
+    for match in _TOOLBENCH_INPUT.finditer(text):
+        line = max(text.rfind("\n", 0, match.start()), begin)
+        found = text.find(_TOOLBENCH_ACTION, line, match.start())
+        name = text[found + len(_TOOLBENCH_ACTION) : match.start()]
+        if found >= 0 and name and (found == begin or text.startswith("Thought:", begin)):
+            return name, text[match.end() :]
+    return None
 
 
 def _toolrl_tool(text: str) -> Row:
-    match = _TOOLRL_TOOL.fullmatch(text.strip())
-    if not match:
+    head, has_parameters, parameters = text.strip().rpartition("\nParameters: ")
+    head, has_description, description = head.rpartition("\nDescription: ")
+    name = _TOOLRL_NAME.fullmatch(head)
+    if not (has_parameters and has_description and name):
         raise ValueError(f'a tool is not written as Name, Description, Parameters: "{text.strip()[:40]}"')
-    parameters = flat_schema(read_json("Parameters", match[3]))
-    return tool_schema({"name": match[1], "description": match[2], "parameters": parameters})
+    schema = flat_schema(read_json("Parameters", parameters))
+    return tool_schema({"name": name[1], "description": description, "parameters": schema})
+
+
+def _toolrl_blocks(text: str) -> list[tuple[str, str]]:
+    """Tag and content of each block, `<obs>…</obs>`; what is not closed is none."""
+    found, end, unclosed = [], 0, set()
+    for opening in _TOOLRL_TAG.finditer(text):
+        if opening.start() < end or opening[1] in unclosed:
+            continue
+        close = text.find(f"</{opening[1]}>", opening.end())
+        if close < 0:
+            unclosed.add(opening[1])
+            continue
+        found.append((opening[1], text[opening.end() : close]))
+        end = close
+    return found
 
 
 def _toolrl_message(tag: str, text: str) -> Row:
@@ -320,6 +356,7 @@ def _distractors(gold: list[str], catalogue: SealTools, n: int, rng: random.Rand
     areas = list(dict.fromkeys(name.partition("/")[0] for name in fields))
     chosen: list[str] = []
     for pool in ([catalogue.fields[f] for f in fields], [catalogue.areas[a] for a in areas]):
-        names = [name for group in pool for name in group if name not in gold and name not in chosen]
+        taken = {*gold, *chosen}
+        names = [name for group in pool for name in group if name not in taken]
         chosen += rng.sample(names, min(len(names), max(0, n - len(chosen))))
     return chosen

@@ -15,7 +15,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
+
 Row = dict[str, Any]
+PARQUET_ROWS = 64
+PACKED, SMALL = 100, 1 << 30
+"""What a compressed file may come to: so many times its size, or so many bytes where that is more. A few kilobytes can
+stand for any number of zeros."""
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -93,7 +99,7 @@ def refuse(reason: str, skipped: list[str] | None, cause: Exception | None = Non
     """Puts the reason why a row is left out into `skipped`; ValueError with it where there is no such list."""
     if skipped is None:
         raise ValueError(reason) from cause
-    skipped.append(reason)
+    skipped.append(" ".join(reason.split()))  # a reason may quote a text of several lines
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
@@ -146,15 +152,29 @@ def _kind(path: pathlib.Path) -> str:
 
 def _read_bytes(path: pathlib.Path) -> bytes:
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            data = file.read(_most(path) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
+    if len(data) > _most(path):
+        raise ValueError(_too_large(path))
+    return data
+
+
+def _most(path: pathlib.Path) -> int:
+    """How many bytes a compressed file may come to."""
+    return max(PACKED * path.stat().st_size, SMALL)
+
+
+def _too_large(path: pathlib.Path) -> str:
+    return f"{path} holds more than {_most(path) >> 20} MB, far more than its size; unpack it and split it"
 
 
 def _decode(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -163,6 +183,9 @@ def _decode(data: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not valid JSON (a number has too many digits)") from error
     except RecursionError as error:
         raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and too_deep(value, MAX_DEPTH + 1):  # one more for an array
+        raise ValueError(f"{where}: not valid JSON ({TOO_DEEP})")
+    return value
 
 
 def _lines(path: pathlib.Path, data: bytes, skipped: list[str] | None) -> Iterator[tuple[int, Any]]:
@@ -180,7 +203,7 @@ def _lines(path: pathlib.Path, data: bytes, skipped: list[str] | None) -> Iterat
 def _encode(row: Row, where: str) -> bytes:
     try:
         return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: cannot be written as JSON ({error})") from error
 
 
@@ -188,8 +211,19 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
     import pyarrow  # the import is slow, and few files are parquet
     import pyarrow.parquet
 
+    number, size, most = 0, 0, _most(path)
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    yield from enumerate(rows, 1)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            # A few rows at a time: what they come to is not known before, for one value may stand in all of them.
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                if (size := size + batch.nbytes) > most:
+                    raise ValueError(_too_large(path))
+                for row in batch.to_pylist():
+                    number += 1
+                    if too_deep(row):
+                        raise ValueError(f"row {number} is {TOO_DEEP}")
+                    yield number, row
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from error

@@ -7,12 +7,17 @@ parameters an object without properties.
 """
 
 import ast
+import itertools
 import json
 import re
 from typing import Any
 
 from itool_jax.data.records import Row
 
+MAX_TYPE = 1000
+"""Characters of a type's name; brackets in it take quadratic time."""
+MAX_PLACES = 100
+"""Places of a text at which a list of tools is looked for; each may take time linear in the text."""
 _JSON_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 _PYTHON_TYPES = {
     "str": "string",
@@ -33,6 +38,8 @@ def json_type(name: str) -> Row:
 
     "X, optional" and "Optional[X]" are X. A name of no JSON type, such as "Any", becomes a string.
     """
+    if len(name) > MAX_TYPE:
+        return {"type": "string"}
     name = name.strip().removesuffix("optional").rstrip(" ,")
     head, _, inside = name.partition("[")
     kind = head.strip().rpartition(".")[2].lower()
@@ -123,8 +130,9 @@ def tool_schemas(tools: Any) -> tuple[Row, ...]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
-        except json.JSONDecodeError as error:
-            raise ValueError(f'"tools" is not valid JSON ({error.msg} at column {error.colno})') from error
+        except (ValueError, RecursionError) as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f'"tools" is not valid JSON ({reason[:60]})') from error
     if not isinstance(tools, list | tuple | None):
         raise ValueError('"tools" is not a list')
     return tuple(tool_schema(tool) for tool in tools or ())
@@ -136,11 +144,11 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
     Returns:
         The list and the positions where it starts and ends; ([], len, len) where there is none.
     """
-    for match in re.finditer(r"\[\s*(\{|\])", text):
+    for match in itertools.islice(re.finditer(r"\[\s*+(\{|\])", text), MAX_PLACES):
         start = match.start()
         try:
             tools, end = json.JSONDecoder().raw_decode(text, start)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             tools, end = _python_list(text, start)
         if isinstance(tools, list) and all(isinstance(tool, dict) and "name" in tool for tool in tools):
             return tools, start, end
@@ -196,7 +204,7 @@ def _typed(default: Any, kind: Any) -> Any:
         return default
     try:
         value = json.loads(default.lower() if kind == "boolean" else default)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return default
     expected = {"integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list}[kind]
     return value if isinstance(value, expected) else default

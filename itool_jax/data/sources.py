@@ -19,6 +19,7 @@ from itool_jax.data.formats import samples_from_conversation
 from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.text.calls import calls_from_openai, write_calls
+from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 HUB = "hf:"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -238,7 +239,10 @@ def _target(target: Any) -> str:
 def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
     """What `read` makes of a row, which may hold anything; where it fails, the reason with the place."""
     try:
-        return read(row)
+        found = read(row)
+        if too_deep([(s.messages, s.tools) for s in found if isinstance(s, Sample)], MAX_DEPTH + 3):
+            raise ValueError(f"a value is {TOO_DEEP}")
+        return found
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except KeyError as error:
@@ -251,8 +255,9 @@ def _distinct(samples: Iterable[Any]) -> list[Any]:
     """Ids that repeat, as those made from content do where rows do: the second becomes "ID-2"."""
     samples = list(samples)
     taken, out = {sample.id for sample in samples}, {}
+    counts: dict[str, itertools.count[int]] = {}  # of each id, or many of one would take quadratic time
     for sample in samples:
-        name, numbers = sample.id, itertools.count(2)
+        name, numbers = sample.id, counts.setdefault(sample.id, itertools.count(2))
         while name in out or (name != sample.id and name in taken):
             name = f"{sample.id}-{next(numbers)}"
         out[name] = dataclasses.replace(sample, id=name)

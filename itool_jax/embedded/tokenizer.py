@@ -23,10 +23,11 @@ OTHER_WORDS = (
 ).split()
 SIGNS = '[ ] ( ) { } = =" " \' , . : ; | _ - + * / ? ! < > @ # $ % & ~ ^ `'.split()
 PUNCTUATION = (*SIGNS, '", ', ", ", '"), ', "), ", ")]", '")]', "]", '"]', "()", "()]", "(), ", ": ")
+# Runs are cut at 64 characters: the pieces of one are found in cubic time.
 PATTERN = (
     r":(?:" + "|".join(TYPES) + r")\??(?:, |\)\n)?"
     r"| (?:" + "|".join(SMALL_WORDS) + r")(?![A-Za-z0-9])"
-    r"|[A-Za-z]+|[0-9]|\n| |[^\sA-Za-z0-9]+ ?|\s"
+    r"|[A-Za-z]{1,64}|[0-9]|\n| |[^\sA-Za-z0-9]{1,64} ?|\s"
 )
 
 # The tools stand behind the first question, so that each tool can be read in the light of what is asked.

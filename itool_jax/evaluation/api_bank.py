@@ -95,6 +95,8 @@ def _question(row: Mapping[str, Any]) -> Question:
     answer = read_call(row["expected_output"], _WHOLE_ARGUMENT)
     if answer is None:
         raise KeyError("expected_output holds no call")
+    if not all(isinstance(row[key], str) for key in ("instruction", "input")):
+        raise TypeError("instruction and input must be texts")
     messages = ({"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["input"]})
     return Question(f"{row['file']}/{row['id']}", messages, answer)
 

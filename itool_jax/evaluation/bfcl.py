@@ -60,7 +60,7 @@ def check(
     irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`).
     `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. No text raises, and a
     value that is no text counts as unreadable. Raises ValueError for an unknown category or parameter type, and where
-    the possible answers are missing or name no such function.
+    the possible answers are missing, malformed or name no such function.
     """
     language = language_of(category)
     try:
@@ -76,13 +76,15 @@ def check(
         elif "relevance" in category:
             _require(bool(calls), "relevance_error:decoder_failed")
         else:
-            answers = _answers(functions, possible_answer)
+            answers = expected_calls(functions, possible_answer, language)
             if calls is None:
                 raise _WrongError(error)
             checker = _Checker(language, underscore_to_dot)
             checker.calls(calls, answers, category)
     except _WrongError as wrong:
         return Verdict(False, str(wrong))
+    except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:  # no text causes one of them
+        raise ValueError(f"a question whose functions or possible answers are malformed ({error!r})") from error
     return Verdict(True, None)
 
 
@@ -107,18 +109,61 @@ def _require(condition: bool, error_type: str) -> None:
         raise _WrongError(error_type)
 
 
-def _answers(functions: Sequence[Function], possible_answer: Sequence[Answer] | None) -> list[tuple[Function, Answer]]:
-    """The documentation and the allowed values by parameter of each expected call."""
+def expected_calls(
+    functions: Sequence[Function], possible_answer: Sequence[Answer] | None, language: Language
+) -> list[tuple[Function, Answer]]:
+    """The documentation and the allowed values by parameter of each expected call. ValueError for other forms."""
     if not possible_answer:
         raise ValueError("a question that wants calls needs possible answers, got none")
+    _need(isinstance(functions, list | tuple), "the functions are no list")
+    _need(isinstance(possible_answer, list | tuple), "the possible answers are no list")
+    for function in functions:
+        known = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+        schema: Any = function.get("parameters") if known else None
+        _need(isinstance(schema, Mapping), 'a function has no "name" or no "parameters"')
+        _need(isinstance(schema.get("properties"), Mapping), f'{function["name"]} has no "properties"')
     by_name = {function["name"]: function for function in functions}
     pairs = []
     for answer in possible_answer:
+        _need(isinstance(answer, Mapping) and len(answer) > 0, f"a possible answer holds no call: {answer!r}")
         name, parameters = next(iter(answer.items()))
-        if len(functions) != 1 and name not in by_name:
+        if not functions or (len(functions) != 1 and name not in by_name):
             raise ValueError(f"the possible answer calls {name!r}, which is not among the functions")
-        pairs.append((functions[0] if len(functions) == 1 else by_name[name], parameters))
+        function = functions[0] if len(functions) == 1 else by_name[name]
+        _need(isinstance(parameters, Mapping), f"the possible arguments of {name!r} are no object")
+        for parameter, allowed in parameters.items():
+            _require_form(f"{name}.{parameter}", function["parameters"]["properties"].get(parameter), allowed, language)
+        pairs.append((function, parameters))
     return pairs
+
+
+def _require_form(name: str, schema: Any, allowed: Any, language: Language) -> None:
+    """Raises ValueError where a parameter's documentation or its allowed values have another form."""
+    _need(isinstance(allowed, list), f"the allowed values of {name} are no list")
+    if schema is None:
+        return
+    types = _TYPES[language]
+    _need(isinstance(schema, Mapping) and "type" in schema, f'{name} has no "type"')
+    kinds = [schema["type"]]
+    if isinstance(schema.get("items"), Mapping) and types.get(str(kinds[0])) is list:
+        _need("type" in schema["items"], f'the items of {name} have no "type"')
+        kinds.append(schema["items"]["type"])
+    for kind in kinds:
+        _need(kind in types, f"{language} has no parameters of type {kind!r} ({name}), only {', '.join(types)}")
+    dicts: list[Any] = []
+    if types[kinds[0]] is dict:
+        dicts = allowed
+    elif types[kinds[-1]] is dict:
+        dicts = [item for answer in allowed if isinstance(answer, list) for item in answer]
+    values = (value for answer in dicts if isinstance(answer, Mapping) for value in answer.values())
+    _need(
+        all(isinstance(value, list | str) for value in values), f"an allowed value of {name} has a key without a list"
+    )
+
+
+def _need(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
 
 
 class _Checker(NamedTuple):
@@ -168,8 +213,6 @@ class _Checker(NamedTuple):
     def argument(self, value: Any, schema: Mapping[str, Any], allowed: Sequence[Any]) -> None:
         """One argument against its documentation and its allowed values; "" among them only says it may be left out."""
         kind, types = schema["type"], _TYPES[self.language]
-        if kind not in types:
-            raise ValueError(f"{self.language} has no parameters of type {kind!r}, only {', '.join(types)}")
         item_kind = schema["items"]["type"] if types[kind] is list and "items" in schema else None
         if self.language in _CONVERTERS:
             _require(isinstance(value, str), _TEXT_ERRORS.get(self.language, ""))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from itool_jax.data.records import place, read_rows, write_jsonl
-from itool_jax.evaluation.bfcl import language_of
+from itool_jax.evaluation.bfcl import expected_calls, language_of
 
 Version = Literal["v3", "v4"]
 Message = dict[str, str]
@@ -102,26 +102,64 @@ def question_file(folder: Path, category: str) -> Path:
 def load_questions(folder: Path, category: str) -> list[Question]:
     """The questions of a category, in the order of the file. Raises ValueError, naming file and row, for wrong ones."""
     file = question_file(folder, category)
-    answers = {}
+    answers: dict[str, list[Any]] = {}
     if "relevance" not in category:
         answer_file = _find(folder, "possible_answer", category)
-        answers = {_field(row, "id", answer_file, n): row for n, row in read_rows(answer_file)}
+        for number, row in read_rows(answer_file):
+            name = _field(row, "id", answer_file, number, str)
+            answers[name] = _field(row, "ground_truth", answer_file, number, list)
     found = []
     for number, row in read_rows(file):
-        question_id = _field(row, "id", file, number)
+        question_id = _field(row, "id", file, number, str)
         if "relevance" not in category and question_id not in answers:
             raise ValueError(f"{place(file, number)}: no possible answer to {question_id}")
-        answer = answers[question_id]["ground_truth"] if answers else []
-        turns = _field(row, "question", file, number)
-        functions = [] if category in MULTI_TURN else _field(row, "function", file, number)
-        found.append(Question(question_id, category, turns, functions, answer, row))
+        answer = answers.get(question_id, [])
+        turns = _field(row, "question", file, number, list)
+        functions = [] if category in MULTI_TURN else _field(row, "function", file, number, list)
+        for name, kind in (("initial_config", dict), ("involved_classes", list)) if category in MULTI_TURN else ():
+            _field(row, name, file, number, kind)
+        question = Question(question_id, category, turns, functions, answer, row)
+        if problem := _wrong_form(question):
+            raise ValueError(f"{place(file, number)}: {question_id}: {problem}")
+        found.append(question)
     return found
 
 
-def _field(row: Row, name: str, file: Path, number: int) -> Any:
+def _wrong_form(question: Question) -> str | None:
+    """What is wrong with a question's messages, functions and answers; None where nothing is."""
+    if not question.turns or not all(
+        isinstance(turn, list) and all(_is_message(message) for message in turn) for turn in question.turns
+    ):
+        return '"question" is no list of turns, each a list of messages'
+    if question.category in MULTI_TURN:
+        turns_are_lists = all(isinstance(turn, list) for turn in question.answer)
+        return None if turns_are_lists else "the possible answer is no list of turns, each a list of calls"
+    if not all(isinstance(function, dict) for function in question.functions):
+        return '"function" is no list of objects'
+    try:
+        if "relevance" not in question.category:
+            expected_calls(question.functions, question.answer, language_of(question.category))
+        first_messages(question)
+    except ValueError as error:
+        return str(error)
+    except (TypeError, KeyError, AttributeError) as error:
+        return f"no prompt can be made of it ({error!r})"
+    return None
+
+
+def _field(row: Row, name: str, file: Path, number: int, kind: type = object) -> Any:
     if name not in row:
         raise ValueError(f'{place(file, number)}: no "{name}"')
+    if not isinstance(row[name], kind):
+        raise ValueError(f'{place(file, number)}: "{name}" is no {_KINDS[kind]}')
     return row[name]
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+_KINDS = {str: "text", list: "list", dict: "object"}
 
 
 def _find(folder: Path, part: str, category: str) -> Path:
@@ -193,20 +231,36 @@ def write_results(folder: Path, category: str, results: Mapping[str, Any], versi
     return path
 
 
-def find_results(folder: Path) -> dict[str, Path]:
-    """The result files in a folder, below it too, by category. ValueError for none, or two of one category."""
-    found: dict[str, Path] = {}
+def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
+    """The result files in one model's folder, below it too, by category; of one category in both layouts `layout`'s.
+
+    Raises ValueError for none, for the folders of several models, and for two files of a category in one layout.
+    """
+    found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("BFCL_v*_result.json*")):
         match = _RESULT_FILE.fullmatch(path.name)
         category = _V3_NAMES.get(match[1], match[1]) if match else None
-        if category not in CATEGORIES:
-            continue
-        if category in found:
-            raise ValueError(f"{found[category]} and {path} are both of {category}; --results is one model's folder")
-        found[category] = path
+        if category in CATEGORIES:
+            found.setdefault(category, []).append(path)
     if not found:
         raise ValueError(f"{folder} holds no BFCL_v3_<category>_result.json")
-    return {category: found[category] for category in CATEGORIES if category in found}
+    models = sorted({_model_folder(path, folder) for paths in found.values() for path in paths})
+    if len(models) > 1:
+        names = ", ".join(str(model.relative_to(folder)) for model in models)
+        raise ValueError(f"{folder} holds the results of several models: {names}; --results is one model's folder")
+    files = {}
+    for category, paths in found.items():
+        chosen = [path for path in paths if path.name.startswith(f"BFCL_{layout}_")] or paths
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]} and {chosen[1]} are both of {category}; --results is one model's folder")
+        files[category] = chosen[0]
+    return {category: files[category] for category in CATEGORIES if category in files}
+
+
+def _model_folder(path: Path, top: Path) -> Path:
+    """The folder of a model that a result file is of; the layout of v4 has folders by group in it."""
+    grouped = path.parent.name in ("non_live", "live", "multi_turn") and path.parent != top
+    return path.parent.parent if grouped else path.parent
 
 
 def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
@@ -214,9 +268,11 @@ def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
     known = {question.id for question in questions}
     results: dict[str, Any] = {}
     for number, row in read_rows(path):
-        question_id = _field(row, "id", path, number)
+        question_id = _field(row, "id", path, number, str)
         if question_id not in known or question_id in results:
             problem = "is given twice" if question_id in results else "is none of the category's questions"
             raise ValueError(f"{place(path, number)}: {question_id!r} {problem}")
         results[question_id] = _field(row, "result", path, number)
+    if not results:
+        raise ValueError(f"{path} holds no responses")
     return results

@@ -37,21 +37,32 @@ class Score(NamedTuple):
     """Questions there are; a part of them makes no official figure."""
     failed: dict[str, str]
     """Error type by question id."""
+    unanswered: int = 0
+    """Answered by a line of the harness instead of the model, such as of a prompt that does not fit its context."""
 
     def kinds(self) -> Counter[str]:
         """How many failed by error type."""
         return Counter(self.failed.values())
 
 
-def judge(questions: Sequence[Question], results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """The verdict on each single-turn response, by question id, in the order of the questions."""
-    return {q.id: check(q.functions, results[q.id], q.answer, q.category) for q in questions if q.id in results}
+def judge(
+    questions: Sequence[Question], results: Mapping[str, Any], *, underscore_to_dot: bool = False
+) -> dict[str, Verdict]:
+    """The verdict on each single-turn response, by question id, in the order of the questions.
+
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name.
+    """
+    return {
+        q.id: check(q.functions, results[q.id], q.answer, q.category, underscore_to_dot=underscore_to_dot)
+        for q in questions
+        if q.id in results
+    }
 
 
-def score(verdicts: Mapping[str, Verdict], n_questions: int) -> Score:
+def score(verdicts: Mapping[str, Verdict], n_questions: int, unanswered: int = 0) -> Score:
     """The score of a category's verdicts, of which there may be fewer than questions."""
     failed = {name: str(verdict.error_type) for name, verdict in verdicts.items() if not verdict.valid}
-    return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed)
+    return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed, unanswered)
 
 
 def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:

@@ -3,18 +3,27 @@
 In: questions, and a function that answers many conversations at once. Out: responses turn by turn, and verdicts.
 """
 
+import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax.evaluation import bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
-from itool_jax.evaluation.bfcl_data import MORE_FUNCTIONS, Message, Question, shown_functions, with_system_prompt
+from itool_jax.evaluation.bfcl_data import (
+    MORE_FUNCTIONS,
+    MULTI_TURN,
+    Message,
+    Question,
+    shown_functions,
+    with_system_prompt,
+)
 
 MAX_STEPS = 20
 """Steps of a turn; a model that has still not finished then has failed, as the leaderboard counts."""
@@ -52,8 +61,9 @@ class Simulators:
         child = self._child or self._start()
         assert child.stdin is not None  # both are pipes
         try:
-            child.stdin.write(json.dumps(command).encode() + b"\n")
-            child.stdin.flush()
+            text = json.dumps(command).encode() + b"\n"
+            while text:
+                text = text[child.stdin.write(text) :]
             line = self._line(child, seconds)
         except (BrokenPipeError, TimeoutError) as error:
             self._stop()
@@ -68,6 +78,7 @@ class Simulators:
         surroundings = {"PATH": os.defpath, "BFCL_PROJECT_ROOT": self._folder.name, "OPENBLAS_NUM_THREADS": "1"}
         self._child = subprocess.Popen(
             [self._python, "-I", worker],
+            bufsize=0,  # nothing is left to be written when the pipes are closed
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -92,10 +103,18 @@ class Simulators:
         return line
 
     def _stop(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-            self._child = None
+        """Ends the child and what it started; waits for nothing that they could withhold."""
+        if (child := self._child) is None:
+            return
+        self._child = None
+        for end in (lambda: os.killpg(child.pid, signal.SIGKILL), child.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
 
 
 class _Conversation(NamedTuple):
@@ -194,33 +213,62 @@ def _step(conversation: _Conversation, text: str, simulators: Simulators) -> boo
 
 
 def official_verdicts(
-    questions: Sequence[Question], results: Mapping[str, Any], simulators: Simulators
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    simulators: Simulators,
+    *,
+    underscore_to_dot: bool = False,
 ) -> dict[str, Verdict]:
     """What the official scorer says of the responses to a category's questions, by id; the only judge of multi-turn.
 
-    A question whose scoring dies or takes too long is failed with `simulator_error`.
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. A question whose scoring
+    dies or takes too long is failed with `simulator_error`.
     """
-    answered = [question for question in questions if question.id in results]
-    try:
-        failed = _official(answered, results, simulators, 10 + SECONDS * len(answered))
-    except SimulatorError:  # one of them, so that each gets a child of its own
-        failed = {}
-        for question in answered:
+    failed = {}
+    for question in questions:
+        if question.id in results:  # each in a process of its own, where one answer can do nothing to others
             try:
-                failed |= _official([question], results, simulators, SECONDS)
+                failed[question.id] = _official(question, results[question.id], simulators, underscore_to_dot)
             except SimulatorError as error:
                 failed[question.id] = f"simulator_error:{error}"
-    return {q.id: Verdict(q.id not in failed, failed.get(q.id)) for q in answered}
+    return {name: Verdict(error is None, error) for name, error in failed.items()}
 
 
-def _official(
-    questions: Sequence[Question], results: Mapping[str, Any], simulators: Simulators, seconds: float
-) -> dict[str, str]:
+def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
+    """The official scorer's verdicts on multi-turn responses, by id, without files of questions.
+
+    A row holds `id`, any text that is given once; `category`, such as `multi_turn_base`; `initial_config` and
+    `involved_classes` as the questions have them; `ground_truth`, the calls of each turn; and `model_output`, turns of
+    steps of text. Raises ValueError for other rows, and where the official scorer is not installed.
+    """
+    by_category: dict[str, dict[str, tuple[Question, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in _CASE if name not in row]
+        if missing or row["category"] not in MULTI_TURN:
+            problem = f'no "{missing[0]}"' if missing else f"{row['category']!r} is no multi-turn category of BFCL"
+            raise ValueError(f"row {number}: {problem}")
+        if any(row["id"] in cases for cases in by_category.values()):
+            raise ValueError(f"row {number}: {row['id']!r} is given twice")
+        question = Question(row["id"], row["category"], [], [], row["ground_truth"], {**row, "question": []})
+        by_category.setdefault(row["category"], {})[row["id"]] = question, row["model_output"]
+    found: dict[str, Verdict] = {}
+    with Simulators() as simulators:
+        for cases in by_category.values():
+            questions, results = zip(*cases.values(), strict=True)
+            found |= official_verdicts(questions, dict(zip(cases, results, strict=True)), simulators)
+    return found
+
+
+_CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth", "model_output")
+
+
+def _official(question: Question, result: Any, simulators: Simulators, underscore_to_dot: bool) -> str | None:
     command = {
         "do": "official",
-        "category": questions[0].category,
-        "questions": [question.row for question in questions],
-        "answers": [{"id": question.id, "ground_truth": question.answer} for question in questions],
-        "results": [{"id": question.id, "result": results[question.id]} for question in questions],
+        "category": question.category,
+        "underscore_to_dot": underscore_to_dot,
+        "question": question.row,
+        "answer": question.answer,
+        "result": result,
     }
-    return simulators.ask(command, seconds)["failed"] if questions else {}
+    return simulators.ask(command)["error_type"]

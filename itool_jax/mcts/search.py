@@ -50,18 +50,25 @@ class SearchSettings:
     """O of a whole response: right or wrong, +1 or -1, or graded between them by how much of the calls is right."""
     inject_gold: bool = True
     """Whether the gold's next step joins the candidates where the response so far is the gold's."""
-    batch: int = 64
-    """Prompts searched together."""
+    batch: int | Literal["auto"] = 64
+    """Prompts searched together; auto is as many as fit a device's memory by the compiler's estimate, found once
+    and kept with the run."""
 
     def __post_init__(self) -> None:
         for name in ("n_simulations", "breadth", "max_depth", "step_limit", "last_step_limit", "batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"search.{name} must be positive, got {getattr(self, name)}")
         for name in ("exploration", "temperature", "prior_exponent"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"search.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"search.discount must be in [0, 1], got {self.discount}")
+
+    @property
+    def seats(self) -> int:
+        """Prompts searched together, once that is known."""
+        assert self.batch != "auto", "search.batch was not resolved"
+        return self.batch
 
     @property
     def slots(self) -> int:
@@ -123,7 +130,7 @@ class Forest(NamedTuple):
     tree: Tree
     step_tokens_BNS: np.ndarray
     step_length_BN: np.ndarray
-    sampled_tokens: int
+    sampled_tokens_B: np.ndarray
 
 
 class _Seats(NamedTuple):
@@ -173,7 +180,7 @@ def search(
         jax.tree.map(lambda *rows: np.concatenate(rows), *tree),
         np.concatenate(tokens),
         np.concatenate(lengths),
-        sum(sampled),
+        np.concatenate(sampled),
     )
 
 
@@ -191,16 +198,16 @@ def grow(
     A problem that waits takes the seat of one that is done, so that the model's calls stay full. What a tree becomes
     does not depend on the others.
     """
-    s, size = settings, (settings.batch, settings.max_nodes)
+    s, size = settings, (settings.seats, settings.max_nodes)
     tree = trees.new_tree(*size, s.slots)
     seats = _Seats(
-        np.full(s.batch, NOBODY),
-        np.zeros(s.batch, np.int32),
-        np.zeros(s.batch, np.int32),
-        np.zeros(s.batch, np.int32),
+        np.full(s.seats, NOBODY),
+        np.zeros(s.seats, np.int32),
+        np.zeros(s.seats, np.int32),
+        np.zeros(s.seats, np.int32),
         np.zeros((*size, max(s.step_limit, s.last_step_limit)), np.int32),
         np.zeros(size, np.int32),
-        [{} for _ in range(s.batch)],
+        [{} for _ in range(s.seats)],
     )
     waiting = iter(range(len(problems)))
     while True:
@@ -211,7 +218,7 @@ def grow(
         if taken := list(zip(free, waiting, strict=False)):
             seat(taken)
             _sit_down(seats, taken, s.n_simulations)
-            tree = _renew(tree, np.isin(np.arange(s.batch), free))
+            tree = _renew(tree, np.isin(np.arange(s.seats), free))
         if not seats.left_B.any():
             return
         tree = _grow_once(tree, seats, problems, (propose, judge, grade), s, advance)
@@ -267,7 +274,7 @@ def _path(seats: _Seats, b: int) -> list[int]:
 def _finished(tree: Tree, seats: _Seats, b: int) -> Forest:
     """A tree by itself."""
     own = jax.tree.map(lambda x: np.asarray(x)[b : b + 1], tree)
-    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], int(seats.sampled_B[b]))
+    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], seats.sampled_B[[b]])
 
 
 def _of(array_BN: jax.Array, node_B: np.ndarray) -> np.ndarray:
@@ -302,7 +309,7 @@ def _candidates(
     s: SearchSettings,
 ) -> Candidates:
     """Scores of all new states, as arrays over all seats; `rows` are those of the states."""
-    shape = (s.batch, s.slots)
+    shape = (s.seats, s.slots)
     new = Candidates(*(np.zeros(shape, bool if f in _FLAGS else np.float32) for f in Candidates._fields))
     log_prob_BW, length_BW = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     asked: list[tuple[int, int]] = []

@@ -6,7 +6,6 @@ compute, a missing, extra or misshaped tensor is refused by name.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 from itool_jax.model import quantize
 from itool_jax.model.sharding import constrain, sharding_of
 from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
+from itool_jax.untrusted import inside, read_json
 
 UNDERSTOOD = frozenset(
     # what is read
@@ -46,6 +46,9 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(qk_norm=True),
 }
+
+MAX_LAYERS, MAX_SIZE = 10_000, 1 << 28
+"""No model has as many; shapes are computed with these numbers before any weight is read."""
 
 HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "USE_POLICY*"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -87,19 +90,20 @@ def find(name: str) -> Path:
 def read_config(folder: Path, dtype: str) -> ModelConfig:
     """The shapes in a folder's config.json, older and newer spellings alike."""
     path = folder / "config.json"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+    raw = _read_json(path)
     try:
-        return _config(_read_json(path), dtype)
+        return _config(raw, dtype)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -109,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     names = raw["architectures"]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
         raise ValueError(f"architecture {names} is not supported; known: {', '.join(ARCHITECTURES)}")
     _refuse_unknown_features(raw, names[0])
     rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
@@ -119,7 +123,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     if n_heads % n_kv_heads:
         raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
     given = raw.get("head_dim") or ARCHITECTURES[names[0]].qk_norm
-    head_dim = _positive(raw, "head_dim") if given else raw["hidden_size"] // n_heads
+    head_dim = _positive(raw, "head_dim") if given else _positive(raw, "hidden_size") // n_heads
     if head_dim % 2:
         raise ValueError(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
     return ModelConfig(
@@ -143,8 +147,11 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
 
 def _positive(raw: dict[str, Any], key: str) -> int:
     value = raw[key]
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    most = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+    if value > most:
+        raise ValueError(f"{key} must be at most {most}, got {str(value)[:20]}")
     return value
 
 
@@ -304,7 +311,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
     index = _read_index(folder)
     found: dict[str, Tensor] = {}
-    for path in sorted({folder / name for name in index.values()}) or [folder / WEIGHTS]:
+    for path in sorted({inside(folder, name) for name in index.values()}) or [folder / WEIGHTS]:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a readable safetensors file: there is no such file")
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no dictionary
@@ -319,7 +328,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """File name of each tensor of a sharded checkpoint; empty where one file holds all, which goes first."""
-    if (folder / WEIGHTS).exists():
+    if (folder / WEIGHTS).is_file():
         return {}
     if not (folder / INDEX).exists():
         raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")

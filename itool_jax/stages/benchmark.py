@@ -6,7 +6,7 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 
 import dataclasses
 import functools
-import json
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
-from itool_jax.evaluation.statistics import PairedDifference, describe
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import console_out, progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder
+from itool_jax.stages import folder, manifest
+from itool_jax.stages.comparison import compare, fallen, read_scores
+from itool_jax.stages.spread import spread
 
 Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
@@ -35,6 +37,7 @@ UNFIT = "Error during inference: "
 
 def run(config: Config) -> dict[str, Any]:
     """Scores result files, or evaluates the chosen phases of the run; returns the figures of each."""
+    _check(config)
     if config.results is not None:
         return {"results": score_results(config)}
     known = folder.trained_phases(config)
@@ -44,6 +47,17 @@ def run(config: Config) -> dict[str, Any]:
             f"evaluate.phase {chosen} has no weights in {config.run_dir}; there are: base {' '.join(known)}"
         )
     return {phase: evaluate(config, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
+
+
+def _check(config: Config) -> None:
+    """Raises ValueError, before any work, for what would be missing after it."""
+    if config.benchmark != "bfcl" and (config.official or config.results is not None):
+        name = "results" if config.results is not None else "official"
+        raise ValueError(f"{name} is for BFCL; set --benchmark=bfcl, got --benchmark={config.benchmark}")
+    if config.official:
+        bfcl_setup.python()
+    if config.against is not None:
+        read_scores(config.against)
 
 
 def evaluate(config: Config, phase: str) -> Figures:
@@ -68,15 +82,17 @@ def evaluate(config: Config, phase: str) -> Figures:
 def score_results(config: Config) -> Figures:
     """Scores the result files of `results`, writes `output`, and prints the table."""
     assert config.results is not None
-    if config.benchmark != "bfcl":
-        raise ValueError("results are files in BFCL's layout; set --benchmark=bfcl")
-    files = bfcl_data.find_results(config.results)
+    files = bfcl_data.find_results(config.results, config.evaluate.layout)
     chosen = [category for category in files if not config.categories or category in categories(config)]
+    if not chosen:
+        raise ValueError(f"{config.results} holds none of the categories {', '.join(categories(config))}")
+    if set(chosen) & set(bfcl_data.MULTI_TURN):
+        bfcl_setup.python()
     responses, scores = {}, {}
     for category in chosen:
         questions = bfcl_data.load_questions(data_folder(config), category)
         responses[category] = bfcl_data.read_results(files[category], questions)
-        scores[category] = bfcl_scores.score(_judge(config, questions, responses[category]), len(questions))
+        scores[category] = _scored(config, questions, questions, responses[category])
     figures = summarize(config, scores)
     if config.output is not None:
         folder.write_json(config.output, bfcl_scores.as_json(scores))
@@ -146,23 +162,41 @@ def _category(config: Config, phase: str, category: str, answer: Callable[[], _A
     outputs = [str(file.relative_to(config.run_dir / phase))]
     after = [] if phase == "base" else [folder.policy_stage(phase)]
     stage = f"{results_folder(config, phase).name}/{category}"
-    return folder.once(config, phase, stage, lambda: _answer_category(config, category, answer(), file), outputs, after)
+
+    def work() -> Figures:
+        return _answer_category(config, category, answer(), file, manifest.working_folder(config, phase, stage))
+
+    return manifest.once(config, phase, stage, work, outputs, after, from_data=False)
 
 
-def _answer_category(config: Config, category: str, answer: _Answer, file: Path) -> Figures:
+def _answer_category(config: Config, category: str, answer: _Answer, file: Path, working: Path) -> Figures:
     questions = _load(config, category)
     asked = questions[: config.evaluate.benchmark_limit or None]
-    results = _responses(config, category, asked, answer)
+    found = spread(config, working, asked, lambda asked, keep: _responses(config, category, asked, answer, keep))
+    results = {question.id: result for question, result in zip(asked, found, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
-    return bfcl_scores.score(_judge(config, asked, results), len(questions))._asdict()
+    return _scored(config, questions, asked, results)._asdict()
 
 
 def _score(figures: Figures) -> Score:
-    return Score(**{name: figures[name] for name in Score._fields})
+    return Score(**{name: figures[name] for name in Score._fields if name in figures})
 
 
 def _read_responses(config: Config, phase: str, category: str) -> dict[str, Any]:
     return {row["id"]: row["result"] for _, row in read_rows(_response_file(config, phase, category))}
+
+
+def _scored(config: Config, questions: Sequence[Any], asked: Sequence[Any], results: Mapping[str, Any]) -> Score:
+    """The score of the responses to the questions that were asked, of all questions of a category."""
+    verdicts = _judge(config, asked, results)
+    return bfcl_scores.score(verdicts, len(questions), sum(map(_unanswered, results.values())))
+
+
+def _unanswered(result: Any) -> bool:
+    """Whether, at some step, a line of the harness stands in place of the model's answer."""
+    if isinstance(result, list):
+        return any(map(_unanswered, result))
+    return isinstance(result, str) and result.startswith(UNFIT)
 
 
 def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -172,22 +206,29 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     if questions and questions[0].category in bfcl_data.MULTI_TURN:
         with Simulators() as simulators:
             return official_verdicts(questions, results, simulators)
-    return bfcl_scores.judge(questions, results)
+    return bfcl_scores.judge(questions, results, underscore_to_dot=config.evaluate.underscore_to_dot)
 
 
-def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer) -> dict[str, Any]:
-    """What the policy answers to each question, by id."""
+def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer, keep: Keep) -> list[Any]:
+    """What the policy answers to each question."""
     with progress(f"{config.benchmark} {category}", len(questions)) as advance:
         if category in bfcl_data.MULTI_TURN:
+            steps = itertools.count()
+
+            def next_step(conversations: Conversations) -> list[str]:
+                number = next(steps)
+                return answer(conversations, keep=lambda key, compute: keep(f"step {number}, {key}", compute))
+
             with Simulators() as simulators:
-                return converse(questions, answer, simulators, advance)
+                found = converse(questions, next_step, simulators, advance)
+            return [found[question.id] for question in questions]
         first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
-        texts = answer([(question.id, first(question)) for question in questions], advance)
+        texts = answer([(question.id, first(question)) for question in questions], advance, keep)
     if unfit := sum(text.startswith(UNFIT) for text in texts):
         say(
             f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context; a line saying so answers them"
         )
-    return {question.id: text for question, text in zip(questions, texts, strict=True)}
+    return texts
 
 
 def _answerer(config: Config, phase: str) -> _Answer:
@@ -201,13 +242,16 @@ def _answerer(config: Config, phase: str) -> _Answer:
     settings = dataclasses.replace(config.generate, temperature=temperature)
     limit = base.config.max_length
 
-    def answer(conversations: Conversations, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+    def answer(
+        conversations: Conversations, advance: Callable[[int], None] = lambda _: None, keep: Keep = keep_nothing
+    ) -> list[str]:
         prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
         fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
         texts = [f"{UNFIT}{len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
         if left_out := len(prompts) - len(fitting):
             advance(left_out)
-        responses = respond(policy, table, [prompts[i] for i in fitting], settings, limit, config.seed, advance)
+        asked = [prompts[i] for i in fitting]
+        responses = respond(policy, table, asked, settings, limit, config.seed, advance, keep)
         for i, response in zip(fitting, responses, strict=True):
             texts[i] = base.chat.tokenizer.decode(base.chat.content_ids(response))
         return texts
@@ -222,6 +266,7 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
         "accuracy": {name: score.correct / score.total if score.total else None for name, score in scores.items()},
         "n": {name: score.total for name, score in scores.items()},
         "questions": {name: score.questions for name, score in scores.items()},
+        "unanswered": {name: score.unanswered for name, score in scores.items()},
         "interval": intervals.categories,
         "errors": {name: dict(score.kinds().most_common()) for name, score in scores.items()},
     }
@@ -233,16 +278,24 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
 def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figures) -> None:
     """Prints accuracies with their intervals, counts and most frequent errors; for BFCL Table 1's columns below."""
     table = Table(title=f"{config.benchmark}, {name}: % right [95 % interval]", title_justify="left", box=None)
-    for column in ("category", "right", "n"):
+    for column in ("category", "right", "n", *(["unanswered"] if any(figures["unanswered"].values()) else [])):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=True)
     for category, score in scores.items():
         partial = f"{score.total} of {score.questions}" if score.total < score.questions else str(score.total)
-        table.add_row(category, _cell(figures["accuracy"][category], figures["interval"].get(category)), partial)
+        cell = _cell(figures["accuracy"][category], figures["interval"].get(category))
+        cells = (category, cell, partial, str(score.unanswered))
+        table.add_row(*cells[: len(table.columns)])
     if config.benchmark == "bfcl":
         table.add_section()
         for column, value in figures["columns"].items():
             table.add_row(column, _cell(value, figures["column_interval"].get(column)), _count(column, scores))
     console_out.print(table)
+    if total := sum(figures["unanswered"].values()):
+        console_out.print(
+            f"{total} of {sum(figures['n'].values())} questions the model did not answer: they count as wrong, and as "
+            "right where no call is wanted, which says nothing of the model",
+            soft_wrap=True,
+        )
     for category, score in scores.items():
         if score.failed:
             kinds = ", ".join(f"{kind} {count}" for kind, count in score.kinds().most_common())
@@ -260,22 +313,22 @@ def _count(column: str, scores: Mapping[str, Score]) -> str:
     missing = [category for category in needed if category not in scores]
     if missing:
         return f"{len(missing)} of {len(needed)} missing"
-    return str(sum(scores[category].total for category in needed))
+    done, there = (sum(getattr(scores[category], name) for category in needed) for name in ("total", "questions"))
+    return f"{done} of {there}" if done < there else str(done)
 
 
 def compare_official(
     config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
 ) -> None:
     """Prints the official scorer's figures beside ours, and names every question they disagree on."""
-    if config.benchmark != "bfcl":
-        raise ValueError("official is for bfcl")
     table = Table(title="the official scorer beside ours", title_justify="left", box=None)
     for column in ("category", "n", "official", "ours", "other verdict"):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=column != "other verdict")
     official = {}
     for category, score in scores.items():
         questions = _load(config, category)
-        verdicts = official_verdicts(questions, responses[category], simulators)
+        dots = config.evaluate.underscore_to_dot
+        verdicts = official_verdicts(questions, responses[category], simulators, underscore_to_dot=dots)
         official[category] = bfcl_scores.score(verdicts, len(questions))
         differ = sorted(official[category].failed.keys() ^ score.failed.keys())
         names = ", ".join(differ[:5]) + (", …" if len(differ) > 5 else "") if differ else "none"
@@ -288,64 +341,8 @@ def compare_official(
     console_out.print(table)
 
 
-def read_scores(path: Path) -> dict[str, Score]:
-    """The scores of a `scores.json`. ValueError for another file."""
-    try:
-        content = json.loads(path.read_text())
-        return {
-            name: Score(row["correct"], row["total"], row["total"], dict.fromkeys(row["failed"], ""))
-            for name, row in content.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no scores.json: {error!r}") from error
-
-
-def compare(config: Config, scores: Mapping[str, Score], output: Path | None) -> dict[str, Any]:
-    """Compares with the run that `against` scores, question by question; prints and keeps the differences."""
-    assert config.against is not None
-    theirs = read_scores(config.against)
-    shared = [category for category in scores if category in theirs]
-    if not shared:
-        raise ValueError(f"{config.against} has none of the categories {', '.join(scores)}")
-    found: dict[str, Any] = {}
-    if config.benchmark == "bfcl" and len(shared) > 1:  # API-Bank's categories share questions
-        pooled = [bfcl_scores.pooled([side[category] for category in shared]) for side in (scores, theirs)]
-        result = bfcl_scores.paired(*pooled)
-        found["all"] = {**result._asdict(), "text": describe(result)}
-        console_out.print(f"all {len(shared)} categories against {config.against}: {describe(result)}", soft_wrap=True)
-    for category in shared:
-        result = bfcl_scores.paired(scores[category], theirs[category])
-        ours_failed, theirs_failed = scores[category].failed, theirs[category].failed
-        only = {
-            "only_here": [name for name in theirs_failed if name not in ours_failed],
-            "only_there": [name for name in ours_failed if name not in theirs_failed],
-        }
-        found[category] = {**result._asdict(), "text": describe(result), **only}
-        console_out.print(f"{category} against {config.against}: {describe(result)}", soft_wrap=True)
-        for side, ids in only.items():
-            more = " …" if len(ids) > 8 else ""
-            console_out.print(
-                f"  right {side.replace('_', ' ')}, {len(ids)}: {' '.join(ids[:8])}{more}", soft_wrap=True
-            )
-    if output is not None:
-        folder.write_json(output, found)
-        say(f"all questions that one has right and the other wrong are in {output}")
-    return found
-
-
 def regressions(config: Config, before: str, phase: str) -> list[str]:
     """A line for each category of the benchmark that fell from one phase to the next, and whether by chance."""
     then, now = (read_scores(results_folder(config, name) / "scores.json") for name in (before, phase))
     found = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
     return fallen(found)
-
-
-def fallen(found: Mapping[str, PairedDifference]) -> list[str]:
-    """A line for each category with fewer right answers than before, and whether that may be chance."""
-    lines = []
-    for category, x in found.items():
-        if x.difference < 0:
-            doubt = "significant" if x.significant else "not significant"
-            points = f"{100 * x.difference:+.1f} ± {100 * x.standard_error:.1f} points"
-            lines.append(f"{category} {points} (n={x.n}, p={x.p_value:.4f}, {doubt})")
-    return lines

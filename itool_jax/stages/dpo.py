@@ -5,6 +5,7 @@ and `reference.jsonl`, the reference's log-probabilities.
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from itool_jax import checkpoint, train
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.data.records import write_jsonl
-from itool_jax.metrics import Metrics, progress, say
+from itool_jax.journal import Keep
+from itool_jax.metrics import progress, say
 from itool_jax.sampler import target_log_probs
-from itool_jax.stages import folder, parts
+from itool_jax.stages import folder, manifest, parts
+from itool_jax.stages.spread import spread
 
 Row = dict[str, Any]
 Batches = grain.MapDataset
@@ -27,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
     config.preference.n_micro()
     phase = folder.phase_name(config.iteration)
-    return folder.once(config, phase, "dpo", lambda: _train(config, phase), [folder.WEIGHTS], [(phase, "search")])
+    return manifest.once(config, phase, "dpo", lambda: _train(config, phase), [folder.WEIGHTS], [(phase, "search")])
 
 
 def _train(config: Config, phase: str) -> dict[str, Any]:
@@ -39,17 +42,9 @@ def _train(config: Config, phase: str) -> dict[str, Any]:
         digest = checkpoint.save(folder.weights_folder(config, phase), folder.load_trained(config, before))
         return {"pairs": 0, "steps": 0, "weights": digest}
     loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
-    trained = train.fit(
-        loss,
-        config.preference,
-        *folder.load_trainable(config, before),
-        batches,
-        len(batches),
-        seed=config.seed + config.iteration,
-        what=f"{'control' if config.preference.control else config.preference.loss}, {phase}",
-        metrics=Metrics(config.run_dir / "metrics.jsonl", phase),
-    )
-    digest = checkpoint.save(folder.weights_folder(config, phase), trained)
+    what = f"{'control' if config.preference.control else config.preference.loss}, {phase}"
+    seed, working = config.seed + config.iteration, manifest.working_folder(config, phase, "dpo")
+    digest = folder.train(config, phase, working, loss, config.preference, before, batches, seed=seed, what=what)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
@@ -84,8 +79,8 @@ def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
 
 def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict[str, tuple[float, float]]:
     path = config.run_dir / phase / "reference.jsonl"
-    work = functools.partial(_score_pairs, config, path, before, rows)
-    folder.once(config, phase, "reference", work, [path.name], [(phase, "search")])
+    work = functools.partial(_score_pairs, config, phase, path, before, rows)
+    manifest.once(config, phase, "reference", work, [path.name], [(phase, "search")])
     table = folder.read_table(path, ["id", "chosen", "rejected"])
     found = {row["id"]: (row["chosen"], row["rejected"]) for row in table}
     if missing := [row["id"] for row in rows if row["id"] not in found]:
@@ -93,11 +88,15 @@ def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict
     return found
 
 
-def _score_pairs(config: Config, path: Path, before: str, rows: list[Row]) -> dict[str, Any]:
+def _score_pairs(config: Config, phase: str, path: Path, before: str, rows: list[Row]) -> dict[str, Any]:
     policy = folder.load_policy(config, before)
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-    with progress("reference log-probs", len(steps)) as advance:
-        sums = target_log_probs(policy, steps, config.generate.tokens_per_batch, advance)
+
+    def answer(steps: Sequence[Any], keep: Keep) -> list[float]:
+        with progress("reference log-probs", len(steps)) as advance:
+            return target_log_probs(policy, steps, config.generate.tokens_per_batch, advance, keep)
+
+    sums = spread(config, manifest.working_folder(config, phase, "reference"), steps, answer)
     found = zip(rows, sums[::2], sums[1::2], strict=True)
     write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
     return {"pairs": len(rows)}

@@ -13,10 +13,12 @@ from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, write_jsonl
 from itool_jax.evaluation.statistics import PairedDifference, paired_difference, standard_error
+from itool_jax.journal import Keep
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import benchmark, folder, parts
+from itool_jax.stages import benchmark, folder, manifest, parts
+from itool_jax.stages.spread import spread
 from itool_jax.text.calls import looks_like_calls
 
 CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
@@ -41,7 +43,7 @@ def evaluate(config: Config, phase: str) -> dict[str, Any]:
     parts.look_for_benchmarks(config)
     file = results_file(config, phase)
     after = [] if phase == "base" else [folder.policy_stage(phase)]
-    return folder.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name], after)
+    return manifest.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name], after)
 
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
@@ -54,6 +56,9 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     """Each category of one phase against another's, sample by sample."""
     marks = read_results(config, before)
     rows = folder.read_table(results_file(config, phase), ["id", "correct", "categories"])
+    if missing := [row["id"] for row in rows if row["id"] not in marks]:
+        path = results_file(config, before)
+        raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
     found = {}
     for name in CATEGORIES[1:]:
         chosen = [row for row in rows if name in row["categories"]]
@@ -69,9 +74,15 @@ def _evaluate(config: Config, phase: str) -> dict[str, Any]:
     encoded = folder.encode(config, samples)
     table = folder.step_table(base, "sentence")
     greedy = dataclasses.replace(config.generate, temperature=0.0)
-    with progress(f"evaluate {phase}", len(samples)) as advance:
-        prompts = [(row.id, row.prompt_ids) for row in encoded]
-        responses = respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance)
+    prompts = [(row.id, row.prompt_ids) for row in encoded]
+
+    def answer(prompts: Sequence[Any], keep: Keep) -> list[list[int]]:
+        with progress(f"evaluate {phase}", len(prompts)) as advance:
+            return respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance, keep)
+
+    responses = spread(
+        config, manifest.working_folder(config, phase, results_file(config, phase).stem), prompts, answer
+    )
     rows = [
         _grade(sample, response, categories[sample.id], base.chat)
         for sample, response in zip(samples, responses, strict=True)

@@ -23,6 +23,7 @@ from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import folder
 from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.untrusted import inside
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -112,15 +113,16 @@ def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
     for name in COPIED:
-        if (file := folder.model_folder(config) / name).is_file():
+        if (file := inside(folder.model_folder(config), name)).is_file():
             shutil.copy(file, target / name)
 
 
 def _write_generation_config(config: Config, target: Path) -> None:
     """The base's own, with every token that ends a response in it: servers stop where training did."""
     file = folder.model_folder(config) / "generation_config.json"
+    stop_ids = list(Chat(load_tokenizer(str(folder.model_folder(config)))).stop_ids)  # it refuses a damaged file
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    content["eos_token_id"] = list(Chat(load_tokenizer(str(folder.model_folder(config)))).stop_ids)
+    content["eos_token_id"] = stop_ids
     (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

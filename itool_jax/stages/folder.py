@@ -1,10 +1,11 @@
 """The run directory: what each stage reads and writes, and where; nothing else couples stages.
 
-    config.yaml  summary.json  metrics.jsonl
+    config.yaml  summary.json  metrics.jsonl  log.jsonl  environment.json
     data/        {train,validation,test}.jsonl; card.json; skipped.txt; sources.json, what model and data files were
     base/ warmup/ iteration_1/ …    a phase each: weights/ (but base), evaluation_<split>_<limit>.jsonl, and of an
                                     iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
 A stage's `<stage>.json` is written last: where it stands, and what the stage was made from is as it was, it is done.
+Before, `<stage>.working/` holds what the stage has done so far.
 """
 
 import dataclasses
@@ -12,25 +13,27 @@ import functools
 import hashlib
 import itertools
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
 from flax import nnx
 
-from itool_jax import checkpoint
+from itool_jax import checkpoint, untrusted
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, place, read_rows, whole_file
-from itool_jax.metrics import say
+from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, placed
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
+from itool_jax.stages import columns
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
+from itool_jax.train import LossFn, TrainingSettings, fit
 
 SOURCES = "data/sources.json"
 
@@ -67,7 +70,7 @@ def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
 def load_base(config: Config) -> Base:
     """The checkpoint a run starts from: shapes, tokenizer and template."""
     base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
-    if (n := len(base.chat.tokenizer)) > base.config.vocab_size:
+    if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
         )
@@ -158,6 +161,30 @@ def load_policy(config: Config, phase: str) -> Policy:
     return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
 
 
+def train(
+    config: Config,
+    phase: str,
+    working: Path,
+    loss: LossFn,
+    settings: TrainingSettings,
+    before: str,
+    batches: grain.MapDataset,
+    *,
+    seed: int,
+    what: str,
+) -> str:
+    """Trains the weights of the phase before over batches and keeps them as the phase's; returns their digest.
+
+    The training goes on from its last checkpoint in the folder `working` where it was killed.
+    """
+    kept = checkpoint.Training(working / "training", settings.checkpoint_every)
+    metrics = Metrics(config.run_dir / "metrics.jsonl", phase)
+    start = load_trainable(config, before)
+    trained = fit(loss, settings, *start, batches, seed=seed, what=what, metrics=metrics, kept=kept)
+    kept.finish()
+    return checkpoint.save(weights_folder(config, phase), trained)
+
+
 def data_file(config: Config) -> str:
     """The data file of the stages that read one of their own."""
     if config.data == "generated":
@@ -194,7 +221,7 @@ def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> N
     for name in now:
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
-        if changed := sorted(file for file, _ in set(then[name].items()) ^ set(now[name].items())):
+        if changed := sorted(f for f in then[name] | now[name] if then[name].get(f) != now[name].get(f)):
             source = f"{changed[0]} of --{name}={getattr(config, name)}"
             raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
 
@@ -246,15 +273,18 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     figures = read_json(path)
-    if missing := [key for key in ("seconds", "outputs") if key not in figures]:
-        raise ValueError(f"{path} is damaged (it holds no {missing[0]}); delete it to run the stage again")
+    for key, kind in (("seconds", int | float), ("outputs", dict)):
+        if not isinstance(figures.get(key), kind):
+            raise ValueError(f"{path} is damaged (it holds no {key}); delete it to run the stage again")
+    if outside := [name for name in figures["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{path} is damaged ({outside[0]} is not in its folder); delete it to run the stage again")
     return figures
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the run; ValueError where it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = untrusted.read_json(path)
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
     if not isinstance(content, dict):
@@ -268,58 +298,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def once(
-    config: Config,
-    phase: str,
-    stage: str,
-    work: Callable[[], dict[str, Any]],
-    outputs: Sequence[str],
-    after: Sequence[tuple[str, str]] = (),
-) -> dict[str, Any]:
-    """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took.
-
-    It is done where the figures and all `outputs`, names in the phase's folder, are there, and the results of the
-    stages it comes `after`, (phase, stage) each, are still those it was made from.
-    """
-    check_sources(config)
-    basis = {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
-    figures = read_done(config, phase, stage)
-    if figures is not None and all((config.run_dir / phase / name).exists() for name in outputs):
-        if figures.get("after") == basis:
-            say(f"{phase}: {stage} is done already")
-            return figures
-        say(f"{phase}: {stage} was made from results that have changed since, so it is done again")
-    start = time.monotonic()
-    figures = work()
-    figures |= {"seconds": round(time.monotonic() - start, 2), "after": basis, "outputs": list(outputs)}
-    write_json(done_file(config, phase, stage), figures)
-    return figures
-
-
 def policy_stage(phase: str) -> tuple[str, str]:
     """The (phase, stage) that makes a phase's weights."""
     return phase, "warmup" if phase == "warmup" else "dpo"
-
-
-def _result_digest(config: Config, phase: str, stage: str) -> str | None:
-    """A hash of all that a stage came to, its files as they are now; None where it is not done."""
-    figures = read_done(config, phase, stage)
-    if figures is None:
-        return None
-    lasting = {name: value for name, value in figures.items() if name != "seconds"}
-    digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
-    for name in figures["outputs"]:
-        if (path := config.run_dir / phase / name).is_file():  # what a folder holds, the figures know
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a file of the run; ValueError names a row that lacks one of the keys."""
     found = []
     for number, row in read_rows(path):
-        if missing := [key for key in keys if key not in row]:
-            raise ValueError(f'{place(path, number)}: no "{missing[0]}"; delete the file to compute it again')
+        if bad := columns.fault(row, keys):
+            raise ValueError(f"{place(path, number)}: {bad}; delete the file to compute it again")
         found.append(row)
     return found
 

@@ -3,15 +3,20 @@
 In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without it, the texts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder
-from itool_jax.text.chat import encode_sample
+from itool_jax.stages import folder, manifest
+from itool_jax.stages.spread import spread
+from itool_jax.text.chat import Encoded, encode_sample
+
+Row = dict[str, Any]
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -21,24 +26,20 @@ def run(config: Config) -> dict[str, Any]:
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_room(encoded, base.config.max_length, room=1)
-    with progress("generate", len(encoded)) as advance:
-        responses = respond(
-            folder.load_policy(config, "base"),
-            folder.step_table(base, "sentence"),
-            [(row.id, row.prompt_ids) for row in encoded],
-            config.generate,
-            base.config.max_length,
-            config.seed,
-            advance,
-        )
-    rows = []
-    for row, ids in zip(encoded, responses, strict=True):
-        text = base.chat.tokenizer.decode(base.chat.content_ids(ids))
-        rows.append({"id": row.id, "token_ids": ids, "text": text})
+    policy, table = folder.load_policy(config, "base"), folder.step_table(base, "sentence")
+
+    def answer(rows: Sequence[Encoded], keep: Keep) -> list[Row]:
+        prompts = [(row.id, row.prompt_ids) for row in rows]
+        with progress("generate", len(prompts)) as advance:
+            found = respond(policy, table, prompts, config.generate, base.config.max_length, config.seed, advance, keep)
+        texts = [base.chat.tokenizer.decode(base.chat.content_ids(ids)) for ids in found]
+        return [{"id": row.id, "token_ids": i, "text": t} for row, i, t in zip(rows, found, texts, strict=True)]
+
     if config.output is None:
-        for row in rows:
+        for row in answer(encoded, keep_nothing):
             print(f"{row['id']}\t{row['text']}")
     else:
-        write_jsonl(config.output, rows)
-        say(f"wrote {len(rows)} responses to {config.output}")
-    return {"samples": len(rows)}
+        with manifest.resumed(config, config.output) as working:
+            write_jsonl(config.output, spread(config, working, encoded, answer))
+        say(f"wrote {len(encoded)} responses to {config.output}")
+    return {"samples": len(encoded)}

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
-from itool_jax.metrics import console_out, say
-from itool_jax.stages import benchmark, dpo, evaluate, folder, score, search, warmup
+from itool_jax.metrics import console_out, is_writer, say
+from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
+MEASURED = ("accuracy", "n", "standard_error")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -31,8 +32,9 @@ def run(config: Config) -> dict[str, Any]:
         dpo.run(now)
         _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
-    folder.write_json(config.run_dir / "summary.json", summary)
-    show(config, summary)
+    if is_writer():
+        folder.write_json(config.run_dir / "summary.json", summary)
+        show(config, summary)
     return summary
 
 
@@ -55,7 +57,7 @@ def summarize(config: Config) -> dict[str, Any]:
     for name in phases(config):
         figures = _figures(config, name, stage)
         seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage))
-        measured = {key: figures[key] for key in ("accuracy", "n", "standard_error")}
+        measured = {key: figures[key] for key in MEASURED}
         found.append({"name": name, **measured, "seconds": round(seconds, 2)})
     searches = []
     for i in range(1, config.iterations + 1):
@@ -87,6 +89,9 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
     figures = folder.read_done(config, phase, stage)
     assert figures is not None  # every stage was just run
+    if bad := columns.fault(figures, SEARCH_KEYS if stage == "search" else MEASURED):
+        path = folder.done_file(config, phase, stage)
+        raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")
     return figures
 
 
@@ -105,7 +110,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     for phase, before in pairs:
         a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
         result = paired_difference([a[i] for i in a], [b[i] for i in a])
-        lower = benchmark.fallen(evaluate.by_category(config, phase, before))
+        lower = comparison.fallen(evaluate.by_category(config, phase, before))
         if config.benchmark is not None and before != "base":
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
         row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}

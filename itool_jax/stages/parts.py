@@ -18,8 +18,10 @@ from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write
 from itool_jax.metrics import say
 from itool_jax.stages import benchmark, folder
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.untrusted import read_json
 
 CARD = "data/card.json"
+PARTS = ("train", "validation", "test")
 HELD_OUT = {"test": 0.1, "validation": 0.05}
 """Shares of a data set without parts of its own that are kept for evaluation, each of what the one before left."""
 
@@ -33,19 +35,29 @@ class Part(NamedTuple):
 
 def samples(config: Config, part: str) -> list[Sample]:
     """The train, validation or test part; made, described and written down when first asked for."""
-    path = config.run_dir / "data" / f"{part}.jsonl"
-    if not path.exists():
-        skipped: list[str] | None = [] if config.skip_bad_rows else None
-        parts, left_out = _make_parts(config, skipped)
-        folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
-        _describe(config, parts, left_out, skipped or [])
-        for name, (found, _) in parts.items():
-            write_jsonl(config.run_dir / "data" / f"{name}.jsonl", (sample_row(sample) for sample in found))
-    return sources.load(path)
+    make(config)
+    return sources.load(_path(config, part))
+
+
+def _path(config: Config, part: str) -> Path:
+    return config.run_dir / "data" / f"{part}.jsonl"
+
+
+def make(config: Config) -> None:
+    """Makes and describes all parts where one is missing."""
+    if all(_path(config, part).exists() for part in PARTS):
+        return
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    parts, left_out = _make_parts(config, skipped)
+    folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
+    _describe(config, parts, left_out, skipped or [])
+    for name in PARTS:
+        write_jsonl(_path(config, name), (sample_row(sample) for sample in parts[name].samples))
 
 
 def look_for_benchmarks(config: Config) -> None:
     """Adds to the data card what of the benchmarks stands among the training samples, where it does not say yet."""
+    make(config)
     names = [*config.evaluate.benchmarks, *benchmark.question_files(config)]
     known = _read_card(config)["benchmarks"] if names else ()
     new = {name: sources.load_questions(Path(name)) for name in names if name not in known}
@@ -132,7 +144,7 @@ def _read_card(config: Config) -> dict[str, Any]:
     """The data card as it is, with its benchmarks, none where there is no card yet."""
     path = config.run_dir / CARD
     try:
-        card = {"benchmarks": {}} | (json.loads(path.read_text()) if path.exists() else {})
+        card = {"benchmarks": {}} | (read_json(path) if path.exists() else {})
         return card | {"benchmarks": dict(card["benchmarks"])}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to have the benchmarks looked for again") from error

@@ -5,6 +5,7 @@ in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from itool_jax import losses, replay
 from itool_jax.config import Config
 from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import Policy, target_log_probs
-from itool_jax.stages import folder, parts
+from itool_jax.stages import folder, manifest, parts
+from itool_jax.stages.spread import spread
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
 
@@ -29,7 +32,7 @@ def run(config: Config) -> dict[str, Any]:
         return _score_file(config, config.output)
     phase = folder.phase_name(config.iteration)
     after = [folder.policy_stage(folder.phase_name(config.iteration - 1))]
-    return folder.once(config, phase, "score", lambda: _score_buffer(config, phase), ["scores.jsonl"], after)
+    return manifest.once(config, phase, "score", lambda: _score_buffer(config, phase), ["scores.jsonl"], after)
 
 
 def _score_file(config: Config, output: Path) -> dict[str, Any]:
@@ -38,8 +41,10 @@ def _score_file(config: Config, output: Path) -> dict[str, Any]:
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_lengths(encoded, base.config.max_length)
-    rows = perplexities(folder.load_policy(config, "base"), encoded, config)
-    write_jsonl(output, rows)
+    policy = folder.load_policy(config, "base")
+    with manifest.resumed(config, output) as working:
+        rows = spread(config, working, encoded, lambda rows, keep: perplexities(policy, rows, config, keep))
+        write_jsonl(output, rows)
     say(f"wrote {len(rows)} scores to {output}")
     return {"samples": len(rows)}
 
@@ -49,7 +54,9 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     folder.require_policy(config, before)
     # 1. Score the whole buffer again, with the policy as it is now.
     _, buffer = parts.warmup_and_replay(config)
-    rows = perplexities(folder.load_policy(config, before), folder.encode(config, buffer), config)
+    policy, encoded = folder.load_policy(config, before), folder.encode(config, buffer)
+    working = manifest.working_folder(config, phase, "score")
+    rows = spread(config, working, encoded, lambda rows, keep: perplexities(policy, rows, config, keep))
     # 2. Take the hardest share, calls and texts apart.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer}
     scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]
@@ -59,12 +66,11 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     return {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
 
 
-def perplexities(policy: Policy, encoded: list[Encoded], config: Config) -> list[Row]:
+def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config, keep: Keep = keep_nothing) -> list[Row]:
     """One row a sample, in the order given."""
     with progress("perplexity", len(encoded)) as advance:
-        sums = target_log_probs(
-            policy, [(e.prompt_ids, e.target_ids) for e in encoded], config.generate.tokens_per_batch, advance
-        )
+        rows = [(row.prompt_ids, row.target_ids) for row in encoded]
+        sums = target_log_probs(policy, rows, config.generate.tokens_per_batch, advance, keep)
     for row, total in zip(encoded, sums, strict=True):
         if not math.isfinite(total):
             raise ValueError(

@@ -14,15 +14,17 @@ import numpy as np
 
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, write_jsonl
+from itool_jax.journal import Keep, keep_nothing
 from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
-from itool_jax.metrics import progress
+from itool_jax.metrics import progress, say
 from itool_jax.model.cache import Prefix, empty_prefix, place
 from itool_jax.model.sharding import row_devices
 from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
-from itool_jax.stages import folder, parts
+from itool_jax.stages import folder, manifest, parts
 from itool_jax.stages.folder import Base
+from itool_jax.stages.spread import spread
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, split_steps
@@ -39,7 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     """Searches the hardest samples of an iteration unless that is done; returns the stage's figures."""
     phase = folder.phase_name(config.iteration)
     outputs, after = ["trees.jsonl", "pairs.jsonl"], [(phase, "score")]
-    return folder.once(config, phase, "search", lambda: _search(config, phase), outputs, after)
+    return manifest.once(config, phase, "search", lambda: _search(config, phase), outputs, after)
 
 
 def _search(config: Config, phase: str) -> dict[str, Any]:
@@ -51,24 +53,56 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
     hardest = sorted((s for s in parts.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
-    groups = _groups(hardest, folder.encode(config, hardest), settings.batch)
-    trees, pairs, tokens = [], [], 0
-    with progress(f"search, iteration {config.iteration}", len(hardest) * settings.n_simulations) as advance:
-        for group in groups:
-            # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
-            searcher = Searcher(policy, base, table, group, settings, config.self_eval, config.seed)
-            forest = searcher.search(advance)
-            # 3. The best and the worst step at each node are a preference pair.
-            found = preference_pairs(
-                forest.tree, forest.step_tokens_BNS, forest.step_length_BN, base.chat.tokenizer.decode, config.pairs
-            )
-            pairs += [_pair_row(pair, group[pair.tree], base.chat, config.iteration) for pair in found]
-            trees += [_tree_row(forest, b, group[b], base.chat) for b in range(len(group))]
-            tokens += forest.sampled_tokens
-    write_jsonl(config.run_dir / phase / "trees.jsonl", trees)
+    items = [Searched(*row) for row in zip(hardest, folder.encode(config, hardest), strict=True)]
+
+    def work(items: Sequence[Searched], keep: Keep) -> list[Row]:
+        found: dict[str, Row] = {}
+        with progress(f"search, iteration {config.iteration}", len(items) * settings.n_simulations) as advance:
+            for number, group in enumerate(_groups(items, settings.seats)):
+                # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
+                keep_here = functools.partial(_keep_in_group, keep, number)
+                searcher = Searcher(policy, base, table, group, settings, config.self_eval, config.seed, keep_here)
+                # 3. The best and the worst step at each node are a preference pair.
+                found |= _results(searcher.search(advance), group, base.chat, config)
+        return [found[item.sample.id] for item in items]
+
+    results = spread(config, manifest.working_folder(config, phase, "search"), items, work)
+    pairs = [pair for row in results for pair in row["pairs"]]
+    write_jsonl(config.run_dir / phase / "trees.jsonl", (row["tree"] for row in results))
     write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
-    figures = {"prompts": len(hardest), "trees": len(trees), "pairs": len(pairs)}
-    return figures | {"generated_tokens": tokens}
+    _remark(phase, results)
+    tokens = sum(row["sampled_tokens"] for row in results)
+    return {"prompts": len(items), "trees": len(results), "pairs": len(pairs), "generated_tokens": tokens}
+
+
+def _keep_in_group(keep: Keep, number: int, key: str, compute: Callable[[], Any]) -> Any:
+    return keep(f"group {number}, {key}", compute)
+
+
+def _results(forest: Forest, group: Sequence["Searched"], chat: Chat, config: Config) -> dict[str, Row]:
+    """Tree and pairs of each sample by its id."""
+    decode = chat.tokenizer.decode
+    pairs = preference_pairs(forest.tree, forest.step_tokens_BNS, forest.step_length_BN, decode, config.pairs)
+    found = {}
+    for b, searched in enumerate(group):
+        own = [_pair_row(pair, searched, chat, config.iteration) for pair in pairs if pair.tree == b]
+        tree, tokens = _tree_row(forest, b, searched, chat), int(forest.sampled_tokens_B[b])
+        found[searched.sample.id] = {"tree": tree, "pairs": own, "sampled_tokens": tokens}
+    return found
+
+
+def _remark(phase: str, results: Sequence[Row]) -> None:
+    """Says what of the trees has nothing to teach."""
+    ends = [[node["outcome"] for node in row["tree"]["nodes"] if node["terminal"]] for row in results]
+    solved, missed = (sum(all(x * sign > 0 for x in found) for found in ends if found) for sign in (1, -1))
+    without = sum(not row["pairs"] for row in results)
+    if without:
+        say(
+            f"{phase}: {without} of {len(results)} trees have no pair; all responses are right in {solved} trees, "
+            f"wrong in {missed}"
+        )
+    if without == len(results):
+        say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
 
 
 class Searched(NamedTuple):
@@ -78,10 +112,9 @@ class Searched(NamedTuple):
     encoded: Encoded
 
 
-def _groups(samples: Sequence[Sample], encoded: Sequence[Encoded], least: int) -> list[list[Searched]]:
+def _groups(items: Sequence[Searched], least: int) -> list[list[Searched]]:
     """Samples of one padded prompt length together, with the next longer ones where they are less than `least`."""
-    rows = [Searched(sample, row) for sample, row in zip(samples, encoded, strict=True)]
-    rows.sort(key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
+    rows = sorted(items, key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
     found: list[list[Searched]] = []
     for _, same in itertools.groupby(rows, lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET)):
         if not found or len(found[-1]) >= least:
@@ -105,9 +138,10 @@ class Searcher:
         settings: SearchSettings,
         self_eval: SelfEvaluationSettings,
         seed: int,
+        keep: Keep = keep_nothing,
     ):
         self.policy, self.chat, self.table, self.batch = policy, base.chat, table, batch
-        self.settings, self.key = settings, jax.random.key(seed)
+        self.settings, self.key, self.keep, self.asks = settings, jax.random.key(seed), keep, itertools.count()
         self.letters = np.array(answer_ids(base.chat, self_eval.letters), np.int32)
         self.frames = [self._frame(row.encoded, self_eval) for row in batch]
         prompts = [row.encoded.prompt_ids for row in batch]
@@ -121,12 +155,13 @@ class Searcher:
                 f"sample {short[0]}: the question about its answers does not fit the model's context of "
                 f"{base.config.max_length} tokens; remove the sample, or take a model with a longer context"
             )
-        self.prompt, self.asked = _Contexts(prompts, settings.batch), _Contexts(asked, settings.batch)
+        self.prompt, self.asked = _Contexts(prompts, settings.seats), _Contexts(asked, settings.seats)
         self.seat_of: dict[int, int] = {}
+        self.waiting: dict[int, int] = {}
 
     def search(self, advance: Callable[..., None] = lambda *_: None) -> Forest:
-        """The trees of all samples."""
-        functions = self.propose, self.judge, self.grade
+        """The trees of all samples. With `keep`, the model is not asked again for what it has answered before."""
+        functions = self._kept_proposals, self._kept_judgements, self.grade
         return search(self.problems(), *functions, self.settings, advance, self.seat)
 
     def problems(self) -> list[Problem]:
@@ -137,13 +172,25 @@ class Searcher:
         gold = self.chat.content_ids(encoded.target_ids)
         return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
 
+    def _kept_proposals(self, states: list[State]) -> list[Proposal]:
+        found = self.keep(f"proposals {next(self.asks)}", lambda: self.propose(states))
+        return [Proposal(*proposal) for proposal in found]
+
+    def _kept_judgements(self, states: list[tuple[int, list[int]]]) -> list[float]:
+        return self.keep(f"judgements {next(self.asks)}", lambda: self.judge(states))
+
     def seat(self, taken: Sequence[tuple[int, int]]) -> None:
-        """Computes the problems of (seat, problem), as many at a time as the mesh takes rows to different devices."""
+        """Gives (seat, problem) their places; they are computed when the model is asked next."""
         self.seat_of |= {problem: seat for seat, problem in taken}
-        count = row_devices(running=True)
+        self.waiting |= dict(taken)
+
+    def _compute_waiting(self) -> None:
+        """Computes the problems that took a seat, as many at a time as the mesh takes rows to different devices."""
+        taken, count = list(self.waiting.items()), row_devices(running=True)
         for start in range(0, len(taken), count):
             for contexts in (self.prompt, self.asked):
                 contexts.compute(self.policy, taken[start : start + count], count)
+        self.waiting = {}
 
     def propose(self, states: list[State]) -> list[Proposal]:
         """Samples `breadth` steps for each state, in one compiled loop, and scores the gold's next where it joins."""
@@ -232,8 +279,9 @@ class Searcher:
 
         All caches as they lie, or where few trees still grow, copies of a quarter of them.
         """
+        self._compute_waiting()
         assert contexts.cache is not None, "no problem has a seat yet"
-        batch, taken = self.settings.batch, [self.seat_of[problem] for problem in problems]
+        batch, taken = self.settings.seats, [self.seat_of[problem] for problem in problems]
         if len(problems) > (few := max(1, batch // FEW)):
             return contexts.cache, _Seats(taken, batch)
         seats = _Seats(list(range(len(problems))), few)

@@ -3,16 +3,14 @@
 In: the training part of the data. Out: the weights of phase `warmup`.
 """
 
-import itertools
 from typing import Any
 
 import grain
 
-from itool_jax import checkpoint, replay, train
+from itool_jax import replay, train
 from itool_jax.config import Config
 from itool_jax.data.batches import packed_batches, sft_batches
-from itool_jax.metrics import Metrics
-from itool_jax.stages import folder, parts
+from itool_jax.stages import folder, manifest, parts
 from itool_jax.text.chat import Encoded
 from itool_jax.train import WarmupSettings
 
@@ -23,7 +21,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains from the base unless that is done; returns the stage's figures."""
     config.warmup.n_micro()
     parts.look_for_benchmarks(config)
-    return folder.once(config, PHASE, "warmup", lambda: _warm_up(config), [folder.WEIGHTS])
+    return manifest.once(config, PHASE, "warmup", lambda: _warm_up(config), [folder.WEIGHTS])
 
 
 def _warm_up(config: Config) -> dict[str, Any]:
@@ -34,19 +32,11 @@ def _warm_up(config: Config) -> dict[str, Any]:
     thirds = replay.curriculum([replay.sample_features(s) for s in samples], settings.order, config.seed)
     # 2. Train on one after the other, carrying the weights (eq 2 and 3); one schedule spans all.
     data = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(thirds) if part]
-    trained = train.fit(
-        train.sft_loss(folder.training_graph(config)),
-        settings,
-        *folder.load_trainable(config, "base"),
-        itertools.chain.from_iterable(data),
-        n_steps := sum(len(part) for part in data),
-        seed=config.seed,
-        what=f"warm-up, {settings.order}",
-        metrics=Metrics(config.run_dir / "metrics.jsonl", PHASE),
-    )
+    batches, loss = grain.MapDataset.concatenate(data), train.sft_loss(folder.training_graph(config))
+    what, working = f"warm-up, {settings.order}", manifest.working_folder(config, PHASE, "warmup")
     # 3. Keep the policy π0.
-    digest = checkpoint.save(folder.weights_folder(config, PHASE), trained)
-    return {"samples": len(samples), "steps": n_steps, "weights": digest}
+    digest = folder.train(config, PHASE, working, loss, settings, "base", batches, seed=config.seed, what=what)
+    return {"samples": len(samples), "steps": len(batches), "weights": digest}
 
 
 def _batches(settings: WarmupSettings, rows: list[Encoded], seed: int) -> grain.MapDataset:

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from itool_jax.data.records import RawSample, Sample
+from itool_jax.untrusted import bounded, read_json
 
 QUESTION_WITH_REFERENCE = "Candidate answer so far: {candidate}\nIs it correct? {reply}"
 QUESTION_ALONE = "Is your answer so far correct? {reply}"
 REPLY_BINARY = "Reply A for correct or B for incorrect."
 REPLY_FOUR_GRADES = "Reply A (fully correct), B (mostly correct), C (mostly wrong) or D (wrong)."
 TOOLS_MESSAGE = "You can call these functions:\n{tools}"
+
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
+"""What a chat template may take for one conversation; real ones take a millisecond."""
 
 # Stand-ins that mark a place in a rendered conversation; they are cut out again and never tokenised.
 _ANSWER_MARK, _CANDIDATE_MARK = "ANSWER-GOES-HERE", "CANDIDATE-GOES-HERE"
@@ -59,7 +63,9 @@ def load_tokenizer(path: str) -> Any:
         raise ValueError(f"model folder {path} does not exist")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=folder)
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+    except BaseException as error:  # the tokenizers library raises bare Exception for a broken file, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         missing = folder and not (Path(path) / "tokenizer.json").exists()
         hint = "it has no tokenizer.json" if missing else reason
@@ -71,7 +77,7 @@ class Chat:
 
     `end_of_turn` is the special token that the template puts after an assistant's content (the
     end-of-sequence token where it puts none); `stop_ids` are all tokens that end a response, end of turn
-    first.
+    first. `n_ids` is one more than the largest id that a text can come to.
     """
 
     def __init__(self, tokenizer: Any):
@@ -79,6 +85,7 @@ class Chat:
         self.name = tokenizer.name_or_path or "the model"
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
+        self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
         """Ids of the conversation up to where the assistant's content begins.
@@ -98,7 +105,10 @@ class Chat:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
         # Not verbose: that a text is too long for the model is for who knows the sample to say.
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except (TypeError, UnicodeError) as error:  # JSON can hold half of a character, "\ud800"
+            raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it, thinking off and the date fixed.
@@ -106,8 +116,6 @@ class Chat:
         Raises:
             ValueError: there is no template, or it refuses the conversation.
         """
-        import jinja2
-
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"tokenizer of {self.name} has no chat template; "
@@ -119,15 +127,17 @@ class Chat:
         if tools and "tools" not in template:
             messages, tools = _tools_as_text(messages, tools), ()
         try:
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **settings,
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: a template adds text to a number, say
-            raise ValueError(f"chat template of {self.name} refuses the conversation: {error}") from error
+            with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # in jinja's sandbox: nothing but these is to be feared
+                return self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **settings,
+                )
+        except Exception as error:  # of the template, which may divide by zero or call itself without end
+            reason = f"{error or type(error).__name__}"
+            raise ValueError(f"chat template of {self.name} refuses the conversation: {reason[:500]}") from error
 
     def _find_end_of_turn(self) -> int:
         if self.tokenizer.chat_template:
@@ -155,14 +165,13 @@ def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
     Raises:
         ValueError: the conversation cannot be rendered; names the sample.
     """
-    if isinstance(sample, RawSample):
-        given = sample.prompt_ids if sample.prompt_ids is not None else chat.encode(sample.prompt or "")
-        return Encoded(sample.id, list(given), list(sample.target_ids or ()))
     try:
-        prompt_ids = chat.prompt_ids(sample.messages, sample.tools)
+        if isinstance(sample, RawSample):
+            given = sample.prompt_ids if sample.prompt_ids is not None else chat.encode(sample.prompt or "")
+            return Encoded(sample.id, list(given), list(sample.target_ids or ()))
+        return Encoded(sample.id, chat.prompt_ids(sample.messages, sample.tools), chat.target_ids(sample.target))
     except ValueError as error:
         raise ValueError(f"sample {sample.id}: {error}") from error
-    return Encoded(sample.id, prompt_ids, chat.target_ids(sample.target))
 
 
 def evaluation_frame(chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary") -> EvaluationFrame:
@@ -196,7 +205,9 @@ def answer_ids(chat: Chat, letters: Sequence[str]) -> list[int]:
 
 
 def _around_candidate(chat: Chat, reference_ids: Sequence[int], question: str) -> tuple[list[int], list[int]]:
-    left, right = _text_after_answer(chat, question).split(_CANDIDATE_MARK)
+    left, found, right = _text_after_answer(chat, question).partition(_CANDIDATE_MARK)
+    if not found or _CANDIDATE_MARK in right:
+        raise ValueError(f"chat template of {chat.name} does not write a user's message as it is, once")
     return [*reference_ids, *_ended(chat, chat.encode(left))], chat.encode(right)
 
 
@@ -230,7 +241,10 @@ def _generation_eos(folder: Path) -> list[int | None]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, AttributeError) as error:
+        found = read_json(path).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a JSON object") from error
-    return found if isinstance(found, list) else [found]
+    ids = found if isinstance(found, list) else [found]
+    if wrong := [i for i in ids if i is not None and (type(i) is not int or not 0 <= i < 2**31)]:
+        raise ValueError(f"{path}: eos_token_id must be token ids, got {str(wrong[0])[:40]!r}")
+    return ids

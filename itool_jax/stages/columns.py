@@ -1,0 +1,48 @@
+"""What the rows and figures of a run's files hold, by name, so that a damaged file is named where it is read.
+
+In: a row, and the keys that a stage needs of it. Out: what is wrong with it, in words.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+MAX_ID = 2**31 - 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token <= MAX_ID for token in value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(item is None or _is_number(item) for item in value.values())
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), (_is_token_ids, "a list of token ids")),
+    **dict.fromkeys(("chosen", "rejected", "visits_chosen", "visits_rejected"), (_is_number, "a number")),
+    **dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds", "time"), (_is_number, "a number")),
+    **dict.fromkeys(("accuracy", "n", "standard_error"), (_is_numbers, "an object of numbers")),
+    "rank": (lambda value: value is None or _is_number(value), "a number or null"),
+    "correct": (lambda value: isinstance(value, bool), "true or false"),
+    "categories": (_is_texts, "a list of texts"),
+}
+"""A check of each value, and what it must be, in words."""
+
+
+def fault(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """What is wrong with a row that must hold these keys; None where nothing is."""
+    for key in keys:
+        if key not in row:
+            return f'no "{key}"'
+        if key in KINDS and not KINDS[key][0](row[key]):
+            return f'"{key}" is not {KINDS[key][1]}'
+    return None

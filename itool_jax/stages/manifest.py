@@ -1,0 +1,124 @@
+"""What a stage was made from, so that finished work is not done again, and stale work never used.
+
+In: a stage's work, the names of what it writes and of the stages it comes after. Out: its figures in `<stage>.json`,
+with hashes of inputs and outputs; before it is done, a folder `<stage>.working` with what is done of it.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from itool_jax import hosts
+from itool_jax.checkpoint import damage
+from itool_jax.config import Config, binding_settings
+from itool_jax.metrics import say, working_on
+from itool_jax.stages import columns, folder
+
+
+def once(
+    config: Config,
+    phase: str,
+    stage: str,
+    work: Callable[[], dict[str, Any]],
+    outputs: Sequence[str],
+    after: Sequence[tuple[str, str]] = (),
+    *,
+    from_data: bool = True,
+) -> dict[str, Any]:
+    """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took.
+
+    It is done where the figures and all `outputs`, names in the phase's folder, are there, and the settings, the parts
+    of the data (`from_data`), and the results of the stages it comes `after`, (phase, stage) each, are still those it
+    was made from.
+    """
+    hosts.stop_if_asked()
+    folder.check_sources(config)
+    basis = _inputs(config, from_data) | {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
+    working = working_folder(config, phase, stage)
+    figures = folder.read_done(config, phase, stage)
+    paths = {name: config.run_dir / phase / name for name in outputs}
+    if figures is not None and all(path.exists() for path in paths.values()):
+        bad = next((f"{path}: {bad}" for path in paths.values() if path.is_dir() and (bad := damage(path))), None)
+        if bad is None and figures.get("after") == basis:
+            shutil.rmtree(working, ignore_errors=True)
+            changed = [path for name, path in paths.items() if _digest(path) != figures["outputs"].get(name)]
+            note = f", {changed[0]} has been changed since" if changed else ""
+            say(f"{phase}: {stage} is done already{note}")
+            return figures
+        say(f"{phase}: {bad or f'{stage} was made from results that have changed since'}, so it is done again")
+    before = _begin(working, basis)
+    start = time.monotonic()
+    with working_on(phase, stage) as report:
+        figures = work()
+        report(figures)
+    digests = {name: _digest(path) for name, path in paths.items()}
+    seconds = round(before + time.monotonic() - start, 2)
+    figures |= {"seconds": seconds, "after": basis, "outputs": digests}
+    folder.write_json(folder.done_file(config, phase, stage), figures)
+    shutil.rmtree(working)
+    return figures
+
+
+@contextlib.contextmanager
+def resumed(config: Config, output: Path) -> Iterator[Path]:
+    """A folder beside a file for what is done of it, gone when it is written; elsewhere for a pipe or a device."""
+    if output.exists() and not output.is_file():
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere)
+        return
+    working = output.with_name(f"{output.name}.working")
+    _begin(working, {"settings": _hash(config.flat()), "sources": folder.fingerprints(config)})
+    yield working
+    shutil.rmtree(working)
+
+
+def _inputs(config: Config, from_data: bool) -> dict[str, Any]:
+    """Digests of the settings that matter and of the parts of the data; `check_sources` knows the model's files."""
+    settings = {name: value for name, value in binding_settings(config).items() if name != "data"}
+    parts = sorted((config.run_dir / "data").glob("*.jsonl")) if from_data else ()
+    return {"settings": _hash(settings), **{f"data/{path.name}": _digest(path) for path in parts}}
+
+
+def _hash(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    """A hash of a file's content; a folder's files have checksums of their own."""
+    return None if path.is_dir() else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def working_folder(config: Config, phase: str, stage: str) -> Path:
+    """Where a stage keeps what it has done while it is not finished."""
+    return config.run_dir / phase / f"{stage}.working"
+
+
+def _begin(working: Path, basis: dict[str, Any]) -> float:
+    """Makes the folder of unfinished work, empty unless the work there is of the same inputs; seconds spent on it."""
+    path = working / "started.json"
+    begun, seconds = folder.read_json(path) if path.exists() else {}, 0.0
+    if begun.get("after") == basis:
+        last = max(file.stat().st_mtime for file in working.rglob("*"))
+        if not columns.fault(begun, ["seconds", "time"]):
+            seconds = begun["seconds"] + max(0.0, last - begun["time"])
+    elif working.exists():
+        say(f"{working} is of other inputs, so the work begins anew")
+        shutil.rmtree(working)
+    folder.write_json(path, {"after": basis, "seconds": seconds, "time": time.time()})
+    return seconds
+
+
+def _result_digest(config: Config, phase: str, stage: str) -> str | None:
+    """A hash of all that a stage came to, its files as they are now; None where it is not done."""
+    figures = folder.read_done(config, phase, stage)
+    if figures is None:
+        return None
+    lasting = {name: value for name, value in figures.items() if name != "seconds"}
+    files = [config.run_dir / phase / name for name in figures["outputs"]]
+    return _hash([lasting, *(_digest(path) for path in files if path.is_file())])

@@ -1,0 +1,194 @@
+"""Sizes that are left to the device's memory (`auto`), and what to turn down where it was too little.
+
+In: the settings, the model's shapes and the data. Out: settings with numbers, and `sizes.json` in the run directory,
+which keeps them: a run that goes on, be it elsewhere, uses those that it began with.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from itool_jax import memory
+from itool_jax.config import Config, is_out_of_memory
+from itool_jax.metrics import current_stage, is_writer, say
+from itool_jax.stages import folder, parts
+from itool_jax.text.chat import Encoded, evaluation_frame
+from itool_jax.text.padding import bucket, target_width
+from itool_jax.train import TrainingSettings
+
+FILE = "sizes.json"
+MOST = 256
+"""The largest search.batch that auto looks at."""
+STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preference.micro_batch": "dpo"}
+OTHER_STAGES = "generate.tokens_per_batch"
+"""What stages that only run the model are turned down by."""
+Need = Callable[[int], float]
+
+
+def resolved(config: Config) -> Config:
+    """The settings with a number for each size that is `auto` and that the stage needs, the same on all processes."""
+    flat = config.flat()
+    names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
+    if not names:
+        return config
+    known = _known(config)
+    for name in names:
+        candidates = _candidates(config, name)
+        value = known.get(name, 0)
+        if value < 1 or (
+            name != "search.batch" and value not in candidates
+        ):  # a mesh that shares batches out otherwise
+            known[name] = value = _find(config, name, candidates)
+            if is_writer():
+                folder.write_json(config.run_dir / FILE, known)
+        config = _with(config, name, value)
+    return config
+
+
+def _known(config: Config) -> dict[str, int]:
+    """What the run keeps; as the first process reads it, lest another one sees what that one writes later."""
+    path = config.run_dir / FILE
+    found = folder.read_json(path) if path.exists() else {}
+    values = np.array([found[name] if isinstance(found.get(name), int) else 0 for name in STAGE_OF], np.int32)
+    if jax.process_count() > 1:
+        values = multihost_utils.broadcast_one_to_all(values)
+    return {name: value for name, value in zip(STAGE_OF, values.tolist(), strict=True) if value > 0}
+
+
+def _find(config: Config, name: str, candidates: Sequence[int]) -> int:
+    """The largest candidate that fits; says so."""
+    limit = memory.device_limit()
+    value, needs = memory.largest(candidates, need_of(config, name), limit)
+    fits = f"needs {_gb(needs[value])} of {_gb(limit)} a device by the compiler's estimate"
+    larger = min((size for size in needs if size > value), default=None)
+    beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
+    short = "" if needs[value] <= limit else "; it may not fit, and there is no smaller one"
+    say(f"{name}=auto: {value}, which {fits}{beyond}{short}")
+    return value
+
+
+def _candidates(config: Config, name: str) -> list[int]:
+    """Sizes to look at: powers of two times the devices that share prompts, or what divides a device's share."""
+    if name != "search.batch":
+        share = _training(config, name).share()
+        return [size for size in range(1, share + 1) if share % size == 0]
+    count, buffer = memory.row_devices(running=True), len(parts.warmup_and_replay(config)[1])
+    wanted = min(MOST, max(1, round(config.replay.hardest_fraction * buffer)))
+    return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
+
+
+def _training(config: Config, name: str) -> TrainingSettings:
+    return config.warmup if name.startswith("warmup") else config.preference
+
+
+def _with(config: Config, name: str, value: int) -> Config:
+    section, field = name.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+
+
+# What a size needs ------------------------------------------------------------------------------------------
+
+
+def need_of(config: Config, name: str) -> Need:
+    """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
+    model = folder.load_base(config).config
+    warmup, buffer = parts.warmup_and_replay(config)
+    if name == "search.batch":
+        lengths = search_lengths(config, folder.encode(config, buffer))
+        return _total(lambda size: memory.searching(model, config.lora, config.search, lengths, size))
+    settings = _training(config, name)
+    prefers = name.startswith("preference") and not config.preference.control
+    rows = folder.encode(config, warmup if name.startswith("warmup") else buffer)
+    width = pair_width(config, rows) if prefers else max(target_width(len(e[1]), len(e[2])) for e in rows)
+    pack = config.warmup.pack if name.startswith("warmup") else 0
+    loss = config.preference.loss_settings if prefers else None
+    shape = (settings.batch_size, max(width, pack), pack > 0)
+    return _total(lambda size: memory.training(loss, model, config.lora, settings.share() // size, *shape))
+
+
+def _total(need: Callable[[int], memory.Need]) -> Need:
+    """In bytes; what the compiler itself refuses for want of memory needs more than there is."""
+
+    def total(size: int) -> float:
+        try:
+            return need(size).total
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return float("inf")
+
+    return total
+
+
+def search_lengths(config: Config, rows: Sequence[Encoded]) -> memory.Lengths:
+    """Padded widths of a search of any of these samples, as `stages.search` pads them; responses may be the gold's."""
+    chat, s = folder.load_base(config).chat, config.search
+    longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.target_ids))
+    gold = chat.content_ids(longest.target_ids) if config.self_eval.reference == "gold" else None
+    frame = evaluation_frame(chat, gold, config.self_eval.scale)
+    prompt, target = max(len(row.prompt_ids) for row in rows), max(len(row.target_ids) for row in rows)
+    path = max((s.max_depth - 1) * s.step_limit, target)
+    return memory.Lengths(
+        bucket(prompt, 256),
+        bucket(max(prompt, len(longest.prompt_ids) + len(frame.before)), 256),
+        1 + bucket(path, 64),
+        bucket(max(path, (s.max_depth - 1) * s.step_limit + s.last_step_limit) + len(frame.after), 64),
+    )
+
+
+def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
+    """Padded width of the longest pair that a search of these samples may find: a prompt, a response, another step."""
+    s, limit = config.search, folder.load_base(config).config.max_length
+    step = max(s.last_step_limit, s.step_limit, *(len(row.target_ids) for row in rows))
+    response = (s.max_depth - 1) * s.step_limit + step
+    longest = max(len(row.prompt_ids) for row in rows)
+    return bucket(max(min(longest + response, limit) + step, 2 * step))
+
+
+# Where it was too little ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Turns a device's want of memory into one line: in which stage, what to turn down, and what that would need."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(advice(config, current_stage() or config.stage, str(error))) from error
+
+
+def advice(config: Config, where: str, error: str) -> str:
+    """What to do where `where`, a stage or phase/stage, ran out of memory."""
+    stage = where.rpartition("/")[2]
+    name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
+    flat, text = config.flat(), " ".join(error.split())[:160]
+    now = _training(config, name).share() if flat[name] == 0 else flat[name]
+    halves = (c for c in _candidates(config, name) if c < now) if name in STAGE_OF and name != "search.batch" else ()
+    less = max(halves, default=None) if name in STAGE_OF and name != "search.batch" else now // 2 or None
+    down = f"lower {name}, now {now}{_estimate(config, name, now)}"
+    down += f", to {less}{_estimate(config, name, less)}" if less else ", which is the least"
+    down += ", in another --run_dir" if name == "search.batch" and config.run_dir.exists() else ""
+    other = "set remat, quantize=nf4 or a larger mesh.fsdp"
+    return f"out of device memory in {where} ({text}); {down}; or {other}"
+
+
+def _estimate(config: Config, name: str, size: int) -> str:
+    """`: about 3.2 GB`, where the compiler says so: a device without memory may refuse even that."""
+    if name not in STAGE_OF:
+        return ""
+    try:
+        need = need_of(config, name)(size)
+    except (RuntimeError, ValueError, OSError):
+        return ""
+    return f" (about {_gb(need)} a device)"
+
+
+def _gb(size: Any) -> str:
+    return f"{size / 1e9:.3g} GB"

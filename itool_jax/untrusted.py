@@ -1,0 +1,182 @@
+"""Bounds for what comes from outside: files that anyone may have written, templates of a model, names, secrets.
+
+In: text, paths and values. Out: the same within bounds, or ValueError with one line that says what is wrong; texts
+without the secrets in them.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 100
+"""Levels of lists and objects in a JSON value; Python's own limit is met at different depths by reader and writer."""
+MAX_SETTINGS_BYTES = 100_000
+"""Size of a YAML file; all settings of a run take 5,000."""
+MAX_JSON_BYTES = 1 << 26
+"""Size of a JSON file that is no data: an index of 10,000 tensors takes 1 MB."""
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
+def too_deep(value: Any, limit: int = MAX_DEPTH) -> bool:
+    """Whether lists, tuples and dictionaries stand in one another on more than `limit` levels."""
+    level = [value]
+    for _ in range(limit + 1):
+        inner = [x for x in level if isinstance(x, dict | list | tuple)]
+        if not inner:
+            return False
+        level = [item for x in inner for item in (x.values() if isinstance(x, dict) else x)]
+    return True
+
+
+def parse_json(text: str) -> Any:
+    """The JSON value of a text. ValueError for what is none, whatever it is."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and too_deep(value):
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """The text of a file of at most `limit` bytes. ValueError for more, or another encoding than UTF-8."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data.decode("utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. ValueError, without the file's name, for what is none."""
+    return parse_json(read_text(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file. ValueError, without the file's name, where it is none, too large or uses aliases.
+
+    Aliases let a few lines stand for billions of values, and settings need none.
+    """
+    text = read_text(path, MAX_SETTINGS_BYTES)
+    try:
+        _check_events(yaml.parse(text, yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # Of the last four are errors in values such as `!!int ""`.
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _check_events(events: Iterator[Any]) -> None:
+    """ValueError at the first alias or level too many: time to read YAML grows with the square of its levels."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("an alias (*name) is not allowed here")
+        if depth > MAX_DEPTH:
+            raise ValueError(TOO_DEEP)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in a folder. ValueError where the name, or a link there, leads out of it.
+
+    In the hub's cache a model's files are links to files beside its folder, and these are allowed.
+    """
+    home, place = folder.resolve(), Path(name)
+    if "\0" in name or place.is_absolute() or ".." in place.parts or not place.parts:
+        raise ValueError(f"{name!r} is no name of a file in {folder}")
+    real = (home / place).resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not any(real.is_relative_to(parent) for parent in (home, blobs)):
+        raise ValueError(f"{folder / place} is a link that leads out of its folder; put the file itself there")
+    return folder / place
+
+
+# Secrets ------------------------------------------------------------------------------------------------------
+
+_SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_SECRETS = (
+    re.compile(r"\b(?:(?:hf_|gh[opsu]_|sk-|sk-ant-|sk-proj-)[A-Za-z0-9]{20,}|(?:wandb_v1_|github_pat_)\w{20,})"),
+    re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)|(?<=://)[^\s/@:]{8,}(?=@)"),
+    re.compile(r"(?<=bearer )[^\s'\",;]{8,}|(?<=basic )[^\s'\",;]{16,}", re.IGNORECASE),
+    re.compile(r"(?<=[?&;])(?:[\w-]*(?:token|secret|password|api_?key|signature))=[^\s&;'\"]+", re.IGNORECASE),
+)
+_NAMED_SECRET = re.compile(r"((?:token|secret|password|api[-_]?key|credential)=)[^\s&;'\"]+", re.IGNORECASE)
+HIDDEN = "***"
+
+
+def redacted(text: str) -> str:
+    """The text without tokens and passwords: those of the environment, and what looks like one."""
+    for value in _secret_values():
+        text = text.replace(value, HIDDEN)
+    for pattern in _SECRETS:
+        text = pattern.sub(HIDDEN, text)
+    return _NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
+
+
+def show_traceback(_: object, error: BaseException, __: object) -> None:
+    """Prints an error that ends the program as Python does, without the secrets in it."""
+    print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
+def _secret_values() -> list[str]:
+    """Values of environment variables that hold secrets by their names, the longest first."""
+    found = {value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    return sorted((value for value in found if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
+
+
+# Time and memory ----------------------------------------------------------------------------------------------
+
+
+class ExceededError(Exception):
+    """Code took more time or memory than it was given."""
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
+    """Raises `ExceededError` in the code inside once it takes longer, or the process grows by more memory.
+
+    Looked at five times a second, and between two steps of the interpreter: one step, such as a product of a text and
+    a number, runs to its end. Elsewhere than in the main thread, or while another timer runs, nothing is bounded.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    end, most = time.monotonic() + seconds, _resident() + memory_bytes
+
+    def look(*_: object) -> None:
+        if time.monotonic() > end:
+            raise ExceededError(f"it takes more than {seconds:g} seconds")
+        if _resident() > most:
+            raise ExceededError(f"it takes more than {memory_bytes >> 20} MB")
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process holds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

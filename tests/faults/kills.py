@@ -1,0 +1,153 @@
+"""Kills a run at random moments, again and again, and compares what it comes to with one that nobody disturbed.
+
+`python -m tests.faults.kills --folder=DIR --kills=200 -- --stage=iterate …` runs the command in folders of its own, in
+children that begin with everything imported. Out: a JSON line a kill, with the stage it met, and one with the sum.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itool_jax.main import PREEMPTED
+from itool_jax.main import main as run
+from tests.runs import lasting
+
+CHANGES, PAUSE = 25, 0.05
+"""A child is killed after so many changes of its files at most, and up to so many seconds later."""
+
+
+def start(arguments: Sequence[str], folder: Path) -> int:
+    """A child that runs the command in a run directory; its process id."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        with (folder.parent / f"{folder.name}.log").open("a") as log:
+            os.dup2(log.fileno(), sys.stderr.fileno())
+            os.dup2(log.fileno(), sys.stdout.fileno())
+        code = run([*arguments, f"--run_dir={folder}"])
+    finally:
+        os._exit(code)
+
+
+def stage_of(folder: Path) -> str:
+    """What a run was at when it was killed, by its log."""
+    with contextlib.suppress(OSError):
+        for line in reversed((folder / "log.jsonl").read_text(errors="replace").splitlines()):
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row.get("text") == "begin":
+                    return str(row["stage"])
+                if str(row.get("text", "")).startswith("end after"):
+                    return f"after {row['stage']}"
+    return "start"
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All that must be equal: every file but the log, the lock and the environment."""
+    return {
+        name: content
+        for name, content in lasting(folder).items()
+        if not name.endswith(("log.jsonl", ".lock", "environment.json"))
+    }
+
+
+def kill_until_done(arguments: Sequence[str], folder: Path, most: int, rng: random.Random, asked: int) -> list[str]:
+    """Runs the command to its end, sending it the signal `asked` up to `most` times; the stages it was at."""
+    met: list[str] = []
+    while True:
+        pid = start(arguments, folder)
+        if await_changes(pid, folder, rng.randint(1, CHANGES) if len(met) < most else 0):
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+                raise RuntimeError(f"a run ended by itself, see {folder}.log")
+            return met
+        time.sleep(rng.uniform(0, PAUSE))
+        os.kill(pid, asked)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:  # it was through
+            return met
+        if code != (PREEMPTED if asked == signal.SIGTERM else -asked):
+            raise RuntimeError(f"a run ended with {code}, see {folder}.log")
+        met.append(stage_of(folder))
+
+
+def await_changes(pid: int, folder: Path, count: int) -> bool:
+    """Waits until files of a run have changed so many times, 0 for ever; whether the child ended first."""
+    seen, before = 0, sizes(folder)
+    while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.005)
+        now = sizes(folder)
+        seen, before = seen + (now != before), now
+        if count and seen >= count:
+            return False
+    return True
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The sizes of all files of a run."""
+    found = {}
+    for where, _, names in os.walk(folder):
+        for path in (os.path.join(where, name) for name in names):
+            with contextlib.suppress(OSError):  # gone since
+                found[path] = os.lstat(path).st_size
+    return found
+
+
+def compare(
+    arguments: Sequence[str], folder: Path, kills: int, seed: int, asked: int = signal.SIGKILL
+) -> dict[str, Any]:
+    """Runs the command undisturbed once, then with kills until there were enough; what differed by run and file."""
+    rng, met, runs = random.Random(seed), Counter(), 0
+    kill_until_done(arguments, folder / "undisturbed", 0, rng, asked)
+    wanted, differing = results(folder / "undisturbed"), []
+    while met.total() < kills:
+        here = folder / f"killed_{runs}"
+        stages = kill_until_done(arguments, here, kills - met.total(), rng, asked)
+        found = results(here)
+        differing += [f"{here.name}/{n}" for n in sorted(wanted.keys() | found) if wanted.get(n) != found.get(n)]
+        met.update(stages)
+        runs += 1
+        print(json.dumps({"run": runs, "kills": stages, "differing": differing}), flush=True)
+        if not differing:
+            shutil.rmtree(here)
+    return {"kills": met.total(), "runs": runs, "by_stage": dict(met.most_common()), "differing": differing}
+
+
+def import_all() -> None:
+    """Everything that a child would import, without starting jax."""
+    import orbax.checkpoint  # noqa: F401
+    import transformers  # noqa: F401
+
+    import itool_jax.stages.iterate  # noqa: F401
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("arguments", nargs="+")
+    options = parser.parse_args()
+    import_all()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    asked = signal.Signals[options.signal]
+    found = compare(options.arguments, options.folder, options.kills, options.seed, asked)
+    print(json.dumps(found))
+    sys.exit(bool(found["differing"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A run that is killed, or asked to stop, at random moments comes to the bits of one that nobody disturbed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.runs import Made
+
+
+def disturbed(folder: Path, kills: int, signal: str, arguments: list[str]) -> dict[str, Any]:
+    """The sum of `tests.faults.kills`."""
+    command = [sys.executable, "-m", "tests.faults.kills", f"--folder={folder}", f"--kills={kills}"]
+    command += [f"--signal={signal}", "--", "--stage=iterate", *arguments]
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=plain, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("signal", "kills"),
+    [
+        ("SIGKILL", 10),
+        ("SIGTERM", 4),
+        pytest.param("SIGKILL", 200, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 50, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(made: Made, tmp_path: Path, signal: str, kills: int):
+    found = disturbed(tmp_path / "runs", kills, signal, made.settings)
+    assert (found["kills"], found["differing"]) == (kills, [])
+
+
+@pytest.mark.slow
+def test_the_smoke_configuration_killed(tmp_path: Path):
+    found = disturbed(tmp_path / "runs", 10, "SIGKILL", ["--config=smoke"])
+    assert (found["kills"], found["differing"]) == (10, [])
