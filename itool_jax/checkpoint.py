@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from itool_jax import hosts
 from itool_jax.data.records import whole_file
 from itool_jax.metrics import say
 from itool_jax.untrusted import read_json
@@ -46,12 +47,15 @@ def save(folder: Path, tree: Any) -> str:
         with _disk_errors(folder):
             with _quiet(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(partial, tree, force=True)
-            seal(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+            if hosts.is_first():
+                seal(partial)
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
     finally:
-        for left in folder.parent.glob(f"{partial.name}*"):
+        for left in folder.parent.glob(f"{partial.name}*") if hosts.is_first() else ():
             shutil.rmtree(left, ignore_errors=True)
+    hosts.meet(f"{folder} is there")
     return digest(tree)
 
 
@@ -70,7 +74,7 @@ def digest(tree: Any) -> str:
     """A hash of all the tree's values: equal for equal trees, however they are laid out on devices."""
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(tree):
-        found.update(np.asarray(leaf).tobytes())
+        found.update(np.asarray(hosts.to_host(leaf)).tobytes())
     return found.hexdigest()
 
 
@@ -146,13 +150,13 @@ class Training:
         self.kept, self.next, self.time = 0, every or 1, 0.0
         self.thread = ThreadPoolExecutor(1)
         self.sealing: Future[None] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        self._drop_damaged()
+        hosts.by_first(f"checkpoints of {folder}", self._drop_damaged)
         with _quiet():
             self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def _drop_damaged(self) -> None:
         """Removes what was not finished, and names what is damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.iterdir()):
             if bad := damage(path):
                 if "damaged" in bad:
@@ -162,7 +166,7 @@ class Training:
     def _seal(self) -> None:
         """Waits for the newest checkpoint to be complete."""
         self.manager.wait_until_finished()
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if hosts.is_first() else ():
             if path.name.isdigit() and not (path / CHECKSUMS).exists():
                 seal(path)
 

@@ -22,10 +22,10 @@ import yaml
 from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import whole_file
+from itool_jax.hosts import DistributedSettings, is_first
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.metrics import is_writer
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
 from itool_jax.replay import ReplaySettings
@@ -143,6 +143,7 @@ class Config:
     XProf."""
     log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
     warmup: WarmupSettings = WarmupSettings()
@@ -169,6 +170,9 @@ class Config:
                 f"output is for the stages score, generate and export, and for results, got it with stage {self.stage}"
             )
         self._check_benchmark()
+        if self.distributed.several and (self.stage == "export" or (self.stage == "generate" and self.output is None)):
+            need = "--output" if self.stage == "generate" else "one process"
+            raise ValueError(f"stage {self.stage} needs {need}, got it with several processes (distributed)")
         if self.overwrite and self.stage != "export":
             raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
         for name, value in self.flat().items():
@@ -314,7 +318,7 @@ FREE = (
     *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
-    *("profile", "log."),
+    *("profile", "log.", "distributed."),
 )
 LOCK = ".lock"
 NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "profile", "tensorboard", "wandb")
@@ -342,7 +346,9 @@ def lock(config: Config) -> Iterator[None]:
     """
     output = config.output
     unseen = output is None if config.stage == "generate" else config.stage == "export"
-    if unseen or (output is not None and output.exists() and not output.is_file()):  # a pipe or a device, say
+    if (
+        not is_first() or unseen or (output is not None and output.exists() and not output.is_file())
+    ):  # a pipe or a device, say
         yield
         return
     path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
@@ -385,11 +391,10 @@ def save_or_check(config: Config) -> None:
         _check_saved(path, config)
         return
     # Those are for this command alone.
-    lasting = dataclasses.replace(config, output=None, overwrite=False, against=None, official=False)
+    alone = {"output": None, "overwrite": False, "against": None, "official": False}
+    lasting = dataclasses.replace(config, **alone, distributed=DistributedSettings())
     if _evaluates_benchmark(config):
         lasting = dataclasses.replace(lasting, data=Config.data)
-    if not is_writer():
-        return
     with whole_file(path) as file:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 

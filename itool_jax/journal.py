@@ -5,6 +5,7 @@ before the stage was killed. A journal is a file that only grows, a line a piece
 """
 
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +31,22 @@ class Journal:
 
     The layout is what the order of the work depends on, as plain JSON. A line that was cut off when the process was
     killed is left out; so are a damaged one and all behind it, which is said. Power failures may cost the last lines,
-    never the order of those that stay.
+    never the order of those that stay. Processes that compute `together` share one, which the first writes.
     """
 
-    def __init__(self, path: Path, layout: Any):
-        self.path = path
-        self.known, whole = _read(path)
+    def __init__(self, path: Path, layout: Any, *, together: bool = False):
+        self.path, self.together = path, together
+        self.known, whole = read(path)
         if self.known.get(LAYOUT, layout) != layout:
             say(f"{path} was written with other settings, so the stage begins anew")
             self.known, whole = {}, 0
+        if together:
+            hosts.meet(f"{path} was read")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: BinaryIO = path.open("ab")
-        self.file.truncate(whole)
+        writes = hosts.is_first() or not together
+        self.file: BinaryIO = (path if writes else Path(os.devnull)).open("ab")
+        if writes:
+            self.file.truncate(whole)
         self.keep(LAYOUT, lambda: layout)
 
     def __enter__(self) -> "Journal":
@@ -60,7 +65,7 @@ class Journal:
         """
         if key in self.known:
             return self.known[key]
-        hosts.stop_if_asked()
+        (hosts.stop_together if self.together else hosts.stop_if_asked)()
         value = compute()
         text = json.dumps([key, value]).encode()
         self.file.write(b"%08x %s\n" % (zlib.crc32(text), text))
@@ -68,8 +73,8 @@ class Journal:
         return value
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """The values by key, and how many bytes of the file they take."""
+def read(path: Path) -> tuple[dict[str, Any], int]:
+    """The values by key of the journal at `path`, and how many bytes of the file they take."""
     found: dict[str, Any] = {}
     content = path.read_bytes() if path.exists() else b""
     whole = 0

@@ -34,11 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("asked to stop; all is kept, and the same command goes on where it was", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
+        hosts.leave("interrupted")
         metrics.fail("interrupted; the same command goes on where it was")
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
         line = settings.describe_error(error, where)
+        if fault:
+            hosts.await_verdict()
+        hosts.leave(line)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
             metrics.note("error", line)
             raise
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     finally:
         metrics.close_journal()
+        hosts.leave()
 
 
 def run(config: Config, arguments: Sequence[str] = ()) -> None:
@@ -63,9 +68,11 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     trackers.require(config.log)
     if config.deterministic:
         environment.make_deterministic()
+    hosts.join(config.distributed, metrics.current_stage)
     hosts.listen()
+    metrics.console_out.quiet = not hosts.is_first()
     with settings.lock(config), use_mesh(config.mesh):
-        settings.save_or_check(config)
+        hosts.by_first("settings", lambda: settings.save_or_check(config))
         _open_log(config, arguments)
         from itool_jax.stages import sizes
 
@@ -93,4 +100,4 @@ def keep_freed_memory() -> None:
 if __name__ == "__main__":
     keep_freed_memory()
     sys.excepthook = show_traceback
-    sys.exit(main())
+    hosts.end(main())

@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from itool_jax.data.records import whole_file
+from itool_jax.hosts import is_first
 from itool_jax.profiling import traced
 from itool_jax.trackers import LogSettings, Tracker, open_trackers
 from itool_jax.untrusted import parse_json, redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
+"""For tables, which of several processes the first one prints."""
 
 PROGRESS_SECONDS = 30.0
 """How often `log.jsonl` says how far a work is."""
@@ -36,43 +38,32 @@ class Journal:
     def __init__(self, folder: Path, trackers: list[Tracker], profile: bool):
         self.path, self.trackers = folder / "log.jsonl", trackers
         self.traces = folder / "profile" if profile else None
-        self.stage: str | None = None
-        """What is being worked on, `phase/stage`; after an error, what failed."""
 
     def line(self, level: str, text: str) -> None:
         """Appends one line."""
-        row = {"time": round(time.time(), 3), "stage": self.stage, "level": level, "text": redacted(text)}
+        row = {"time": round(time.time(), 3), "stage": _stage, "level": level, "text": redacted(text)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 _journal: Journal | None = None
+_stage: str | None = None
 
 
 def open_journal(folder: Path, settings: LogSettings, config: Mapping[str, Any], profile: bool) -> None:
     """From here on, messages and numbers are kept in the run directory too."""
     global _journal
     close_journal()
-    if is_writer():
+    if is_first():
         _journal = Journal(folder, open_trackers(settings, folder, config), profile)
 
 
 def close_journal() -> None:
     """Ends what `open_journal` began, where it did."""
-    global _journal
-    journal, _journal = _journal, None
+    global _journal, _stage
+    journal, _journal, _stage = _journal, None, None
     for tracker in journal.trackers if journal else ():
         tracker.close()
-
-
-def is_writer() -> bool:
-    """Whether this process writes logs, metrics and summaries: of several that work together, the first one."""
-    if "jax" not in sys.modules:
-        return True
-    import jax
-
-    # Without this, asking for the index would start the backend, before the processes know of each other.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 class Metrics(NamedTuple):
@@ -83,7 +74,7 @@ class Metrics(NamedTuple):
 
     def write(self, step: int, **values: float) -> None:
         """Appends one line; what is not finite becomes null, since JSON has no other word for it."""
-        if not is_writer():
+        if not is_first():
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"time": round(time.time(), 3), "stage": self.stage, "step": step, **finite}
@@ -112,22 +103,20 @@ class Metrics(NamedTuple):
 @contextlib.contextmanager
 def working_on(phase: str, stage: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Inside, the log says what is being worked on. Call what it yields with the stage's figures, for the trackers."""
-    journal, before, start = _journal, None if _journal is None else _journal.stage, time.monotonic()
-    if journal is None:
-        yield lambda _: None
-        return
-    journal.stage = f"{phase}/{stage}"
-    journal.line("info", "begin")
+    global _stage
+    before, start = _stage, time.monotonic()
+    _stage = f"{phase}/{stage}"
+    note("info", "begin")
     number = {"base": 0, "warmup": 1}.get(phase)
     number = 1 + int(phase.removeprefix("iteration_")) if number is None else number
     yield lambda figures: _track(stage, number, dict(_numbers(figures)))
-    journal.line("info", f"end after {time.monotonic() - start:.1f} s")
-    journal.stage = before
+    note("info", f"end after {time.monotonic() - start:.1f} s")
+    _stage = before
 
 
 def current_stage() -> str | None:
     """What is being worked on, `phase/stage`, or what failed; None outside of any stage."""
-    return None if _journal is None else _journal.stage
+    return _stage
 
 
 def _numbers(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, float]]:
@@ -146,7 +135,7 @@ def _track(group: str, step: int, values: Mapping[str, float]) -> None:
 
 def say(text: str) -> None:
     """One line for the user, on stderr, so that stdout holds results only."""
-    if is_writer():
+    if is_first():
         note("info", text)
         console.print(redacted(text), markup=False, soft_wrap=True)
 
@@ -183,7 +172,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (sys.stderr.isatty() and is_writer()),
+        disable=not (sys.stderr.isatty() and is_first()),
     )
     with bar, traced(_journal and _journal.traces, what, say) as tick:
         task = bar.add_task(what, total=total, completed=done, note="")

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax import losses
+from itool_jax.hosts import to_host
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.model.cache import Prefix, Suffix, empty_suffix
 from itool_jax.model.transformer import Params, Transformer
@@ -329,7 +330,7 @@ def _respond(
         np.ones(count, bool),
         np.float32(settings.temperature),
     )
-    tokens_BT, lengths_B = np.asarray(steps.tokens_BT), np.asarray(steps.length_B)
+    tokens_BT, lengths_B = to_host((steps.tokens_BT, steps.length_B))
     return [tokens_BT[row, : lengths_B[row]].tolist() for row in range(len(prompts))]
 
 
@@ -345,7 +346,7 @@ def target_log_probs(
     widths = [target_width(len(prompt), len(target)) for prompt, target in rows]
     for number, (chosen, width, count) in enumerate(group(widths, tokens_per_batch)):
         batch = functools.partial(collate, [rows[i] for i in chosen], width, count)
-        sums = keep(f"log-probs {number}", lambda batch=batch: np.asarray(score(*policy, batch())).tolist())
+        sums = keep(f"log-probs {number}", lambda batch=batch: to_host(score(*policy, batch())).tolist())
         for i, total in zip(chosen, sums, strict=False):
             found[i] = total
         advance(len(chosen))

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from itool_jax import hosts, losses
 from itool_jax.checkpoint import Training
+from itool_jax.data.records import whole_file
 from itool_jax.losses import LossSettings
 from itool_jax.metrics import Metrics, progress, say
 from itool_jax.model import sharding
@@ -248,7 +249,8 @@ def fit(
         late = _Late(metrics, settings.section, advance)
         for step, batch in enumerate(data, first):
             rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
-            state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, batch, step_key, rate)
+            rows = sharding.to_devices(batch)
+            state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
             vote = hosts.vote(stop=hosts.asked_to_stop(), save=kept is not None and kept.due(step + 1))
             decided = late.add(step + 1, values, batch, vote)
             if kept is not None and (decided.stop or decided.save):
@@ -295,10 +297,10 @@ class _Late:
         say(f"{self.metrics.stage}: step {self.step} is left out, its numbers are not finite ({what})")
         if self.wrong == PATIENCE:
             path = self.metrics.path.parent / self.metrics.stage / f"not_finite_step_{self.step}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
             leaves = jax.tree.leaves_with_path(batch)
             arrays: dict[str, Any] = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
-            np.savez(path, **arrays)
+            with whole_file(path) as file:
+                np.savez(file, **arrays)
             raise ValueError(
                 f"{self.metrics.stage}: {PATIENCE} steps in a row had no finite loss or gradient; the batch of step "
                 f"{self.step} is in {path}; lower {self.section}.learning_rate, or look at the batch"

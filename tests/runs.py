@@ -91,12 +91,12 @@ CLOCK = re.compile(rb'("time": [\d.]+)|("seconds": [\d.]+)|([\d.]+ s\b)')
 
 
 def lasting(folder: Path) -> dict[str, bytes]:
-    """All files of a run without what the clock and the folder's name put there; of weights, what their digests say."""
+    """All files of a run without what the clock, the process and the folder's name put there; of weights, digests."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         name: CLOCK.sub(b"", path.read_bytes()).replace(str(folder).encode(), b"FOLDER")
         for name, path in files.items()
-        if "weights" not in name
+        if "weights" not in name and name != ".lock"
     }
 
 

@@ -38,7 +38,7 @@ def test_the_shipped_checkpoint_answers_easy_held_out_samples_of_its_own_domains
     easy = [s for s in calls if s.id in easy_ids][:64]
     encoded = folder.encode(config, easy)
     prompts = [(row.id, row.prompt_ids) for row in encoded]
-    table, policy = folder.step_table(base, "sentence"), folder.load_policy(config, "base")
+    table, policy = folder.step_table(config, "sentence"), folder.load_policy(config, "base")
     found = respond(policy, table, prompts, config.generate, base.config.max_length, seed=0)
     right = [ids == row.target_ids for ids, row in zip(found, encoded, strict=True)]
     assert sum(right) / len(right) > 0.7

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from itool_jax.hosts import is_first
 from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 Row = dict[str, Any]
@@ -122,7 +123,14 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> int:
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A new file to write to, which takes its name, in place of an earlier one, only when all is written."""
+    """A new file to write to, which takes its name, in place of an earlier one, only when all is written.
+
+    Of several processes the first one writes for all.
+    """
+    if not is_first():
+        with open(os.devnull, "wb") as nothing:
+            yield nothing
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

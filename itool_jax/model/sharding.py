@@ -10,6 +10,7 @@ results.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,20 +55,63 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh; ValueError where there are fewer devices than it needs."""
-    data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
-    count = jax.device_count()
-    data = data or max(1, count // (fsdp * tensor))
-    if (needed := data * fsdp * tensor) > count:
+    """The mesh; ValueError where there are fewer devices than it needs, or a process would have none of it."""
+    data, fsdp, tensor = shape = mesh_shape(settings)
+    count, needed = jax.device_count(), math.prod(shape)
+    if needed > count:
         raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
-    devices = jax.devices()[:needed]
-    return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    if needed < count and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh of data={data} fsdp={fsdp} tensor={tensor} takes {needed} of the {count} devices of "
+            f"{jax.process_count()} processes, which must all be taken; set --mesh.data=0"
+        )
+    return _mesh(shape, jax.devices()[:needed])
+
+
+def mesh_shape(settings: MeshSettings) -> tuple[int, int, int]:
+    """Sizes of the three axes on the devices that are here."""
+    data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
+    return data or max(1, jax.device_count() // (fsdp * tensor)), fsdp, tensor
+
+
+def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def use_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
     """Inside, compiled functions spread their work over the mesh; on one device there is none."""
     mesh = make_mesh(settings)
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+
+
+def runs_apart(settings: MeshSettings) -> bool:
+    """Whether each of several processes runs the model by itself: a copy of it fits the devices of one host."""
+    processes, (data, fsdp, tensor) = jax.process_count(), mesh_shape(settings)
+    return processes > 1 and data % processes == 0 and jax.local_device_count() % (fsdp * tensor) == 0
+
+
+def use_own_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
+    """Inside, a process that runs the model by itself spreads its work over its own devices alone.
+
+    One process, or several that run the model together, stay on the whole mesh.
+    """
+    if not runs_apart(settings):
+        return contextlib.nullcontext()
+    data, fsdp, tensor = mesh_shape(settings)
+    return jax.set_mesh(_mesh((data // jax.process_count(), fsdp, tensor), jax.local_devices()))
+
+
+def to_devices(batch: Any) -> Any:
+    """The rows of a batch, arrays of the host, on the mesh in use; each process gives those of its own devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return batch
+
+    def put(x: Any) -> Any:
+        where = NamedSharding(mesh, fit((ROWS,) + (None,) * (x.ndim - 1), x.shape, mesh))
+        return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+    return jax.tree.map(put, batch)
 
 
 def spec_of(

@@ -237,7 +237,7 @@ def _answerer(config: Config, phase: str) -> _Answer:
     A conversation longer than the model's context is answered by a line that says so, as on the leaderboard.
     """
     base, policy = folder.load_base(config), folder.load_policy(config, phase)
-    table = folder.step_table(base, "sentence")
+    table = folder.step_table(config, "sentence")
     temperature = bfcl_data.TEMPERATURE if config.benchmark == "bfcl" else 0.0
     settings = dataclasses.replace(config.generate, temperature=temperature)
     limit = base.config.max_length

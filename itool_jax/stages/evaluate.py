@@ -72,7 +72,7 @@ def _evaluate(config: Config, phase: str) -> dict[str, Any]:
     samples = samples[: config.evaluate.limit or None]
     base, policy = folder.load_base(config), folder.load_policy(config, phase)
     encoded = folder.encode(config, samples)
-    table = folder.step_table(base, "sentence")
+    table = folder.step_table(config, "sentence")
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     prompts = [(row.id, row.prompt_ids) for row in encoded]
 

@@ -27,7 +27,7 @@ from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
-from itool_jax.model.sharding import MeshSettings, placed
+from itool_jax.model.sharding import MeshSettings, placed, runs_apart, use_own_mesh
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
 from itool_jax.stages import columns
@@ -92,14 +92,19 @@ def base_params(config: Config, *, stacked: bool) -> Params:
     held = _held(folder, config.dtype, nf4, config.mesh)
     if not held:
         held[stacked] = hf.load(folder, config.dtype, nf4=nf4, stacked=stacked)[1]
+    elif stacked not in held and runs_apart(config.mesh):  # the other form is to lie on other devices
+        held.clear()
+        held[stacked] = hf.load(folder, config.dtype, nf4=nf4, stacked=stacked)[1]
     elif stacked not in held:
         held[stacked] = (forms.to_train if stacked else forms.to_run)(held.pop(not stacked))
     return held[stacked]
 
 
-def step_table(base: Base, granularity: Granularity) -> StepTable:
+def step_table(config: Config, granularity: Granularity) -> StepTable:
     """Step boundaries and stop tokens of the model's vocabulary."""
-    return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)
+    base = load_base(config)
+    with use_own_mesh(config.mesh):
+        return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)
 
 
 WEIGHTS = "weights"
@@ -146,7 +151,12 @@ def training_graph(config: Config) -> nnx.GraphDef:
 
 
 def load_policy(config: Config, phase: str) -> Policy:
-    """A phase's policy, to run and not to train."""
+    """A phase's policy, to run and not to train, on the devices that `spread` works with."""
+    with use_own_mesh(config.mesh):
+        return _load_policy(config, phase)
+
+
+def _load_policy(config: Config, phase: str) -> Policy:
     model = dataclasses.replace(load_base(config).config, stacked=False)
     graph = abstract(model)[0]
     if phase == "base":

@@ -26,7 +26,7 @@ def run(config: Config) -> dict[str, Any]:
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_room(encoded, base.config.max_length, room=1)
-    policy, table = folder.load_policy(config, "base"), folder.step_table(base, "sentence")
+    policy, table = folder.load_policy(config, "base"), folder.step_table(config, "sentence")
 
     def answer(rows: Sequence[Encoded], keep: Keep) -> list[Row]:
         prompts = [(row.id, row.prompt_ids) for row in rows]

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
-from itool_jax.metrics import console_out, is_writer, say
+from itool_jax.hosts import is_first
+from itool_jax.metrics import console_out, say
 from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
@@ -32,7 +33,7 @@ def run(config: Config) -> dict[str, Any]:
         dpo.run(now)
         _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
-    if is_writer():
+    if is_first():
         folder.write_json(config.run_dir / "summary.json", summary)
         show(config, summary)
     return summary

@@ -5,6 +5,7 @@ with hashes of inputs and outputs; before it is done, a folder `<stage>.working`
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -37,7 +38,39 @@ def once(
     of the data (`from_data`), and the results of the stages it comes `after`, (phase, stage) each, are still those it
     was made from.
     """
-    hosts.stop_if_asked()
+    begin = functools.partial(_begin, config, phase, stage, outputs, after, from_data)
+    asked, figures, basis, before = hosts.by_first(f"begin {phase}/{stage}", begin)
+    if asked:
+        raise hosts.PreemptionError
+    if figures is not None:
+        return figures
+    start = time.monotonic()
+    with working_on(phase, stage) as report:
+        figures = work()
+        report(figures)
+    seconds = round(before + time.monotonic() - start, 2)
+
+    def end() -> dict[str, Any]:
+        digests = {name: _digest(config.run_dir / phase / name) for name in outputs}
+        result = figures | {"seconds": seconds, "after": basis, "outputs": digests}
+        folder.write_json(folder.done_file(config, phase, stage), result)
+        shutil.rmtree(working_folder(config, phase, stage))
+        return result
+
+    return hosts.by_first(f"end {phase}/{stage}", end)
+
+
+def _begin(
+    config: Config,
+    phase: str,
+    stage: str,
+    outputs: Sequence[str],
+    after: Sequence[tuple[str, str]],
+    from_data: bool,
+) -> tuple[bool, dict[str, Any] | None, dict[str, Any], float]:
+    """Whether to stop here; the stage's figures where it is done; what it is made from; and seconds spent on it."""
+    if hosts.asked_to_stop():
+        return True, None, {}, 0.0
     folder.check_sources(config)
     basis = _inputs(config, from_data) | {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
     working = working_folder(config, phase, stage)
@@ -50,32 +83,26 @@ def once(
             changed = [path for name, path in paths.items() if _digest(path) != figures["outputs"].get(name)]
             note = f", {changed[0]} has been changed since" if changed else ""
             say(f"{phase}: {stage} is done already{note}")
-            return figures
+            return False, figures, basis, 0.0
         say(f"{phase}: {bad or f'{stage} was made from results that have changed since'}, so it is done again")
-    before = _begin(working, basis)
-    start = time.monotonic()
-    with working_on(phase, stage) as report:
-        figures = work()
-        report(figures)
-    digests = {name: _digest(path) for name, path in paths.items()}
-    seconds = round(before + time.monotonic() - start, 2)
-    figures |= {"seconds": seconds, "after": basis, "outputs": digests}
-    folder.write_json(folder.done_file(config, phase, stage), figures)
-    shutil.rmtree(working)
-    return figures
+    return False, None, basis, _open(working, basis)
 
 
 @contextlib.contextmanager
 def resumed(config: Config, output: Path) -> Iterator[Path]:
     """A folder beside a file for what is done of it, gone when it is written; elsewhere for a pipe or a device."""
     if output.exists() and not output.is_file():
+        if hosts.count() > 1:
+            raise ValueError(f"output {output} must be a file, which {hosts.count()} processes can meet through")
         with tempfile.TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
         return
     working = output.with_name(f"{output.name}.working")
-    _begin(working, {"settings": _hash(config.flat()), "sources": folder.fingerprints(config)})
+    settings = {name: value for name, value in config.flat().items() if not name.startswith("distributed.")}
+    basis = {"settings": _hash(settings), "sources": folder.fingerprints(config)}
+    hosts.by_first(f"begin {output}", lambda: _open(working, basis))
     yield working
-    shutil.rmtree(working)
+    hosts.by_first(f"end {output}", lambda: shutil.rmtree(working))
 
 
 def _inputs(config: Config, from_data: bool) -> dict[str, Any]:
@@ -99,7 +126,7 @@ def working_folder(config: Config, phase: str, stage: str) -> Path:
     return config.run_dir / phase / f"{stage}.working"
 
 
-def _begin(working: Path, basis: dict[str, Any]) -> float:
+def _open(working: Path, basis: dict[str, Any]) -> float:
     """Makes the folder of unfinished work, empty unless the work there is of the same inputs; seconds spent on it."""
     path = working / "started.json"
     begun, seconds = folder.read_json(path) if path.exists() else {}, 0.0

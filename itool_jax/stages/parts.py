@@ -6,11 +6,12 @@ the run, or is left out like a wrong row.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from itool_jax import replay
+from itool_jax import hosts, replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
 from itool_jax.data.card import describe, lines, overlap, overlap_lines
@@ -45,7 +46,11 @@ def _path(config: Config, part: str) -> Path:
 
 def make(config: Config) -> None:
     """Makes and describes all parts where one is missing."""
-    if all(_path(config, part).exists() for part in PARTS):
+    hosts.by_first("data", functools.partial(_make, config))
+
+
+def _make(config: Config) -> None:
+    if _made(config):
         return
     skipped: list[str] | None = [] if config.skip_bad_rows else None
     parts, left_out = _make_parts(config, skipped)
@@ -55,12 +60,21 @@ def make(config: Config) -> None:
         write_jsonl(_path(config, name), (sample_row(sample) for sample in parts[name].samples))
 
 
+def _made(config: Config) -> bool:
+    """Whether all parts are there, and with that the card, which is written before them."""
+    return all(_path(config, part).exists() for part in PARTS)
+
+
 def look_for_benchmarks(config: Config) -> None:
     """Adds to the data card what of the benchmarks stands among the training samples, where it does not say yet."""
-    make(config)
+    hosts.by_first("benchmarks", functools.partial(_look_for_benchmarks, config))
+
+
+def _look_for_benchmarks(config: Config) -> None:
     names = [*config.evaluate.benchmarks, *benchmark.question_files(config)]
-    known = _read_card(config)["benchmarks"] if names else ()
+    known = _read_card(config)["benchmarks"] if names and _made(config) else ()
     new = {name: sources.load_questions(Path(name)) for name in names if name not in known}
+    make(config)
     if new:
         found = overlap(samples(config, "train"), new)
         card = _read_card(config)

@@ -14,6 +14,7 @@ import numpy as np
 
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, write_jsonl
+from itool_jax.hosts import to_host
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
@@ -48,7 +49,7 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     base, settings = folder.load_base(config), config.search
     before = folder.phase_name(config.iteration - 1)
     folder.require_policy(config, before)
-    policy, table = folder.load_policy(config, before), folder.step_table(base, settings.granularity)
+    policy, table = folder.load_policy(config, before), folder.step_table(config, settings.granularity)
     # 1. The hardest samples, by the perplexities of this iteration.
     scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
     ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
@@ -210,7 +211,7 @@ class Searcher:
             np.float32(s.temperature),
         )
         gold = self._gold_log_probs(states) if s.inject_gold else None
-        return _proposals(jax.device_get(steps), states, seats, s.breadth, gold, self.chat)
+        return _proposals(to_host(steps), states, seats, s.breadth, gold, self.chat)
 
     def _gold_log_probs(self, states: list[State]) -> list[float]:
         """Log π of the gold's next step where it joins the candidates, else 0."""
@@ -221,7 +222,7 @@ class Searcher:
         prefix, seats = self._seated(self.prompt, [state.problem for state in with_gold])
         steps = [state.gold_step for state in with_gold]
         steps = _padded(steps, seats, bucket(max(map(len, steps)), OWN_BUCKET))
-        sums_P = np.asarray(score_step(*self.policy, prefix, *self._paths(with_gold, seats), *steps))
+        sums_P = to_host(score_step(*self.policy, prefix, *self._paths(with_gold, seats), *steps))
         for i, seat in zip(chosen, seats.taken, strict=True):
             found[i] = float(sums_P[seat])
         return found
@@ -263,7 +264,7 @@ class Searcher:
         own_width = bucket(max(map(len, own)), OWN_BUCKET)
         shared = _padded(paths, seats, _path_width(paths))
         logits_BA = answer(*self.policy, prefix, *shared, *pad(own, own_width), self.letters)
-        scores_B = np.asarray(_confidences(logits_BA)).tolist()
+        scores_B = to_host(_confidences(logits_BA)).tolist()
         for seat, (_, ids) in zip(seats.taken, groups, strict=True):
             yield from zip(ids, scores_B[seat * rows :], strict=False)
 

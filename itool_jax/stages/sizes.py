@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from itool_jax import memory
+from itool_jax import hosts, memory
 from itool_jax.config import Config, is_out_of_memory
-from itool_jax.metrics import current_stage, is_writer, say
+from itool_jax.metrics import current_stage, say
+from itool_jax.model.sharding import use_own_mesh
 from itool_jax.stages import folder, parts
 from itool_jax.text.chat import Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, target_width
@@ -36,34 +35,32 @@ def resolved(config: Config) -> Config:
     names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
     if not names:
         return config
-    known = _known(config)
+    known = hosts.by_first("sizes", lambda: _known(config))
     for name in names:
         candidates = _candidates(config, name)
         value = known.get(name, 0)
         if value < 1 or (
             name != "search.batch" and value not in candidates
         ):  # a mesh that shares batches out otherwise
-            known[name] = value = _find(config, name, candidates)
-            if is_writer():
-                folder.write_json(config.run_dir / FILE, known)
+            found = _find(config, name, candidates)
+            known[name] = value = hosts.by_first(f"size {name}", lambda found=found: found)
+            folder.write_json(config.run_dir / FILE, known)
         config = _with(config, name, value)
     return config
 
 
 def _known(config: Config) -> dict[str, int]:
-    """What the run keeps; as the first process reads it, lest another one sees what that one writes later."""
+    """What the run keeps."""
     path = config.run_dir / FILE
     found = folder.read_json(path) if path.exists() else {}
-    values = np.array([found[name] if isinstance(found.get(name), int) else 0 for name in STAGE_OF], np.int32)
-    if jax.process_count() > 1:
-        values = multihost_utils.broadcast_one_to_all(values)
-    return {name: value for name, value in zip(STAGE_OF, values.tolist(), strict=True) if value > 0}
+    return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
 
 
 def _find(config: Config, name: str, candidates: Sequence[int]) -> int:
     """The largest candidate that fits; says so."""
     limit = memory.device_limit()
-    value, needs = memory.largest(candidates, need_of(config, name), limit)
+    with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
+        value, needs = memory.largest(candidates, need_of(config, name), limit)
     fits = f"needs {_gb(needs[value])} of {_gb(limit)} a device by the compiler's estimate"
     larger = min((size for size in needs if size > value), default=None)
     beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""

@@ -1,14 +1,18 @@
 """Work of a stage on many items, kept as it is done, so that a killed stage goes on within a batch.
 
-In: items and a function that works on some of them. Out: what it made of each, in their order.
+In: items and a function that works on some of them. Out: what it made of each, in their order. Of several processes
+each works on its own items, with a copy of the model on its own devices, and reads what the others made from the run
+directory; where a copy needs more than the devices of one host, all work on all items together.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from itool_jax import hosts
 from itool_jax.config import Config
-from itool_jax.journal import Journal, Keep
+from itool_jax.journal import Journal, Keep, read
+from itool_jax.model.sharding import runs_apart, use_own_mesh
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,10 +27,26 @@ def spread(
     """
     if not items:
         return []
-    with Journal(working / "answers.journal", _layout(config)) as journal:
-        return list(work(items, journal.keep))
+    apart = runs_apart(config.mesh)
+    index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
+    own = items[index::count]
+    with use_own_mesh(config.mesh), Journal(_journal(working, index), _layout(config), together=not apart) as journal:
+        results = journal.keep("results", lambda: list(work(own, journal.keep) if own else []))
+    if count == 1:
+        return results
+    hosts.meet(f"{working} is complete")
+    found: list[Any] = [None] * len(items)
+    for i in range(count):
+        found[i::count] = results if i == index else read(_journal(working, i))[0]["results"]
+    hosts.meet(f"{working} was read")
+    return found
+
+
+def _journal(working: Path, process: int) -> Path:
+    return working / (f"answers_{process}.journal" if process else "answers.journal")
 
 
 def _layout(config: Config) -> dict[str, Any]:
-    """Settings that change what is computed together, and with that the last bits of results."""
-    return {name: value for name, value in config.flat().items() if name.startswith(("generate.", "mesh.", "search."))}
+    """What changes what is computed together, and with that the last bits of results."""
+    settings = {n: value for n, value in config.flat().items() if n.startswith(("generate.", "mesh.", "search."))}
+    return settings | {"processes": hosts.count()}

@@ -55,11 +55,11 @@ def stage_of(folder: Path) -> str:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """All that must be equal: every file but the log, the lock and the environment."""
+    """All that must be equal: every file but the log and the environment."""
     return {
         name: content
         for name, content in lasting(folder).items()
-        if not name.endswith(("log.jsonl", ".lock", "environment.json"))
+        if not name.endswith(("log.jsonl", "environment.json"))
     }
 
 

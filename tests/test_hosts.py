@@ -1,0 +1,196 @@
+"""Several processes, each a host of its own here: they come to what one does, stop together, and name who is gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from itool_jax import hosts
+from itool_jax.main import PREEMPTED, main
+from tests.conftest import REPOSITORY, read
+from tests.runs import ITERATIONS, Made
+
+PATIENCE = 5
+TIMEOUT = 400.0
+
+
+class Processes:
+    """A command as several processes, each with one device of its own."""
+
+    def __init__(self, count: int, folder: Path, *arguments: str):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self.folder, self.started = folder, time.monotonic()
+        self.children = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "itool_jax.main", f"--run_dir={folder}", *arguments),
+                    *(f"--distributed.coordinator_address=localhost:{port}", f"--distributed.num_processes={count}"),
+                    *(f"--distributed.process_id={i}", f"--distributed.patience={PATIENCE}"),
+                ],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(count)
+        ]
+
+    def await_line(self, text: str) -> None:
+        """Until the log of the run says so."""
+        log = self.folder / "log.jsonl"
+        while not (log.exists() and text in log.read_text()):
+            assert time.monotonic() - self.started < TIMEOUT, f"the log never says {text}"
+            assert all(child.poll() is None for child in self.children), self.end()
+            time.sleep(0.02)
+
+    def end(self) -> list[tuple[int, str, str]]:
+        """(exit code, stdout, stderr) of each."""
+        outputs = [child.communicate(timeout=TIMEOUT) for child in self.children]
+        return [(child.returncode, *output) for child, output in zip(self.children, outputs, strict=True)]
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Processes]]:
+    """Where a test puts its processes: they are gone when it is over."""
+    started: list[Processes] = []
+    yield started
+    for child in (child for group in started for child in group.children if child.poll() is None):
+        child.kill()
+        child.wait()
+
+
+def iterate(processes: list[Processes], count: int, made: Made, folder: Path, *changes: str) -> Processes:
+    processes.append(Processes(count, folder, "--stage=iterate", *made.settings, *changes))
+    return processes[-1]
+
+
+def assert_equal(made: Made, folder: Path) -> None:
+    """The same pairs as a run of one process, and within 1e-5 the same losses."""
+    for number in range(1, ITERATIONS + 1):
+        ours, wanted = (read(run / f"iteration_{number}/pairs.jsonl") for run in (folder, made.folder))
+        for key in ("id", "prompt", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected"):
+            assert [row[key] for row in ours] == [row[key] for row in wanted]
+    ours, wanted = (read(run / "metrics.jsonl") for run in (folder, made.folder))
+    assert [(row["stage"], row["step"]) for row in ours] == [(row["stage"], row["step"]) for row in wanted]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in wanted], abs=1e-5)
+
+
+# Equal ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, "--mesh.data=0"),
+        pytest.param(4, "--mesh.data=0", marks=pytest.mark.slow),
+        pytest.param(2, "--mesh.fsdp=2", marks=pytest.mark.slow),  # no host holds the model: all search together
+        pytest.param(4, "--mesh.tensor=4", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_come_to_what_one_does(
+    made: Made, tmp_path: Path, processes: list[Processes], count: int, mesh: str
+):
+    found = iterate(processes, count, made, tmp_path / "run", mesh).end()
+    assert [code for code, *_ in found] == [0] * count, found
+    assert_equal(made, tmp_path / "run")
+    # Only the first reports, and nobody leaves anything behind.
+    assert "everything is in" in found[0][2]
+    assert all(out == "" and "evaluate" not in err for _, out, err in found[1:])
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "run", made.folder)]
+    assert {name for name in names[0] ^ names[1] if "weights" not in name} == set()
+
+
+@pytest.mark.slow
+def test_a_run_of_four_processes_goes_on_with_two(made: Made, tmp_path: Path, processes: list[Processes]):
+    four = iterate(processes, 4, made, tmp_path / "run", "--mesh.data=0", "--warmup.checkpoint_every=1")
+    four.await_line("warm-up, easy_to_hard")
+    four.children[2].send_signal(signal.SIGTERM)  # one is told, all stop
+    assert [code for code, *_ in four.end()] == [PREEMPTED] * 4
+    two = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=0", "--warmup.checkpoint_every=1")
+    assert [code for code, *_ in two.end()] == [0, 0]
+    assert_equal(made, tmp_path / "run")
+
+
+# Gone -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "said"),
+    [
+        (1, signal.SIGKILL, "process 1 on"),
+        pytest.param(1, signal.SIGSTOP, "process 1 on", marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, "process 0", marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, "process 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_or_hangs_is_named(
+    made: Made, tmp_path: Path, processes: list[Processes], victim: int, number: signal.Signals, said: str
+):
+    group = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=0")
+    group.await_line('"begin"')
+    group.children[victim].send_signal(number)
+    start, other = time.monotonic(), group.children[1 - victim]
+    _, err = other.communicate(timeout=TIMEOUT)
+    noticed = time.monotonic() - start
+    print(f"{number.name} of process {victim}: noticed after {noticed:.1f} s with patience {PATIENCE}")
+    assert other.returncode == hosts.LOST, err
+    assert said in err.splitlines()[-1]
+    assert noticed < PATIENCE + 25  # within 60 s with the default of 30
+
+
+def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
+    found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
+    assert [code for code, *_ in found] == [2, 2]
+    assert all("must all be taken; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found)
+    (tmp_path / "run/data").mkdir(parents=True)
+    (tmp_path / "run/data/card.json").write_text("{")
+    (tmp_path / "run/config.yaml").write_text("seed: 0\n")
+    found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=0").end()
+    assert {code for code, *_ in found} <= {2, hosts.LOST}
+    assert all("config.yaml is damaged" in err.splitlines()[-1] for *_, err in found), found
+
+
+# Settings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--distributed.num_processes=2"], "distributed.num_processes is given alone"),
+        (["--distributed.auto", "--distributed.process_id=0"], "distributed.process_id is given with distributed.auto"),
+        (
+            [
+                *("--distributed.coordinator_address=localhost:1", "--distributed.num_processes=2"),
+                "--distributed.process_id=2",
+            ],
+            "distributed.process_id must be from 0 to num_processes - 1, got 2 of 2",
+        ),
+        (["--distributed.patience=1"], "distributed.patience must be more than 4 seconds"),
+        (["--distributed.auto", "--stage=export"], "stage export needs one process"),
+        (["--distributed.auto", "--stage=generate"], "stage generate needs --output"),
+    ],
+)
+def test_settings_that_do_not_go_together(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]):
+    stage = [] if any("stage" in argument for argument in arguments) else ["--stage=iterate"]
+    assert main([*stage, *arguments]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_one_process_meets_nobody():
+    numbers = iter(range(2))
+    assert [hosts.by_first("x", lambda: next(numbers)) for _ in range(2)] == [0, 1]
+    hosts.meet("x")
+    assert hosts.decided(hosts.vote(stop=False, save=True)) == hosts.Vote(False, True)
+    assert (hosts.index(), hosts.count(), hosts.is_first()) == (0, 1, True)
+    assert json.loads(json.dumps(hosts.to_host({"a": 1}))) == {"a": 1}
