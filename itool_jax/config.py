@@ -363,9 +363,11 @@ def lock(config: Config) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
-        if config.output is not None:
-            path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if config.output is not None:
+                path.unlink(missing_ok=True)
 
 
 def save_or_check(config: Config) -> None:

@@ -364,7 +364,8 @@ def test_a_full_disk_while_an_output_is_written(
         assert main(arguments) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith(f"python -m itool_jax.main: error: {output}: No space left on device; free some space")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl", "o.jsonl.working"]
     assert output.read_text() == "precious\n"
     assert main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "o.jsonl"]
     assert json.loads(output.read_text())["token_ids"] == [5]

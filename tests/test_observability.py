@@ -17,7 +17,7 @@ from itool_jax import hosts, metrics, profiling, trackers
 from itool_jax.config import Config
 from itool_jax.main import main
 from itool_jax.metrics import Metrics, close_journal, open_journal, progress, say, working_on
-from itool_jax.stages import evaluate, folder, generate
+from itool_jax.stages import evaluate, generate, manifest
 from itool_jax.trackers import LogSettings
 from itool_jax.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
@@ -91,7 +91,7 @@ def test_the_log_ends_with_the_line_a_user_sees(
         def work() -> dict[str, Any]:
             raise error
 
-        return lambda config: folder.once(config, "warmup", "warmup", work, [])
+        return lambda config: manifest.once(config, "warmup", "warmup", work, [])
 
     command = ["--stage=evaluate", f"--model={tiny_folder}", f"--run_dir={tmp_path / 'run'}"]
     for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "interrupted")):

@@ -29,6 +29,7 @@ from itool_jax.text.steps import build_step_table
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+SLOW = MESHES[:2]
 LORA = LoraSettings(rank=4)
 KINDS = ("sft", "dpo", "nf4", "packed", "all weights")
 RANDOM = np.random.default_rng(0)
@@ -96,7 +97,7 @@ def alone(folder: Path) -> dict[str, Any]:
     return everything(folder)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW), id=str(m)) for m in MESHES])
 def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any], shape: tuple[int, int, int]) -> None:
     with use_mesh(settings_of(shape)):
         found = everything(folder)

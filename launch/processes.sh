@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several processes on this machine, as if each were a host, to try what many hosts do:
+#   launch/processes.sh 2 --run_dir=runs/two
+set -euo pipefail
+count=$1
+shift
+port=$((20000 + RANDOM % 10000))
+
+pids=()
+for ((i = 0; i < count; i++)); do
+    python -m itool_jax.main --stage=iterate --mesh.data=0 --distributed.coordinator_address="localhost:$port" \
+        --distributed.num_processes="$count" --distributed.process_id="$i" "$@" &
+    pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
+code=0
+for pid in "${pids[@]}"; do
+    wait "$pid" || code=$?
+done
+exit "$code"
