@@ -25,8 +25,8 @@ from itool_jax.untrusted import redacted
 T = TypeVar("T")
 LOST = 69
 """Exit code of a process that stops because another one did."""
-BEAT = 2.0
-"""Seconds between two signs of life of a process."""
+BEAT, WAITING = 2.0, 60.0
+"""Seconds between two signs of life of a process, and between two lines about who is waited for."""
 PARTING = 20.0
 """Seconds that the process which holds the store waits for the others to leave first."""
 
@@ -100,6 +100,18 @@ def stop_if_asked() -> None:
 # Which process this is --------------------------------------------------------------------------------------
 
 
+class _Other(NamedTuple):
+    """What was last heard of another process, and when."""
+
+    text: str
+    time: float
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What it said; nothing where it has not yet."""
+        return json.loads(self.text) if self.text else {}
+
+
 @dataclasses.dataclass
 class _Run:
     """The processes of this run; `store` is there once they have found each other."""
@@ -112,6 +124,9 @@ class _Run:
     left: set[int] = dataclasses.field(default_factory=set)
     leaving: bool = False
     patience: float = 0.0
+    steps: int = 0
+    step_time: float = 0.0
+    heard: dict[int, _Other] = dataclasses.field(default_factory=dict)
 
 
 _run = _Run()
@@ -206,8 +221,12 @@ def _plain(name: str) -> str:
 
 def _await(prefix: str, wanted: int) -> list[str]:
     """The values of keys that begin so, when there are as many as wanted; those who are gone, the watch names."""
-    pause = 0.005
+    pause, told = 0.005, time.monotonic()
     while len(found := _run.store.key_value_dir_get(prefix)) < wanted:
+        if is_first() and time.monotonic() - told > WAITING:
+            told = time.monotonic()
+            missing = set(range(count())) - {int(key.rpartition("/")[2]) for key, _ in found}
+            print(f"waiting for {', '.join(_described(i) for i in sorted(missing))}", file=sys.stderr)
         if prefix.startswith("itool/met/") or 0 in _run.left:
             stop_if_asked()
         time.sleep(pause)
@@ -269,27 +288,28 @@ def stop_together() -> None:
 # Who is there -----------------------------------------------------------------------------------------------
 
 
-class _Other(NamedTuple):
-    """What was last heard of another process, and when."""
-
-    text: str
-    time: float
+def step_done() -> None:
+    """Says that a step is done that all processes make together: one that stays behind is not only slow."""
+    _run.steps, _run.step_time = _run.steps + 1, time.monotonic()
 
 
 def _watch() -> None:
     """Starts to tell the others that this process lives, and to see who does not."""
-    heard = {i: _Other("", time.monotonic()) for i in range(count())}
-    threading.Thread(target=_beat, args=(heard,), daemon=True).start()
-    threading.Thread(target=_judge, args=(heard,), daemon=True).start()
+    _run.heard = {i: _Other("", time.monotonic()) for i in range(count())}
+    for target in (_beat, _judge):
+        threading.Thread(target=target, daemon=True).start()
     _end_in_words_without_store()
 
 
-def _beat(heard: dict[int, _Other]) -> None:
+def _beat() -> None:
     """Now and then: a sign of life, and a look at those of the others."""
+    heard = _run.heard
     where = f"process {index()} on {socket.gethostname()}"
     for number in range(1 << 62):
         with contextlib.suppress(Exception):  # who does not answer is for `_judge` to find
-            state = {"number": number, "where": where, "stage": _run.stage(), "stop": asked_to_stop()}
+            quiet = time.monotonic() - _run.step_time
+            state = {"number": number, "where": where, "stage": _run.stage(), "steps": _run.steps, "quiet": quiet}
+            state["stop"] = asked_to_stop()
             _run.store.key_value_set(f"itool/alive/{index()}", json.dumps(state), allow_overwrite=True)
             for key, text in _run.store.key_value_dir_get("itool/alive/"):
                 other = int(key.rpartition("/")[2])
@@ -305,24 +325,35 @@ def _beat(heard: dict[int, _Other]) -> None:
         time.sleep(BEAT)
 
 
-def _judge(heard: dict[int, _Other]) -> None:
-    """Ends this process where another, or the store, has been silent for too long."""
+def _judge() -> None:
+    """Ends this process where another, or the store, has been silent for too long, or one hangs in a training."""
     while True:
         time.sleep(1.0)
-        silent = {i: time.monotonic() - other.time for i, other in heard.items()}
+        silent = {i: time.monotonic() - other.time for i, other in _run.heard.items()}
         if _run.leaving:
             return
         if silent[index()] > _run.patience and index() != 0:  # no one can be heard of: the store is silent
-            _end(_gone(0, heard[0].text, silent[index()]))
-        for i, seconds in silent.items() if silent[index()] < _run.patience / 2 else ():
-            if seconds > _run.patience and i not in _run.left:
-                _end(_gone(i, heard[i].text, seconds))
+            _end(f"{_described(0)} has not been heard of for {silent[index()]:.0f} s: it died or hangs")
+        others = silent.keys() - _run.left - {index()} if silent[index()] < _run.patience / 2 else ()
+        for i in sorted(others):
+            if (seconds := silent[i]) > _run.patience:
+                _end(f"{_described(i)} has not been heard of for {seconds:.0f} s: it died or hangs")
+            if (quiet := _behind(_run.heard[i].state)) > _run.patience:
+                _end(f"{_described(i)} has been at one training step for {quiet:.0f} s, and is behind: it hangs")
 
 
-def _gone(number: int, text: str, seconds: float) -> str:
-    state = json.loads(text) if text else {}
-    at = f" (last in {state['stage']})" if state.get("stage") else ""
-    return f"{state.get('where', f'process {number}')}{at} has not been heard of for {seconds:.0f} s: it died or hangs"
+def _behind(state: dict[str, Any]) -> float:
+    """For how long a process has not made a step that this one made, while this one waited too."""
+    if state.get("steps", _run.steps) >= _run.steps:
+        return 0.0
+    return min(state["quiet"], time.monotonic() - _run.step_time)
+
+
+def _described(number: int) -> str:
+    """A process by its number and host, and what it was at when it was last heard of."""
+    state = _run.heard[number].state
+    at = f" (in {state['stage']})" if state.get("stage") else ""
+    return f"{state.get('where', f'process {number}')}{at}"
 
 
 def _end(line: str) -> NoReturn:

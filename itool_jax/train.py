@@ -283,6 +283,7 @@ class _Late:
             return hosts.Vote(False, False)
         (values, batch, vote), self.pending = self.pending, None
         numbers = {name: float(value) for name, value in values.items()}
+        hosts.step_done()
         self.metrics.write(self.step, **numbers)
         self._check(numbers, batch)
         self.advance(1, note=f"loss {numbers['loss']:.3f}")

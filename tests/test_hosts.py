@@ -24,7 +24,7 @@ TIMEOUT = 400.0
 class Processes:
     """A command as several processes, each with one device of its own."""
 
-    def __init__(self, count: int, folder: Path, *arguments: str):
+    def __init__(self, count: int, folder: Path, *arguments: str, code: str | None = None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -33,7 +33,8 @@ class Processes:
         self.children = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "itool_jax.main", f"--run_dir={folder}", *arguments),
+                    *(sys.executable, *(["-m", "itool_jax.main"] if code is None else ["-c", code])),
+                    *(f"--run_dir={folder}", *arguments),
                     *(f"--distributed.coordinator_address=localhost:{port}", f"--distributed.num_processes={count}"),
                     *(f"--distributed.process_id={i}", f"--distributed.patience={PATIENCE}"),
                 ],
@@ -147,6 +148,33 @@ def test_a_process_that_dies_or_hangs_is_named(
     assert other.returncode == hosts.LOST, err
     assert said in err.splitlines()[-1]
     assert noticed < PATIENCE + 25  # within 60 s with the default of 30
+
+
+HANGING = """
+import sys, time
+from itool_jax import hosts, main, train
+flush, steps = train._Late.flush, 0
+
+def hang(late):
+    global steps
+    steps += 1
+    if steps == 5 and hosts.index() == 1:
+        time.sleep(1000)
+    return flush(late)
+
+train._Late.flush = hang
+hosts.end(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: Path, processes: list[Processes]):
+    """Its other threads go on giving signs of life."""
+    processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=HANGING))
+    _, err = processes[0].children[0].communicate(timeout=TIMEOUT)
+    assert processes[0].children[0].returncode == hosts.LOST
+    assert "process 1 on" in err.splitlines()[-1]
+    assert "has been at one training step for" in err.splitlines()[-1]
 
 
 def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
