@@ -25,8 +25,12 @@ typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
 # Every annotation of the package is checked while tests run. The hook must come before its first import.
 install_import_hook("itool_jax", "tests.conftest.typecheck")
 
+# Tests compile much and compute little.
+FAST_COMPILER = "--xla_backend_optimization_level=0"
 # Eight devices of the host, for tests of meshes; everything else uses the first.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), FAST_COMPILER, "--xla_force_host_platform_device_count=8"]
+)
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")

@@ -231,6 +231,7 @@ def test_slopes_on_log_axes() -> None:
     assert scaling.slope((1, 2, 8), [3.0, 3.0, 3.0]) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_search_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     rows = scaling.main(
         scaling.Settings(prompts=(2, 3), length=(64,), breadth=(2,), simulations=(2,), batch=2, json=tmp_path / "s")

@@ -29,7 +29,7 @@ from itool_jax.text.steps import build_step_table
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-SLOW = MESHES[:2]
+SLOW = MESHES[:3]
 LORA = LoraSettings(rank=4)
 KINDS = ("sft", "dpo", "nf4", "packed", "all weights")
 RANDOM = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import FAST_COMPILER, REPOSITORY
 from tests.runs import Made
 
 
@@ -17,7 +17,7 @@ def disturbed(folder: Path, kills: int, signal: str, arguments: list[str]) -> di
     """The sum of `tests.faults.kills`."""
     command = [sys.executable, "-m", "tests.faults.kills", f"--folder={folder}", f"--kills={kills}"]
     command += [f"--signal={signal}", "--", "--stage=iterate", *arguments]
-    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    plain = os.environ | {"XLA_FLAGS": FAST_COMPILER}
     done = subprocess.run(command, cwd=REPOSITORY, env=plain, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
