@@ -216,6 +216,7 @@ def test_decoding_reads_a_prompt_once_whatever_its_rows() -> None:
     assert roofline.decode(LLAMA, 1, 0).bytes == 2 * weights
 
 
+@pytest.mark.slow
 def test_the_accelerator_script_measures_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main(gpu.Settings(small=True, rounds=1, json=tmp_path / "g.json"))
     rows = json.loads((tmp_path / "g.json").read_text())
