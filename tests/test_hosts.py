@@ -18,7 +18,7 @@ from tests.conftest import FAST_COMPILER, REPOSITORY, read
 from tests.runs import ITERATIONS, Made
 
 PATIENCE = 5
-TIMEOUT = 400.0
+TIMEOUT = 900.0
 
 
 class Processes:

@@ -22,8 +22,8 @@ from itool_jax.main import PREEMPTED
 from itool_jax.main import main as run
 from tests.runs import lasting
 
-CHANGES, PAUSE = 25, 0.05
-"""A child is killed after so many changes of its files at most, and up to so many seconds later."""
+PAUSE = 0.05
+"""A child is killed up to so many seconds after a change of its files."""
 
 
 def start(arguments: Sequence[str], folder: Path) -> int:
@@ -63,12 +63,19 @@ def results(folder: Path) -> dict[str, bytes]:
     }
 
 
-def kill_until_done(arguments: Sequence[str], folder: Path, most: int, rng: random.Random, asked: int) -> list[str]:
-    """Runs the command to its end, sending it the signal `asked` up to `most` times; the stages it was at."""
+def kill_until_done(
+    arguments: Sequence[str], folder: Path, most: int, rng: random.Random, asked: int, changes: int
+) -> list[str]:
+    """Runs the command to its end, sending it the signal `asked` up to `most` times; the stages it was at.
+
+    How many of the `changes` that files see in a whole run come before the next signal is drawn on a log scale: some
+    signals meet a process that has hardly begun, others one that is stages further.
+    """
     met: list[str] = []
     while True:
         pid = start(arguments, folder)
-        if await_changes(pid, folder, rng.randint(1, CHANGES) if len(met) < most else 0):
+        count = round(changes ** rng.random()) if len(met) < most else changes * 100
+        if await_changes(pid, folder, count) < count:
             if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
                 raise RuntimeError(f"a run ended by itself, see {folder}.log")
             return met
@@ -82,16 +89,16 @@ def kill_until_done(arguments: Sequence[str], folder: Path, most: int, rng: rand
         met.append(stage_of(folder))
 
 
-def await_changes(pid: int, folder: Path, count: int) -> bool:
-    """Waits until files of a run have changed so many times, 0 for ever; whether the child ended first."""
+def await_changes(pid: int, folder: Path, count: int) -> int:
+    """Waits until files of a run have changed so many times, or its process has ended; how often they did."""
     seen, before = 0, sizes(folder)
     while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.005)
         now = sizes(folder)
         seen, before = seen + (now != before), now
-        if count and seen >= count:
-            return False
-    return True
+        if seen >= count:
+            break
+    return seen
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -109,11 +116,14 @@ def compare(
 ) -> dict[str, Any]:
     """Runs the command undisturbed once, then with kills until there were enough; what differed by run and file."""
     rng, met, runs = random.Random(seed), Counter(), 0
-    kill_until_done(arguments, folder / "undisturbed", 0, rng, asked)
+    pid = start(arguments, folder / "undisturbed")
+    changes = await_changes(pid, folder / "undisturbed", sys.maxsize)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise RuntimeError(f"the run ended with an error, see {folder / 'undisturbed'}.log")
     wanted, differing = results(folder / "undisturbed"), []
     while met.total() < kills:
         here = folder / f"killed_{runs}"
-        stages = kill_until_done(arguments, here, kills - met.total(), rng, asked)
+        stages = kill_until_done(arguments, here, kills - met.total(), rng, asked, changes)
         found = results(here)
         differing += [f"{here.name}/{n}" for n in sorted(wanted.keys() | found) if wanted.get(n) != found.get(n)]
         met.update(stages)
