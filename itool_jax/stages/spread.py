@@ -31,7 +31,9 @@ def spread(
     index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
     own = items[index::count]
     with use_own_mesh(config.mesh), Journal(_journal(working, index), _layout(config), together=not apart) as journal:
-        results = journal.keep("results", lambda: list(work(own, journal.keep) if own else []))
+        results = list(work(own, journal.keep)) if own else []
+        if count > 1:
+            journal.keep("results", lambda: results)
     if count == 1:
         return results
     hosts.meet(f"{working} is complete")
