@@ -3,7 +3,8 @@
 In bfloat16: decoding, prefill, scoring, a search, and steps of LoRA SFT and DPO, each with its share of what the
 hardware allows (`benchmarks.roofline`): of the memory's bandwidth for decoding, of peak operations for the rest, where
 what is computed again to save memory does not count. Before anything is timed, cached log-probabilities are compared
-with uncached ones. `--small` takes a tiny model in float32, to see that everything works.
+with uncached ones. Behind each of search, SFT and DPO stands the memory that it took at most and the one that the
+compiler's analysis plans for it (`itool_jax.memory`). `--small` takes a tiny model in float32, to see that all works.
 """
 
 import dataclasses
@@ -25,12 +26,11 @@ from benchmarks import inputs, roofline
 from benchmarks.children.ours import device, searched, step_table
 from benchmarks.memory import LLAMA
 from benchmarks.roofline import Machine, Work
-from itool_jax import sampler, train
+from itool_jax import memory, sampler, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.memory import step_table as any_step_table
 from itool_jax.model import forms, hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
@@ -38,6 +38,7 @@ from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
 from itool_jax.stages.folder import Base
 from itool_jax.stages.search import Searcher
+from itool_jax.stages.sizes import search_lengths
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import bucket, collate, pad
 
@@ -136,6 +137,28 @@ def peak_memory() -> float | None:
     return found["peak_bytes_in_use"] / 1e9 if found else None
 
 
+def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[Any, Row]:
+    """Does some work that reads `held`, and compares its memory with the plan; both in GB of this device.
+
+    The device only tells the most that was ever in use. So a block of memory is taken first, as large as what was in
+    use at most before, less half of what the work needs: then the work itself reaches a new height.
+    """
+    stats = jax.local_devices()[0].memory_stats
+    before, block = stats(), None
+    row = {"planned_gb": plan.total / 1e9, "plan_gb": {k: v / 1e9 for k, v in plan._asdict().items()}}
+    if before is not None:
+        room = before["peak_bytes_in_use"] - before["bytes_in_use"] - (plan.temporaries + plan.outputs) // 2
+        block = jax.block_until_ready(jnp.zeros(max(room, 1), jnp.uint8))
+        low = stats()["bytes_in_use"]
+    done = jax.block_until_ready(work())
+    if before is not None:
+        del block
+        taken = stats()["peak_bytes_in_use"] - low + sum(x.nbytes for x in jax.tree.leaves(held))
+        row |= {"measured_gb": taken / 1e9}
+        print(f"{'':<34} memory {taken / 1e9:.2f} GB, planned {plan.total / 1e9:.2f} ({taken / plan.total - 1:+.1%})")
+    return done, row
+
+
 def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
     """All rows of the table; the weights are made once, to run first and then to train."""
     running = dataclasses.replace(s.model, stacked=False)
@@ -156,31 +179,38 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
     taken = timed(lambda: sampler.score(*policy, batch))
     work = roofline.forward(s.model, s.rows, s.length, s.target)
     yield _row("scoring", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
-    states, taken = searching(policy, running, s)
-    yield _row("search", states, "states/s", taken, None, machine, "")
-    weights = forms.to_train(policy.params)
+    weights = forms.to_train(policy.params)  # empties the policy's
     pairs = [PairRow(*_parts(row, s), (0.0, 0.0), (1, 1)) for row in ids[: s.rows]]
-    pair_batch = collate_pairs(pairs, bucket(s.length + 2 * s.step), s.rows)
-    for name, loss, data, amount, unit, work in (
+    width = bucket(s.length + 2 * s.step)
+    pair_batch = collate_pairs(pairs, width, s.rows)
+    for name, loss, data, size, amount, unit, work in (
         (
             "LoRA SFT",
-            train.sft_loss,
+            None,
             batch,
+            s.length,
             s.rows * s.length,
             "tokens/s",
             roofline.lora_step(s.model, s.rows, s.length, s.target),
         ),
         (
             "LoRA DPO",
-            functools.partial(train.preference_loss, settings=LossSettings()),
+            LossSettings(),
             pair_batch,
+            width,
             s.rows,
             "pairs/s",
             roofline.lora_step(s.model, s.rows, s.length + 2 * s.step, 2 * s.step),
         ),
     ):
-        taken = timed(training(loss, weights, data, s))
-        yield _row(name, amount, unit, taken, work, machine, "peak (MFU)")
+        targets = (data.row if loss else data).targets_BR.shape[1]
+        plan = memory.training(loss, s.model, LoraSettings(), s.rows // s.micro, s.rows, size, targets=targets)
+        step, state = training(loss, weights, data, s)
+        _, used = with_memory(plan, (weights, state), step)
+        taken = timed(step)
+        yield _row(name, amount, unit, taken, work, machine, "peak (MFU)") | used
+    del step, state
+    yield searching(Policy(policy.graph, forms.to_run(weights)), running, s, machine)
 
 
 def _parts(ids: np.ndarray, s: Sizes) -> list[list[int]]:
@@ -237,7 +267,7 @@ def compare_cached(policy: Policy, ids: np.ndarray, s: Sizes) -> None:
 def decoding(policy: Policy, ids: np.ndarray, new: int) -> Callable[[], Any]:
     """Sampling of `new` tokens for rows of a prompt each, which is computed beforehand."""
     rows = len(ids)
-    table = any_step_table(policy.params["embedding"].shape[0])  # no stop token: all rows run to the end
+    table = memory.step_table(policy.params["embedding"].shape[0])  # no stop token: all rows run to the end
     prefix = sampler.prefill(*policy, *pad([row[:-1].tolist() for row in ids], ids.shape[1]))
     keys = sampler.row_keys(jax.random.key(0), np.arange(rows, dtype=np.uint32))
     return lambda: (
@@ -256,34 +286,40 @@ def decoding(policy: Policy, ids: np.ndarray, new: int) -> Callable[[], Any]:
     )
 
 
-def searching(policy: Policy, config: ModelConfig, s: Sizes) -> tuple[float, float]:
-    """States of a search and its seconds, the second time."""
+def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -> Row:
+    """A search, the second time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs.save_tokenizer(folder, config.vocab_size)
         problems = inputs.search_rows({"rows": s.prompts, "prompt": s.prompt}, folder)["problems"]
         base = Base(config, Chat(load_tokenizer(name)))
     table, group = step_table(base, endless=False), [searched(problem) for problem in problems]
-    for _ in range(2):
-        start = time.perf_counter()
-        forest = Searcher(policy, base, table, group, s.trees, SelfEvaluationSettings(), 0).search()
-    return float(np.sum(forest.tree.n_nodes_B - 1)), time.perf_counter() - start
+
+    def search() -> Any:
+        return Searcher(policy, base, table, group, s.trees, SelfEvaluationSettings(), 0).search()
+
+    lengths = search_lengths(base.chat, [item.encoded for item in group], s.trees, SelfEvaluationSettings())
+    plan = memory.searching(config, LoraSettings(rank=0), s.trees, lengths, s.trees.batch)
+    _, used = with_memory(plan, policy.params, search)
+    start = time.perf_counter()
+    forest = search()
+    states, taken = float(np.sum(forest.tree.n_nodes_B - 1)), time.perf_counter() - start
+    return _row("search", states, "states/s", taken, None, machine, "") | used
 
 
-def training(loss: Callable[..., Any], weights: Params, batch: Any, s: Sizes) -> Callable[[], Any]:
-    """A training step of adapters after the other."""
+def training(loss: LossSettings | None, weights: Params, batch: Any, s: Sizes) -> tuple[Callable[[], Any], Any]:
+    """A training step of adapters after the other, and the state that it begins with."""
     lora = LoraSettings()
     graph, optimizer = abstract(s.model, lora)[0], train.adamw(0.01, 1.0)
+    fn = train.sft_loss(graph) if loss is None else train.preference_loss(graph, loss)
     state = [train.new_state(optimizer, initialize_adapters(s.model, lora, jax.random.key(0)))]
 
     def step() -> Any:
         key, rate = jax.random.key(0), np.float32(1e-5)
-        state[0], metrics = train.train_step(
-            loss(graph), optimizer, s.rows // s.micro, state[0], weights, batch, key, rate
-        )
+        state[0], metrics = train.train_step(fn, optimizer, s.rows // s.micro, state[0], weights, batch, key, rate)
         return metrics
 
-    return step
+    return step, jax.eval_shape(lambda: state[0])
 
 
 if __name__ == "__main__":

@@ -73,21 +73,25 @@ def training(
     rows: int,
     length: int,
     packed: bool = False,
+    targets: int | None = None,
 ) -> Need:
-    """A training step of `rows` rows of `length` tokens in `n_micro` parts; SFT where there is no preference loss."""
+    """A training step of `rows` rows of `length` tokens in `n_micro` parts; SFT where there is no preference loss.
+
+    A row has room for `targets`: unless it says so, half its length, and all of it for pairs of long steps.
+    """
     graph, base, adapters = abstract(model, lora)
     optimizer = train.adamw(0.01, 1.0)
     own, frozen = (adapters, _stored(base, model.dtype)) if lora.rank else (base, {})
     state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), own))
     fn = train.sft_loss(graph) if loss is None else train.preference_loss(graph, loss)
-    batch = _batch(loss is not None, rows, length, packed)
+    batch = _batch(loss is not None, rows, length, packed, targets)
     key, rate = _array(dtype=jax.eval_shape(jax.random.key, 0).dtype), _array(dtype=jnp.float32)
     return _need(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate))
 
 
-def _batch(pairs: bool, rows: int, length: int, packed: bool) -> TargetBatch | PairBatch:
+def _batch(pairs: bool, rows: int, length: int, packed: bool, targets: int | None) -> TargetBatch | PairBatch:
     """Shapes of a batch; from the host, so that it lies where the program wants it."""
-    targets = length if pairs else length // 2
+    targets = targets or (length if pairs else length // 2)
     batch = TargetBatch(
         _array(rows, length),
         _array(rows, targets),

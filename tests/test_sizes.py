@@ -96,7 +96,7 @@ def test_a_search_is_given_room_for_its_widths(made: Made):
     """Each width of the real search is one that the estimate has room for."""
     config = configured(made, made.folder)
     rows = folder.encode(config, sizes.parts.samples(config, "train"))
-    lengths = sizes.search_lengths(config, rows)
+    lengths = sizes.search_lengths(folder.load_base(config).chat, rows, config.search, config.self_eval)
     for iteration in (1, 2):
         for pair in read(made.folder / f"iteration_{iteration}/pairs.jsonl"):
             own = [len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")]

@@ -13,10 +13,12 @@ import jax
 
 from itool_jax import hosts, memory
 from itool_jax.config import Config, is_out_of_memory
+from itool_jax.mcts.search import SearchSettings
+from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.metrics import current_stage, say
 from itool_jax.model.sharding import use_own_mesh
 from itool_jax.stages import folder, parts
-from itool_jax.text.chat import Encoded, evaluation_frame
+from itool_jax.text.chat import Chat, Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, target_width
 from itool_jax.train import TrainingSettings
 
@@ -96,7 +98,9 @@ def need_of(config: Config, name: str) -> Need:
     model = folder.load_base(config).config
     warmup, buffer = parts.warmup_and_replay(config)
     if name == "search.batch":
-        lengths = search_lengths(config, folder.encode(config, buffer))
+        lengths = search_lengths(
+            folder.load_base(config).chat, folder.encode(config, buffer), config.search, config.self_eval
+        )
         return _total(lambda size: memory.searching(model, config.lora, config.search, lengths, size))
     settings = _training(config, name)
     prefers = name.startswith("preference") and not config.preference.control
@@ -122,12 +126,13 @@ def _total(need: Callable[[int], memory.Need]) -> Need:
     return total
 
 
-def search_lengths(config: Config, rows: Sequence[Encoded]) -> memory.Lengths:
+def search_lengths(
+    chat: Chat, rows: Sequence[Encoded], s: SearchSettings, self_eval: SelfEvaluationSettings
+) -> memory.Lengths:
     """Padded widths of a search of any of these samples, as `stages.search` pads them; responses may be the gold's."""
-    chat, s = folder.load_base(config).chat, config.search
     longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.target_ids))
-    gold = chat.content_ids(longest.target_ids) if config.self_eval.reference == "gold" else None
-    frame = evaluation_frame(chat, gold, config.self_eval.scale)
+    gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
+    frame = evaluation_frame(chat, gold, self_eval.scale)
     prompt, target = max(len(row.prompt_ids) for row in rows), max(len(row.target_ids) for row in rows)
     path = max((s.max_depth - 1) * s.step_limit, target)
     return memory.Lengths(
