@@ -153,7 +153,7 @@ def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[
     done = jax.block_until_ready(work())
     if before is not None:
         del block
-        taken = stats()["peak_bytes_in_use"] - low + sum(x.nbytes for x in jax.tree.leaves(held))
+        taken = stats()["peak_bytes_in_use"] - low + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
         row |= {"measured_gb": taken / 1e9}
         print(f"{'':<34} memory {taken / 1e9:.2f} GB, planned {plan.total / 1e9:.2f} ({taken / plan.total - 1:+.1%})")
     return done, row
