@@ -1,11 +1,13 @@
 """Kills a run at random moments, again and again, and compares what it comes to with one that nobody disturbed.
 
 `python -m tests.faults.kills --folder=DIR --kills=200 -- --stage=iterate …` runs the command in folders of its own, in
-children that begin with everything imported. Out: a JSON line a kill, with the stage it met, and one with the sum.
+children that begin with everything imported. Out: a JSON line a run, with the stages that signals met, and one with
+the sum.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -14,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +66,30 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def kill_until_done(
-    arguments: Sequence[str], folder: Path, most: int, rng: random.Random, asked: int, changes: int
+    arguments: Sequence[str], folder: Path, most: int, rng: random.Random, asked: Iterator[signal.Signals], apart: float
 ) -> list[str]:
-    """Runs the command to its end, sending it the signal `asked` up to `most` times; the stages it was at.
+    """Runs the command to its end, sending it up to `most` signals, the next of `asked`; which, and at what stages.
 
-    How many of the `changes` that files see in a whole run come before the next signal is drawn on a log scale: some
-    signals meet a process that has hardly begun, others one that is stages further.
+    Files change `apart` times between two signals on average: some meet a process that has hardly begun, others one
+    that is a stage further.
     """
     met: list[str] = []
     while True:
         pid = start(arguments, folder)
-        count = round(changes ** rng.random()) if len(met) < most else changes * 100
+        count = 1 + int(rng.expovariate(1 / apart)) if len(met) < most else sys.maxsize
         if await_changes(pid, folder, count) < count:
             if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
                 raise RuntimeError(f"a run ended by itself, see {folder}.log")
             return met
         time.sleep(rng.uniform(0, PAUSE))
-        os.kill(pid, asked)
+        sent = next(asked)
+        os.kill(pid, sent)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code == 0:  # it was through
             return met
-        if code != (PREEMPTED if asked == signal.SIGTERM else -asked):
+        if code != (PREEMPTED if sent == signal.SIGTERM else -sent):
             raise RuntimeError(f"a run ended with {code}, see {folder}.log")
-        met.append(stage_of(folder))
+        met.append(f"{sent.name} {stage_of(folder)}")
 
 
 def await_changes(pid: int, folder: Path, count: int) -> int:
@@ -112,9 +115,12 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def compare(
-    arguments: Sequence[str], folder: Path, kills: int, seed: int, asked: int = signal.SIGKILL
+    arguments: Sequence[str], folder: Path, kills: int, seed: int, asked: Iterator[signal.Signals], a_run: int
 ) -> dict[str, Any]:
-    """Runs the command undisturbed once, then with kills until there were enough; what differed by run and file."""
+    """Runs the command undisturbed once, then with kills, about `a_run` a time, until there were enough.
+
+    Returns how many signals each stage met, and which files of which run differ from those of the undisturbed one.
+    """
     rng, met, runs = random.Random(seed), Counter(), 0
     pid = start(arguments, folder / "undisturbed")
     changes = await_changes(pid, folder / "undisturbed", sys.maxsize)
@@ -123,7 +129,7 @@ def compare(
     wanted, differing = results(folder / "undisturbed"), []
     while met.total() < kills:
         here = folder / f"killed_{runs}"
-        stages = kill_until_done(arguments, here, kills - met.total(), rng, asked, changes)
+        stages = kill_until_done(arguments, here, kills - met.total(), rng, asked, changes / a_run)
         found = results(here)
         differing += [f"{here.name}/{n}" for n in sorted(wanted.keys() | found) if wanted.get(n) != found.get(n)]
         met.update(stages)
@@ -131,7 +137,8 @@ def compare(
         print(json.dumps({"run": runs, "kills": stages, "differing": differing}), flush=True)
         if not differing:
             shutil.rmtree(here)
-    return {"kills": met.total(), "runs": runs, "by_stage": dict(met.most_common()), "differing": differing}
+    by_stage = dict(met.most_common())
+    return {"kills": met.total(), "runs": runs, "changes": changes, "by_stage": by_stage, "differing": differing}
 
 
 def import_all() -> None:
@@ -148,13 +155,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("--a_run", type=int, default=12, help="kills of one run, about")
+    parser.add_argument("--signals", default="SIGKILL", help="sent in turn, joined by commas")
     parser.add_argument("arguments", nargs="+")
     options = parser.parse_args()
     import_all()
     options.folder.mkdir(parents=True, exist_ok=True)
-    asked = signal.Signals[options.signal]
-    found = compare(options.arguments, options.folder, options.kills, options.seed, asked)
+    asked = itertools.cycle(signal.Signals[name] for name in options.signals.split(","))
+    found = compare(options.arguments, options.folder, options.kills, options.seed, asked, options.a_run)
     print(json.dumps(found))
     sys.exit(bool(found["differing"]))
 
