@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import bucket, collate, pad
 
 Row = dict[str, Any]
+KINDS = ("decode", "prefill", "scoring", "sft", "dpo", "search")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +105,16 @@ def small() -> Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """The command line."""
 
     small: bool = False
     """Tiny model and shapes, to see that everything works."""
     machine: Machine = dataclasses.field(default_factory=Machine)
     """What the shares are of; the defaults are an H200's."""
+    kinds: tuple[Literal["decode", "prefill", "scoring", "sft", "dpo", "search"], ...] = KINDS
+    """What is measured."""
+    layers: int = 0
+    """Layers of the model, where it should have fewer; programs then compile sooner."""
     rounds: int = 3
     """Measured rounds, of which the median counts."""
     json: Path | None = None
@@ -119,6 +124,8 @@ class Settings:
 def main(settings: Settings) -> list[Row]:
     """Measures everything, prints the table and writes the JSON."""
     sizes = small() if settings.small else LARGE
+    if settings.layers:
+        sizes = dataclasses.replace(sizes, model=dataclasses.replace(sizes.model, n_layers=settings.layers))
     rows: list[Row] = []
     print(f"{'work':<34} {'rate':>10} {'unit':<9} {'share':>6}  of")
     for row in measure(sizes, settings):
@@ -164,21 +171,24 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
     running = dataclasses.replace(s.model, stacked=False)
     policy = Policy(abstract(running)[0], random_weights(running))
     ids = np.random.default_rng(0).integers(8, s.model.vocab_size, (max(*s.batches, s.rows), s.length + 2 * s.step))
-    compare_cached(policy, ids, s)
+    if {"decode", "scoring", "search"} & set(settings.kinds):
+        compare_cached(policy, ids, s)
     timed = functools.partial(seconds, rounds=settings.rounds)
     machine = settings.machine
-    for rows in s.batches:
+    for rows in s.batches if "decode" in settings.kinds else ():
         taken = timed(decoding(policy, ids[:rows, : s.prompt], s.new))
         work = s.new * roofline.decode(s.model, rows, s.prompt, own=s.new // 2)
         yield _row(f"decode, batch {rows}", rows * s.new, "tokens/s", taken, work, machine, "bandwidth")
-    taken = timed(lambda: sampler.prefill(*policy, *pad(ids[: s.rows, : s.length].tolist(), s.length)))
-    work = roofline.forward(s.model, s.rows, s.length)
-    yield _row("prefill", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
+    if "prefill" in settings.kinds:
+        taken = timed(lambda: sampler.prefill(*policy, *pad(ids[: s.rows, : s.length].tolist(), s.length)))
+        work = roofline.forward(s.model, s.rows, s.length)
+        yield _row("prefill", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
     samples = [(row[: s.length - s.target].tolist(), row[s.length - s.target : s.length].tolist()) for row in ids]
     batch = collate(samples[: s.rows], s.length, s.rows)
-    taken = timed(lambda: sampler.score(*policy, batch))
-    work = roofline.forward(s.model, s.rows, s.length, s.target)
-    yield _row("scoring", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
+    if "scoring" in settings.kinds:
+        taken = timed(lambda: sampler.score(*policy, batch))
+        work = roofline.forward(s.model, s.rows, s.length, s.target)
+        yield _row("scoring", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
     weights = forms.to_train(policy.params)  # empties the policy's
     pairs = [PairRow(*_parts(row, s), (0.0, 0.0), (1, 1)) for row in ids[: s.rows]]
     width = bucket(s.length + 2 * s.step)
@@ -203,14 +213,17 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
             roofline.lora_step(s.model, s.rows, s.length + 2 * s.step, 2 * s.step),
         ),
     ):
+        if name[-3:].lower() not in settings.kinds:
+            continue
         targets = (data.row if loss else data).targets_BR.shape[1]
         plan = memory.training(loss, s.model, LoraSettings(), s.rows // s.micro, s.rows, size, targets=targets)
         step, state = training(loss, weights, data, s)
         _, used = with_memory(plan, (weights, state), step)
         taken = timed(step)
         yield _row(name, amount, unit, taken, work, machine, "peak (MFU)") | used
-    del step, state
-    yield searching(Policy(policy.graph, forms.to_run(weights)), running, s, machine)
+        del step, state
+    if "search" in settings.kinds:
+        yield searching(Policy(policy.graph, forms.to_run(weights)), running, s, machine)
 
 
 def _parts(ids: np.ndarray, s: Sizes) -> list[list[int]]:

@@ -21,7 +21,7 @@ import yaml
 
 from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
-from itool_jax.data.records import whole_file
+from itool_jax.data.records import remove_unfinished, whole_file
 from itool_jax.hosts import DistributedSettings, is_first
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
@@ -363,6 +363,8 @@ def lock(config: Config) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        if output is None:
+            remove_unfinished(config.run_dir)
         try:
             yield
         finally:

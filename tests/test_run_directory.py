@@ -35,6 +35,15 @@ def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFix
     assert err.count("\n") == N_STAGES + 1  # and where everything is
 
 
+def test_what_a_killed_process_left_unfinished_is_removed(made: Made, tmp_path: Path):
+    folder = copy_run(made, tmp_path)
+    left, other = folder / "iteration_1" / ".trees.jsonl.4711.partial", folder / ".mine.partial"
+    left.write_text("{")
+    other.write_text("not ours")
+    assert again(made, folder) == 0
+    assert (left.exists(), other.exists()) == (False, True)
+
+
 def test_each_stage_alone_in_another_folder_gives_the_same_run(made: Made, tmp_path: Path):
     folder = tmp_path / "run"
     assert again(made, folder, stage="warmup") == 0

@@ -322,6 +322,14 @@ def test_cached_pieces_equal_the_whole(tiny_model: tuple[ModelConfig, Policy], p
     assert worst(extended(policy, tails_BT, pieces), uncached(policy, tails_BT)) < 1e-5
 
 
+def test_no_two_segments_are_read_by_the_same_queries() -> None:
+    """A compiler that makes one product of two with an operand in common copies the cache for it."""
+    k, v = jnp.ones((2, 1, 4, 3)), jnp.ones((2, 1, 3, 4))
+    segments = [transformer.KeyValues(k, v, jnp.ones((2, 1, 3), bool))] * 3
+    lowered = jax.jit(transformer.attend).lower(jnp.ones((2, 1, 2, 4)), segments).as_text()
+    assert lowered.count("optimization_barrier") == 2
+
+
 def test_cached_equals_uncached_for_every_shape(model: tuple[ModelConfig, Policy]) -> None:
     tails_BT = random_tokens((len(PROMPTS) * 2, TAIL), seed=1)
     assert worst(extended(model[1], tails_BT, [3, 3]), uncached(model[1], tails_BT)) < 1e-5

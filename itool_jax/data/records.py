@@ -143,6 +143,16 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what `whole_file` left of files in a folder and below it when its process was killed.
+
+    Whoever calls it holds the lock: no other process writes there.
+    """
+    for left in folder.rglob(".*.*.partial"):
+        if left.name.split(".")[-2].isdigit() and not left.is_dir():
+            left.unlink(missing_ok=True)
+
+
 def _write_rows(raw: BinaryIO, path: pathlib.Path, rows: Iterable[Row]) -> int:
     # No time stamp: equal rows give equal bytes.
     file = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw

@@ -124,7 +124,12 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
     B, T, H, D = q_BTHD.shape
     kv_heads = segments[0].k_BHDK.shape[1]
     q = q_BTHD.reshape(B, T, kv_heads, H // kv_heads, D).transpose(0, 2, 3, 1, 4)
-    folded = [_segment_scores(q, segment) for segment in segments]
+    # Each segment has queries of its own: XLA for GPUs would make one product of those that share an operand, and for
+    # that put the keys of all segments behind each other, which copies the whole cache for every token.
+    queries = [q]
+    while len(queries) < len(segments):
+        queries.append(jax.lax.optimization_barrier(queries[-1]))
+    folded = [_segment_scores(*pair) for pair in zip(queries, segments, strict=True)]
     best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
     best = jax.lax.stop_gradient(best)
     total, out = jnp.zeros(()), jnp.zeros(())
