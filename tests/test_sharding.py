@@ -29,7 +29,6 @@ from itool_jax.text.steps import build_step_table
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-SLOW = MESHES[:3]
 LORA = LoraSettings(rank=4)
 KINDS = ("sft", "dpo", "nf4", "packed", "all weights")
 RANDOM = np.random.default_rng(0)
@@ -97,7 +96,8 @@ def alone(folder: Path) -> dict[str, Any]:
     return everything(folder)
 
 
-@pytest.mark.parametrize("shape", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW), id=str(m)) for m in MESHES])
+@pytest.mark.slow  # a whole run on a mesh is in test_stages
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any], shape: tuple[int, int, int]) -> None:
     with use_mesh(settings_of(shape)):
         found = everything(folder)

@@ -279,7 +279,10 @@ def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkey
     "changes",
     [
         ("--quantize=nf4", "--warmup.micro_batch=4", "--preference.micro_batch=2"),
-        ("--lora.rank=0", "--dtype=bfloat16", "--remat=dots", "--preference.learning_rate=1e-4"),
+        pytest.param(
+            ("--lora.rank=0", "--dtype=bfloat16", "--remat=dots", "--preference.learning_rate=1e-4"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["four bits", "all weights"],
 )
