@@ -1,0 +1,21 @@
+"""Equations as MathML, which browsers show by themselves: no script, no font, nothing from the network.
+
+In: a page on which pymdownx.arithmatex marked the LaTeX between dollars. Out: the page with MathML there.
+"""
+
+import html
+import re
+from typing import Any
+
+MARKED = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """The content of a page, its equations turned into MathML."""
+    from latex2mathml.converter import convert
+
+    def mathml(found: re.Match[str]) -> str:
+        display = "block" if found[2] == "[" else "inline"
+        return convert(html.unescape(found[3]).strip(), display=display)
+
+    return MARKED.sub(mathml, content)

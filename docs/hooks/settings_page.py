@@ -1,0 +1,106 @@
+"""The page of all settings, made from the dataclasses whenever the site is built, so that it is never stale.
+
+In: `itool_jax.config.Config`. Out: `settings.md`: a table for each dataclass, with name, type, default and help text.
+"""
+
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+PAGE = "settings.md"
+BAR = " &#124; "
+HEAD = """# Every setting
+
+Made from the program's own dataclasses when this site is built; `python -m itool_jax.main --help` prints the same. A
+setting is given on the command line, `--search.breadth=4`, or in a YAML file that `--config` names:
+
+```yaml
+search: {breadth: 4}
+warmup: {learning_rate: 1.0e-4}
+```
+
+`--config` takes several files joined by commas, later ones win, and the command line wins over all. A setting that is
+true or false is given as `--name` or `--no-name`. The links lead to the code that a setting steers.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    from itool_jax.config import Config
+
+    parts = [HEAD, "\n## The run itself\n", *_table(Config, "")]
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.default):
+            kind = type(field.default)
+            path = kind.__module__.replace(".", "/") + ".py"
+            where = f"[`{kind.__module__}.{kind.__name__}`](../{path}#{kind.__name__})"
+            parts += [
+                f"\n## {field.name}\n",
+                f"{_plain(kind.__doc__ or '')} {where}\n",
+                *_table(kind, f"{field.name}."),
+            ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(kind: type, head: str) -> Iterator[str]:
+    """The settings of a dataclass, those that are dataclasses themselves left out."""
+    helps = _helps(kind)
+    yield "| setting | type | default | |"
+    yield "|---|---|---|---|"
+    for field in dataclasses.fields(kind):
+        if not dataclasses.is_dataclass(field.default):
+            cells = (f"`--{head}{field.name}`", _type(field), _default(field), _plain(helps[field.name]))
+            yield f"| {' | '.join(cells)} |"
+
+
+def _helps(kind: type) -> dict[str, str]:
+    """The text below each field, the nearest class of those that have the field."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(inspect.getsource(base)).body[0].body  # type: ignore[attr-defined]
+        for field, text in zip(body, [*body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = text.value.value  # type: ignore[union-attr]
+    return found
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    """The type in words, or the values to choose from."""
+    return f"<code>{_named(field.type)}</code>"
+
+
+def _named(kind: Any) -> str:
+    """A type's name, of a choice its values; a bar as an entity, for it stands in a table."""
+    if typing.get_origin(kind) is typing.Literal:
+        return BAR.join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return BAR.join(map(_named, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"{_named(typing.get_args(kind)[0])} …"
+    return "none" if kind is type(None) else kind.__name__
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "must be given"
+    value = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return "none" if value in (None, "") else f"`{value}`"
+
+
+def _plain(text: str) -> str:
+    """A docstring in one line of a table."""
+    return " ".join(text.split()).replace("|", "&#124;")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the page to the site."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, PAGE, content=page()))
+    return files
