@@ -16,6 +16,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
     def mathml(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
-        return convert(html.unescape(found[3]).strip(), display=display)
+        mathml = convert(html.unescape(found[3]).strip(), display=display)
+        if "\\" in mathml:  # a command that it does not know stays as it is
+            raise ValueError(f"equation holds a command that has no MathML here: {found[3].strip()}")
+        return mathml
 
     return MARKED.sub(mathml, content)
