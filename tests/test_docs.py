@@ -15,6 +15,7 @@ PAGES = sorted(
 PROGRAM = "-m itool_jax.main "
 STAGE = "--stage=iterate"
 SCRIPTS = ("launch/laptop.sh", "launch/slurm.sh")
+SETTINGS = REPOSITORY / "configs/smoke.yaml"
 
 
 def text_of(page: str) -> str:
@@ -63,12 +64,25 @@ def test_links_in_the_site_lead_to_the_line_of_the_definition() -> None:
     assert sources.rewritten("[x](../docs/faq.md#a)", "benchmarks/RESULTS.md") == "[x](../../faq.md#a)"
 
 
+def arguments_of(command: str) -> list[str]:
+    """Its arguments; files of settings that runs write stand for any."""
+    line = re.split(r"\s\d?[>|&;]", command)[0]
+    line = line.replace('"', "") if line.count('"') % 2 else line  # of a command within another's quotes
+    found = [part for part in shlex.split(line, comments=True) if not part.startswith("$")]
+    return [f"--config={SETTINGS}" if re.fullmatch("--config=.*[.]yaml", part) else part for part in found]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page: str) -> None:
     for command in commands(page):
-        arguments = shlex.split(command.split(">")[0], comments=True)
+        arguments = arguments_of(command)
         if not {"...", "…", "--help"} & set(arguments):
-            parse([re.sub(r"runs/\w+/config\.yaml", str(REPOSITORY / "configs/smoke.yaml"), a) for a in arguments])
+            parse(arguments)
+
+
+def test_arguments_are_those_that_the_program_gets() -> None:
+    line = '--stage=export --config=runs/x/config.yaml "$@" --output="A B" 2> log.txt  # a note'
+    assert arguments_of(line) == ["--stage=export", f"--config={SETTINGS}", "--output=A B"]
 
 
 def test_commands_are_found() -> None:

@@ -34,8 +34,8 @@ def page() -> str:
 
     parts = [HEAD, "\n## The run itself\n", *_table(Config, "")]
     for field in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(field.default):
-            kind = type(field.default)
+        if dataclasses.is_dataclass(value := _value(field)):
+            kind = type(value)
             path = kind.__module__.replace(".", "/") + ".py"
             where = f"[`{kind.__module__}.{kind.__name__}`](../{path}#{kind.__name__})"
             parts += [
@@ -48,12 +48,13 @@ def page() -> str:
 
 def _table(kind: type, head: str) -> Iterator[str]:
     """The settings of a dataclass, those that are dataclasses themselves left out."""
-    helps = _helps(kind)
+    helps, kinds = _helps(kind), typing.get_type_hints(kind)
     yield "| setting | type | default | |"
     yield "|---|---|---|---|"
     for field in dataclasses.fields(kind):
-        if not dataclasses.is_dataclass(field.default):
-            cells = (f"`--{head}{field.name}`", _type(field), _default(field), _plain(helps[field.name]))
+        if not dataclasses.is_dataclass(_value(field)):
+            shown = f"<code>{_named(kinds[field.name])}</code>"
+            cells = (f"`--{head}{field.name}`", shown, _default(field), _plain(helps[field.name]))
             yield f"| {' | '.join(cells)} |"
 
 
@@ -70,9 +71,9 @@ def _helps(kind: type) -> dict[str, str]:
     return found
 
 
-def _type(field: dataclasses.Field[Any]) -> str:
-    """The type in words, or the values to choose from."""
-    return f"<code>{_named(field.type)}</code>"
+def _value(field: dataclasses.Field[Any]) -> Any:
+    """The default; MISSING where there is none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _named(kind: Any) -> str:
@@ -87,9 +88,9 @@ def _named(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
+    if (value := _value(field)) is dataclasses.MISSING:
         return "must be given"
-    value = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    value = " ".join(map(str, value)) if isinstance(value, tuple) else value
     return "none" if value in (None, "") else f"`{value}`"
 
 
