@@ -1,6 +1,7 @@
 """The page of all settings, made from the dataclasses whenever the site is built, so that it is never stale.
 
-In: `itool_jax.config.Config`. Out: `settings.md`: a table for each dataclass, with name, type, default and help text.
+In: `itool_jax.config.Config`, and the text of `settings.md`. Out: the page: that text, and a table for each dataclass,
+with name, type, default and help text.
 """
 
 import ast
@@ -9,30 +10,19 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 PAGE = "settings.md"
 BAR = " &#124; "
-HEAD = """# Every setting
-
-Made from the program's own dataclasses when this site is built; `python -m itool_jax.main --help` prints the same. A
-setting is given on the command line, `--search.breadth=4`, or in a YAML file that `--config` names:
-
-```yaml
-search: {breadth: 4}
-warmup: {learning_rate: 1.0e-4}
-```
-
-`--config` takes several files joined by commas, later ones win, and the command line wins over all. A setting that is
-true or false is given as `--name` or `--no-name`. The links lead to the code that a setting steers.
-"""
 
 
 def page() -> str:
     """The page as Markdown."""
     from itool_jax.config import Config
 
-    parts = [HEAD, "\n## The run itself\n", *_table(Config, "")]
+    head = (Path(__file__).parents[1] / PAGE).read_text(encoding="utf-8")
+    parts = [head, "## The run itself\n", *_table(Config, "")]
     for field in dataclasses.fields(Config):
         if dataclasses.is_dataclass(value := _value(field)):
             kind = type(value)
@@ -100,8 +90,9 @@ def _plain(text: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the page to the site."""
+    """Puts the page in place of its text."""
     from mkdocs.structure.files import File
 
+    files.remove(files.get_file_from_path(PAGE))
     files.append(File.generated(config, PAGE, content=page()))
     return files
