@@ -3,14 +3,17 @@
 import errno
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from itool_jax import config
 from itool_jax.data import records
-from tests.conftest import read, write
+from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
@@ -265,3 +268,41 @@ def test_a_disk_that_is_full_in_earnest(made: Made, tmp_path: Path, capsys: pyte
     assert again(made, folder, stage="warmup") == 0
     ours, theirs = (read(f / "metrics.jsonl") for f in (folder, made.folder))
     assert [row["loss"] for row in ours] == [row["loss"] for row in theirs if row["stage"] == "warmup"]
+
+
+def test_the_page_of_files_names_every_file_and_field(made: Made):
+    page = (REPOSITORY / "docs/run-directory.md").read_text()
+    known = set(re.findall(r"`([^`\n]+)`", page)) | set(re.findall(r"[\w.]+", page.split("```")[3]))
+    for path in filter(Path.is_file, made.folder.rglob("*")):
+        name = path.relative_to(made.folder)
+        if "weights" in name.parts or path.name.startswith("."):
+            continue
+        assert re.sub("(?<=^evaluation_).*", "", path.name) in known, name
+        if path.suffix in (".json", ".jsonl"):
+            rows = [json.loads(path.read_text())] if path.suffix == ".json" else read(path)
+            assert {key for row in rows for key in _keys(row)} - known == set(), name
+
+
+VARIABLE = (
+    "packages",
+    "devices",
+    "flags",
+    "after",
+    "outputs",
+    "near_question_ids",
+    "data",
+    "model",
+    "messages",
+    "tools",
+)
+"""What has keys of no fixed name."""
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """The names of all fields of a JSON value."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield key
+        if key not in VARIABLE:
+            yield from _keys(inner)
+    for item in value if isinstance(value, list) else ():
+        yield from _keys(item)
