@@ -116,7 +116,7 @@ def test_what_jax_meets_while_it_reads_is_no_damage(tmp_path: Path, monkeypatch:
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
 
     monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="^UNKNOWN: Gloo"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo AllGather failed"):
         checkpoint.restore(tmp_path / "adapters", make_tree())
 
 
