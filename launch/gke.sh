@@ -4,7 +4,7 @@
 # ACCELERATOR and GPUS say what a node has. The cluster needs JobSet and the storage of launch/gke_storage.yaml. What is
 # applied is kept in NAME.yaml: `kubectl delete -f mine.yaml` ends the run, and the same command goes on with it.
 set -euo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 name=$1 nodes=$2 image=$3
 shift 3
 quote="'" setting="                    - "

@@ -4,7 +4,7 @@
 # GPUS takes fewer of them; EXPORT=adapter writes the adapters alone, as a run with --config=…,24gb wants it. Where the
 # machine can be taken away, give it a run directory that stays, and the same command when it is back.
 set -euo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 run_dir=$1
 shift
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}

@@ -2,7 +2,7 @@
 # Several processes on this machine, as if each were a host, to try what many hosts do:
 #   launch/processes.sh 2 --run_dir=runs/two
 set -euo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else exec "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else exec "$@"; fi; }
 count=$1
 shift
 port=${PORT:-$((20000 + RANDOM % 10000))}

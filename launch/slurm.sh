@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
 set -uo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 
 run srun --cpu-bind=none --kill-on-bad-exit=0 --wait=120 \
     python -m itool_jax.main --stage=iterate --distributed.auto --mesh.data=0 "$@"

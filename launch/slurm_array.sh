@@ -10,7 +10,7 @@
 #SBATCH --output=slurm-%A_%a.out
 #SBATCH --signal=TERM@120
 set -uo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 folder=$1
 read -ra configs <<< "$2"
 read -ra seeds <<< "$3"

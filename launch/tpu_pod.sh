@@ -5,7 +5,7 @@
 # maintenance the hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again
 # when the slice is back, as it does where a host was lost (69) or the connection broke (255).
 set -uo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 name=$1 zone=$2
 shift 2
 printf -v arguments ' %q' "$@"

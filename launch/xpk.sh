@@ -4,7 +4,7 @@
 #   launch/xpk.sh mine CLUSTER v5litepod-16 IMAGE --config=models/llama3.1-8b --data=/runs/FILE.jsonl --run_dir=/runs/mine
 # STORAGE is the name of storage that `xpk storage create` or `attach` made known, mounted on all hosts.
 set -euo pipefail
-run() { if [[ ${DRY_RUN:-} ]]; then printf '%q' "$1" && printf ' %q' "${@:2}" && echo; else "$@"; fi; }
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 name=$1 cluster=$2 slice=$3 image=$4
 shift 4
 printf -v arguments ' %q' "$@"
