@@ -97,8 +97,8 @@ def restore(folder: Path, like: Any) -> Any:
                 if (metadata := checkpointer.metadata(folder).item_metadata) is not None:  # None where it is damaged
                     _compare(metadata.tree, like)
                 return checkpointer.restore(folder, like)
-        except (MemoryError, PermissionError):
-            raise  # no damage
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # no damage: of jax's, another process is gone, or a device is full
         except Exception as error:  # damage comes out as errors of many kinds, bare ones among them
             reason = _reason(error)
         # Other reads that failed come to their ends while nobody listens: their frames are freed in here.

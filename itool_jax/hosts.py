@@ -127,6 +127,7 @@ class _Run:
     steps: int = 0
     step_time: float = 0.0
     heard: dict[int, _Other] = dataclasses.field(default_factory=dict)
+    threads: list[threading.Thread] = dataclasses.field(default_factory=list)
 
 
 _run = _Run()
@@ -296,8 +297,9 @@ def step_done() -> None:
 def _watch() -> None:
     """Starts to tell the others that this process lives, and to see who does not."""
     _run.heard = {i: _Other("", time.monotonic()) for i in range(count())}
-    for target in (_beat, _judge):
-        threading.Thread(target=target, daemon=True).start()
+    _run.threads = [threading.Thread(target=target, daemon=True) for target in (_beat, _judge)]
+    for thread in _run.threads:
+        thread.start()
     _end_in_words_without_store()
 
 
@@ -322,6 +324,8 @@ def _beat() -> None:
             for key, line in _run.store.key_value_dir_get("itool/failed/"):
                 if int(key.rpartition("/")[2]) != index() and not _run.leaving:
                     _end(line)
+        if _run.leaving:
+            return
         time.sleep(BEAT)
 
 
@@ -396,6 +400,8 @@ def leave(failure: str | None = None) -> None:
 def end(code: int) -> NoReturn:
     """Ends the process; one of several that did not succeed, without jax's farewell, which waits for all of them."""
     if _run.store is None or not code:
+        for thread in _run.threads:  # one that Python's end tears out of a call to the store takes the process along
+            thread.join(PARTING)
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

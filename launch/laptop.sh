@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
-# The default run on this machine: two cores and 4 GB are enough. Arguments are passed on, for instance --seed=1.
+# The default run on this machine: two cores and 4 GB are enough. Settings are passed on, for instance --seed=1.
 set -euo pipefail
-exec python -m itool_jax.main --stage=iterate "$@"
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
+
+run python -m itool_jax.main --stage=iterate "$@"

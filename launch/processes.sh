@@ -2,13 +2,14 @@
 # Several processes on this machine, as if each were a host, to try what many hosts do:
 #   launch/processes.sh 2 --run_dir=runs/two
 set -euo pipefail
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else exec "$@"; fi; }
 count=$1
 shift
-port=$((20000 + RANDOM % 10000))
+port=${PORT:-$((20000 + RANDOM % 10000))}
 
 pids=()
 for ((i = 0; i < count; i++)); do
-    python -m itool_jax.main --stage=iterate --mesh.data=0 --distributed.coordinator_address="localhost:$port" \
+    run python -m itool_jax.main --stage=iterate --mesh.data=0 --distributed.coordinator_address="localhost:$port" \
         --distributed.num_processes="$count" --distributed.process_id="$i" "$@" &
     pids+=($!)
 done

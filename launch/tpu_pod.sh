@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # A run on all hosts of a Cloud TPU slice, from one's own machine; the package must be installed on its hosts:
-#   launch/tpu_pod.sh NAME ZONE --config=models/llama3.1-8b --data=gs-mounted/FILE.jsonl --run_dir=/shared/runs/mine
-# The run directory must be one that all hosts see (Filestore, or a bucket mounted with gcsfuse). Before maintenance the
-# hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again when the slice
-# is back, as it does where a host was lost (69) or the connection broke (255).
+#   launch/tpu_pod.sh NAME ZONE --config=models/llama3.1-8b --data=/shared/FILE.jsonl --run_dir=/shared/runs/mine
+# Data and run directory must be where all hosts see them (Filestore, or a bucket mounted with gcsfuse). Before
+# maintenance the hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again
+# when the slice is back, as it does where a host was lost (69) or the connection broke (255).
 set -uo pipefail
+run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 name=$1 zone=$2
 shift 2
 printf -v arguments ' %q' "$@"
 
 while true; do
-    gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+    run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
         --command="python3 -m itool_jax.main --stage=iterate --distributed.auto --mesh.data=0$arguments"
     code=$?
     [[ $code == 75 || $code == 69 || $code == 255 ]] || exit "$code"

@@ -106,6 +106,20 @@ def test_damage_is_one_line_that_says_what_to_do(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_jax_meets_while_it_reads_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With several processes a read fails where another one has died; a cluster's test met that."""
+    import orbax.checkpoint as ocp
+
+    checkpoint.save(tmp_path / "adapters", make_tree())
+
+    def fail(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo AllGather failed"):
+        checkpoint.restore(tmp_path / "adapters", make_tree())
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
     """Orbax reports the disk's errors as ValueErrors of its storage library, met by background threads."""

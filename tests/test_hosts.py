@@ -152,6 +152,22 @@ def test_a_process_that_dies_or_hangs_is_named(
     assert noticed < PATIENCE + 25  # within 60 s with the default of 30
 
 
+ENDING = """
+import sys
+from itool_jax import config, hosts
+hosts.BEAT = 0.001  # always in a call to the store
+hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
+hosts.meet("all")
+hosts.leave()
+hosts.end(0)
+"""
+
+
+def test_processes_that_end_well_are_not_torn_out_of_a_call(tmp_path: Path, processes: list[Processes]):
+    processes.append(Processes(2, tmp_path, code=ENDING))
+    assert [code for code, *_ in processes[-1].end()] == [0, 0]
+
+
 HANGING = """
 import sys, time
 from itool_jax import hosts, main, train
