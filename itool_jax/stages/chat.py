@@ -9,6 +9,7 @@ Nothing is ever run. For each call you are asked what the tool answers, and Ente
 import contextlib
 import functools
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ HELP = """\
 /save FILE     adds the conversation to FILE, JSON lines that train a model
 /help          lists the commands
 /quit          ends, as Ctrl-D does; Ctrl-C stops an answer and takes the turn back"""
-BETWEEN_TURNS = ("/reset", "/system")
+NEW = ("/reset", "/system")
 EXAMPLE = 40
 """Where there is no file of tools: the number of a sample of the generated corpus that the demo does not train on."""
 
@@ -51,6 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     """Talks until the input ends; returns how many turns there were."""
     example = generated.make_sample("validation", EXAMPLE, 0)
     tools = read_tools(config.tools) if config.tools else example.tools
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep: it ends at once
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets `input` edit and recall lines
     with use_own_mesh(config.mesh):
@@ -75,6 +77,10 @@ def read_tools(path: Path) -> tuple[Row, ...]:
     if not found:
         raise ValueError(f"tools {path}: there is no tool in it")
     return found
+
+
+class _ResetError(Exception):
+    """Within a turn a new conversation was begun."""
 
 
 class Session:
@@ -125,6 +131,8 @@ class Session:
                     {"role": "tool", "name": c.name, "content": r} for c, r in zip(calls, results, strict=True)
                 ]
             self.turns += 1
+        except _ResetError:
+            return
         except KeyboardInterrupt:
             self.say("\nstopped; the turn is taken back", "yellow")
             self.messages = before
@@ -149,7 +157,7 @@ class Session:
         console_out.print("model> ", end="", style="bold")
         chunks = self.stream.respond(ids, limit, key_1, settings.temperature)
         for piece in as_text(lambda ids: decode(chat.content_ids(ids)), _kept(chunks, found)):
-            console_out.out(_shown(piece), end="", highlight=False)
+            console_out.out(harmless(piece), end="", highlight=False)
             console_out.file.flush()
         console_out.print()
         text = decode(chat.content_ids(found))
@@ -173,13 +181,12 @@ class Session:
         """What the user says that a call gives; the example where that is nothing."""
         example = remarks.stub(call.name, self.tools)
         while True:
-            line = _ask(f"result of {_shown(call.name)} [Enter: {_shown(example)}]> ").strip()
+            line = _ask(f"result of {harmless(call.name)} [Enter: {harmless(example)}]> ").strip()
             if not line.startswith("/"):
                 return line or example
-            if line.split()[0] in BETWEEN_TURNS:
-                self.say("not within a turn; Ctrl-C takes it back", "yellow")
-            else:
-                self.command(line)
+            self.command(line)
+            if line.split()[0] in NEW:
+                raise _ResetError
 
     def command(self, line: str) -> None:
         """Does what a line beginning with / asks for; EOFError where that is to end."""
@@ -224,22 +231,22 @@ class Session:
 
     def say(self, text: str, style: str = "") -> None:
         """A line that is not the model's."""
-        console_out.print(Text(_shown(text), style=style), soft_wrap=True)
+        console_out.print(Text(harmless(text), style=style), soft_wrap=True)
 
 
 def highlighted(call: Call) -> Text:
     """A call as canonical text in colour: its name, its arguments' names, and their values."""
-    text = Text(_shown(call.name), style="bold cyan")
+    text = Text(harmless(call.name), style="bold cyan")
     text.append("(")
     for number, (name, value) in enumerate(call.arguments.items()):
         written = write_calls([Call("f", {"x": value})]).removeprefix("[f(x=").removesuffix(")]")
         text.append(", " if number else "")
-        text.append(_shown(name), style="green").append("=")
-        text.append(_shown(written), style="magenta" if isinstance(value, str) else "blue")
+        text.append(harmless(name), style="green").append("=")
+        text.append(harmless(written), style="magenta" if isinstance(value, str) else "blue")
     return text.append(")")
 
 
-def _shown(text: str) -> str:
+def harmless(text: str) -> str:
     """A text of anyone's, harmless to a terminal: control characters could change what it shows."""
     return _CONTROL.sub("\ufffd", text)
 
