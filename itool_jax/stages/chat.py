@@ -225,7 +225,7 @@ class Session:
             rows = [row for _, row in read_rows(path)] if path.exists() else []
             row = {"id": self.id, "messages": self.messages, "tools": list(self.tools)}
             count = write_jsonl(path, [*(other for other in rows if other.get("id") != self.id), row])
-            self.say(f"saved; {name} holds {count} conversations", "dim")
+            self.say(f"saved; {name} holds {count} conversation{'s' * (count > 1)}", "dim")
         except (ValueError, OSError) as error:
             self.say(f"not saved: {error}", "red")
 
