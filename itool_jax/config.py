@@ -110,6 +110,10 @@ class Config:
     folder to write."""
     overwrite: bool = False
     """Replace an exported folder that is there already."""
+    chat: bool = False
+    """Have generate talk with you in the terminal, instead of answering a data file."""
+    tools: Path | None = None
+    """JSON file of the tools in a chat: OpenAI's schemas, or bare functions, one or a list; else some of the demo's."""
     benchmark: Literal["bfcl", "api_bank"] | None = None
     """Public benchmark: evaluate takes it in place of the held-out part, iterate beside it after every phase."""
     categories: tuple[str, ...] = ()
@@ -175,11 +179,20 @@ class Config:
             raise ValueError(f"stage {self.stage} needs {need}, got it with several processes (distributed)")
         if self.overwrite and self.stage != "export":
             raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
+        self._check_chat()
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
             if isinstance(value, str) and untrusted.redacted(value) != value:
                 raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
+
+    def _check_chat(self) -> None:
+        if self.chat and self.stage != "generate":
+            raise ValueError(f"chat is for the stage generate, got it with stage {self.stage}")
+        if self.chat and self.output is not None:
+            raise ValueError("output is for generate on a data file, got it with chat, where /save FILE writes one")
+        if self.tools is not None and not self.chat:
+            raise ValueError("tools is for a chat; in a data file each sample has its own. Set --chat")
 
     def _check_benchmark(self) -> None:
         given = [name for name in ("results", "against", "official") if getattr(self, name)]
@@ -314,9 +327,9 @@ def _defaults() -> dict[str, Any]:
 
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
 FREE = (
-    *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
+    *("stage", "config", "run_dir", "output", "overwrite", "chat", "tools", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
-    *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
+    *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "generate.phase", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
     *("profile", "log.", "distributed."),
 )
@@ -403,13 +416,23 @@ def save_or_check(config: Config) -> None:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
 
 
-def _check_saved(path: Path, config: Config) -> None:
+def check_weights(config: Config) -> None:
+    """ValueError where the run directory is none, or its weights are of another model or kind than these settings."""
+    path = config.run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{config.run_dir} is no run directory: it holds no config.yaml")
+    _check_saved(path, config, ("model", "lora.", "quantize"))
+
+
+def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> None:
+    """ValueError where settings whose names begin with one of `only` are not those saved."""
     mend = "choose another --run_dir"
     try:
         saved = untrusted.read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {mend}") from error
-    for name, value in binding_settings(config).items():
+    binding = {name: value for name, value in binding_settings(config).items() if name.startswith(only)}
+    for name, value in binding.items():
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
         if saved[name] != value:

@@ -37,6 +37,13 @@ def make_deterministic() -> None:
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in DETERMINISTIC if flag not in flags)])
 
 
+def keep_programs() -> None:
+    """Compiled programs are kept for the next process, in JAX_COMPILATION_CACHE_DIR or a folder of our own."""
+    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def record(folder: Path, arguments: Sequence[str]) -> str | None:
     """Adds this session to the file in `folder` unless it is like the last one; returns what changed, for the user."""
     now = describe(arguments)

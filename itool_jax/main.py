@@ -4,7 +4,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from itool_jax import config as settings
 from itool_jax import hosts, metrics, trackers
@@ -60,9 +59,7 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     from itool_jax import environment
     from itool_jax.model.sharding import use_mesh
 
-    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    environment.keep_programs()
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
     trackers.require(config.log)

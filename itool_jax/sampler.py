@@ -138,7 +138,7 @@ def score_step(
     return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
-def _choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
+def choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
     """A token a row by inverse transform: one uniform number a row and token; temperature 0: the best."""
 
     def sampled() -> Array:
@@ -171,7 +171,7 @@ class _Loop(NamedTuple):
 def _take(table: StepTable, rows: _Rows, logits_BV: Array, loop: _Loop) -> _Loop:
     """Token t of every live row, given the logits before it."""
     t, live_B = loop.t, ~loop.done_B
-    token_B = _choose(logits_BV, rows.keys_B, t, rows.temperature)
+    token_B = choose(logits_BV, rows.keys_B, t, rows.temperature)
     log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
     automaton, boundary_B = advance(table, loop.automaton, token_B)
     stopped_B = table.is_stop_V[token_B]
@@ -250,6 +250,9 @@ class GenerateSettings:
     """Longest response, in tokens."""
     tokens_per_batch: int = 16384
     """Prompt tokens in a batch, padding included; smaller needs less memory."""
+    phase: str | None = None
+    """Phase of the run in --run_dir whose weights answer, such as warmup or iteration_2, or last; else the model as it
+    is."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -53,6 +53,19 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
     return _load(source, need_target, for_training=False, skipped=None)
 
 
+def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
+    """The samples of rows in the OpenAI form, {messages, tools, target}, as `read_samples` makes them.
+
+    Raises:
+        ValueError: one line that says which row is wrong, by its number from 1.
+    """
+    read = functools.partial(_openai_or_raw, need_target=need_target, every_turn=False)
+    found = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
+    if any(isinstance(sample, RawSample) for sample in found):
+        raise ValueError('a sample needs "messages"; raw prompts are for files')
+    return _distinct(found)
+
+
 def load_questions(source: Path) -> list[Sample]:
     """The samples of evaluation data: what `load` reads, and the tests of BFCL, without targets, and of API-Bank.
 

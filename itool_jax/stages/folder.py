@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 
 from itool_jax import checkpoint, untrusted
-from itool_jax.config import Config
+from itool_jax.config import Config, check_weights
 from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
@@ -120,6 +120,21 @@ def trained_phases(config: Config) -> list[str]:
     """The phases that have weights, in order."""
     names = map(phase_name, itertools.count())
     return list(itertools.takewhile(lambda phase: weights_folder(config, phase).is_dir(), names))
+
+
+def answering_phase(config: Config) -> str:
+    """The phase that `generate.phase` names; `base`, the model as it is, where it names none."""
+    name = config.generate.phase
+    if name in (None, "base"):
+        return "base"
+    check_weights(config)
+    check_sources(config, ["model"])  # adapters belong to one base
+    phases = trained_phases(config)
+    chosen = phases[-1] if name == "last" and phases else name
+    if chosen not in phases:
+        there = ", ".join(phases) or "none yet"
+        raise ValueError(f"generate.phase={name} has no weights in {config.run_dir}; there are: {there}")
+    return chosen
 
 
 def load_trained(config: Config, phase: str, dtype: str = "float32") -> Params:

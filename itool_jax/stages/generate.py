@@ -1,6 +1,7 @@
-"""Responses of a model to prompts from a file.
+"""Responses of a model to prompts from a file, or to a person in the terminal.
 
-In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without it, the texts.
+In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without it, the texts. With
+`--chat`, see `stages.chat`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from itool_jax.data.sources import read_samples
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import folder, manifest
+from itool_jax.stages import chat, folder, manifest
 from itool_jax.stages.spread import spread
 from itool_jax.text.chat import Encoded, encode_sample
 
@@ -20,13 +21,15 @@ Row = dict[str, Any]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Generates for every row of the data file; returns how many."""
+    """Generates for every row of the data file; returns how many. A chat returns how many turns it had."""
+    if config.chat:
+        return chat.run(config)
     samples = read_samples(folder.data_file(config), need_target=False)
     base = folder.load_base(config)
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     folder.check_ids(encoded, base.config.vocab_size)
     folder.check_room(encoded, base.config.max_length, room=1)
-    policy, table = folder.load_policy(config, "base"), folder.step_table(config, "sentence")
+    policy, table = folder.load_policy(config, folder.answering_phase(config)), folder.step_table(config, "sentence")
 
     def answer(rows: Sequence[Encoded], keep: Keep) -> list[Row]:
         prompts = [(row.id, row.prompt_ids) for row in rows]

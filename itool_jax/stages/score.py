@@ -5,7 +5,7 @@ in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,19 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
 def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config, keep: Keep = keep_nothing) -> list[Row]:
     """One row a sample, in the order given."""
     with progress("perplexity", len(encoded)) as advance:
-        rows = [(row.prompt_ids, row.target_ids) for row in encoded]
-        sums = target_log_probs(policy, rows, config.generate.tokens_per_batch, advance, keep)
+        return score_rows(policy, encoded, config, advance, keep)
+
+
+def score_rows(
+    policy: Policy,
+    encoded: Sequence[Encoded],
+    config: Config,
+    advance: Callable[..., None] = lambda *_: None,
+    keep: Keep = keep_nothing,
+) -> list[Row]:
+    """The same without a word; `advance(n)` is told of every n samples."""
+    rows = [(row.prompt_ids, row.target_ids) for row in encoded]
+    sums = target_log_probs(policy, rows, config.generate.tokens_per_batch, advance, keep)
     for row, total in zip(encoded, sums, strict=True):
         if not math.isfinite(total):
             raise ValueError(

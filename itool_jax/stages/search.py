@@ -57,15 +57,8 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     items = [Searched(*row) for row in zip(hardest, folder.encode(config, hardest), strict=True)]
 
     def work(items: Sequence[Searched], keep: Keep) -> list[Row]:
-        found: dict[str, Row] = {}
         with progress(f"search, iteration {config.iteration}", len(items) * settings.n_simulations) as advance:
-            for number, group in enumerate(_groups(items, settings.seats)):
-                # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
-                keep_here = functools.partial(_keep_in_group, keep, number)
-                searcher = Searcher(policy, base, table, group, settings, config.self_eval, config.seed, keep_here)
-                # 3. The best and the worst step at each node are a preference pair.
-                found |= _results(searcher.search(advance), group, base.chat, config)
-        return [found[item.sample.id] for item in items]
+            return trees(policy, base, table, items, config, advance, keep)
 
     results = spread(config, manifest.working_folder(config, phase, "search"), items, work)
     pairs = [pair for row in results for pair in row["pairs"]]
@@ -74,6 +67,29 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
     _remark(phase, results)
     tokens = sum(row["sampled_tokens"] for row in results)
     return {"prompts": len(items), "trees": len(results), "pairs": len(pairs), "generated_tokens": tokens}
+
+
+def trees(
+    policy: Policy,
+    base: Base,
+    table: StepTable,
+    items: Sequence["Searched"],
+    config: Config,
+    advance: Callable[..., None] = lambda *_: None,
+    keep: Keep = keep_nothing,
+) -> list[Row]:
+    """{tree, pairs, sampled_tokens} of each sample, in their order: a row of trees.jsonl, rows of pairs.jsonl.
+
+    `advance(n)` is told of every n simulations.
+    """
+    found: dict[str, Row] = {}
+    for number, group in enumerate(_groups(items, config.search.seats)):
+        # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
+        keep_here = functools.partial(_keep_in_group, keep, number)
+        searcher = Searcher(policy, base, table, group, config.search, config.self_eval, config.seed, keep_here)
+        # 3. The best and the worst step at each node are a preference pair.
+        found |= _results(searcher.search(advance), group, base.chat, config)
+    return [found[item.sample.id] for item in items]
 
 
 def _keep_in_group(keep: Keep, number: int, key: str, compute: Callable[[], Any]) -> Any:

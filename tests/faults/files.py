@@ -158,6 +158,9 @@ BENCHMARKS = [
 EXPORT = "--stage=export --run_dir=RUN SETTINGS --output=DIR/o"
 
 EXPORTS = [
+    fault("answer-phase", "a phase that answers without weights", "--stage=generate --run_dir=RUN SETTINGS --generate.phase=iteration_9", "generate.phase=iteration_9 has no weights in RUN; there are: warmup, iteration_1, iteration_2", finished),
+    fault("answer-no-run", "a phase of no run", "--stage=generate --run_dir=RUN SETTINGS --generate.phase=last", "RUN is no run directory: it holds no config.yaml"),
+    fault("answer-settings", "a phase of other weights", "--stage=generate --run_dir=RUN SETTINGS --generate.phase=last --lora.rank=3", "run directory RUN was made with lora.rank=2, now it is 3; choose another --run_dir or the same settings", finished),
     fault("export-no-run", "a run that is not there", EXPORT, "run directory RUN does not exist"),
     fault("export-no-weights", "a run without weights", EXPORT, "RUN has no weights of warmup yet; run --stage=warmup first", mkdir("run")),
     fault("export-phase", "a phase without weights", f"{EXPORT} --export.phase=iteration_9", "export.phase=iteration_9 has no weights in RUN; there are: warmup, iteration_1, iteration_2", finished),

@@ -1,0 +1,269 @@
+"""The library: a model that answers, scores and searches, in a script or a notebook.
+
+In: a model folder, a hub name, `embedded`, or a run directory. Out: a `Model`, whose methods do what the stages of the
+same names do, with the same settings. Errors are those of the program: ValueError with one line that says what to mend.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import jax
+
+from itool_jax import config as settings_of
+from itool_jax import environment
+from itool_jax.config import Config
+from itool_jax.data.records import Row, Sample, sample_row
+from itool_jax.data.sources import from_rows
+from itool_jax.metrics import progress
+from itool_jax.model.sharding import use_mesh, use_own_mesh
+from itool_jax.sampler import GenerateSettings, respond
+from itool_jax.stages import folder, score, search
+from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.text.padding import target_width
+from itool_jax.text.steps import Granularity, StepTable
+
+Message = Mapping[str, Any]
+"""{"role", "content"} as OpenAI writes it; an assistant's may have `tool_calls`."""
+Tool = Mapping[str, Any]
+"""A function in OpenAI's schema, bare or as {"type": "function", "function": ...}."""
+Conversation = str | Sequence[Message]
+"""Messages, or a text, which is one message of the user."""
+
+
+def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str | None = None) -> "Model":
+    """A model with its tokenizer and weights, on the devices that are here.
+
+    Args:
+        source: a folder in Hugging Face layout, a hub name, `embedded`, or the directory of a run.
+        settings: settings of the program as its command line has them, such as "--dtype=bfloat16".
+        phase: of a run, whose weights: base, warmup, iteration_1, ...; the last that has any.
+
+    Raises:
+        ValueError: there is no such model, phase or setting, or a file of it is damaged.
+    """
+    path = Path(source)
+    arguments = ["--stage=generate"]
+    is_run = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
+    if is_run:
+        arguments += [f"--config={path / 'config.yaml'}", f"--run_dir={path}"]
+    elif phase is not None:
+        raise ValueError(f"phase={phase} is for a run directory, and {source} is none: it holds no config.yaml")
+    elif os.fspath(source) != "embedded":
+        arguments.append(f"--model={source}")
+    config = settings_of.parse([*arguments, *settings])
+    if is_run and phase is None:
+        phase = (folder.trained_phases(config) or ["base"])[-1]
+    return Model(dataclasses.replace(config, generate=dataclasses.replace(config.generate, phase=phase)))
+
+
+class Score(NamedTuple):
+    """How probable a model finds a target."""
+
+    log_prob: float
+    """Sum of log π of the target's tokens, the end of turn among them, in nats."""
+    n_tokens: int
+    perplexity: float
+    """exp(-log_prob / n_tokens): 1 is certainty."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SearchTree:
+    """A finished search tree; printed, it is drawn as text."""
+
+    id: str
+    gold: str
+    """The target that responses were judged by."""
+    nodes: list[Row]
+    """Rows with node, parent, depth, text, token_ids, visits (N), q, value (V), prior, outcome (O), confidence (C),
+    terminal, and gold: whether the response so far is the target's. The first is the root."""
+    pairs: list[Row]
+    """Preference pairs, as in pairs.jsonl: prompt, chosen, rejected, their token ids, q and visits."""
+
+    def to_dict(self) -> Row:
+        """The tree as a row of trees.jsonl; `pairs` are rows of pairs.jsonl already."""
+        return {"id": self.id, "gold": self.gold, "nodes": self.nodes}
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{self.id}: gold {self.gold}", *self._lines(0, "")])
+
+    def _lines(self, parent: int, indent: str) -> Iterator[str]:
+        children = [row for row in self.nodes if row["parent"] == parent]
+        for row in children:
+            last = row is children[-1]
+            yield f"{indent}{'└─' if last else '├─'} {self._label(row)}"
+            yield from self._lines(row["node"], f"{indent}{'   ' if last else '│  '}")
+
+    def _label(self, row: Row) -> str:
+        """Text, N, Q, p, C, O where the response ends, and what the step is."""
+        sides = [side for side in ("chosen", "rejected") for p in self.pairs if p[f"{side}_node"] == row["node"]]
+        notes = ["gold"] * row["gold"] + sides
+        text = f"{row['text'] or '(nothing)'}  N={row['visits']} Q={row['q']:+.2f} p={row['prior']:.2f}"
+        text += f" C={row['confidence']:.2f}" + (f" O={row['outcome']:+g}" if row["terminal"] else "")
+        return " ".join([text.replace("\n", "\\n"), *(f"[{note}]" for note in notes)])
+
+
+class Model:
+    """A model ready to run; made by `load`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._precision = "highest" if config.dtype == "float32" else None
+        self._tables: dict[Granularity, StepTable] = {}
+        environment.keep_programs()
+        with self._working():
+            self._base = folder.load_base(config)
+            self.phase = folder.answering_phase(config)
+            """Of a run, whose weights these are; base is the model as it was."""
+            self._policy = folder.load_policy(config, self.phase)
+
+    def __repr__(self) -> str:
+        return f"<{self.config.model}, {self.phase}: context of {self._base.config.max_length} tokens>"
+
+    @overload
+    def generate(  # pyright: ignore[reportOverlappingOverload]: a text is a sequence of texts
+        self,
+        messages: Conversation,
+        tools: Sequence[Tool] | None = None,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        messages: Sequence[Conversation],
+        tools: Sequence[Tool] | None = None,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        tools: Sequence[Tool] | None = None,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> str | list[str]:
+        """The model's answer to a conversation, or a list with the answer to each of a list of them.
+
+        Args:
+            messages: a conversation that ends with a turn of the user or of a tool, or a list of conversations.
+            tools: those of all conversations.
+            temperature: 0 is greedy; as the setting generate.temperature says.
+            max_tokens: the longest answer; as the setting generate.max_tokens says.
+            seed: of the sampling; a conversation's answer depends on it and on nothing else in the list.
+
+        Raises:
+            ValueError: a conversation or tool is malformed, or does not fit the context with room for an answer.
+        """
+        alone = isinstance(messages, str) or isinstance(next(iter(messages), None), Mapping)
+        given: list[Any] = [messages] if alone else list(messages)
+        rows = [{"messages": _messages(one), "tools": tools} for one in given]
+        for number, row in enumerate(rows, 1):
+            if row["messages"] and row["messages"][-1].get("role") == "assistant":
+                raise ValueError(f"conversation {number} ends with the assistant's turn: there is nothing to answer")
+        changes = {"temperature": temperature, "max_tokens": max_tokens}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        settings = dataclasses.replace(self.config.generate, **changes)
+        chat, limit = self._base.chat, self._base.config.max_length
+        # An id is made of the content, or the place in the list would decide what is sampled.
+        encoded = [encode_sample(chat, from_rows([row], need_target=False)[0]) for row in rows]
+        folder.check_room(encoded, limit, room=1)
+        settings = _fitting(settings, encoded)
+        with self._working():
+            prompts = [(row.id, row.prompt_ids) for row in encoded]
+            seed = self.config.seed if seed is None else seed
+            found = respond(self._policy, self._table("sentence"), prompts, settings, limit, seed)
+        texts = [chat.tokenizer.decode(chat.content_ids(ids)) for ids in found]
+        return texts[0] if alone else texts
+
+    def score(self, messages: Conversation, target: str | Message, tools: Sequence[Tool] | None = None) -> Score:
+        """How probable the model finds a target as the answer to a conversation.
+
+        Args:
+            messages: the conversation before the target.
+            target: a bracketed list of calls, a text, or an assistant message with `tool_calls`.
+            tools: of the conversation.
+
+        Raises:
+            ValueError: a part is malformed, or together they do not fit the context; or the weights are damaged.
+        """
+        rows = [{"messages": _messages(messages), "tools": tools, "target": target}]
+        with self._working():
+            encoded = folder.encode(self.config, from_rows(rows, need_target=True))
+            config = dataclasses.replace(self.config, generate=_fitting(self.config.generate, encoded))
+            row = score.score_rows(self._policy, encoded, config)[0]
+        return Score(row["logprob_sum"], row["n_tokens"], row["perplexity"])
+
+    @overload
+    def search(self, samples: Mapping[str, Any] | Sample, **settings: Any) -> SearchTree: ...
+
+    @overload
+    def search(self, samples: Sequence[Mapping[str, Any] | Sample], **settings: Any) -> list[SearchTree]: ...
+
+    def search(
+        self, samples: Mapping[str, Any] | Sample | Sequence[Mapping[str, Any] | Sample], **settings: Any
+    ) -> SearchTree | list[SearchTree]:
+        """The search tree of a sample, with its preference pairs, or a list with that of each of a list of samples.
+
+        Args:
+            samples: {"messages", "tools", "target"}, perhaps with "id", as in a data file.
+            settings: of the search, by the names of `itool_jax.mcts.search.SearchSettings`: n_simulations, breadth,
+                max_depth, temperature, ...; those not named are as the model was loaded.
+
+        Raises:
+            ValueError: a sample is malformed or does not fit the context, or a setting is out of range.
+        """
+        alone = isinstance(samples, Mapping | Sample)
+        given = [samples] if alone else list(samples)
+        rows = [sample_row(one) if isinstance(one, Sample) else dict(one) for one in given]
+        found = from_rows(rows, need_target=True)
+        if not found:
+            return []
+        # As many seats as there are samples: a tree does not depend on its neighbours.
+        most = 64 if self.config.search.batch == "auto" else self.config.search.batch
+        seats = min(most, 1 << (len(found) - 1).bit_length())
+        config = dataclasses.replace(
+            self.config, search=dataclasses.replace(self.config.search, **({"batch": seats} | settings))
+        )
+        with self._working(), progress("search", len(found) * config.search.n_simulations) as advance:
+            items = [search.Searched(*row) for row in zip(found, folder.encode(config, found), strict=True)]
+            table = self._table(config.search.granularity)
+            rows = search.trees(self._policy, self._base, table, items, config, advance)
+        trees = [SearchTree(**row["tree"], pairs=row["pairs"]) for row in rows]
+        return trees[0] if alone else trees
+
+    def _table(self, granularity: Granularity) -> StepTable:
+        if granularity not in self._tables:
+            self._tables[granularity] = folder.step_table(self.config, granularity)
+        return self._tables[granularity]
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Inside, programs run as in the stages: on the mesh, and float32 as such."""
+        precise = jax.default_matmul_precision("highest") if self._precision else contextlib.nullcontext()
+        with precise, use_mesh(self.config.mesh), use_own_mesh(self.config.mesh):
+            yield
+
+
+def _fitting(settings: GenerateSettings, encoded: Sequence[Encoded]) -> GenerateSettings:
+    """Batches of no more rows than there are samples, rounded up to a power of two: what a row gives is its own."""
+    width = max((target_width(len(row.prompt_ids), len(row.target_ids)) for row in encoded), default=1)
+    tokens = width << max(len(encoded) - 1, 0).bit_length()
+    return dataclasses.replace(settings, tokens_per_batch=min(settings.tokens_per_batch, tokens))
+
+
+def _messages(conversation: Conversation) -> list[Row]:
+    if isinstance(conversation, str):
+        return [{"role": "user", "content": conversation}]
+    return [dict(message) for message in conversation]

@@ -1,0 +1,270 @@
+"""A chat in the terminal with a model that calls tools, to try one out.
+
+In: lines that are typed, or that come from a pipe; the tools in a JSON file. Out: answers as they are sampled, their
+calls as `text.calls` reads them, and with /save the conversation as a row of training data.
+
+Nothing is ever run. For each call you are asked what the tool answers, and Enter gives an example.
+"""
+
+import contextlib
+import functools
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.text import Text
+
+from itool_jax.config import Config
+from itool_jax.data import generated
+from itool_jax.data.formats import samples_from_conversation
+from itool_jax.data.records import Row, read_rows, write_jsonl
+from itool_jax.data.schemas import tool_schemas
+from itool_jax.metrics import console_out
+from itool_jax.model.sharding import use_own_mesh
+from itool_jax.sampler import row_keys, text_key
+from itool_jax.stages import folder
+from itool_jax.streaming import Stream, as_text
+from itool_jax.text import remarks
+from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
+from itool_jax.untrusted import read_json
+
+HELP = """\
+/reset         begins a new conversation, with the same tools and system message
+/system TEXT   begins a new one with TEXT as system message; without TEXT, with none
+/tools         lists the tools
+/save FILE     adds the conversation to FILE, JSON lines that train a model
+/help          lists the commands
+/quit          ends, as Ctrl-D does; Ctrl-C stops an answer and takes the turn back"""
+NEW = ("/reset", "/system")
+EXAMPLE = 40
+"""Where there is no file of tools: the number of a sample of the generated corpus that the demo does not train on."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Talks until the input ends; returns how many turns there were."""
+    example = generated.make_sample("validation", EXAMPLE, 0)
+    tools = read_tools(config.tools) if config.tools else example.tools
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep: it ends at once
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, lets `input` edit and recall lines
+    with use_own_mesh(config.mesh):
+        session = Session(config, tools)
+        if config.tools is None:
+            session.say(f"tools of the demo; try: {example.messages[-1]['content']}", "dim")
+        session.talk()
+    return {"turns": session.turns}
+
+
+def read_tools(path: Path) -> tuple[Row, ...]:
+    """The OpenAI tool schemas of a JSON file: one tool or bare function, or a list of them.
+
+    Raises:
+        ValueError: there is no such tool in the file; names it.
+    """
+    try:
+        content = read_json(path)
+        found = tool_schemas(content if isinstance(content, list) else [content])
+    except ValueError as error:
+        raise ValueError(f"tools {path}: {error}") from error
+    if not found:
+        raise ValueError(f"tools {path}: there is no tool in it")
+    return found
+
+
+class _ResetError(Exception):
+    """Within a turn a new conversation was begun."""
+
+
+class Session:
+    """A model, its tools and the conversation so far."""
+
+    def __init__(self, config: Config, tools: Sequence[Row]):
+        self.config, self.tools = config, tuple(tools)
+        self.base = folder.load_base(config)
+        phase = folder.answering_phase(config)
+        is_stop_V = np.zeros(self.base.config.vocab_size, bool)
+        is_stop_V[list(self.base.chat.stop_ids)] = True
+        self.stream = Stream(folder.load_policy(config, phase), is_stop_V)
+        self.system: Row | None = None
+        self.turns = 0
+        self.reset()
+        name = config.model if phase == "base" else f"{phase} of {config.run_dir}"
+        self.say(f"{name}, {len(self.tools)} tools; /help lists the commands", "dim")
+
+    def reset(self) -> None:
+        """Begins a new conversation."""
+        self.messages = [self.system] if self.system else []
+        self.id = f"chat-{time.time_ns() // 1000:x}"
+
+    def talk(self) -> None:
+        """Answers line after line until the input ends."""
+        try:
+            while True:
+                try:
+                    line = _ask("you> ").strip()
+                except KeyboardInterrupt:
+                    self.say("\n/quit or Ctrl-D ends", "dim")
+                    continue
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.turn(line)
+        except EOFError:
+            return
+
+    def turn(self, text: str) -> None:
+        """A question, and answers to it until one calls no tool; taken back where it is stopped or impossible."""
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            while calls := self.answer():
+                results = [self.result(call) for call in calls]
+                self.messages += [
+                    {"role": "tool", "name": c.name, "content": r} for c, r in zip(calls, results, strict=True)
+                ]
+            self.turns += 1
+        except _ResetError:
+            return
+        except KeyboardInterrupt:
+            self.say("\nstopped; the turn is taken back", "yellow")
+            self.messages = before
+        except ValueError as error:
+            self.say(f"{error}; the turn is taken back", "red")
+            self.messages = before
+
+    def answer(self) -> list[Call]:
+        """Has the model answer, and shows what it says and calls; the calls."""
+        chat, settings = self.base.chat, self.config.generate
+        ids = chat.prompt_ids(self.messages, self.tools)
+        if (room := self.base.config.max_length - len(ids)) < 1:
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, the model's context {self.base.config.max_length}; "
+                "/reset begins a new one"
+            )
+        limit = min(settings.max_tokens, room)
+        fold = np.array([text_key(f"{len(self.messages)} {self.messages[-1]['content']}")], np.uint32)
+        key_1 = row_keys(jax.random.key(self.config.seed), fold)
+        found: list[int] = []
+        decode = functools.partial(chat.tokenizer.decode, clean_up_tokenization_spaces=False)
+        console_out.print("model> ", end="", style="bold")
+        chunks = self.stream.respond(ids, limit, key_1, settings.temperature)
+        for piece in as_text(lambda ids: decode(chat.content_ids(ids)), _kept(chunks, found)):
+            console_out.out(harmless(piece), end="", highlight=False)
+            console_out.file.flush()
+        console_out.print()
+        text = decode(chat.content_ids(found))
+        self.messages.append({"role": "assistant", "content": text})
+        if found[-1] not in chat.stop_ids:
+            self.say(f"cut off after {len(found)} tokens (generate.max_tokens, or the model's context)", "yellow")
+        return self.show_calls(text)
+
+    def show_calls(self, text: str) -> list[Call]:
+        """The calls of an answer, shown as they are read, with what is wrong with each."""
+        calls = read_calls(text)
+        if calls is None and looks_like_calls(text):
+            self.say("  it begins like a list of calls, and cannot be read as one", "red")
+        for number, call in enumerate(calls or (), 1):
+            console_out.print(Text(f"  call {number}: ", style="dim") + highlighted(call), soft_wrap=True)
+            for line in remarks.faults(call, self.tools):
+                self.say(f"    {line}", "red")
+        return calls or []
+
+    def result(self, call: Call) -> str:
+        """What the user says that a call gives; the example where that is nothing."""
+        example = remarks.stub(call.name, self.tools)
+        while True:
+            line = _ask(f"result of {harmless(call.name)} [Enter: {harmless(example)}]> ").strip()
+            if not line.startswith("/"):
+                return line or example
+            self.command(line)
+            if line.split()[0] in NEW:
+                raise _ResetError
+
+    def command(self, line: str) -> None:
+        """Does what a line beginning with / asks for; EOFError where that is to end."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/quit":
+                raise EOFError
+            case "/help":
+                self.say(HELP)
+            case "/tools":
+                for tool in self.tools:
+                    function = tool["function"]
+                    self.say(f"{remarks.signature(function)}  {function['description']}")
+            case "/reset":
+                self.reset()
+                self.say("a new conversation", "dim")
+            case "/system":
+                self.system = {"role": "system", "content": rest} if rest else None
+                self.reset()
+                self.say(f"a new conversation, {'with that' if rest else 'without a'} system message", "dim")
+            case "/save":
+                self.save(rest)
+            case _:
+                self.say(f"there is no command {name}; /help lists them", "yellow")
+
+    def save(self, name: str) -> None:
+        """Adds the conversation to a file of training data, or renews it there."""
+        if not name:
+            self.say("/save needs a FILE to add the conversation to", "yellow")
+            return
+        try:
+            if not samples_from_conversation(self.id, self.messages, self.tools):
+                raise ValueError("there is no answer to save yet")
+            path = Path(name).expanduser()
+            rows = [row for _, row in read_rows(path)] if path.exists() else []
+            row = {"id": self.id, "messages": self.messages, "tools": list(self.tools)}
+            count = write_jsonl(path, [*(other for other in rows if other.get("id") != self.id), row])
+            self.say(f"saved; {name} holds {count} conversation{'s' * (count > 1)}", "dim")
+        except (ValueError, OSError) as error:
+            self.say(f"not saved: {error}", "red")
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line that is not the model's."""
+        console_out.print(Text(harmless(text), style=style), soft_wrap=True)
+
+
+def highlighted(call: Call) -> Text:
+    """A call as canonical text in colour: its name, its arguments' names, and their values."""
+    text = Text(harmless(call.name), style="bold cyan")
+    text.append("(")
+    for number, (name, value) in enumerate(call.arguments.items()):
+        written = write_calls([Call("f", {"x": value})]).removeprefix("[f(x=").removesuffix(")]")
+        text.append(", " if number else "")
+        text.append(harmless(name), style="green").append("=")
+        text.append(harmless(written), style="magenta" if isinstance(value, str) else "blue")
+    return text.append(")")
+
+
+def harmless(text: str) -> str:
+    """A text of anyone's, harmless to a terminal: control characters could change what it shows."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def _kept(chunks: Iterator[list[int]], found: list[int]) -> Iterator[list[int]]:
+    """The chunks as they come, which are put into `found` too."""
+    for chunk in chunks:
+        found += chunk
+        yield chunk
+
+
+def _ask(prompt: str) -> str:
+    """A line from the user; EOFError where there are no more. One from a pipe is shown, as if it had been typed."""
+    if sys.stdin.isatty():
+        return input(prompt)
+    console_out.out(prompt, end="", highlight=False)
+    line = sys.stdin.readline()
+    console_out.out(line.removesuffix("\n"), highlight=False)
+    if not line:
+        raise EOFError
+    return line

@@ -1,0 +1,107 @@
+"""What is to be said of a call beside the tools there are, and what a tool may be taken to answer.
+
+In: calls, as `text.calls` reads them, and OpenAI tool schemas. Out: one line for each fault; a result to try a model
+with. Nothing is run.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from itool_jax.text.calls import Call
+from itool_jax.untrusted import MAX_DEPTH
+
+Tool = Mapping[str, Any]
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+_EXAMPLES: dict[str, Any] = {"string": "text", "integer": 1, "number": 1.0, "boolean": True, "null": None}
+
+
+def find(name: str, tools: Sequence[Tool]) -> Tool | None:
+    """The function of that name among the tools: its name, description and parameters."""
+    return next((tool["function"] for tool in tools if tool["function"]["name"] == name), None)
+
+
+def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
+    """What is wrong with a call, a line each; none where it fits the schema.
+
+    Looked at are the function, required and unknown arguments, and of each value its type and `enum`; what else a
+    schema may ask for is not.
+    """
+    function = find(call.name, tools)
+    if function is None:
+        close = difflib.get_close_matches(call.name, [tool["function"]["name"] for tool in tools], 1)
+        return [f"unknown function {call.name}" + (f"; there is {close[0]}" if close else "")]
+    schema = function["parameters"]
+    known = schema.get("properties") or {}
+    found = [f"argument {name} is missing" for name in schema.get("required") or () if name not in call.arguments]
+    for name, value in call.arguments.items():
+        if name not in known:
+            found.append(f"unknown argument {name}")
+        elif isinstance(known[name], Mapping):
+            found += _value_faults(name, value, known[name])
+    return found
+
+
+def stub(name: str, tools: Sequence[Tool]) -> str:
+    """A result as JSON: an example of the function's `response` schema where it has one, else {"ok": true}."""
+    function = find(name, tools) or {}
+    schema = function.get("response", function.get("returns"))
+    if not isinstance(schema, Mapping):
+        return json.dumps({"ok": True})
+    return json.dumps(_example(schema, 0), ensure_ascii=False)
+
+
+def signature(function: Tool) -> str:
+    """`name(city: string, days: integer?)`; a question mark stands behind what is optional."""
+    schema = function["parameters"]
+    required = schema.get("required") or ()
+    parts = [
+        f"{name}: {_type(one)}{'' if name in required else '?'}"
+        for name, one in (schema.get("properties") or {}).items()
+    ]
+    return f"{function['name']}({', '.join(parts)})"
+
+
+def _type(schema: Any) -> str:
+    kind = schema.get("type", "any") if isinstance(schema, Mapping) else "any"
+    return "|".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+
+
+def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]:
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    known = [_KINDS[kind] for kind in kinds if isinstance(kind, str) and kind in _KINDS]
+    # True is an int to Python, and to no schema.
+    fits = any(isinstance(value, kind) and (not isinstance(value, bool) or bool in kind) for kind in known)
+    if len(known) == len(kinds) and not fits:
+        return [f"argument {name} is no {_type(schema)}"]
+    options = schema.get("enum")
+    if isinstance(options, list) and value not in options:
+        return [f"argument {name} is none of {', '.join(map(str, options))}"]
+    return []
+
+
+def _example(schema: Any, depth: int) -> Any:
+    """A value of a JSON schema, as small as one can be."""
+    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
+        return None
+    options = schema.get("enum")
+    if isinstance(options, list) and options:
+        return options[0]
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if isinstance(properties := schema.get("properties"), Mapping) or kind in ("object", "dict"):
+        return {str(name): _example(one, depth + 1) for name, one in (properties or {}).items()}
+    if kind == "array":
+        return [_example(schema["items"], depth + 1)] if "items" in schema else []
+    return _EXAMPLES.get(str(kind), "text")
