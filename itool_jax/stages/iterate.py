@@ -13,7 +13,7 @@ from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
 from itool_jax.hosts import is_first
 from itool_jax.metrics import console_out, say
-from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, score, search, warmup
+from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, report, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
@@ -24,6 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     for training in (config.warmup, config.preference):
         training.n_micro()  # sizes that do not go together are met now, not hours later
     evaluate.evaluate(config, "base")
+    report.refresh(config)
     warmup.run(config)
     _evaluate(config, "warmup")
     for iteration in range(1, config.iterations + 1):
@@ -36,6 +37,8 @@ def run(config: Config) -> dict[str, Any]:
     if is_first():
         folder.write_json(config.run_dir / "summary.json", summary)
         show(config, summary)
+        if (path := report.refresh(config)) is not None:
+            say(f"the report is {path}")
     return summary
 
 
@@ -44,6 +47,7 @@ def _evaluate(config: Config, phase: str) -> None:
     evaluate.evaluate(config, phase)
     if config.benchmark is not None:
         benchmark.evaluate(config, phase)
+    report.refresh(config)
 
 
 def phases(config: Config) -> list[str]:
