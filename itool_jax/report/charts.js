@@ -44,9 +44,9 @@ function phaseColour(phase, phases) {
 }
 
 /** A figure with caption, chart and table. */
-function figure(id, title, note, config, head, rows) {
+function figure(id, title, note, config, head, rows, whole = false) {
   const canvas = make("canvas", { role: "img", "aria-label": `${title}. ${note} The numbers are in the table below.` });
-  const element = make("figure", { id },
+  const element = make("figure", { id, className: whole ? "whole" : "" },
     make("figcaption", {}, make("strong", {}, title), make("span", {}, note)),
     make("div", { className: "plot" }, canvas),
     folded(`${id}-table`, "Numbers", table(head, rows, { caption: title })));
@@ -111,10 +111,11 @@ function accuracyFigure() {
 function curveFigure(id, title, note, name, belongs) {
   const trainings = report.training.filter((row) => belongs(row) && row.curves[name]);
   if (!trainings.length) return null;
-  const names = report.training.map((row) => row.phase);
+  const names = trainings.map((row) => row.phase);
+  const shade = (phase) => (names.length > 1 ? phaseColour(phase, names) : colour("one"));
   const datasets = trainings.map((row, n) => ({
     label: phaseName(row.phase), data: row.steps.map((step, i) => ({ x: step, y: row.curves[name][i] })),
-    borderColor: phaseColour(row.phase, names), backgroundColor: phaseColour(row.phase, names), borderWidth: 2,
+    borderColor: shade(row.phase), backgroundColor: shade(row.phase), borderWidth: trainings.length > 1 ? 2 : 1.5,
     pointRadius: row.steps.length > 40 ? 0 : 3, pointStyle: POINTS[n % POINTS.length], borderDash: n % 2 ? [6, 3] : [],
   }));
   const rows = trainings.flatMap((row) => {
@@ -136,36 +137,35 @@ function trainingFigures() {
     curveFigure("loss-preference", `Loss of preference training (${loss})`, "Mean over the pairs of a batch.", "loss", isPreference),
     curveFigure("margin", "Reward margin", "How much more the policy prefers the chosen step than the reference does.", "reward_margin", isPreference),
     curveFigure("reward-accuracy", "Pairs in the right order", "Share whose chosen step has the higher reward.", "reward_accuracy", isPreference),
-    curveFigure("norm", "Norm of the gradient", "Before it is clipped.", "gradient_norm", () => true),
   ];
 }
 
 function perplexityFigure() {
   const boxes = report.perplexity.flatMap((row) => [
-    [`all, at ${phaseName(row.phase)}`, row.all], [`searched, before`, row.before], [`searched, after`, row.after]].filter(([, box]) => box));
+    [`all, ${phaseName(row.phase)}`, row.all], [`before, ${phaseName(row.phase)}`, row.before], [`after, ${phaseName(row.phase)}`, row.after]].filter(([, box]) => box));
   if (!boxes.length) return null;
-  const shades = { all: "three", searched: "one" };
-  return figure("perplexity-figure", "Perplexity of the gold answers", "Of the replay buffer, and of what was searched before and after training on it. Boxes hold the middle half, lines four fifths, dots are medians.", {
+  const shades = { all: colour("three"), before: colour("six"), after: colour("one") };
+  const most = Math.max(...boxes.map(([, box]) => box.p90));
+  return figure("perplexity-figure", "Perplexity of the gold answers", "Of the whole replay buffer at each iteration, and of what was searched there, before and after the iteration. Boxes hold the middle half, lines four fifths; dots are medians.", {
     type: "bar",
     data: { labels: boxes.map(([name]) => name.split(", ")), datasets: [{
       label: "middle half", data: boxes.map(([, box]) => [box.p25, box.p75]), whiskers: boxes.map(([, box]) => [box.p10, box.p90]),
       middles: boxes.map(([, box]) => box.p50), minBarLength: 2, maxBarThickness: 46, borderSkipped: false, borderRadius: 2,
-      backgroundColor: boxes.map(([name]) => colour(shades[name.split(",")[0]]) + (name.includes("after") ? "" : "88")) }] },
-    options: options({ legend: false, y: { type: "logarithmic", min: 1, ticks: { callback: (value) => number(value, 1), maxTicksLimit: 7 } },
+      backgroundColor: boxes.map(([name]) => shades[name.split(",")[0]]) }] },
+    options: options({ legend: false, y: { type: most > 10 ? "logarithmic" : "linear", min: 1, suggestedMax: most, ticks: { callback: (value) => number(value, 1), maxTicksLimit: 7 } },
       tooltip: { label: (item) => `median ${number(boxes[item.dataIndex][1].p50)}, half from ${item.raw.map((value) => number(value)).join(" to ")}` } }),
   }, ["of", "10 %", "25 %", "median", "75 %", "90 %", "mean", "n"],
-  boxes.map(([name, box]) => [name, ...["p10", "p25", "p50", "p75", "p90", "mean"].map((key) => number(box[key])), number(box.n)]));
+  boxes.map(([name, box]) => [name, ...["p10", "p25", "p50", "p75", "p90", "mean"].map((key) => number(box[key])), number(box.n)]), true);
 }
 
-/** Bars stacked over phases; `parts` are [label, colour, value of a row]. */
-function stackFigure(id, title, note, rows, parts, written = number, extra = []) {
+/** Bars over phases; `parts` are [label, colour, value of a row], `extra` columns of the table alone. */
+function barFigure(id, title, note, rows, parts, { stacked = true, written = number, text, unit = 1, extra = [] } = {}) {
   if (!rows.length) return null;
-  const datasets = parts.map(([label, shade, value]) => ({ label, data: rows.map(value), backgroundColor: colour(shade), maxBarThickness: 64 }))
+  const datasets = parts.map(([label, shade, value]) => ({ label, data: rows.map((row) => value(row) / unit), backgroundColor: colour(shade), maxBarThickness: 64 }))
     .filter((set) => set.data.some(Boolean));
   return figure(id, title, note, {
     type: "bar", data: { labels: rows.map((row) => phaseName(row.phase)), datasets },
-    options: options({ stacked: true, y: { ticks: { callback: (value) => written(value) } },
-      tooltip: { label: (item) => `${item.dataset.label}: ${written(item.raw ?? 0)}` } }),
+    options: options({ stacked, y: { text }, tooltip: { label: (item) => `${item.dataset.label}: ${written(unit * (item.raw ?? 0))}` } }),
   }, ["phase", ...parts.map(([label]) => label), ...extra.map(([label]) => label)],
   rows.map((row) => [phaseName(row.phase), ...parts.map(([, , value]) => written(value(row) ?? 0)), ...extra.map(([, value]) => value(row))]));
 }
@@ -173,12 +173,12 @@ function stackFigure(id, title, note, rows, parts, written = number, extra = [])
 function searchFigures() {
   const mean = (row, key) => number(row.pairs ? row[key] / row.pairs : null, 1);
   const verdict = (name) => (row) => row.verdicts[name] ?? 0;
-  const trees = stackFigure("verdicts", "What the searches came to", "Trees by the finished responses in them.", report.searches,
+  const trees = barFigure("verdicts", "What the searches came to", "Trees by the finished responses in them.", report.searches,
     [["right and wrong", "one", verdict("mixed")], ["all right", "five", verdict("right")], ["all wrong", "two", verdict("wrong")], ["none finished", "three", verdict("none")]],
-    number, [["nodes", (row) => number(row.nodes)], ["trees without pairs", (row) => number(row.trees_without_pairs)]]);
+    { extra: [["nodes", (row) => number(row.nodes)], ["trees without pairs", (row) => number(row.trees_without_pairs)]] });
   const gaps = report.searches.length ? figure("gaps", "How far apart the steps of a pair are", "Pairs by the gap in Q between chosen and rejected.", {
     type: "bar",
-    data: { labels: report.searches[0].gaps.map((row) => `${row.from}+`), datasets: report.searches.map((row) => ({
+    data: { labels: report.searches[0].gaps.map((row, n, all) => (n + 1 < all.length ? `${row.from}–${all[n + 1].from}` : `${row.from}+`)), datasets: report.searches.map((row) => ({
       label: phaseName(row.phase), data: row.gaps.map((gap) => gap.n), backgroundColor: phaseColour(row.phase, ["base", ...report.searches.map((other) => other.phase)]) })) },
     options: options({ x: { text: "gap in Q" }, y: { ticks: { precision: 0 } } }),
   }, ["phase", "pairs", "median gap", "at the first step", "chosen is gold", "tokens chosen", "tokens rejected"],
@@ -187,21 +187,23 @@ function searchFigures() {
 }
 
 function timeFigure() {
-  const kinds = [["warmup", "one"], ["score", "three"], ["search", "two"], ["reference", "four"], ["dpo", "one"], ["evaluate", "five"]];
+  const kinds = [["warmup", "one"], ["score", "three"], ["search", "two"], ["reference", "four"], ["dpo", "five"], ["evaluate", "six"]];
   const rows = report.phases.map((phase) => ({ phase, ...Object.fromEntries(report.stages.filter((row) => row.phase === phase).map((row) => [row.stage, row.seconds])) }));
   // The reference's log-probabilities are computed inside of dpo.
   const seconds = (kind) => (row) => (kind === "dpo" ? Math.max(0, (row.dpo ?? 0) - (row.reference ?? 0)) : row[kind] ?? 0);
-  return stackFigure("time", "Time", "Of finished stages.", rows, kinds.map(([kind, shade]) => [kind, shade, seconds(kind)]), duration);
+  const most = Math.max(0, ...rows.map((row) => kinds.reduce((sum, [kind]) => sum + seconds(kind)(row), 0)));
+  const [text, unit] = most < 120 ? ["seconds", 1] : most < 7200 ? ["minutes", 60] : ["hours", 3600];
+  return barFigure("time", "Time", "Of finished stages.", rows, kinds.map(([kind, shade]) => [kind, shade, seconds(kind)]), { written: duration, text, unit });
 }
 
 function tokenFigure() {
   const rows = report.searches.map((row) => ({ ...row,
     search: report.stages.find((stage) => stage.phase === row.phase && stage.stage === "search") ?? {},
     scored: report.perplexity.find((other) => other.phase === row.phase)?.tokens ?? 0 }));
-  return stackFigure("tokens", "Tokens", "Of responses: scored for perplexity, generated by the search, and in pairs.", rows, [
+  return barFigure("tokens", "Tokens", "Of responses: scored for perplexity, generated by the search, and in pairs.", rows, [
     ["scored", "three", (row) => row.scored], ["generated in search", "two", (row) => row.search.generated_tokens ?? 0],
-    ["in pairs", "one", (row) => row.chosen_tokens + row.rejected_tokens]], number,
-  [["generated per second", (row) => number((row.search.generated_tokens ?? 0) / Math.max(row.search.seconds ?? 0, 1e-9), 0)]]);
+    ["in pairs", "one", (row) => row.chosen_tokens + row.rejected_tokens]],
+  { stacked: false, extra: [["generated per second", (row) => number((row.search.generated_tokens ?? 0) / Math.max(row.search.seconds ?? 0, 1e-9), 0)]] });
 }
 
 function kindsFigure() {

@@ -86,11 +86,14 @@ function block(label, text, kind, gold) {
     make("pre", {}, kind ? marked(text, gold) : text || "(nothing)"));
 }
 
-/** The text with what is between the longest beginning and end that it shares with the gold marked. */
+/** The text with what is between the beginning and the end that it shares with the gold marked, in whole words. */
 function marked(text, gold) {
   let [start, end] = [0, 0];
   while (start < Math.min(text.length, gold.length) && text[start] === gold[start]) start += 1;
   while (end < Math.min(text.length, gold.length) - start && text.at(-1 - end) === gold.at(-1 - end)) end += 1;
+  const inWord = (at) => at > 0 && at < text.length && /\w/.test(text[at]) && /\w/.test(text[at - 1]);
+  while (inWord(start)) start -= 1;
+  while (end > 0 && inWord(text.length - end)) end -= 1;
   const middle = text.slice(start, text.length - end);
   return [text.slice(0, start), make("mark", {}, middle || "…"), text.slice(text.length - end)].filter((part) => part !== "");
 }
@@ -111,7 +114,7 @@ function parameters(tool) {
   const { properties, required = [] } = tool.parameters ?? {};
   if (!properties || typeof properties !== "object") return "";
   return Object.entries(properties).map(([name, schema]) =>
-    `${name}${Array.isArray(required) && required.includes(name) ? "" : "?"}: ${schema?.enum ? schema.enum.map(shown).join(" | ") : shown(schema?.type ?? "any")}`).join(", ");
+    `${name}${Array.isArray(required) && required.includes(name) ? "" : "?"}: ${Array.isArray(schema?.enum) ? schema.enum.map(shown).join(" | ") : shown(schema?.type ?? "any")}`).join(", ");
 }
 
 /** Controls change the state; typing waits until the reader pauses. */

@@ -19,9 +19,15 @@ function make(tag, properties = {}, ...children) {
 
 const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`);
 const number = (value, digits = 2) =>
-  value === null || value === undefined ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : short(value, digits);
-const short = (value, digits) =>
-  value !== 0 && (Math.abs(value) < 0.01 || Math.abs(value) >= 1e6) ? value.toExponential(1) : value.toFixed(digits);
+  value === null || value === undefined ? "–" : (Number.isInteger(value) ? value.toLocaleString("en") : short(value, digits)).replace(/^-/, "−");
+
+/** Enough digits to tell a small number from nothing. */
+function short(value, digits) {
+  const size = Math.abs(value);
+  if (value !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(1);
+  return value.toFixed(size < 0.01 ? Math.max(digits, 4) : digits);
+}
+
 const phaseName = (phase) => phase.replace("iteration_", "iteration ");
 const shown = (value) => (value === null ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value));
 
@@ -82,7 +88,7 @@ function go(changes, { keep = true } = {}) {
 const DRAWN_BY = [
   [["from", "to", "change", "error", "text", "example", "examples"], () => drawExamples()],
   [["iteration", "solved", "kind", "find", "prompts"], () => drawPicker()],
-  [["tree", "node", "closed"], () => drawTree()],
+  [["tree", "node", "closed"], () => showTree()],
   [["theme"], () => drawTheme()],
   [["part"], () => drawNavigation()],
 ];
@@ -98,8 +104,11 @@ function followAddress() {
   scrollToPart();
 }
 
-function scrollToPart() {
-  if (state.part) byId(state.part).scrollIntoView();
+async function scrollToPart() {
+  if (!state.part) return;
+  byId(state.part).scrollIntoView();
+  await treeShown;
+  if (state.part === "trees" && state.node) document.querySelector('#tree tr[aria-selected="true"]')?.scrollIntoView({ block: "center" });
 }
 
 function drawNavigation() {
@@ -143,9 +152,10 @@ function drawTheme() {
   const theme = state.theme in THEMES ? state.theme : "";
   const dark = !printing && (theme === "dark" || (theme !== "light" && systemDark.matches));
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  byId("theme").textContent = THEMES[theme ?? ""] ?? THEMES[""];
+  byId("theme").setAttribute("aria-label", THEMES[theme ?? ""]);
+  byId("theme").replaceChildren("◐ ", make("span", {}, THEMES[theme ?? ""]));
   drawCharts();
-  drawTree();
+  showTree();
 }
 
 function nextTheme() {
@@ -176,8 +186,8 @@ function drawOverview() {
   byId("facts").replaceChildren(...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   const differing = report.settings.filter((row) => row.differs);
   const row = (item) => [make("code", {}, item.name), make("code", {}, shown(item.value)), make("code", {}, shown(item.default))];
-  byId("settings").replaceChildren(differing.length
-    ? table(["setting", "value", "default"], differing.map(row), { numeric: false }) : make("p", {}, "None."));
+  byId("settings").replaceChildren(...differing.map((item) => make("div", {},
+    make("dt", {}, item.name), make("dd", {}, shown(item.value), make("small", {}, `default ${shown(item.default)}`)))));
   fill("all-settings", table(["setting", "value", "default"], report.settings.map(row), { numeric: false }));
   drawEnvironment();
   drawCard();
@@ -270,6 +280,10 @@ async function follow() {
 }
 
 function start() {
+  addEventListener("error", (event) => {
+    byId("fault").textContent = `The page met an error: ${event.message}`;
+    byId("fault").hidden = false;
+  });
   state = readAddress();
   drawAll();
   addEventListener("popstate", followAddress);

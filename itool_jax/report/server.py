@@ -5,6 +5,7 @@ a server on 127.0.0.1 until the user interrupts it. `/` is the page; `/report.js
 where it is as it was; `/tree?at=N` one tree.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
     """The answers to a browser's requests."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if self.headers.get("Host", "").rpartition(":")[0] not in NAMES:  # another site's name for this machine
                 self._answer(403, "text/plain", "only this machine's own browser is answered")
                 return
@@ -85,7 +86,7 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Requests are of no interest."""
 
     return Handler
@@ -94,11 +95,9 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
 def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
     """A server at the port or one of the next, whichever is free."""
     for number in range(port, port + TRIES):
-        try:
+        with contextlib.suppress(OSError):
             return ThreadingHTTPServer((HOST, number), handler(source))
-        except OSError as error:
-            last = error
-    raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; end another --watch") from last
+    raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; end another --watch")
 
 
 def serve(stamp: Stamp, content: Content) -> int:

@@ -21,7 +21,8 @@ function drawPicker() {
   for (const id of ["iteration", "solved", "kind"]) byId(id).value = state[id] ?? "";
   if (byId("find").value !== (state.find ?? "")) byId("find").value = state.find ?? "";
   const found = chosenTrees();
-  const count = Number(state.prompts) || PROMPTS;
+  // The one that is shown stands in the list too.
+  const count = Math.max(Number(state.prompts) || PROMPTS, 1 + found.findIndex((entry) => keyOf(entry) === currentKey()));
   const left = report.trees_left_out ? `; ${number(report.trees_left_out)} more are not in this page` : "";
   byId("tree-count").textContent = `${number(found.length)} of ${number(report.trees.length)} trees${left}`;
   byId("tree-list").replaceChildren(...found.slice(0, count).map((entry) => {
@@ -29,18 +30,29 @@ function drawPicker() {
     const link = make("a", { href: address({ ...state, part: undefined, tree: key, node: undefined, closed: undefined }), "data-tree": key },
       make("span", { className: "question" }, entry.question || entry.id),
       make("span", { className: "meta" }, make("span", {}, entry.solved ? "✓ solved" : "✗ not solved"),
-        make("span", {}, `${entry.pairs} pair${entry.pairs === 1 ? "" : "s"}`), make("span", {}, `${entry.nodes} nodes`), make("span", {}, phaseName(entry.phase))));
-    if (key === currentKey()) link.setAttribute("aria-current", "true");
+        make("span", {}, `${entry.pairs} pair${entry.pairs === 1 ? "" : "s"}`), make("span", {}, phaseName(entry.phase))));
     return make("li", {}, link);
   }));
   byId("tree-more").hidden = found.length <= count;
+  markCurrent(currentKey());
 }
 
-/** The tree of the address, else the first one with a pair. */
+/** Marks the prompt whose tree is shown, and scrolls the list, not the page, to it. */
+function markCurrent(key) {
+  for (const link of document.querySelectorAll("#tree-list a")) {
+    if (link.dataset.tree !== key) { link.removeAttribute("aria-current"); continue; }
+    link.setAttribute("aria-current", "true");
+    const [list, box] = [document.querySelector(".picker"), link.getBoundingClientRect()];
+    const frame = list.getBoundingClientRect();
+    if (box.top < frame.top || box.bottom > frame.bottom) list.scrollTop += box.top - frame.top - frame.height / 3;
+  }
+}
+
+/** The tree of the address, else the one with most pairs. */
 function currentKey() {
   if (state.tree) return state.tree;
-  const first = report.trees.find((entry) => entry.pairs) ?? report.trees[0];
-  return first && keyOf(first);
+  const best = report.trees.reduce((most, entry) => (most && most.pairs >= entry.pairs ? most : entry), undefined);
+  return best && keyOf(best);
 }
 
 /** A tree is read when it is looked at: from the page, or from the server that the page came from. */
@@ -52,6 +64,9 @@ async function readTree(place) {
   return treeTexts.get(place);
 }
 
+let treeShown = Promise.resolve();
+const showTree = () => { treeShown = drawTree(); };
+
 async function drawTree() {
   const key = currentKey();
   const place = report.trees.findIndex((entry) => keyOf(entry) === key);
@@ -61,15 +76,12 @@ async function drawTree() {
   }
   const raw = await readTree(place);
   if (key !== currentKey()) return; // another one was chosen meanwhile
-  for (const link of document.querySelectorAll("#tree-list a")) {
-    if (link.dataset.tree === key) link.setAttribute("aria-current", "true");
-    else link.removeAttribute("aria-current");
-  }
+  markCurrent(key);
   const focused = document.activeElement?.closest?.("#tree [data-node]")?.dataset.node;
   const tree = grow(raw, report.trees[place]);
-  const node = Math.min(Number(state.node) || 0, tree.nodes.length - 1);
-  byId("tree").replaceChildren(...heading(tree), diagram(tree, node), legend(), stepTable(tree, node), detail(tree, node), ...pairList(tree));
-  if (focused !== undefined) document.querySelector(`#tree tr[data-node="${node}"]`)?.focus({ preventScroll: true });
+  const node = state.node in tree.nodes ? Number(state.node) : undefined;
+  byId("tree").replaceChildren(...heading(tree), diagram(tree, node), legend(), stepTable(tree, node), ...pairList(tree));
+  if (focused !== undefined) document.querySelector(`#tree tr[data-node="${node ?? 0}"]`)?.focus({ preventScroll: true });
 }
 
 /** The nodes as objects with their children, pairs and depth. */
@@ -115,7 +127,7 @@ function diagram(tree, selected) {
   const leaves = tree.nodes.filter((node) => !node.children.length).length;
   const depth = Math.max(...tree.nodes.map((node) => node.depth));
   const room = Math.max(240, (byId("tree").clientWidth || 700) - 4);
-  const wide = Math.max(22, Math.min(64, room / leaves));
+  const wide = Math.max(22, Math.min(120, room / leaves));
   const [width, tall] = [Math.max(leaves * wide, 120), 74];
   let next = 0;
   const spread = (node) => {
@@ -137,19 +149,20 @@ function diagram(tree, selected) {
 }
 
 function diagramNode(node, most, selected, wide) {
-  const size = Math.min(wide / 2 - 2, 6 + 1.6 * Math.sqrt(node.visits ?? 0));
+  const size = Math.min(wide / 2 - 2, (node.terminal ? 8 : 6) + 1.6 * Math.sqrt(node.visits ?? 0));
   const fill = node.id ? mix((node.q ?? 0) / most) : colour("three");
   const at = { cx: node.x, cy: node.y, r: size };
   const shape = node.terminal
     ? svg("rect", { class: "node", x: node.x - size, y: node.y - size, width: 2 * size, height: 2 * size, rx: 2, fill })
     : svg("circle", { class: "node", ...at, fill });
-  shape.addEventListener("click", () => go({ tree: currentKey(), node: String(node.id), part: "trees" }));
+  shape.addEventListener("click", () => choose(node.id));
   shape.append(svg("title", {}, `${node.id}: ${stepText(node).slice(0, 200)}\nN ${node.visits}, Q ${number(node.q)}`));
-  const sign = [...new Set(node.marks.map(([look]) => (look === "good" ? "▲" : "▼")))].join("");
-  const verdict = node.terminal ? (node.end === null ? "✓" : "✗") : "";
-  const text = `${sign}${verdict}`;
+  const looks = [...new Set(node.marks.map(([look]) => look))];
   return [shape, selected && svg("circle", { class: "ring", ...at, r: size + 4 + (node.terminal ? size * 0.4 : 0) }),
-    text && svg("text", { x: node.x, y: node.y + size + 14 }, text)].filter(Boolean);
+    node.terminal && svg("text", { class: "verdict", x: node.x, y: node.y }, node.end === null ? "✓" : "✗"),
+    ...looks.map((look, n) => svg("text", node.children.length
+      ? { class: look, x: node.x + size + 4 + 11 * n, y: node.y + 4 } : { class: `${look} below`, x: node.x + 11 * n, y: node.y + size + 14 },
+    look === "good" ? "▲" : "▼"))].filter(Boolean);
 }
 
 /** From the negative to the positive colour through a grey. */
@@ -169,8 +182,8 @@ function legend() {
 // The table of steps, a tree grid: arrows move and fold, Enter chooses. ------------------------------------------------
 
 const COLUMNS = [
-  ["N", "visits", (node) => number(node.visits)], ["Q", "worth", (node) => number(node.q)], ["P", "prior", (node) => number(node.prior)],
-  ["O", "outcome", (node) => (node.terminal ? number(node.outcome) : "–")], ["C", "confidence", (node) => number(node.confidence)],
+  ["N", "visits", (node) => number(node.visits)], ["Q", "worth", (node) => (node.id ? number(node.q) : "–")], ["P", "prior", (node) => (node.id ? number(node.prior) : "–")],
+  ["O", "outcome", (node) => (node.terminal ? number(node.outcome) : "–")], ["C", "confidence", (node) => (node.id ? number(node.confidence) : "–")],
 ];
 
 const closedNodes = () => new Set((state.closed ?? "").split(",").filter(Boolean).map(Number));
@@ -180,6 +193,7 @@ function stepTable(tree, selected) {
   const rows = [];
   const walk = (node) => {
     rows.push(stepRow(node, node.id === selected, closed.has(node.id)));
+    if (node.id === selected) rows.push(detail(tree, node));
     if (!closed.has(node.id)) node.children.forEach(walk);
   };
   walk(tree.nodes[0]);
@@ -220,7 +234,7 @@ function fold(id, close) {
 function moveInTable(event, tree) {
   const row = event.target.closest("tr[data-node]");
   if (!row || event.ctrlKey || event.metaKey || event.altKey) return;
-  const rows = [...row.parentElement.children];
+  const rows = [...row.parentElement.querySelectorAll("tr[data-node]")];
   const node = tree.nodes[Number(row.dataset.node)];
   const open = row.getAttribute("aria-expanded") === "true";
   const to = { ArrowDown: rows[rows.indexOf(row) + 1], ArrowUp: rows[rows.indexOf(row) - 1], Home: rows[0], End: rows.at(-1) }[event.key];
@@ -234,7 +248,7 @@ function moveInTable(event, tree) {
 }
 
 function focusRow(row) {
-  for (const other of row.parentElement.children) other.tabIndex = -1;
+  for (const other of row.parentElement.querySelectorAll("tr[data-node]")) other.tabIndex = -1;
   row.tabIndex = 0;
   row.focus();
 }
@@ -246,8 +260,8 @@ function refold(id, close) {
 
 // One node, and the pairs. ---------------------------------------------------------------------------------------------
 
-function detail(tree, id) {
-  const node = tree.nodes[id];
+/** A row below the one chosen, with all that is known of it. */
+function detail(tree, node) {
   const path = [];
   for (let at = node; at.id; at = tree.nodes[at.parent]) path.unshift(at);
   const text = path.map((step, n) => (n === path.length - 1 ? make("mark", {}, step.text) : step.text));
@@ -259,9 +273,10 @@ function detail(tree, id) {
     ["O", node.terminal ? number(node.outcome, 2) : "–", "outcome of a finished response: +1 right, −1 wrong"],
     ["C", number(node.confidence, 3), "how right the policy believes it is"],
   ];
-  return make("div", { className: "detail" }, make("h4", {}, id ? `Node ${id}, depth ${node.depth}` : "The prompt (node 0)"),
-    id ? make("div", { className: "block" }, make("div", { className: "caption" }, "Response up to here, its last step marked"), make("pre", {}, text)) : make("p", { className: "caption" }, "Choose a step in the table or the diagram."),
-    make("dl", { className: "measures" }, measures.map(([name, value, meaning]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, meaning))))));
+  const response = node.id ? make("div", { className: "block" }, make("div", { className: "caption" }, "Response up to here, its last step marked"), make("pre", {}, text)) : null;
+  const values = make("dl", { className: "measures" }, measures.map(([name, value, meaning]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, meaning)))));
+  return make("tr", { className: "detail", role: "row" }, make("td", { colSpan: 6, role: "gridcell" },
+    make("div", { className: "caption" }, `Node ${node.id}, depth ${node.depth}`), response, values));
 }
 
 function pairList(tree) {

@@ -48,6 +48,13 @@ def _is_node(node: Any, number: int) -> bool:
     )
 
 
+def _is_intervals(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        bounds is None or (isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds)))
+        for bounds in value.values()
+    )
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a text")),
     **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), (_is_token_ids, "a list of token ids")),
@@ -56,11 +63,14 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("accuracy", "n", "standard_error"), (_is_numbers, "an object of numbers")),
     **dict.fromkeys(("node", "chosen_node", "rejected_node"), (_is_count, "the number of a node")),
     **dict.fromkeys(("q_chosen", "q_rejected", "perplexity", "n_tokens"), (_is_number, "a number")),
-    **dict.fromkeys(("response", "target", "gold"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(
+        ("response", "target", "gold", "text", "phase", "against"), (lambda value: isinstance(value, str), "a text")
+    ),
     "nodes": (_is_nodes, "a list of nodes, each behind its parent"),
     "rank": (lambda value: value is None or _is_number(value), "a number or null"),
     **dict.fromkeys(("correct", "finished"), (lambda value: isinstance(value, bool), "true or false")),
-    "categories": (_is_texts, "a list of texts"),
+    **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of texts")),
+    "interval": (_is_intervals, "an object of pairs of numbers"),
 }
 """A check of each value, and what it must be, in words."""
 

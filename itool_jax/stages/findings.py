@@ -23,6 +23,7 @@ Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
 """Points of a curve, samples among the examples and lines of the log that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
+COMPARED = ("phase", "against", "text", "regressions")
 RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
 
 
@@ -65,8 +66,8 @@ def find(config: Config) -> tuple[Row, list[grown.Grown]]:
     report = {
         "title": config.run_dir.resolve().name,
         "settings": _settings(config.run_dir / "config.yaml"),
-        "environment": _optional(config.run_dir / environment.FILE),
-        "card": _optional(config.run_dir / parts.CARD),
+        "environment": _environment(config.run_dir / environment.FILE),
+        "card": _card(config.run_dir / parts.CARD),
         "summary": _optional(config.run_dir / "summary.json"),
         "log": _log(config.run_dir / "log.jsonl"),
         "phases": names,
@@ -101,6 +102,20 @@ class Toolbox:
 
 def _optional(path: Path) -> Row | None:
     return folder.read_json(path) if path.is_file() else None
+
+
+def _environment(path: Path) -> Row:
+    sessions = (_optional(path) or {}).get("sessions")
+    return {"sessions": [row for row in sessions if isinstance(row, dict)] if isinstance(sessions, list) else []}
+
+
+def _card(path: Path) -> Row | None:
+    card = _optional(path)
+    for name in ("parts", "overlap_with_train") if card else ():
+        found = card.get(name) if card else None
+        if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+            raise ValueError(f"{path} is damaged (its {name} are no counts by part); choose another --run_dir")
+    return card
 
 
 def _settings(path: Path) -> list[Row]:
@@ -179,10 +194,11 @@ def _interval(accuracy: float | None, n: float | None) -> tuple[float, float] | 
 def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
     """Those of a finished run's summary; else each phase against the one before, as far as they are there."""
     summary = _optional(config.run_dir / "summary.json")
-    if summary is not None and isinstance(summary.get("comparisons"), list):
-        return summary["comparisons"]
+    told = (summary or {}).get("comparisons")
+    if isinstance(told, list) and not any(columns.fault(row, COMPARED) for row in told if isinstance(row, dict)):
+        return [row for row in told if isinstance(row, dict)]
     found = []
-    for phase, before in zip(names[1:], names, strict=False):
+    for before, phase in itertools.pairwise(names):
         a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
         shared = [name for name in a if name in b]
         result = paired_difference([a[i] for i in shared], [b[i] for i in shared])
@@ -197,7 +213,10 @@ def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
     for name in names:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
             if path.parent.name.startswith(("bfcl", "api_bank")):
-                found.append({"phase": name, "benchmark": path.parent.name, **folder.read_json(path)})
+                figures = folder.read_json(path)
+                if bad := columns.fault(figures, ["accuracy", "n", "interval"]):
+                    raise ValueError(f"{path} is damaged ({bad}); delete it to score the benchmark again")
+                found.append({**figures, "phase": name, "benchmark": path.parent.name})
     return found
 
 
@@ -215,9 +234,13 @@ def _training(path: Path) -> list[Row]:
         steps = sorted(rows)
         kept = sorted({*steps[:: 1 + len(steps) // MOST_POINTS], steps[-1]})
         names = sorted(set().union(*(rows[step].keys() for step in kept)) - {"time", "stage", "step"})
-        curves = {name: [rows[step].get(name) for step in kept] for name in names}
+        curves = {name: [_number(rows[step].get(name)) for step in kept] for name in names}
         found.append({"phase": phase, "n_steps": len(steps), "steps": kept, "curves": curves})
     return found
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
@@ -253,7 +276,7 @@ def _stages(config: Config, names: Sequence[str]) -> list[Row]:
     found = []
     for name, kind in itertools.product(names, (*STAGES, stage)):
         if (figures := folder.read_done(config, name, kind)) is not None:
-            kept = {key: value for key, value in figures.items() if key not in ("after", "outputs", "weights")}
+            kept = {key: value for key, value in figures.items() if _number(value) is not None}
             found.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
     return found
 
@@ -303,4 +326,3 @@ def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], toolb
 def _samples(run_dir: Path, part: str) -> dict[str, Sample]:
     path = run_dir / "data" / f"{part}.jsonl"
     return grown.samples(path, path.stat().st_mtime_ns) if path.is_file() else {}
-

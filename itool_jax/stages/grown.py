@@ -5,6 +5,7 @@ the report's index, the tree itself as compact JSON, and figures of the iteratio
 """
 
 import functools
+import itertools
 import re
 import statistics as numbers
 from collections import Counter
@@ -165,10 +166,7 @@ def _verdict(row: Row) -> str:
 
 def _histogram(gaps: Sequence[float]) -> list[Row]:
     bounds = [*GAPS, float("inf")]
-    return [
-        {"from": low, "n": sum(low <= gap < high for gap in gaps)}
-        for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [{"from": low, "n": sum(low <= gap < high for gap in gaps)} for low, high in itertools.pairwise(bounds)]
 
 
 def _at(marks: Sequence[bool], node: int) -> bool:

@@ -1,6 +1,7 @@
 """The report of a run: `report.html` in its directory, one page that needs nothing else.
 
-In: a run directory, finished or not. Out: the page; with `--watch` a server on this machine, whose page follows the run.
+In: a run directory, finished or not. Out: the page; with `--watch` a server on this machine, whose page follows the
+run.
 """
 
 from pathlib import Path
