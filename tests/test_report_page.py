@@ -57,7 +57,7 @@ def browser(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shown(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run some of whose answers were repaired and some broken."""
+    """The report of a run some of whose answers were repaired and some broken, and some of whose trees are unsolved."""
     folder = copy_run(made, tmp_path_factory.mktemp("shown"))
     for name, right in (("warmup", (0, 1)), ("iteration_2", (1, 2, 3, 4))):
         path = folder / name / "evaluation_test_all.jsonl"
@@ -65,6 +65,10 @@ def shown(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in right:
             rows[n] |= {"correct": True, "response": rows[n]["target"], "finished": True}
         write(path, rows)
+    rows = read(folder / "iteration_2/trees.jsonl")
+    for node in (node for row in rows[:3] for node in row["nodes"] if node["terminal"]):
+        node["outcome"] = -1.0
+    write(folder / "iteration_2/trees.jsonl", rows)
     report.write(of(folder))
     return folder / "report.html"
 
@@ -177,7 +181,8 @@ def test_trees_are_filtered_and_linked_to(browser: Any, shown: Path):
     choose(browser, "iteration", "iteration_2")
     assert all("iteration 2" in text for text in texts(browser, "#tree-list a"))
     choose(browser, "solved", "no")
-    choose(browser, "kind", run(browser, "return document.getElementById('kind').options[1].value"))
+    unsolved = "return report.trees.find((row) => row.phase === 'iteration_2' && !row.solved).kinds[0]"
+    choose(browser, "kind", run(browser, unsolved))
     assert 0 < len(texts(browser, "#tree-list a")) < total
     assert all("not solved" in text for text in texts(browser, "#tree-list a"))
     for name in ("iteration", "solved", "kind"):
@@ -199,7 +204,7 @@ def test_trees_are_filtered_and_linked_to(browser: Any, shown: Path):
 
 
 def test_a_tree_shows_its_numbers_its_pairs_and_the_gold(browser: Any, shown: Path):
-    entry = run_first_pair = next(row for row in report.content(of(shown.parent))[0]["trees"] if row["pairs"])
+    entry = next(row for row in report.content(of(shown.parent))[0]["trees"] if row["pairs"])
     browser.get(f"{shown.as_uri()}#tree={entry['phase']}/{entry['id']}")
     row = next(r for r in read(shown.parent / entry["phase"] / "trees.jsonl") if r["id"] == entry["id"])
     pairs = [r for r in read(shown.parent / entry["phase"] / "pairs.jsonl") if r["tree"] == entry["id"]]
@@ -210,13 +215,13 @@ def test_a_tree_shows_its_numbers_its_pairs_and_the_gold(browser: Any, shown: Pa
         (rejected,) = texts(browser, f'tr[data-node="{pair["rejected_node"]}"] .tags')
         assert "chosen" in chosen
         assert "rejected" in rejected
-    node = run_first_pair and row["nodes"][1]
+    node = row["nodes"][1]
     numbers = texts(browser, 'tr[data-node="1"] td.number')
     assert numbers[0] == str(node["visits"])
     assert float(numbers[1].replace("−", "-")) == pytest.approx(node["q"], abs=0.006)
     click(browser, ".diagram .node")
     assert "node=0" in browser.current_url
-    click(browser, "#tree .cards .link")
+    click(browser, "#tree .cards .two .link")
     browser.back()
     assert "node=0" in browser.current_url
     click(browser, "#tree-prompt summary")

@@ -15,14 +15,17 @@ const whiskers = {
         if (!set.whiskers[i]) return;
         const [low, high] = set.whiskers[i].map((value) => scales.y.getPixelForValue(value));
         ctx.save();
-        ctx.strokeStyle = ctx.fillStyle = colour("ink");
-        ctx.lineWidth = 1.25;
         const arm = Math.min(4, bar.width / 3);
         ctx.beginPath();
         for (const y of [low, high]) { ctx.moveTo(bar.x - arm, y); ctx.lineTo(bar.x + arm, y); }
         ctx.moveTo(bar.x, low);
         ctx.lineTo(bar.x, high);
-        ctx.stroke();
+        // A rim of the page's colour keeps the line visible on a bar of its own colour.
+        for (const [shade, width] of [["paper", 3.5], ["ink", 1.25]]) {
+          ctx.strokeStyle = ctx.fillStyle = colour(shade);
+          ctx.lineWidth = width;
+          ctx.stroke();
+        }
         if (set.middles?.[i] != null) {
           ctx.beginPath();
           ctx.arc(bar.x, scales.y.getPixelForValue(set.middles[i]), 3.5, 0, 7);
@@ -58,7 +61,7 @@ function options({ x = {}, y = {}, legend = true, stacked = false, tooltip = {} 
     title: { display: Boolean(own.text), text: own.text, color: colour("soft") } });
   return {
     animation: false, responsive: true, maintainAspectRatio: false, interaction: { mode: "index", intersect: false },
-    scales: { x: axis({ grid: { display: false }, ...x }), y: axis({ grid: { color: colour("line") }, ...y }) },
+    scales: { x: axis({ grid: { display: false }, ...x }), y: axis({ grid: { color: colour("line") }, ...y, ticks: { maxTicksLimit: 6, ...y.ticks } }) },
     plugins: {
       legend: { display: legend, align: "start", labels: { color: colour("ink"), usePointStyle: true, boxHeight: 8, padding: 14 } },
       tooltip: { callbacks: tooltip },

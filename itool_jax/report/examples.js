@@ -122,7 +122,8 @@ function listenToControls(form, names, reset) {
   let waiting;
   byId(form).addEventListener("submit", (event) => event.preventDefault());
   for (const name of names) {
-    const change = () => go({ [name]: byId(name).value, ...reset }, { keep: false });
+    // Leaving a field is a change to the browser, but none to us where typing was seen already.
+    const change = () => { if (byId(name).value !== (state[name] ?? "")) go({ [name]: byId(name).value, ...reset }, { keep: false }); };
     byId(name).addEventListener("change", change);
     if (byId(name).type === "search") byId(name).addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(change, 150); });
   }
