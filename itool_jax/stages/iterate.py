@@ -36,9 +36,8 @@ def run(config: Config) -> dict[str, Any]:
     summary = summarize(config)
     if is_first():
         folder.write_json(config.run_dir / "summary.json", summary)
-        show(config, summary)
-        if (path := report.refresh(config)) is not None:
-            say(f"the report is {path}")
+        made = report.refresh(config)
+        show(config, summary, f", {made.name} to look at it" if made else "")
     return summary
 
 
@@ -123,7 +122,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def show(config: Config, summary: dict[str, Any]) -> None:
+def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
     """Prints the summary as a table, and what is significant of it."""
     names = [name for name, count in summary["phases"][0]["n"].items() if count]
     # No frame and narrow gaps: the widest row just fits 80 columns.
@@ -148,4 +147,4 @@ def show(config: Config, summary: dict[str, Any]) -> None:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
             console_out.print(f"  lower: {line}", soft_wrap=True)
-    say(f"everything is in {config.run_dir}")
+    say(f"everything is in {config.run_dir}{more}")

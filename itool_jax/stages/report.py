@@ -54,7 +54,7 @@ def refresh(config: Config) -> Path | None:
         return None
     try:
         write(config)
-    except (ValueError, OSError) as error:
-        say(f"there is no report: {error}")
+    except Exception as error:  # a fault of the report must not end days of work
+        say(f"there is no report: {' '.join(str(error).split()) or type(error).__name__}")
         return None
     return config.run_dir / FILE
