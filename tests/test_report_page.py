@@ -308,8 +308,9 @@ def test_a_thousand_trees_open_within_two_seconds(browser: Any, shown: Path, tmp
     for _ in range(3):
         browser.get("about:blank")
         browser.get((tmp_path / "many.html").as_uri() + f"#tree={entries[-1]['phase']}/copy-999")
-        assert len(texts(browser, "#tree tr[data-node]")) == len(full["nodes"])
-        took.append(run(browser, "return performance.getEntriesByType('navigation')[0].loadEventEnd"))
+        wait(lambda: len(texts(browser, "#tree tr[data-node]")) == len(full["nodes"]))
+        loaded = wait(lambda: run(browser, "return performance.getEntriesByType('navigation')[0].loadEventEnd"))
+        took.append(max(loaded, run(browser, "return performance.getEntriesByName('tree shown').at(-1).startTime")))
     assert len(texts(browser, "#tree-list a")) >= 40
     assert min(took) < 2000, took
 

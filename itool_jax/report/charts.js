@@ -21,7 +21,7 @@ const whiskers = {
         ctx.moveTo(bar.x, low);
         ctx.lineTo(bar.x, high);
         // A rim of the page's colour keeps the line visible on a bar of its own colour.
-        for (const [shade, width] of [["paper", 3.5], ["ink", 1.25]]) {
+        for (const [shade, width] of [["paper", 2.75], ["ink", 1.25]]) {
           ctx.strokeStyle = ctx.fillStyle = colour(shade);
           ctx.lineWidth = width;
           ctx.stroke();

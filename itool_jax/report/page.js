@@ -114,8 +114,9 @@ async function scrollToPart() {
 function drawNavigation() {
   for (const link of document.querySelectorAll(".bar nav a")) {
     const current = link.hash === `#${state.part ?? "overview"}`;
-    if (current) link.setAttribute("aria-current", "true");
-    else link.removeAttribute("aria-current");
+    if (!current) { link.removeAttribute("aria-current"); continue; }
+    link.setAttribute("aria-current", "true");
+    link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft - 60; // where the bar is narrow
   }
 }
 
@@ -212,7 +213,7 @@ function drawHeadline() {
   const rows = report.evaluation.phases;
   const figure = (row) => make("div", {},
     make("div", { className: "figure" }, (100 * row.accuracy.overall).toFixed(1), make("small", {}, "%")),
-    make("div", { className: "label" }, `${phaseName(row.phase)}, 95 % ${interval(row.interval.overall)}`));
+    make("div", { className: "label" }, make("strong", {}, phaseName(row.phase)), make("div", {}, `95 %: ${interval(row.interval.overall)}`)));
   const first = rows.filter((row) => ["base", "warmup"].includes(row.phase));
   const ends = rows.length ? [...new Set([...first, rows.at(-1)])].filter((row) => row.accuracy.overall != null) : [];
   byId("headline").replaceChildren(...ends.map(figure));

@@ -82,6 +82,7 @@ async function drawTree() {
   const node = state.node in tree.nodes ? Number(state.node) : undefined;
   byId("tree").replaceChildren(...heading(tree), diagram(tree, node), legend(), stepTable(tree, node), ...pairList(tree));
   if (focused !== undefined) document.querySelector(`#tree tr[data-node="${node ?? 0}"]`)?.focus({ preventScroll: true });
+  performance.mark("tree shown");
 }
 
 /** The nodes as objects with their children, pairs and depth. */
