@@ -33,7 +33,7 @@ from itool_jax.sampler import GenerateSettings
 from itool_jax.trackers import LogSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
-Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export"]
+Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report"]
 
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
@@ -108,6 +108,8 @@ class Config:
     output: Path | None = None
     """File to write, for score and generate on a data file of their own, and for evaluate with results; for export, the
     folder to write."""
+    watch: bool = False
+    """For the stage report: serve it on this machine and follow the run, until Ctrl-C."""
     overwrite: bool = False
     """Replace an exported folder that is there already."""
     chat: bool = False
@@ -177,6 +179,8 @@ class Config:
         if self.distributed.several and (self.stage == "export" or (self.stage == "generate" and self.output is None)):
             need = "--output" if self.stage == "generate" else "one process"
             raise ValueError(f"stage {self.stage} needs {need}, got it with several processes (distributed)")
+        if self.watch and self.stage != "report":
+            raise ValueError(f"watch is for the stage report, got it with stage {self.stage}")
         if self.overwrite and self.stage != "export":
             raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
         self._check_chat()
@@ -209,7 +213,7 @@ class Config:
     def keeps_run(self) -> bool:
         """Whether the command works in the run directory; some write one file of their own, or none."""
         alone = self.output is not None and self.stage != "export"
-        return self.stage != "generate" and self.results is None and not alone
+        return self.stage not in ("generate", "report") and self.results is None and not alone
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""
@@ -327,14 +331,14 @@ def _defaults() -> dict[str, Any]:
 
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.
 FREE = (
-    *("stage", "config", "run_dir", "output", "overwrite", "chat", "tools", "iterations", "iteration"),
+    *("stage", "config", "run_dir", "output", "overwrite", "watch", "chat", "tools", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
     *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "generate.phase", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
     *("profile", "log.", "distributed."),
 )
 LOCK = ".lock"
-NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "profile", "tensorboard", "wandb")
+NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "report.html", "profile", "tensorboard", "wandb")
 """What a run directory may hold before anything was computed."""
 
 
@@ -358,7 +362,7 @@ def lock(config: Config) -> Iterator[None]:
         ValueError: another process is at work there; names it.
     """
     output = config.output
-    unseen = output is None if config.stage == "generate" else config.stage == "export"
+    unseen = output is None if config.stage == "generate" else config.stage in ("export", "report")
     if (
         not is_first() or unseen or (output is not None and output.exists() and not output.is_file())
     ):  # a pipe or a device, say

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: Config, arguments: Sequence[str] = ()) -> None:
     """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
+    if config.stage == "report":  # beside a run that goes on: it must not take a device
+        importlib.import_module("itool_jax.stages.report").run(config)
+        return
     import jax  # slow to import; --help and errors of the command line come without it
 
     from itool_jax import environment

@@ -78,12 +78,13 @@ def copy_run(made: Made, folder: Path) -> Path:
 
 
 def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:
-    """All files of a run but the checkpoints, whose inner names are random, and the clock's: times and seconds."""
+    """All files of a run but the checkpoints, whose inner names are random, and what holds times and seconds."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         name: path.read_bytes()
         for name, path in files.items()
-        if "weights" not in name and not name.endswith((".json", "metrics.jsonl", "log.jsonl", ".lock", *leave_out))
+        if "weights" not in name
+        and not name.endswith((".json", "metrics.jsonl", "log.jsonl", "report.html", ".lock", *leave_out))
     }
 
 
@@ -91,12 +92,15 @@ CLOCK = re.compile(rb'("time": [\d.]+)|("seconds": [\d.]+)|([\d.]+ s\b)')
 
 
 def lasting(folder: Path) -> dict[str, bytes]:
-    """All files of a run without what the clock, the process and the folder's name put there; of weights, digests."""
+    """All files of a run without what the clock, the process and the folder's name put there; of weights, digests.
+
+    The report holds all of this too, and is left out.
+    """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         name: CLOCK.sub(b"", path.read_bytes()).replace(str(folder).encode(), b"FOLDER")
         for name, path in files.items()
-        if "weights" not in name and name != ".lock"
+        if "weights" not in name and name not in (".lock", "report.html")
     }
 
 

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 def test_a_run_leaves_all_its_files(made: Made):
     expected = {"config.yaml", "summary.json", "metrics.jsonl", ".lock", "log.jsonl", "environment.json"}
+    expected |= {"report.html"}
     expected |= {f"data/{part}.jsonl" for part in ("train", "validation", "test")}
     expected |= {"data/sources.json", "data/card.json"}
     expected |= {f"{phase}/evaluation_test_all.{kind}" for phase in PHASES for kind in ("json", "jsonl")}

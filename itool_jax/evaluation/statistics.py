@@ -29,6 +29,16 @@ def standard_error(correct: Sequence[bool]) -> float:
     return math.sqrt(p * (1 - p) / len(correct))
 
 
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of an accuracy over n > 0 samples; unlike ± 1.96 standard errors it holds near 0 and 1.
+
+    Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    z2 = 1.959964**2
+    middle, half = accuracy + z2 / (2 * n), math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / (4 * n)) / n)
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+
+
 def resampled_accuracies(correct: int, total: int, random: np.random.Generator, n_resamples: int) -> np.ndarray:
     """Accuracies, shape (n_resamples,), of bootstrap resamples of `total` answers, `correct` of them right.
 

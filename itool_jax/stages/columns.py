@@ -25,15 +25,52 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(item is None or _is_number(item) for item in value.values())
 
 
+NODE_NUMBERS = ("visits", "q", "value", "prior", "outcome", "confidence")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_nodes(value: Any) -> bool:
+    """The nodes of a search tree: a root, and each other one behind its parent."""
+    return isinstance(value, list) and bool(value) and all(_is_node(node, n) for n, node in enumerate(value))
+
+
+def _is_node(node: Any, number: int) -> bool:
+    return (
+        isinstance(node, dict)
+        and type(node.get("parent")) is int
+        and (-1 if number == 0 else 0) <= node["parent"] < number
+        and isinstance(node.get("text"), str)
+        and all(_is_number(node.get(name)) for name in NODE_NUMBERS)
+        and all(isinstance(node.get(name), bool) for name in ("terminal", "gold"))
+    )
+
+
+def _is_intervals(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        bounds is None or (isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds)))
+        for bounds in value.values()
+    )
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a text")),
     **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), (_is_token_ids, "a list of token ids")),
     **dict.fromkeys(("chosen", "rejected", "visits_chosen", "visits_rejected"), (_is_number, "a number")),
     **dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds", "time"), (_is_number, "a number")),
     **dict.fromkeys(("accuracy", "n", "standard_error"), (_is_numbers, "an object of numbers")),
+    **dict.fromkeys(("node", "chosen_node", "rejected_node"), (_is_count, "the number of a node")),
+    **dict.fromkeys(("q_chosen", "q_rejected", "perplexity", "n_tokens"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("response", "target", "gold", "text", "phase", "against"), (lambda value: isinstance(value, str), "a text")
+    ),
+    "nodes": (_is_nodes, "a list of nodes, each behind its parent"),
     "rank": (lambda value: value is None or _is_number(value), "a number or null"),
-    "correct": (lambda value: isinstance(value, bool), "true or false"),
-    "categories": (_is_texts, "a list of texts"),
+    **dict.fromkeys(("correct", "finished"), (lambda value: isinstance(value, bool), "true or false")),
+    **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of texts")),
+    "interval": (_is_intervals, "an object of pairs of numbers"),
 }
 """A check of each value, and what it must be, in words."""
 

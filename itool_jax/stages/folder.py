@@ -1,6 +1,6 @@
 """The run directory: what each stage reads and writes, and where; nothing else couples stages.
 
-    config.yaml  summary.json  metrics.jsonl  log.jsonl  environment.json
+    config.yaml  summary.json  metrics.jsonl  log.jsonl  environment.json  report.html
     data/        {train,validation,test}.jsonl; card.json; skipped.txt; sources.json, what model and data files were
     base/ warmup/ iteration_1/ …    a phase each: weights/ (but base), evaluation_<split>_<limit>.jsonl, and of an
                                     iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl

@@ -13,7 +13,7 @@ from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, paired_difference
 from itool_jax.hosts import is_first
 from itool_jax.metrics import console_out, say
-from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, score, search, warmup
+from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, report, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
@@ -24,6 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     for training in (config.warmup, config.preference):
         training.n_micro()  # sizes that do not go together are met now, not hours later
     evaluate.evaluate(config, "base")
+    report.refresh(config)
     warmup.run(config)
     _evaluate(config, "warmup")
     for iteration in range(1, config.iterations + 1):
@@ -35,7 +36,8 @@ def run(config: Config) -> dict[str, Any]:
     summary = summarize(config)
     if is_first():
         folder.write_json(config.run_dir / "summary.json", summary)
-        show(config, summary)
+        made = report.refresh(config)
+        show(config, summary, f", {made.name} to look at it" if made else "")
     return summary
 
 
@@ -44,6 +46,7 @@ def _evaluate(config: Config, phase: str) -> None:
     evaluate.evaluate(config, phase)
     if config.benchmark is not None:
         benchmark.evaluate(config, phase)
+    report.refresh(config)
 
 
 def phases(config: Config) -> list[str]:
@@ -119,7 +122,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def show(config: Config, summary: dict[str, Any]) -> None:
+def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
     """Prints the summary as a table, and what is significant of it."""
     names = [name for name, count in summary["phases"][0]["n"].items() if count]
     # No frame and narrow gaps: the widest row just fits 80 columns.
@@ -144,4 +147,4 @@ def show(config: Config, summary: dict[str, Any]) -> None:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
             console_out.print(f"  lower: {line}", soft_wrap=True)
-    say(f"everything is in {config.run_dir}")
+    say(f"everything is in {config.run_dir}{more}")

@@ -1,0 +1,40 @@
+"""In what way a wrong response is wrong: gold and response in, one of `KINDS` out."""
+
+from collections import Counter
+
+from itool_jax.text.calls import Call, looks_like_calls, read_calls
+
+UNFINISHED = "cut off"
+KINDS = {
+    UNFINISHED: "it ran into the length limit",
+    "no call": "text where calls are wanted",
+    "needless call": "calls where text is wanted",
+    "unreadable": "it looks like calls and cannot be read",
+    "missing call": "all its calls are among the wanted functions, and some are missing",
+    "extra call": "all functions wanted are called, and others or some more than once too often",
+    "wrong function": "it calls a function that is not wanted, and not one that is",
+    "wrong parameters": "the right functions, but parameters are missing or too many",
+    "wrong value": "the right functions and parameters, but a value differs",
+    "other": "none of these",
+}
+"""Kinds and what they mean; of several that fit, the first one here is given."""
+
+
+def error_kind(gold: str, response: str, *, finished: bool) -> str:
+    """The kind of error of a response that was judged wrong."""
+    if not finished:
+        return UNFINISHED
+    wanted, calls = read_calls(gold), read_calls(response)
+    if wanted is None:
+        return "needless call" if looks_like_calls(response) else "other"
+    if calls is None:
+        return "unreadable" if looks_like_calls(response) else "no call"
+    return _between(wanted, calls)
+
+
+def _between(wanted: list[Call], calls: list[Call]) -> str:
+    names, there = (Counter(call.name for call in side) for side in (wanted, calls))
+    if names != there:
+        return "missing call" if there < names else "extra call" if names < there else "wrong function"
+    forms, given = (Counter((call.name, *sorted(call.arguments)) for call in side) for side in (wanted, calls))
+    return "wrong value" if forms == given else "wrong parameters"

@@ -1,0 +1,113 @@
+"""A report that is followed: served on this machine alone while the run goes on.
+
+In: a function that gives another text whenever something has changed, and one that gives the report and its trees. Out:
+a server on 127.0.0.1 until the user interrupts it. `/` is the page; `/report.json?have=STAMP` the report, or nothing
+where it is as it was; `/tree?at=N` one tree.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from itool_jax.report import page
+
+HOST, PORT, TRIES = "127.0.0.1", 8765, 20
+NAMES = ("127.0.0.1", "localhost")
+LEAST_SECONDS = 1.0
+"""Between two looks at the run directory."""
+
+Stamp = Callable[[], str]
+Content = Callable[[], tuple[dict[str, Any], list[str]]]
+
+
+class Latest(NamedTuple):
+    """The report as it was when it was last looked at."""
+
+    stamp: str
+    report: dict[str, Any]
+    trees: list[str]
+    error: str | None
+
+
+class Source:
+    """Gives the latest report; reads the run directory again only where something has changed."""
+
+    def __init__(self, stamp: Stamp, content: Content):
+        self.stamp, self.content = stamp, content
+        self.lock, self.looked = threading.Lock(), 0.0
+        self.latest = Latest("", {}, [], None)
+
+    def now(self) -> Latest:
+        """The latest report. A file that is being written, or is damaged, leaves the one before, and its error."""
+        with self.lock:
+            if time.monotonic() - self.looked >= LEAST_SECONDS and (stamp := self.stamp()) != self.latest.stamp:
+                try:
+                    self.latest = Latest(stamp, *self.content(), None)
+                except (ValueError, OSError) as error:
+                    self.latest = self.latest._replace(stamp=stamp, error=" ".join(str(error).split()))
+                self.looked = time.monotonic()
+            return self.latest
+
+
+def handler(source: Source) -> type[BaseHTTPRequestHandler]:
+    """The answers to a browser's requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.headers.get("Host", "").rpartition(":")[0] not in NAMES:  # another site's name for this machine
+                self._answer(403, "text/plain", "only this machine's own browser is answered")
+                return
+            path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+            latest = source.now()
+            report = {**latest.report, "stamp": latest.stamp, "error": latest.error}
+            at = query.get("at", [""])[0]
+            if path == "/":
+                # Trees are asked for one at a time.
+                self._answer(200, "text/html", page.assemble(report, (), str(report.get("title", "report"))))
+            elif path == "/report.json":
+                known = query.get("have") == [latest.stamp]
+                self._answer(204 if known else 200, "application/json", "" if known else page.as_json(report))
+            elif path == "/tree" and at.isascii() and at.isdigit() and int(at[:9]) < len(latest.trees):
+                self._answer(200, "application/json", latest.trees[int(at[:9])])
+            else:
+                self._answer(404, "text/plain", "there is no such page")
+
+        def _answer(self, status: int, kind: str, text: str) -> None:
+            body = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Requests are of no interest."""
+
+    return Handler
+
+
+def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
+    """A server at the port or one of the next, whichever is free."""
+    for number in range(port, port + TRIES):
+        with contextlib.suppress(OSError):
+            return ThreadingHTTPServer((HOST, number), handler(source))
+    raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; end another --watch")
+
+
+def serve(stamp: Stamp, content: Content) -> int:
+    """Serves until the user interrupts; returns how many trees there were then."""
+    source = Source(stamp, content)
+    source.latest = Latest(stamp(), *content(), None)  # what is wrong with the run directory is said at once
+    with listen(source) as server:
+        print(f"the report is at http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("ended")
+    return len(source.latest.trees)

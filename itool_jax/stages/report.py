@@ -1,0 +1,60 @@
+"""The report of a run: `report.html` in its directory, one page that needs nothing else.
+
+In: a run directory, finished or not. Out: the page; with `--watch` a server on this machine, whose page follows the
+run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from itool_jax.config import Config
+from itool_jax.data.records import whole_file
+from itool_jax.hosts import is_first
+from itool_jax.metrics import say
+from itool_jax.report import page, server
+from itool_jax.stages import findings
+
+FILE = "report.html"
+TREE_BYTES = 128 << 20
+"""Trees beyond this are left out of the page, which says so; a thousand take some 5 MB."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Writes the report, or serves it until the user interrupts; returns how many trees it shows."""
+    if config.watch:
+        return {"trees": server.serve(lambda: findings.stamp(config), lambda: content(config, live=True))}
+    report, _ = write(config)
+    say(f"the report is {config.run_dir / FILE}")
+    return {"trees": len(report["trees"])}
+
+
+def write(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Writes the page; returns what is in it."""
+    report, trees = content(config)
+    with whole_file(config.run_dir / FILE) as file:
+        file.write(page.assemble(report, trees, report["title"]).encode())
+    return report, trees
+
+
+def content(config: Config, *, live: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """The report and its trees as JSON."""
+    report, grown = findings.find(config)
+    size, kept = 0, 0
+    for tree in grown:
+        size += len(tree.text)
+        kept += size <= TREE_BYTES
+    left_out = len(grown) - kept
+    report |= {"trees": report["trees"][:kept], "trees_left_out": left_out, "live": live}
+    return report, [tree.text for tree in grown[:kept]]
+
+
+def refresh(config: Config) -> Path | None:
+    """Writes the page while a run goes on, or at its end. A run never ends because its report cannot be made."""
+    if not is_first():
+        return None
+    try:
+        write(config)
+    except Exception as error:  # a fault of the report must not end days of work
+        say(f"there is no report: {' '.join(str(error).split()) or type(error).__name__}")
+        return None
+    return config.run_dir / FILE
