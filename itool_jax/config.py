@@ -22,6 +22,7 @@ import yaml
 from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import whole_file
+from itool_jax.devices import PlanSettings
 from itool_jax.hosts import DistributedSettings, is_first
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
@@ -33,7 +34,7 @@ from itool_jax.sampler import GenerateSettings
 from itool_jax.trackers import LogSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
-Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export"]
+Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "plan", "doctor"]
 
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
@@ -106,8 +107,8 @@ class Config:
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None
-    """File to write, for score and generate on a data file of their own, and for evaluate with results; for export, the
-    folder to write."""
+    """File to write, for score and generate on a data file of their own, for evaluate with results, and for plan; for
+    export, the folder to write."""
     overwrite: bool = False
     """Replace an exported folder that is there already."""
     benchmark: Literal["bfcl", "api_bank"] | None = None
@@ -155,6 +156,7 @@ class Config:
     evaluate: EvaluateSettings = EvaluateSettings()
     generate: GenerateSettings = GenerateSettings()
     export: ExportSettings = ExportSettings()
+    plan: PlanSettings = PlanSettings()
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -165,9 +167,14 @@ class Config:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
-        if self.output is not None and self.stage not in ("score", "generate", "export") and self.results is None:
+        if (
+            self.output is not None
+            and self.stage not in ("score", "generate", "export", "plan")
+            and self.results is None
+        ):
             raise ValueError(
-                f"output is for the stages score, generate and export, and for results, got it with stage {self.stage}"
+                "output is for the stages score, generate, export and plan, and for results, "
+                f"got it with stage {self.stage}"
             )
         self._check_benchmark()
         if self.distributed.several and (self.stage == "export" or (self.stage == "generate" and self.output is None)):
@@ -191,6 +198,11 @@ class Config:
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
         if self.evaluate.underscore_to_dot and self.results is None:
             raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether the command changes nothing of a run, nor runs the model."""
+        return self.stage in ("plan", "doctor")
 
     @property
     def keeps_run(self) -> bool:
@@ -316,7 +328,7 @@ def _defaults() -> dict[str, Any]:
 FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
-    *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
+    *("evaluate.", "export.", "plan.", "generate.temperature", "generate.tokens_per_batch", "mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
     *("profile", "log.", "distributed."),
 )

@@ -69,8 +69,8 @@ _TOP_NAMES = {
 }
 
 
-def find(name: str) -> Path:
-    """The local folder of a model: a path, or a hub name, downloaded once (weights, tokenizer, configs)."""
+def find(name: str, weights: bool = True) -> Path:
+    """The local folder of a model: a path, or a hub name, downloaded once (tokenizer, configs and weights)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -81,7 +81,8 @@ def find(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        patterns = [p for p in HUB_FILES if weights or not p.endswith(".safetensors")]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
