@@ -52,12 +52,12 @@ def phase_name(iteration: int) -> str:
 
 def model_folder(config: Config) -> Path:
     """Where the model's files are."""
-    return _find_model(config.model, not config.looks_only)
+    return _find_model(config.model, not config.looks_only, config.stage != "doctor")
 
 
 @functools.lru_cache(maxsize=1)
-def _find_model(name: str, weights: bool) -> Path:
-    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights)
+def _find_model(name: str, weights: bool, fetch: bool) -> Path:
+    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights, fetch)
 
 
 @functools.lru_cache(maxsize=1)

@@ -193,7 +193,7 @@ def _foot(plan: Row) -> list[str]:
     total = math.fsum(hours)
     return [
         f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and compiling",
-        f"assumed: sampling at {a['decode_share']:.0%} of the bandwidth, training at {a['training_share']:.0%} of peak, "
+        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
         f"scoring at {a['scoring_share']:.0%}, {a['pairs_a_tree']:g} pairs a tree, responses like the gold ones",
     ]
 
