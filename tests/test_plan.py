@@ -60,7 +60,7 @@ def test_a_training_step_takes_what_is_planned(made: Made):
     loss = train.sft_loss(folder.training_graph(config))
     given = (loss, optimizer, 2, state, base, batch, jax.random.key(0), np.float32(1))
     compiled = train.train_step.lower(*given).compile()
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     need = memory.training(None, model, config.lora, 2, rows, width)
     held = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (base, state.trainable, state.optimizer)]
     assert [need.weights, need.adapters, need.optimizer] == held

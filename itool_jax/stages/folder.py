@@ -60,7 +60,7 @@ def _find_model(name: str, weights: bool, fetch: bool) -> Path:
     return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights, fetch)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
     model = hf.read_config(folder, dtype)
     remat = ("layers" if model.n_layers > 8 else "none") if remat == "auto" else remat

@@ -50,7 +50,7 @@ def run(config: Config) -> Row:
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
     # 2. What to change where a stage does not fit.
     fits = all(found.fits(place.limit) for found in as_set)
-    change = None if fits else memory.change_of(planner, stages, say)
+    change = None if fits else memory.change_of(planner, stages)
     # 3. How long each stage takes.
     batch = next((found.size for found in as_set if found.stage == "search"), 1)
     clock = Clock(config, place.device, memory.devices_used(config), memory.copies(config, place))

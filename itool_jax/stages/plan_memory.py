@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from itool_jax import memory
 from itool_jax.config import Config, is_out_of_memory
 from itool_jax.devices import HERE, Device, device_like, device_of
 from itool_jax.memory import Need
+from itool_jax.metrics import say
 from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices, use_mesh
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.stages import folder, sizes
@@ -199,7 +200,13 @@ class Planner:
         )
 
     def _need(self, stage: str, size: int) -> Need | None:
-        """None where the compiler refuses for want of memory."""
+        """What a stage needs, said as it is found; None where the compiler refuses for want of memory."""
+        need = self._compiled(stage, size)
+        amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB a device"
+        say(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
+        return need
+
+    def _compiled(self, stage: str, size: int) -> Need | None:
         model = folder.load_base(self.config).config
         if self.place.on_host and model.dtype == "bfloat16":
             model = dataclasses.replace(model, dtype="float16")
@@ -246,7 +253,7 @@ class Change(NamedTuple):
     found: list[Found]
 
 
-def change_of(planner: Planner, stages: Sequence[str], say: Callable[[str], None]) -> Change | None:
+def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
     """The first change with which all of these stages fit, sizes alone or other settings too; None where none helps."""
     settings: dict[str, Any] = {}
     tried = [settings, *changes(planner.config, planner.place, folder.load_base(planner.config).config)]
@@ -258,7 +265,7 @@ def change_of(planner: Planner, stages: Sequence[str], say: Callable[[str], None
             continue
         if found is not None:
             return found._replace(settings=settings | found.settings)
-        say(f"does not fit: {as_arguments(settings) or 'smaller sizes alone'}")
+        say(f"{as_arguments(settings) or 'a smaller size alone'} does not make it fit")
     return None
 
 
