@@ -93,7 +93,7 @@ class Config:
     """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
 
     stage: Stage
-    """What to run: iterate is the whole loop, the others are its parts."""
+    """What to run: iterate is the whole loop, plan and doctor come before it, the others are its parts."""
     config: str | None = None
     """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
     config of your own it is demo."""
