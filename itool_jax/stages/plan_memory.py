@@ -111,6 +111,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
 
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the cloud about this machine, at length
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     flat = device.topology in ("v5e", "v6e")
     for power in range(11):
         sides = [1 << (power + 2 - i) // 3 for i in range(3)] if not flat else [1 << power // 2, 1 << (power + 1) // 2]
