@@ -1,7 +1,7 @@
 """An 8B-shaped random Llama on one accelerator: `python -m benchmarks.gpu --json=OUT`, under nine minutes.
 
 In bfloat16: decoding, prefill, scoring, a search, and steps of LoRA SFT and DPO, each with its share of what the
-hardware allows (`benchmarks.roofline`): of the memory's bandwidth for decoding, of peak operations for the rest, where
+hardware allows (`itool_jax.roofline`): of the memory's bandwidth for decoding, of peak operations for the rest, where
 what is computed again to save memory does not count. Before anything is timed, cached log-probabilities are compared
 with uncached ones. Behind each of search, SFT and DPO stands the memory that it took at most and the one that the
 compiler's analysis plans for it (`itool_jax.memory`). `--small` takes a tiny model in float32, to see that all works.
@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import inputs, roofline
+from benchmarks import inputs
 from benchmarks.children.ours import device, searched, step_table
 from benchmarks.memory import LLAMA
-from benchmarks.roofline import Machine, Work
-from itool_jax import memory, sampler, train
+from itool_jax import memory, roofline, sampler, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
@@ -35,6 +34,7 @@ from itool_jax.model import forms, hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
+from itool_jax.roofline import Machine, Work
 from itool_jax.sampler import Policy
 from itool_jax.stages.folder import Base
 from itool_jax.stages.search import Searcher

@@ -1,7 +1,7 @@
 """What the hardware allows: `python -m benchmarks.roofline` prints the table of docs/performance.md.
 
-Counts operations and bytes of each kind of work from a model's shape, and takes the slower of computing and reading
-memory; then the hours of the paper's whole recipe from these. Nothing here runs a model.
+From operations and bytes of each kind of work (`itool_jax.roofline`): the limits of an 8B model, and the hours of the
+paper's whole recipe. Nothing here runs a model.
 """
 
 import dataclasses
@@ -12,86 +12,7 @@ import tyro
 from benchmarks.memory import LLAMA
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.transformer import ModelConfig
-
-BYTES = 2  # of a weight or a cached number in bfloat16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a device can do at most; the defaults are an H200 as measured."""
-
-    bandwidth: float = 4.3e12
-    """Bytes a second that its memory gives."""
-    peak: float = 790e12
-    """Operations a second in dense bfloat16 products."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """Some work on a model: its operations, and the bytes that it must read."""
-
-    flops: float
-    bytes: float
-
-    def seconds(self, machine: Machine) -> float:
-        """The least time it takes."""
-        return max(self.flops / machine.peak, self.bytes / machine.bandwidth)
-
-    def __rmul__(self, times: float) -> "Work":
-        return Work(flops=times * self.flops, bytes=times * self.bytes)
-
-
-def layer_weights(c: ModelConfig) -> int:
-    """Weights of the linear parts of all layers."""
-    attention = c.hidden_size * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
-    return c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-
-
-def linear(c: ModelConfig, rows: int, length: int, logits: int) -> float:
-    """Operations of the products with weights: two a weight and token, in the last layer where its outcome is wanted.
-
-    The last layer has keys and values at all tokens, and the rest where logits are asked for.
-    """
-    keys_and_values = 2 * c.hidden_size * c.head_dim * c.n_kv_heads
-    left_out = (layer_weights(c) // c.n_layers - keys_and_values) * (length - logits)
-    return 2 * rows * (layer_weights(c) * length - left_out + c.hidden_size * c.vocab_size * logits)
-
-
-def forward(c: ModelConfig, rows: int, length: int, logits: int = 0, before: int = 0) -> Work:
-    """A causal pass over rows of `length` tokens behind `before` cached ones, with logits at the last `logits` of each.
-
-    Attention takes 4 operations a query, key and dimension of a head: its score, and its share of the value.
-    """
-    seen = length * (before + (length + 1) / 2)
-    seen_last = logits * (before + length - (logits - 1) / 2)
-    attention = 4 * rows * c.n_heads * c.head_dim * ((c.n_layers - 1) * seen + seen_last)
-    read = layer_weights(c) + (c.hidden_size * c.vocab_size if logits else 0)
-    return Work(flops=linear(c, rows, length, logits) + attention, bytes=BYTES * read + cache_bytes(c, rows * before))
-
-
-def decode(c: ModelConfig, rows: int, length: int, prompts: int | None = None, own: int = 0) -> Work:
-    """A token for each of some rows: all weights are read, each prompt's cache once, and the rows' own caches."""
-    prompts = rows if prompts is None else prompts
-    step = forward(c, rows, 1, logits=1, before=length + own)
-    caches = cache_bytes(c, prompts * length + rows * own)
-    return Work(flops=step.flops, bytes=BYTES * (layer_weights(c) + c.hidden_size * c.vocab_size) + caches)
-
-
-def cache_bytes(c: ModelConfig, tokens: int) -> float:
-    """Keys and values of as many tokens."""
-    return 2 * BYTES * c.n_layers * c.n_kv_heads * c.head_dim * tokens
-
-
-def lora_step(c: ModelConfig, rows: int, length: int, logits: int, rank: int = 16) -> Work:
-    """A training step of adapters: a pass forwards, and one back through activations but not to the frozen weights.
-
-    Attention takes twice the operations backwards. What is computed again to save memory does not count.
-    """
-    once = forward(c, rows, length, logits)
-    shapes = 2 * (c.hidden_size + c.n_heads * c.head_dim) + 2 * (c.hidden_size + c.n_kv_heads * c.head_dim)
-    adapters = c.n_layers * rank * (shapes + 3 * (c.hidden_size + c.intermediate_size))
-    flops = 2 * once.flops + (once.flops - linear(c, rows, length, logits)) + 6 * adapters * rows * length
-    return Work(flops=flops, bytes=2 * once.bytes)
+from itool_jax.roofline import Machine, Work, decode, forward, lora_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import yaml
 from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.records import remove_unfinished, whole_file
+from itool_jax.devices import PlanSettings
 from itool_jax.hosts import DistributedSettings, is_first
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
@@ -33,7 +34,9 @@ from itool_jax.sampler import GenerateSettings
 from itool_jax.trackers import LogSettings
 from itool_jax.train import PreferenceSettings, WarmupSettings
 
-Stage = Literal["iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report"]
+Stage = Literal[
+    "iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report", "plan", "doctor"
+]
 
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
@@ -92,7 +95,7 @@ class Config:
     """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
 
     stage: Stage
-    """What to run: iterate is the whole loop, the others are its parts."""
+    """What to run: iterate is the whole loop, plan and doctor come before it, the others are its parts."""
     config: str | None = None
     """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
     config of your own it is demo."""
@@ -106,8 +109,8 @@ class Config:
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None
-    """File to write, for score and generate on a data file of their own, and for evaluate with results; for export, the
-    folder to write."""
+    """File to write, for score and generate on a data file of their own, for evaluate with results, and for plan; for
+    export, the folder to write."""
     watch: bool = False
     """For the stage report: serve it on this machine and follow the run, until Ctrl-C."""
     overwrite: bool = False
@@ -161,6 +164,7 @@ class Config:
     evaluate: EvaluateSettings = EvaluateSettings()
     generate: GenerateSettings = GenerateSettings()
     export: ExportSettings = ExportSettings()
+    plan: PlanSettings = PlanSettings()
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -171,9 +175,14 @@ class Config:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
-        if self.output is not None and self.stage not in ("score", "generate", "export") and self.results is None:
+        if (
+            self.output is not None
+            and self.stage not in ("score", "generate", "export", "plan")
+            and self.results is None
+        ):
             raise ValueError(
-                f"output is for the stages score, generate and export, and for results, got it with stage {self.stage}"
+                "output is for the stages score, generate, export and plan, and for results, "
+                f"got it with stage {self.stage}"
             )
         self._check_benchmark()
         if self.distributed.several and (self.stage == "export" or (self.stage == "generate" and self.output is None)):
@@ -208,6 +217,11 @@ class Config:
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
         if self.evaluate.underscore_to_dot and self.results is None:
             raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether the command changes nothing of a run, nor runs the model."""
+        return self.stage in ("plan", "doctor")
 
     @property
     def keeps_run(self) -> bool:
@@ -333,7 +347,8 @@ def _defaults() -> dict[str, Any]:
 FREE = (
     *("stage", "config", "run_dir", "output", "overwrite", "watch", "chat", "tools", "iterations", "iteration"),
     *("benchmark", "categories", "results", "against", "official"),
-    *("evaluate.", "export.", "generate.temperature", "generate.tokens_per_batch", "generate.phase", "mesh.", "remat"),
+    *("evaluate.", "export.", "plan.", "generate.temperature", "generate.tokens_per_batch", "generate.phase"),
+    *("mesh.", "remat"),
     *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
     *("profile", "log.", "distributed."),
 )

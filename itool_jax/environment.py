@@ -67,7 +67,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
         "command": redacted(shlex.join(arguments)),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _versions(),
+        "packages": versions(),
         "backend": jax.default_backend(),
         "devices": dict(collections.Counter(device.device_kind for device in devices)),
         "processes": jax.process_count(),
@@ -76,8 +76,8 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    """Of the packages that are there; a plugin for accelerators counts too."""
+def versions() -> dict[str, str]:
+    """Of the packages that matter and are there; a plugin for accelerators counts too."""
     there = {dist.name.lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     return {
         name: there[name] for name in sorted(there) if name in PACKAGES or name.startswith(("jax-cuda", "jax-rocm"))

@@ -65,6 +65,9 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     environment.keep_programs()
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
+    if config.looks_only:  # it decides itself which devices are used
+        importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+        return
     trackers.require(config.log)
     if config.deterministic:
         environment.make_deterministic()

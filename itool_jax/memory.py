@@ -23,7 +23,7 @@ from itool_jax.model.cache import Prefix, empty_prefix
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside
 from itool_jax.model.sharding import placed, row_devices
-from itool_jax.model.transformer import ModelConfig, abstract
+from itool_jax.model.transformer import SHORT_STACK, ModelConfig, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.text.steps import N_STATES, StepTable
 
@@ -35,16 +35,38 @@ SHARE = 0.9
 
 
 class Need(NamedTuple):
-    """Bytes a device: what a program reads, what it needs while it runs, what it makes beside what it reads."""
+    """Bytes a device, by purpose: what is there before a program runs, what it needs besides, and what it makes."""
 
-    arguments: int
+    weights: int
+    """Of the base; of a small model also the copy that adapters are merged into."""
+    adapters: int
+    optimizer: int
+    caches: int
+    """Keys and values of prompts."""
+    batch: int
+    """The rest of what the program reads, and what the compiler adds to it, such as padding."""
     temporaries: int
+    """Activations, gradients, logits, and in a search the rows' own keys and values."""
     outputs: int
+
+    @property
+    def arguments(self) -> int:
+        """What is there before the program runs."""
+        return sum(self[:5])
 
     @property
     def total(self) -> int:
         """All of it."""
         return sum(self)
+
+
+class Held(NamedTuple):
+    """Bytes a device of what stays while programs run."""
+
+    weights: int = 0
+    adapters: int = 0
+    optimizer: int = 0
+    caches: int = 0
 
 
 class Lengths(NamedTuple):
@@ -59,10 +81,36 @@ class Lengths(NamedTuple):
     """A response, and the end of the question about it."""
 
 
-def _need(program: Any, beside: int = 0) -> Need:
+def _need(program: Any, held: Held, unread: int = 0) -> Need:
+    """What a lowered program needs beside what is held, of which it does not read `unread` bytes."""
     found = program.compile().memory_analysis()
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Need(found.argument_size_in_bytes + beside, found.temp_size_in_bytes, new)
+    read = found.argument_size_in_bytes - (sum(held) - unread)
+    return Need(*held, max(0, read), found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+class Program(NamedTuple):
+    """A program by the model that it is compiled for, and from how many layers on each adds as much as the last."""
+
+    need: Callable[[ModelConfig], Need]
+    steady: int = 4
+
+    def at_depth(self, model: ModelConfig) -> Need:
+        """What a deep model needs, from two shallower ones of its widths.
+
+        Compiling takes as long as a model that runs has layers, many minutes for 80. Where it has few, it is compiled.
+        """
+        # Not fewer than it takes for the stack to be a loop, as it is in a deep model.
+        low = self.steady if model.remat != "none" else max(self.steady, SHORT_STACK + 1)
+        if model.n_layers <= max(2 * low, SHORT_STACK):
+            return self.need(model)
+        high = low + low // 2
+        few, more = (self.need(dataclasses.replace(model, n_layers=n)) for n in (low, high))
+        times = (model.n_layers - high) / (high - low)
+        return Need(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
+
+
+LOOP = 12
+"""`Program.steady` of loops that sample: in fewer layers their caches are less than what they need at the start."""
 
 
 def training(
@@ -86,7 +134,9 @@ def training(
     fn = train.sft_loss(graph) if loss is None else train.preference_loss(graph, loss)
     batch = _batch(loss is not None, rows, length, packed, targets)
     key, rate = _array(dtype=jax.eval_shape(jax.random.key, 0).dtype), _array(dtype=jnp.float32)
-    return _need(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate))
+    trained = (0, _bytes(state.trainable)) if lora.rank else (_bytes(state.trainable), 0)
+    held = Held(_bytes(placed(frozen)) + trained[0], trained[1], _bytes(state.optimizer))
+    return _need(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate), held)
 
 
 def _batch(pairs: bool, rows: int, length: int, packed: bool, targets: int | None) -> TargetBatch | PairBatch:
@@ -119,39 +169,89 @@ def _stored(base: Any, dtype: str) -> Any:
     return jax.tree.map_with_path(stored, base)
 
 
-def searching(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
-    """A search of `batch` prompts: the more of a round of last steps and one of questions about them.
+class _Running(NamedTuple):
+    """A model that runs, as shapes."""
 
-    Either keeps what the other reads: the caches of the prompts, and those of the questions.
-    """
-    model = dataclasses.replace(model, stacked=False)
-    graph, base, adapters = abstract(model, lora)
-    base = weights = placed(_stored(base, model.dtype), running=True)
+    graph: Any
+    weights: Any
+    held: Held
+    unread: int
+    """Bytes that are held and not read."""
+
+
+def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
+    graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), lora)
+    base = placed(_stored(base, model.dtype), running=True)
+    if not lora.rank:
+        return _Running(graph, base, Held(_bytes(base)), 0)
     # Adapters are merged into a copy of a small model, and stand beside the weights of others (`folder.load_policy`).
-    merged = model.dtype == "float32" and not model.nf4
-    if merged or not lora.rank:
-        graph = abstract(model)[0]
-    else:
-        weights = beside(base, placed(adapters, running=True))
+    if model.dtype == "float32" and not model.nf4:
+        graph = abstract(dataclasses.replace(model, stacked=False))[0]
+        return _Running(graph, base, Held(2 * _bytes(base)), _bytes(base))
+    adapters = placed(adapters, running=True)
+    return _Running(graph, beside(base, adapters), Held(_bytes(base), _bytes(adapters)), 0)
+
+
+def searching(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A search of `batch` prompts: the more of a round of last steps and one of questions about them."""
+    given = (model, lora, search, lengths, batch)
+    return max(proposing(*given), asking(*given), key=lambda need: need.total)
+
+
+def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A round of last steps; what the questions read, the caches of the prompts with the reference, is kept beside."""
+    graph, weights, held, unread = _running(model, lora)
+    prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
+    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.last_step_limit, search.step_limit)
+    draws = _draws(batch * search.breadth)
+    step = sampler.sample_step.lower(graph, limit, weights, step_table(model.vocab_size), prompt, *path, *draws)
+    return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
+
+
+def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A round of questions about last steps; the caches of the prompts alone are kept beside."""
+    graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
-    step = sampler.sample_step.lower(
-        *(graph, max(search.last_step_limit, search.step_limit), weights, step_table(model.vocab_size), prompt, *path),
-        *(_array(rows, dtype=jax.eval_shape(jax.random.key, 0).dtype), _array(rows), _array(rows, dtype=jnp.bool_)),
-        _array(dtype=jnp.float32),
-    )
     ask = sampler.answer.lower(graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2))
-    kept = _bytes(base) if merged and lora.rank else 0
-    return max((_need(step, kept + _bytes(asked)), _need(ask, kept + _bytes(prompt))), key=lambda need: need.total)
+    return _need(ask, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
+
+
+def _draws(rows: int) -> tuple[Any, ...]:
+    """Shapes of what `sampler.sample_step` takes a row: keys, limits, whether all is asked for; and the temperature."""
+    key = jax.eval_shape(jax.random.key, 0).dtype
+    return _array(rows, dtype=key), _array(rows), _array(rows, dtype=jnp.bool_), _array(dtype=jnp.float32)
+
+
+def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Need:
+    """Log-probabilities of the targets of `rows` rows of `width` tokens."""
+    graph, weights, held, unread = _running(model, lora)
+    return _need(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), held, unread)
+
+
+def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> Need:
+    """Responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
+    graph, weights, held, unread = _running(model, lora)
+    prompt = _placed_like(sampler.prefill.lower(graph, weights, _array(rows, width), _array(rows)).compile())
+    inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
+    held = held._replace(caches=_bytes(prompt))
+    return _need(sampler.sample_step.lower(graph, limit, weights, *inputs), held, unread)
 
 
 def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:
     """Shapes of the caches of `batch` prompts, and where they lie."""
     count = row_devices(running=True)
     new = sampler.prefill.eval_shape(graph, weights, _array(count, width), _array(count))
-    made = empty_prefix.lower(new, batch).compile()
-    leaves = zip(jax.tree.leaves(made.out_info), jax.tree.leaves(made.output_shardings), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(new), [Shape(x.shape, x.dtype, sharding=s) for x, s in leaves])
+    return _placed_like(empty_prefix.lower(new, batch).compile())
+
+
+def _placed_like(made: Any) -> Any:
+    """Shapes of what a compiled program gives, and where they lie."""
+
+    def place(leaf: Any, where: Any) -> Shape:
+        return Shape(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, made.out_info, made.output_shardings)
 
 
 def _bytes(tree: Any) -> int:

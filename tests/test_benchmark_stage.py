@@ -144,7 +144,7 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--data=none"], "none/questions holds no BFCL_v3_simple.json, plain or .gz"),
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
-        (["--output=x.json"], "output is for the stages score, generate and export, and for results"),
+        (["--output=x.json"], "output is for the stages score, generate, export and plan, and for results"),
         (["--against=none.json"], "none.json is no file; against wants another run's scores.json"),
         (["--benchmark=api_bank", "--official"], "official is for BFCL; set --benchmark=bfcl"),
         (["--benchmark=api_bank", "--results=none"], "results is for BFCL; set --benchmark=bfcl"),

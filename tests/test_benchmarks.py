@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, inputs, peers, roofline, run, scaling, serial
+from benchmarks import gpu, inputs, peers, run, scaling, serial
 from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
-from itool_jax import sampler
+from itool_jax import roofline, sampler
 from itool_jax.mcts.search import Problem, Proposal, SearchSettings, State, search
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract

@@ -133,7 +133,7 @@ def test_a_saved_config_gives_the_same_settings_again(tmp_path: Path):
         ("--iteration=0", ["iteration must be positive, got 0"]),
         ("--seed=-1", ["seed must be from 0", "-1"]),
         ("--seed=99999999999999999999", ["seed must be from 0", "99999999999999999999"]),
-        ("--output=x.jsonl", ["output", "score, generate and export", "iterate"]),
+        ("--output=x.jsonl", ["output", "score, generate, export and plan", "iterate"]),
         ("--overwrite", ["overwrite is for the stage export, got it with stage iterate"]),
         ("--dtype=float16", ["--dtype", "'float16'", "float32"]),
     ],

@@ -75,9 +75,9 @@ def test_what_the_compiler_refuses_does_not_fit():
     def refuse(size: int) -> memory.Need:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" * (size > 1))
 
-    assert sizes._total(refuse)(2) == float("inf")
+    assert sizes.total(refuse)(2) == float("inf")
     with pytest.raises(jax.errors.JaxRuntimeError):
-        sizes._total(refuse)(1)
+        sizes.total(refuse)(1)
 
 
 def test_a_device_has_what_it_says(monkeypatch: pytest.MonkeyPatch):

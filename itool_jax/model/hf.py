@@ -69,8 +69,8 @@ _TOP_NAMES = {
 }
 
 
-def find(name: str) -> Path:
-    """The local folder of a model: a path, or a hub name, downloaded once (weights, tokenizer, configs)."""
+def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
+    """The local folder of a model: a path, or a hub name, downloaded once (tokenizer, configs and weights)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -81,7 +81,8 @@ def find(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        patterns = [p for p in HUB_FILES if weights or not p.endswith(".safetensors")]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
@@ -237,9 +238,7 @@ def load(
         ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
     """
     config = dataclasses.replace(read_config(folder, dtype), stacked=stacked)
-    _, shapes, _ = abstract(config)
-    tensors = _tensors(folder)
-    _check(folder, config, shapes, tensors)
+    shapes, tensors = checked(folder, config)
 
     def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
         place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape, running=not stacked)
@@ -256,6 +255,18 @@ def load(
         return _quantize(str(path[-2].key), stacked, found) if coded else found
 
     return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
+
+
+def checked(folder: Path, config: ModelConfig) -> tuple[Params, dict[str, Tensor]]:
+    """Shapes of the weights, and the tensors that a folder's files say they hold; no weight is read.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or not as config.json asks for, or a file is not readable.
+    """
+    _, shapes, _ = abstract(config)
+    tensors = _tensors(folder)
+    _check(folder, config, shapes, tensors)
+    return shapes, tensors
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -52,15 +52,15 @@ def phase_name(iteration: int) -> str:
 
 def model_folder(config: Config) -> Path:
     """Where the model's files are."""
-    return _find_model(config.model)
+    return _find_model(config.model, not config.looks_only, config.stage != "doctor")
 
 
 @functools.lru_cache(maxsize=1)
-def _find_model(name: str) -> Path:
-    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name)
+def _find_model(name: str, weights: bool, fetch: bool) -> Path:
+    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights, fetch)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
     model = hf.read_config(folder, dtype)
     remat = ("layers" if model.n_layers > 8 else "none") if remat == "auto" else remat

@@ -53,7 +53,7 @@ def _make(config: Config) -> None:
     if _made(config):
         return
     skipped: list[str] | None = [] if config.skip_bad_rows else None
-    parts, left_out = _make_parts(config, skipped)
+    parts, left_out = divide(config, skipped)
     folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
     _describe(config, parts, left_out, skipped or [])
     for name in PARTS:
@@ -85,15 +85,22 @@ def _look_for_benchmarks(config: Config) -> None:
 
 def warmup_and_replay(config: Config) -> tuple[list[Sample], list[Sample]]:
     """The training samples: those of the warm-up, and the replay buffer."""
-    found = samples(config, "train")
+    return split_off_replay(config, samples(config, "train"))
+
+
+def split_off_replay(config: Config, found: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Training samples as those of the warm-up and the replay buffer."""
     warmup, buffer = replay.split(found, 1 - config.replay.replay_fraction, "replay", config.seed)
     if not warmup or not buffer:
         raise ValueError(f"{len(found)} training samples are too few to split off a replay buffer; add data")
     return warmup, buffer
 
 
-def _make_parts(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], dict[str, int]]:
-    """The three parts; how many repeats and how many too long samples are not in them, as the card names these."""
+def divide(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], dict[str, int]]:
+    """The three parts, nothing written; how many repeats and too long samples are not in them, as the card names these.
+
+    Reasons why rows were left out go to `skipped`; where there is no such list, the first is an error.
+    """
     if config.data == "generated":
         sizes = config.generated
         counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}

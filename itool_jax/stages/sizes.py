@@ -7,7 +7,7 @@ which keeps them: a run that goes on, be it elsewhere, uses those that it began 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,6 +29,7 @@ STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preferenc
 OTHER_STAGES = "generate.tokens_per_batch"
 """What stages that only run the model are turned down by."""
 Need = Callable[[int], float]
+Plan = Callable[[int], list[memory.Program]]
 
 
 def resolved(config: Config) -> Config:
@@ -47,7 +48,7 @@ def resolved(config: Config) -> Config:
             found = _find(config, name, candidates)
             known[name] = value = hosts.by_first(f"size {name}", lambda found=found: found)
             folder.write_json(config.run_dir / FILE, known)
-        config = _with(config, name, value)
+        config = with_size(config, name, value)
     return config
 
 
@@ -74,18 +75,25 @@ def _find(config: Config, name: str, candidates: Sequence[int]) -> int:
 def _candidates(config: Config, name: str) -> list[int]:
     """Sizes to look at: powers of two times the devices that share prompts, or what divides a device's share."""
     if name != "search.batch":
-        share = _training(config, name).share()
+        share = training_settings(config, name).share()
         return [size for size in range(1, share + 1) if share % size == 0]
-    count, buffer = memory.row_devices(running=True), len(parts.warmup_and_replay(config)[1])
+    return search_batches(config, len(parts.warmup_and_replay(config)[1]))
+
+
+def search_batches(config: Config, buffer: int) -> list[int]:
+    """Values of search.batch to look at, for a replay buffer of so many samples."""
+    count = memory.row_devices(running=True)
     wanted = min(MOST, max(1, round(config.replay.hardest_fraction * buffer)))
     return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
 
 
-def _training(config: Config, name: str) -> TrainingSettings:
+def training_settings(config: Config, name: str) -> TrainingSettings:
+    """The training that a size belongs to."""
     return config.warmup if name.startswith("warmup") else config.preference
 
 
-def _with(config: Config, name: str, value: int) -> Config:
+def with_size(config: Config, name: str, value: int) -> Config:
+    """The settings with a number for a size."""
     section, field = name.split(".")
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
 
@@ -93,29 +101,45 @@ def _with(config: Config, name: str, value: int) -> Config:
 # What a size needs ------------------------------------------------------------------------------------------
 
 
+class Rows(NamedTuple):
+    """Training samples as token ids: those of the warm-up, and the replay buffer."""
+
+    warmup: list[Encoded]
+    buffer: list[Encoded]
+
+
 def need_of(config: Config, name: str) -> Need:
     """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
-    model = folder.load_base(config).config
     warmup, buffer = parts.warmup_and_replay(config)
-    if name == "search.batch":
-        lengths = search_lengths(
-            folder.load_base(config).chat, folder.encode(config, buffer), config.search, config.self_eval
-        )
-        return _total(lambda size: memory.searching(model, config.lora, config.search, lengths, size))
-    settings = _training(config, name)
-    prefers = name.startswith("preference") and not config.preference.control
     rows = folder.encode(config, warmup if name.startswith("warmup") else buffer)
-    width = pair_width(config, rows) if prefers else max(target_width(len(e[1]), len(e[2])) for e in rows)
-    pack = config.warmup.pack if name.startswith("warmup") else 0
+    plan, model = plan_of(config, name, Rows(rows, rows)), folder.load_base(config).config
+    return total(lambda size: max((p.need(model) for p in plan(size)), key=lambda need: need.total))
+
+
+def plan_of(config: Config, name: str, rows: Rows) -> Plan:
+    """The programs by the value of a size that need most, for the longest rows that are possible."""
+    if name == "search.batch":
+        lengths = search_lengths(folder.load_base(config).chat, rows.buffer, config.search, config.self_eval)
+        given = (config.lora, config.search, lengths)
+        return lambda size: [
+            memory.Program(lambda model: memory.proposing(model, *given, size), memory.LOOP),
+            memory.Program(lambda model: memory.asking(model, *given, size)),
+        ]
+    settings, is_warmup = training_settings(config, name), name.startswith("warmup")
+    prefers = not is_warmup and not config.preference.control
+    found = rows.warmup if is_warmup else rows.buffer
+    width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
+    pack = config.warmup.pack if is_warmup else 0
     loss = config.preference.loss_settings if prefers else None
     shape = (settings.batch_size, max(width, pack), pack > 0)
-    return _total(lambda size: memory.training(loss, model, config.lora, settings.share() // size, *shape))
+    share = settings.share()
+    return lambda size: [memory.Program(lambda model: memory.training(loss, model, config.lora, share // size, *shape))]
 
 
-def _total(need: Callable[[int], memory.Need]) -> Need:
+def total(need: Callable[[int], memory.Need]) -> Need:
     """In bytes; what the compiler itself refuses for want of memory needs more than there is."""
 
-    def total(size: int) -> float:
+    def bytes_of(size: int) -> float:
         try:
             return need(size).total
         except jax.errors.JaxRuntimeError as error:
@@ -123,7 +147,7 @@ def _total(need: Callable[[int], memory.Need]) -> Need:
                 raise
             return float("inf")
 
-    return total
+    return bytes_of
 
 
 def search_lengths(
@@ -171,7 +195,7 @@ def advice(config: Config, where: str, error: str) -> str:
     stage = where.rpartition("/")[2]
     name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
     flat, text = config.flat(), " ".join(error.split())[:160]
-    now = _training(config, name).share() if flat[name] == 0 else flat[name]
+    now = training_settings(config, name).share() if flat[name] == 0 else flat[name]
     halves = (c for c in _candidates(config, name) if c < now) if name in STAGE_OF and name != "search.batch" else ()
     less = max(halves, default=None) if name in STAGE_OF and name != "search.batch" else now // 2 or None
     down = f"lower {name}, now {now}{_estimate(config, name, now)}"

@@ -10,7 +10,7 @@ YAML = "--stage=iterate --config=DIR/c.yaml"
 GENERATE = "--stage=generate --model=MODEL --data=FILE --output=OUT"
 
 COMMAND_LINES = [
-    fault("no-stage", "no stage is given", "--seed=1", "Missing from python -m itool_jax.main: --stage {iterate,warmup,score,search,dpo,evaluate,generate,export} What to run: iterate is the whole loop, the others are its parts. (required); see --help"),
+    fault("no-stage", "no stage is given", "--seed=1", "Missing from python -m itool_jax.main: --stage {iterate,warmup,score,search,dpo,evaluate,generate,export,plan,doctor} What to run: iterate is the whole loop, plan and doctor come before it, the others are its parts. (required); see --help"),
     fault("unknown-stage", "a stage that there is none of", "--stage=walk", "invalid choice 'walk' for argument '--stage'. Expected one of ('iterate', 'warmup', 'score', 'search', 'dpo', 'evaluate', 'generate', 'export').; see --help"),
     fault("unknown-option", "a misspelt setting", "--stage=iterate --search.breadht=3", "Unrecognized options: --search.breadht=3; Perhaps you meant: --search.breadth INT W: steps sampled at each expansion. (default: 3); see --help"),
     fault("no-number", "a word for a number", "--stage=iterate --iterations=many", "Error parsing --iterations: invalid literal for int() with base 10: 'many'; Argument helptext: --iterations INT Rounds of score, search, preference training. (default: 3); see --help"),
@@ -41,7 +41,7 @@ COMMAND_LINES = [
     fault("generated-size", "an empty corpus", "--stage=iterate --generated.train=0", "generated.train must be positive, got 0; see --help"),
     fault("shard-size", "weight files of no size", "--stage=export --export.shard_gigabytes=0", "export.shard_gigabytes must be positive, got 0.0; see --help"),
     fault("nf4-full", "four bits without adapters", "--stage=iterate --quantize=nf4 --lora.rank=0", "quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank; see --help"),
-    fault("output-stage", "an output for a stage without one", "--stage=iterate --output=OUT", "output is for the stages score, generate and export, and for results, got it with stage iterate; see --help"),
+    fault("output-stage", "an output for a stage without one", "--stage=iterate --output=OUT", "output is for the stages score, generate, export and plan, and for results, got it with stage iterate; see --help"),
     fault("overwrite-stage", "overwriting what is no export", "--stage=iterate --overwrite", "overwrite is for the stage export, got it with stage iterate; see --help"),
     fault("chat-stage", "a chat with a stage that is none", "--stage=score --chat", "chat is for the stage generate, got it with stage score; see --help"),
     fault("chat-output", "a chat into a file", "--stage=generate --chat --output=OUT", "output is for generate on a data file, got it with chat, where /save FILE writes one; see --help"),

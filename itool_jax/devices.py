@@ -1,0 +1,101 @@
+"""Accelerators that a run can be planned for, by name or by three numbers, and what is assumed of them.
+
+In: `--plan.device`. Out: memory, bandwidth and peak of one device. The values are those of the makers' data sheets, for
+dense bfloat16 products (float16 where there is no bfloat16); what a program may take of the memory is less.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+HERE = "here"
+"""Names the devices of this machine."""
+
+
+class Device(NamedTuple):
+    """One accelerator, as its data sheet has it."""
+
+    gigabytes: float
+    bandwidth: float
+    """GB a second that its memory gives."""
+    teraflops: float
+    """Dense products of 16-bit numbers, 10¹² operations a second."""
+    source: str
+    topology: str = ""
+    """What the TPU's compiler calls the kind, where it describes a chip as the one device that JAX sees; else empty."""
+
+
+_CLOUD = "cloud.google.com/tpu/docs"
+DEVICES = {
+    "t4": Device(16, 320, 65, "NVIDIA T4 data sheet (float16)"),
+    "l4": Device(24, 300, 121, "NVIDIA L4 data sheet (half of the value with sparsity)"),
+    "a100-40": Device(40, 1555, 312, "NVIDIA A100 data sheet, 40 GB"),
+    "a100-80": Device(80, 2039, 312, "NVIDIA A100 data sheet, 80 GB SXM"),
+    "h100": Device(80, 3350, 989, "NVIDIA H100 data sheet, SXM (half of the value with sparsity)"),
+    "h200": Device(141, 4800, 989, "NVIDIA H200 data sheet, SXM (half of the value with sparsity)"),
+    "tpu-v4": Device(32, 1200, 275, f"{_CLOUD}/v4"),
+    "tpu-v5e": Device(16, 819, 197, f"{_CLOUD}/v5e", "v5e"),
+    "tpu-v5p": Device(95, 2765, 459, f"{_CLOUD}/v5p", "v5p"),
+    "tpu-v6e": Device(32, 1640, 918, f"{_CLOUD}/v6e", "v6e"),
+}
+
+TPU_KINDS = {"v5 lite": "tpu-v5e", "v5e": "tpu-v5e", "v6 lite": "tpu-v6e", "v5": "tpu-v5p", "v4": "tpu-v4"}
+"""What JAX calls them; the first that is found counts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Planning of a run (stage plan): the devices, and what share of their limits is reached."""
+
+    device: str = HERE
+    """Devices to plan for: one of t4, l4, a100-40, a100-80, h100, h200, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e; of
+    another three numbers, GB:bandwidth:TFLOPS with the bandwidth in GB/s, as 48:864:181; or here, this machine's."""
+    count: int = 0
+    """How many of them; 0 is as many as the mesh takes, or all that are here."""
+    memory_share: float = 0.9
+    """Share of a device's memory that programs may take; the rest is for what the analysis does not see."""
+    decode_share: float = 0.4
+    """Share of the memory's bandwidth that sampling reaches. Measured on an H100, 8 B weights in bfloat16: 0.68
+    for one row, 0.46 for 32, 0.30 for 128."""
+    training_share: float = 0.35
+    """Share of peak operations that training steps reach (assumed)."""
+    scoring_share: float = 0.45
+    """Share of peak operations that passes without a gradient reach (assumed)."""
+    pairs_a_tree: float = 5.0
+    """Preference pairs that a tree gives (assumed)."""
+
+    def __post_init__(self) -> None:
+        if self.device != HERE:
+            device_of(self.device)
+        if self.count < 0:
+            raise ValueError(f"plan.count must not be negative, got {self.count}")
+        for name in ("memory_share", "decode_share", "training_share", "scoring_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"plan.{name} must be in (0, 1], got {getattr(self, name)}")
+        if not self.pairs_a_tree >= 0:
+            raise ValueError(f"plan.pairs_a_tree must not be negative, got {self.pairs_a_tree}")
+
+
+def device_of(text: str) -> Device:
+    """The device of that name, or of three numbers. ValueError for anything else; it lists the names."""
+    if text.lower() in DEVICES:
+        return DEVICES[text.lower()]
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or not all(math.isfinite(x) and x > 0 for x in numbers):
+        names = ", ".join((*DEVICES, HERE))
+        raise ValueError(f"plan.device must be one of {names}, or GB:bandwidth:TFLOPS such as 80:3350:989, got {text}")
+    gigabytes, bandwidth, teraflops = numbers
+    return Device(gigabytes, bandwidth, teraflops, "given")
+
+
+def device_like(kind: str) -> Device | None:
+    """The device that a `device_kind` of JAX names, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite"; else None."""
+    words = kind.lower().replace("-", " ")
+    if "tpu" in words:
+        return next((DEVICES[name] for part, name in TPU_KINDS.items() if part in words), None)
+    if "a100" in words:
+        return DEVICES["a100-80" if "80gb" in words else "a100-40"]
+    return next((DEVICES[name] for name in ("h200", "h100", "l4", "t4") if name in words.split()), None)

@@ -1,0 +1,206 @@
+"""What a run will take, before anyone pays for a machine: memory of each device, tokens, hours, and what to change.
+
+In: settings, a model's config.json and tokenizer (no weights), the data, and devices that need not be here
+(`--plan.device`, `--plan.count`). Out: a table, and with `--output` the same as JSON. Nothing else is written, and no
+weights are made: what programs need is the compiler's own analysis of the programs that the stages run.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+from rich.table import Table
+
+from itool_jax.config import Config
+from itool_jax.data.records import whole_file
+from itool_jax.metrics import console_out, say
+from itool_jax.stages import parts
+from itool_jax.stages import plan_memory as memory
+from itool_jax.stages.plan_memory import SIZES, Found, Place, Planner
+from itool_jax.stages.plan_time import Clock, Data, Effort, efforts
+from itool_jax.stages.sizes import Rows
+
+STAGES = ("warmup", "score", "search", "dpo", "evaluate")
+PURPOSES = {
+    "weights": ("weights",),
+    "adapters": ("adapters",),
+    "optimizer": ("optimizer",),
+    "KV cache": ("caches",),
+    "temporary": ("temporaries",),
+    "other": ("batch", "outputs"),
+    "total": ("total",),
+}
+"""Columns of the table, and what of a need is in each."""
+Row = dict[str, Any]
+
+
+def run(config: Config) -> Row:
+    """Prints the plan, and writes it where asked; returns what is written."""
+    start = time.monotonic()
+    place = memory.place_of(config)
+    config = memory.laid_out(config, place)
+    data = _data(config)
+    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.buffer)), place)
+    say(f"planning for {place.n_devices} x {place.name}; {place.answers} is asked")
+    # 1. What each stage needs as it is set, and the largest sizes that fit.
+    stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
+    as_set = [planner.as_set(stage) for stage in stages]
+    most = [planner.largest(stage) for stage in stages if stage in SIZES]
+    # 2. What to change where a stage does not fit.
+    fits = all(found.fits(place.limit) for found in as_set)
+    change = None if fits else memory.change_of(planner, stages)
+    # 3. How long each stage takes.
+    batch = next((found.size for found in as_set if found.stage == "search"), 1)
+    clock = Clock(config, place.device, memory.devices_used(config), memory.copies(config, place))
+    plan = {
+        "devices": _devices(config, place),
+        "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
+        "fits": fits,
+        "stages": _stages(as_set, efforts(config, data, clock, batch), place),
+        "largest": [_size_row(found, place) for found in most],
+        "change": None if change is None else _change_row(change, place),
+        "assumed": {f.name: getattr(config.plan, f.name) for f in dataclasses.fields(config.plan)},
+        "seconds_to_plan": round(time.monotonic() - start, 1),
+    }
+    _show(plan)
+    if config.output is not None:
+        with whole_file(config.output) as file:
+            file.write(json.dumps(plan, indent=2).encode() + b"\n")
+        say(f"wrote {config.output}")
+    return plan
+
+
+def _data(config: Config) -> Data:
+    """The parts that a run would make, in memory only."""
+    found, _ = parts.divide(config, [] if config.skip_bad_rows else None)
+    warmup, buffer = parts.split_off_replay(config, found["train"].samples)
+    encoded = {row.id: row for row in found["train"].encoded}
+    return Data(warmup, buffer, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
+
+
+def _devices(config: Config, place: Place) -> Row:
+    mesh = dataclasses.asdict(config.mesh)
+    sheet = None if place.device is None else place.device._asdict()
+    used = memory.devices_used(config)
+    row = {"name": place.name, "count": place.n_devices, "used": used, "mesh": mesh, "data_sheet": sheet}
+    return row | {"bytes_for_programs": place.limit, "analysis": place.answers}
+
+
+def _need_row(found: Found, place: Place) -> Row:
+    need = found.need
+    by_purpose = None if need is None else need._asdict() | {"total": need.total}
+    return {"bytes_a_device": by_purpose, "fits": found.fits(place.limit)}
+
+
+def _size_row(found: Found, place: Place) -> Row:
+    setting = SIZES.get(found.stage, memory.TOKENS)
+    return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, place)
+
+
+def _stages(as_set: list[Found], times: list[Effort], place: Place) -> list[Row]:
+    rows = []
+    for found, effort in zip(as_set, times, strict=True):
+        hours = effort.seconds / 3600 if math.isfinite(effort.seconds) else None
+        work = {"work": effort.what, "tokens": effort.tokens, "padded_tokens": effort.padded, "hours": hours}
+        rows.append(_size_row(found, place) | work)
+    return rows
+
+
+def _change_row(change: memory.Change, place: Place) -> Row:
+    row = {"settings": change.settings, "arguments": memory.as_arguments(change.settings)}
+    return row | {"stages": [_size_row(found, place) for found in change.found]}
+
+
+# What is printed --------------------------------------------------------------------------------------------
+
+
+def _show(plan: Row) -> None:
+    for line in _head(plan):
+        console_out.print(line, soft_wrap=True, markup=False)
+    console_out.print(_memory_table(plan["stages"]))
+    for line in _largest(plan):
+        console_out.print(line, soft_wrap=True, markup=False)
+    console_out.print(_time_table(plan["stages"]))
+    for line in _foot(plan):
+        console_out.print(line, soft_wrap=True, markup=False)
+
+
+def _head(plan: Row) -> list[str]:
+    d, model = plan["devices"], plan["model"]
+    mesh = " ".join(f"{axis}={n}" for axis, n in d["mesh"].items())
+    share, kind = plan["assumed"]["memory_share"], d["data_sheet"]
+    sheet = (
+        "" if kind is None else f": {kind['gigabytes']:g} GB, {kind['bandwidth']:g} GB/s, {kind['teraflops']:g} TFLOP/s"
+    )
+    source = "" if kind is None else f"; by the {kind['source']}"
+    idle = f"; {d['count'] - d['used']} of them idle" if d["used"] < d["count"] else ""
+    return [
+        f"{model['name']}: {model['parameters']:,} parameters, {model['trained']:,} trained",
+        f"{d['count']} x {d['name']}{sheet}; mesh {mesh}{idle}{source}",
+        f"programs may take {d['bytes_for_programs'] / 1e9:.1f} GB of each ({share:.0%}); memory by {d['analysis']}",
+    ]
+
+
+def _memory_table(rows: list[Row]) -> Table:
+    table = _table("GB a device, as set")
+    for name in ("stage", "size", *PURPOSES, ""):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for row in rows:
+        need = row["bytes_a_device"]
+        cells = ["?" if need is None else f"{sum(need[x] for x in of) / 1e9:.2f}" for of in PURPOSES.values()]
+        table.add_row(row["stage"], str(row["value"]), *cells, "fits" if row["fits"] else "NO")
+    return table
+
+
+def _largest(plan: Row) -> list[str]:
+    lines = []
+    for row in plan["largest"]:
+        if row["fits"]:
+            total = row["bytes_a_device"]["total"] / 1e9
+            lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB")
+        else:
+            lines.append(f"no {row['setting']} fits, {row['value']} is the least")
+    if plan["fits"]:
+        return lines
+    if (change := plan["change"]) is None:
+        return [
+            *lines,
+            "it does not fit, and none of dtype, remat, lora, quantize and mesh.fsdp helps: take larger or more",
+        ]
+    lines.append(f"it does not fit; it does with {change['arguments']}:")
+    for row in change["stages"]:
+        total = row["bytes_a_device"]["total"] / 1e9
+        lines += [f"  {row['stage']}: {total:.1f} GB with {row['setting']}={row['value']}"]
+    return lines
+
+
+def _time_table(rows: list[Row]) -> Table:
+    table = _table("work of the whole run")
+    for name in ("stage", "work", "M tokens", "padded", "hours"):
+        table.add_column(name, justify="left" if name in ("stage", "work") else "right", no_wrap=True)
+    for row in rows:
+        tokens = [f"{row[key] / 1e6:.2f}" for key in ("tokens", "padded_tokens")]
+        table.add_row(row["stage"], row["work"], *tokens, _hours(row["hours"]))
+    return table
+
+
+def _foot(plan: Row) -> list[str]:
+    hours, used, a = [row["hours"] for row in plan["stages"]], plan["devices"]["used"], plan["assumed"]
+    if None in hours:
+        return ["no data sheet of this device is known, so no hours; give --plan.device=GB:bandwidth:TFLOPS"]
+    total = math.fsum(hours)
+    return [
+        f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and compiling",
+        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
+        f"scoring at {a['scoring_share']:.0%}, {a['pairs_a_tree']:g} pairs a tree, responses like the gold ones",
+    ]
+
+
+def _hours(hours: float | None) -> str:
+    return "?" if hours is None else f"{hours:.3f}" if hours < 1 else f"{hours:.1f}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)

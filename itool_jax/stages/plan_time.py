@@ -1,0 +1,214 @@
+"""How much work each stage of a run is, and how long it takes at the speeds that are assumed.
+
+In: settings and data. Out: tokens and seconds a stage, by the formulas of `itool_jax.roofline`. What only the run
+itself can tell is taken from the gold responses: trees are full, sampled responses have the gold's steps and lengths,
+and a loop over many rows lasts as long as the longest tenth of them begins. Loading, compiling and saving are left out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from itool_jax import replay
+from itool_jax.config import Config
+from itool_jax.data.batches import packed_batches, sft_batches
+from itool_jax.data.records import Sample
+from itool_jax.devices import Device
+from itool_jax.roofline import Machine, decode, forward, full_step, lora_step
+from itool_jax.stages import folder
+from itool_jax.text.calls import looks_like_calls
+from itool_jax.text.chat import Encoded, evaluation_frame
+from itool_jax.text.padding import bucket, group, target_width
+from itool_jax.text.steps import split_steps
+
+LOOKED_AT = 256
+"""Gold responses that are cut into steps."""
+
+
+class Effort(NamedTuple):
+    """What a stage does in a whole run."""
+
+    stage: str
+    what: str
+    tokens: int
+    """That the model reads or samples."""
+    padded: int
+    """With the padding, where the stage knows its batches beforehand."""
+    seconds: float
+    """On all devices together; not a number where no data sheet tells what one can do."""
+
+
+class Data(NamedTuple):
+    """What is trained on and evaluated."""
+
+    warmup: list[Sample]
+    buffer: list[Sample]
+    encoded: dict[str, Encoded]
+    evaluated: list[Encoded]
+
+    def rows(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Their token ids."""
+        return [self.encoded[sample.id] for sample in samples]
+
+
+class Clock:
+    """Seconds that work takes on `count` devices, which hold `copies` of the model, at the shares that are assumed."""
+
+    def __init__(self, config: Config, device: Device | None, count: int, copies: int):
+        self.model, self.rank, self.plan = folder.load_base(config).config, config.lora.rank, config.plan
+        self.count, self.copies = count, copies
+        nan = float("nan")
+        bandwidth, peak = (device.bandwidth * 1e9, device.teraflops * 1e12) if device is not None else (nan, nan)
+        self.machine = Machine(bandwidth=bandwidth, peak=peak)
+
+    def train(self, rows: float, length: float, logits: float) -> float:
+        """Training on rows of so many tokens, of which `logits` are targets."""
+        shape = (self.model, 1, round(length), round(logits))
+        work = lora_step(*shape, self.rank) if self.rank else full_step(*shape)
+        # The weights, which a step reads once for all its rows, are never what it waits for.
+        return rows * work.flops / self.machine.peak / self.count / self.plan.training_share
+
+    def read(self, rows: float, length: float, logits: float, before: float = 0) -> float:
+        """Passes over rows of so many tokens, behind cached ones."""
+        work = forward(self.model, 1, round(length), round(logits), round(before))
+        return rows * work.flops / self.machine.peak / self.count / self.plan.scoring_share
+
+    def sample(self, tokens: float, rows: float, prompts: float, prompt: float, own: float) -> float:
+        """So many tokens of each of some rows at once, `prompts` prompts among them, each row with `own` before it."""
+        share = [max(1, round(x / self.copies)) for x in (rows, prompts)]
+        work = decode(self.model, share[0], round(prompt), share[1], round(own))
+        return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.plan.decode_share
+
+
+def efforts(config: Config, data: Data, clock: Clock, batch: int) -> list[Effort]:
+    """The stages of a run that searches `batch` prompts at a time."""
+    found = [_warmup(config, data, clock)]
+    if config.iterations:
+        trees = _trees(config, data)
+        prompts = config.iterations * _hardest(config, data.buffer)
+        found.append(_scores(config, data, clock))
+        found.append(_search(data, clock, trees, prompts, min(batch, prompts / config.iterations)))
+        found.append(_preferences(config, data, clock, trees, prompts))
+    return [*found, _evaluation(config, data, clock)]
+
+
+def _warmup(config: Config, data: Data, clock: Clock) -> Effort:
+    """From the very batches that the warm-up makes."""
+    s, rows = config.warmup, data.rows(data.warmup)
+    thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
+    batches: list[grain.MapDataset] = []
+    for number, ids in enumerate(part for part in thirds if part):
+        given = ([data.encoded[i] for i in ids], s.batch_size, s.epochs, config.seed + number)
+        batches.append(packed_batches(given[0], s.pack, *given[1:]) if s.pack else sft_batches(*given))
+    shapes = [batch.tokens_BT.shape for part in batches for batch in part]
+    padded, n = sum(map(math.prod, shapes)), sum(shape[0] for shape in shapes)
+    tokens = s.epochs * sum(map(_length, rows))
+    seconds = clock.train(n, padded / n, s.epochs * sum(len(row.target_ids) for row in rows) / n)
+    return Effort("warmup", f"{len(rows)} samples, {len(shapes)} steps", tokens, padded, seconds)
+
+
+def _scores(config: Config, data: Data, clock: Clock) -> Effort:
+    rows, n = data.rows(data.buffer), config.iterations
+    widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
+    groups = list(group(widths, config.generate.tokens_per_batch))
+    count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
+    seconds = n * clock.read(count, padded / count, _mean_target(rows))
+    return Effort("score", f"{n} × {len(rows)} samples", n * sum(map(_length, rows)), n * padded, seconds)
+
+
+class _Trees(NamedTuple):
+    """What the gold responses let expect of a tree, on average."""
+
+    expansions: float
+    states: float
+    tokens: float
+    """Sampled ones."""
+    step: float
+    loop: float
+    """Tokens of a round: what the longest tenth of the steps begin with."""
+    path: float
+    """Tokens of a response at the end."""
+    around: float
+    """Tokens of the question about a state, and of the reference before it."""
+
+
+def _trees(config: Config, data: Data) -> _Trees:
+    s, rows, base = config.search, data.rows(data.buffer), folder.load_base(config)
+    table = folder.step_table(config, s.granularity)
+    found: list[tuple[float, float, float]] = []
+    steps: list[int] = []
+    for row in rows[:LOOKED_AT]:
+        lengths = [len(step) for step in split_steps(table, row.target_ids)]
+        lengths = [*lengths[: s.max_depth - 1], sum(lengths[s.max_depth - 1 :])][: len(lengths)]
+        level, expansions, states, tokens = 1, 0, 0, 0
+        for length in lengths:
+            expansions, level = expansions + level, level * s.breadth
+            states, tokens = states + level, tokens + level * length
+        part = min(1.0, s.n_simulations * s.max_depth / expansions)
+        found.append((part * expansions, part * states, part * tokens))
+        steps += lengths
+    gold = base.chat.content_ids(rows[0].target_ids) if config.self_eval.reference == "gold" else None
+    frame = evaluation_frame(base.chat, gold, config.self_eval.scale)
+    expansions, states, tokens = np.mean(found, axis=0).tolist()
+    loop = float(np.quantile(steps, 0.9))
+    return _Trees(expansions, states, tokens, float(np.mean(steps)), loop, _mean_target(rows), len(frame.after))
+
+
+def _search(data: Data, clock: Clock, trees: _Trees, prompts: int, batch: float) -> Effort:
+    """Prompts with and without the reference; a round of sampled steps an expansion; a question a state."""
+    rows = data.rows(data.buffer)
+    prompt, breadth = float(np.mean([len(row.prompt_ids) for row in rows])), trees.states / trees.expansions
+    rounds = math.ceil(prompts / batch) * trees.expansions
+    question = trees.path / 2 + trees.around  # a state is half a response on average
+    seconds = [
+        clock.read(prompts, 2 * prompt + trees.path, 0),
+        rounds * clock.sample(trees.loop, batch * breadth, batch, prompt, trees.path / 2 + trees.loop / 2),
+        clock.read(prompts * trees.states, question, 1, prompt),
+    ]
+    tokens = prompts * (2 * prompt + trees.path + trees.tokens + trees.states * question)
+    what = f"{prompts} trees of {trees.states:.0f} states, {prompts * trees.tokens / 1e6:.2f} M sampled"
+    return Effort("search", what, round(tokens), round(tokens), math.fsum(seconds))
+
+
+def _preferences(config: Config, data: Data, clock: Clock, trees: _Trees, prompts: int) -> Effort:
+    """The reference's log-probabilities of both sides of each pair, and the training."""
+    s, rows = config.preference, data.rows(data.buffer)
+    pairs = prompts * config.plan.pairs_a_tree
+    before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
+    width = bucket(round(before + 2 * trees.step))
+    steps = config.iterations * math.ceil(pairs / config.iterations / s.batch_size) * s.epochs
+    seconds = clock.read(2 * pairs, before + trees.step, trees.step)
+    seconds += clock.train(steps * s.batch_size, width, 2 * trees.step)
+    tokens = pairs * (s.epochs * (before + 2 * trees.step) + 2 * (before + trees.step))
+    what = f"{pairs:.0f} pairs, {steps} steps"
+    return Effort("dpo", what, round(tokens), round(steps * s.batch_size * width + 2 * pairs * before), seconds)
+
+
+def _evaluation(config: Config, data: Data, clock: Clock) -> Effort:
+    """Greedy responses of every phase, in the batches that evaluation makes."""
+    rows, n = data.evaluated, config.iterations + 2
+    groups = list(group([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch))
+    loop = float(np.quantile([len(row.target_ids) for row in rows], 0.9))
+    loop = min(loop, config.generate.max_tokens)
+    seconds = math.fsum(
+        clock.read(count, width, 0) + clock.sample(loop, count, count, width, loop / 2) for _, width, count in groups
+    )
+    tokens, padded = sum(map(_length, rows)), sum(width * count for _, width, count in groups)
+    return Effort("evaluate", f"{n} × {len(rows)} samples", n * tokens, n * padded, n * seconds)
+
+
+def _hardest(config: Config, buffer: Sequence[Sample]) -> int:
+    """How many samples an iteration searches."""
+    scored = [replay.ScoredSample(s.id, 1.0, looks_like_calls(s.target)) for s in buffer]
+    return len(replay.select_hardest(scored, config.replay))
+
+
+def _length(row: Encoded) -> int:
+    return len(row.prompt_ids) + len(row.target_ids)
+
+
+def _mean_target(rows: Sequence[Encoded]) -> float:
+    return float(np.mean([len(row.target_ids) for row in rows]))

@@ -1,0 +1,249 @@
+"""The plan of a run: what it says of memory is what programs take, what it says of work is what runs do."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from itool_jax import config as settings
+from itool_jax import memory, roofline, train
+from itool_jax.config import Config
+from itool_jax.devices import DEVICES, HERE, PlanSettings, device_like, device_of
+from itool_jax.losses import LossSettings
+from itool_jax.main import main
+from itool_jax.mcts.search import SearchSettings
+from itool_jax.memory import Lengths
+from itool_jax.model.linear import LoraSettings
+from itool_jax.model.transformer import abstract
+from itool_jax.stages import folder, parts, plan, sizes
+from itool_jax.stages.plan_memory import as_arguments, changes, laid_out, place_of, with_settings
+from itool_jax.text.padding import collate
+from tests import tiny
+from tests.runs import ITERATIONS, Made
+
+pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+
+Row = dict[str, Any]
+
+
+def configured(made: Made, *changes: str) -> Config:
+    return settings.parse(["--stage=plan", *made.settings, *changes])
+
+
+def planned(made: Made, folder: Path, *changes: str) -> Row:
+    output = folder / "plan.json"
+    assert main(["--stage=plan", f"--run_dir={folder / 'run'}", f"--output={output}", *made.settings, *changes]) == 0
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def roomy(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Row:
+    """The plan of the shared run on a device with room for all of it."""
+    return planned(made, tmp_path_factory.mktemp("roomy"), "--plan.device=h100")
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_training_step_takes_what_is_planned(made: Made):
+    """Against the arrays that a run makes, and the program that it compiles from them."""
+    config = configured(made)
+    model, rows, width = folder.load_base(config).config, 8, 128
+    adapters, base = folder.load_trainable(config, "base")
+    optimizer = train.adamw(config.warmup.weight_decay, config.warmup.clip_norm)
+    state = train.new_state(optimizer, adapters)
+    batch = collate([([1] * 9, [2] * 9)] * rows, width, rows)
+    loss = train.sft_loss(folder.training_graph(config))
+    given = (loss, optimizer, 2, state, base, batch, jax.random.key(0), np.float32(1))
+    compiled = train.train_step.lower(*given).compile()
+    found: Any = compiled.memory_analysis()
+    need = memory.training(None, model, config.lora, 2, rows, width)
+    held = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (base, state.trainable, state.optimizer)]
+    assert [need.weights, need.adapters, need.optimizer] == held
+    assert need.temporaries == pytest.approx(found.temp_size_in_bytes, rel=0.1)
+    assert need.arguments == pytest.approx(found.argument_size_in_bytes, rel=0.1)
+    before = sum(x.nbytes for x in jax.live_arrays())
+    new, _ = train.train_step(*given)
+    assert sum(x.nbytes for x in jax.live_arrays()) - before < 0.1 * need.total + 1e4
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+
+
+def test_a_deep_model_is_planned_from_shallow_ones(tmp_path: Path):
+    model = tiny.model_config(tmp_path, num_hidden_layers=24)
+    model = dataclasses.replace(model, remat="layers")
+    for loss in (None, LossSettings()):
+        program = memory.Program(lambda m, loss=loss: memory.training(loss, m, LoraSettings(rank=2), 2, 4, 128))
+        assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_deep_search_is_planned_from_shallow_ones(tmp_path: Path):
+    model = dataclasses.replace(tiny.model_config(tmp_path, num_hidden_layers=40), remat="layers")
+    given = (LoraSettings(rank=2), SearchSettings(), Lengths(256, 256, 65, 128), 4)
+    for make, steady in ((memory.proposing, memory.LOOP), (memory.asking, 4)):
+        program = memory.Program(lambda m, make=make: make(m, *given), steady)
+        assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
+
+
+def test_a_shallow_model_is_compiled_as_it_is(tmp_path: Path):
+    asked: list[int] = []
+
+    def need(model: Any) -> memory.Need:
+        asked.append(model.n_layers)
+        return memory.Need(*(10 * model.n_layers,) * 7)
+
+    model = tiny.model_config(tmp_path, num_hidden_layers=8)
+    assert memory.Program(need).at_depth(model).weights == 80
+    deep = dataclasses.replace(model, n_layers=80, remat="layers")
+    assert memory.Program(need, memory.LOOP).at_depth(deep).weights == 800
+    assert asked == [8, 12, 18]
+    # Without recomputation a short stack is no loop, so deeper ones stand for a deep model.
+    assert memory.Program(need).at_depth(dataclasses.replace(deep, remat="none")).weights == 800
+    assert min(asked[3:]) > 8
+
+
+def test_weights_are_in_the_plan_by_what_they_are(tmp_path: Path):
+    model = tiny.model_config(tmp_path, dtype="bfloat16")
+    _, base, adapters = abstract(model, LoraSettings(rank=2))
+    sizes_ = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (base, adapters)]
+    need = memory.scoring(model, LoraSettings(rank=2), 2, 128)
+    assert (need.weights, need.adapters, need.optimizer, need.caches) == (2 * sizes_[0], 4 * sizes_[1], 0, 0)
+    need = memory.responding(model, LoraSettings(rank=0), 2, 128, 8)
+    assert need.adapters == 0
+    assert need.caches == pytest.approx(roofline.cache_bytes(model, 2 * 128), rel=0.01)
+    assert memory.scoring(dataclasses.replace(model, dtype="float32"), LoraSettings(rank=2), 2, 128).adapters == 0
+
+
+# The stage --------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_what_the_run_did(made: Made, roomy: Row):
+    """Steps, prompts and samples of the shared run, which went its way without the plan."""
+    figures = json.loads((made.folder / "warmup/warmup.json").read_text())
+    work = {row["stage"]: row["work"] for row in roomy["stages"]}
+    assert work["warmup"] == f"{figures['samples']} samples, {figures['steps']} steps"
+    prompts = sum(json.loads((made.folder / f"iteration_{i + 1}/search.json").read_text())["prompts"] for i in range(2))
+    assert work["search"].startswith(f"{prompts} trees")
+    scores = json.loads((made.folder / "iteration_1/score.json").read_text())
+    assert work["score"] == f"{ITERATIONS} × {scores['samples']} samples"
+    card = json.loads((made.folder / "data/card.json").read_text())
+    assert work["evaluate"] == f"{ITERATIONS + 2} × {card['parts']['test']['samples']} samples"
+    assert all(0 < row["tokens"] <= row["padded_tokens"] for row in roomy["stages"])
+    assert all(row["hours"] > 0 for row in roomy["stages"])
+
+
+def test_the_largest_sizes_fit_where_there_is_room(made: Made, roomy: Row):
+    assert roomy["fits"]
+    assert roomy["change"] is None
+    assert {row["setting"] for row in roomy["largest"]} == set(sizes.STAGE_OF)
+    assert [row["value"] for row in roomy["largest"] if row["stage"] == "warmup"] == [8]
+    for row in roomy["stages"]:
+        need = row["bytes_a_device"]
+        assert need["total"] == sum(value for name, value in need.items() if name != "total")
+
+
+def test_what_is_proposed_does_fit(made: Made, roomy: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A device with half of what the run needs: another plan with the proposed settings says that it fits."""
+    most = max(row["bytes_a_device"]["total"] for row in roomy["stages"])
+    device = f"--plan.device={most / 1e9 * 0.75}:100:1"
+    short = planned(made, tmp_path, device)
+    assert not short["fits"]
+    assert f"it does not fit; it does with {short['change']['arguments']}:" in capsys.readouterr().out
+    again = planned(made, tmp_path, device, *short["change"]["arguments"].split())
+    assert again["fits"]
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert any("none of dtype" in text for text in plan._largest(short | {"change": None}))
+
+
+def test_a_mesh_that_is_not_given_takes_all_devices(made: Made):
+    config = configured(made, "--plan.device=h100", "--plan.count=4")
+    place = place_of(config)
+    assert laid_out(config, place).mesh.data == 4
+    assert laid_out(configured(made, "--mesh.fsdp=2", "--mesh.data=0"), place).mesh.data == 2
+    assert place.limit == 72_000_000_000
+    with pytest.raises(ValueError, match=r"needs 8 devices; set plan\.count"):
+        laid_out(configured(made, "--mesh.fsdp=8"), place)
+    with pytest.raises(ValueError, match=r"plan\.count=999, and JAX runs on 8 devices already"):
+        place_of(configured(made, "--plan.device=h100", "--plan.count=999"))
+    with pytest.raises(ValueError, match=r"plan\.count=9, and 8 devices are here"):
+        place_of(configured(made, "--plan.count=9"))
+
+
+def test_changes_go_from_cheap_to_dear(made: Made):
+    config = configured(made, "--plan.device=h100", "--plan.count=4", "--lora.rank=0")
+    config = laid_out(config, place_of(config))
+    model = folder.load_base(config).config
+    tried = list(changes(config, place_of(config), model))
+    assert tried[:4] == [
+        {"dtype": "bfloat16"},
+        {"remat": "layers"},
+        {"mesh.data": 2, "mesh.fsdp": 2},
+        {"mesh.data": 1, "mesh.fsdp": 4},
+    ]
+    assert {"lora.rank": 16, "quantize": "nf4"}.items() <= tried[-1].items()
+    assert len({as_arguments(change) for change in tried}) == len(tried)
+    for change in tried:
+        flat = with_settings(config, change).flat()
+        assert all(flat[name] == value for name, value in change.items())
+
+
+def test_data_that_a_run_refuses_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [f"--data={tmp_path / 'none.jsonl'}", f"--model={made.settings[0].partition('=')[2]}"]
+    assert main(["--stage=plan", *arguments]) == 2
+    assert capsys.readouterr().err.endswith("none.jsonl does not exist\n")
+
+
+def test_no_weights_are_needed(made: Made, tiny_folder: Path, tmp_path: Path):
+    for file in tiny_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = dataclasses.replace(configured(made), model=str(tmp_path))
+    assert folder.load_base(config).config == folder.load_base(configured(made)).config
+    assert parts.divide(config, None)[0]["train"].samples
+
+
+# Devices and hours ------------------------------------------------------------------------------------------
+
+
+def test_devices_by_name_and_by_numbers():
+    assert device_of("H100") is DEVICES["h100"]
+    assert device_of("48:864:181")[:3] == (48, 864, 181)
+    for wrong in ("gpu", "1:2", "a:b:c", "0:1:1", "nan:1:1", "1:inf:1"):
+        with pytest.raises(ValueError, match=r"^plan\.device must be one of t4, .*, here, or GB:bandwidth:TFLOPS"):
+            device_of(wrong)
+    kinds = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80"}
+    kinds |= {"Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA H200": "h200"}
+    kinds |= {"TPU v5 lite": "tpu-v5e", "TPU v5": "tpu-v5p", "TPU v6 lite": "tpu-v6e", "TPU v4": "tpu-v4"}
+    for kind, name in kinds.items():
+        assert device_like(kind) is DEVICES[name]
+    assert device_like("cpu") is device_like("NVIDIA L40S") is None
+
+
+@pytest.mark.parametrize("change", ["memory_share=1.5", "decode_share=0", "count=-1", "pairs_a_tree=-1"])
+def test_settings_that_mean_nothing(change: str):
+    name = change.split("=")[0]
+    with pytest.raises(ValueError, match=rf"plan\.{name} must"):
+        settings.parse(["--stage=plan", f"--plan.{change}"])
+    assert PlanSettings().device == HERE
+
+
+def test_without_a_data_sheet_there_are_no_hours(made: Made, roomy: Row, capsys: pytest.CaptureFixture[str]):
+    here = roomy | {"stages": [row | {"hours": None} for row in roomy["stages"]]}
+    plan._show(here | {"devices": roomy["devices"] | {"data_sheet": None}})
+    assert "no data sheet of this device is known, so no hours" in capsys.readouterr().out
+
+
+def test_a_step_of_all_weights_takes_three_passes():
+    from benchmarks.memory import LLAMA
+
+    once = roofline.forward(LLAMA, 2, 512, 64).flops
+    assert roofline.full_step(LLAMA, 2, 512, 64).flops == 3 * once
+    assert 2 * once < roofline.lora_step(LLAMA, 2, 512, 64).flops < 2.5 * once
+    assert roofline.weight_bytes(dataclasses.replace(LLAMA, nf4=True)) < 0.4 * roofline.weight_bytes(LLAMA)
+    adapters = abstract(dataclasses.replace(LLAMA, n_layers=2), LoraSettings())[2]
+    assert roofline.adapter_weights(LLAMA, 16) == 16 * sum(x.size for x in jax.tree.leaves(adapters))
