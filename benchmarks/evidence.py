@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from itool_jax import config as settings
-from itool_jax import main
+from itool_jax import main, run_directory
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, mean_and_standard_error, paired_difference
 from itool_jax.stages import evaluate, folder, iterate
@@ -54,7 +54,7 @@ def compare(s: Settings) -> None:
 
 def _share(demo: Config, control: Config) -> None:
     """Gives the control the data, the warm-up and the searches of the demo."""
-    settings.save_or_check(control)
+    run_directory.save_or_check(control)
     for name in ("data", "base", "warmup"):
         if not (control.run_dir / name).exists():
             shutil.copytree(demo.run_dir / name, control.run_dir / name)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import config as settings
+from itool_jax import run_directory
 from itool_jax.data import sources
 from itool_jax.data.records import SUFFIXES, read_rows
 from itool_jax.evaluation import api_bank, bfcl, bfcl_data, bfcl_read
@@ -214,7 +215,7 @@ def config_file(data: bytes) -> None:
     _written("run/config.yaml", data)
     _written("run/x", b"")
     run = settings.Config(stage="iterate", run_dir=_place() / "run")
-    _keeps_promise(run.run_dir, lambda: settings.save_or_check(run))
+    _keeps_promise(run.run_dir, lambda: run_directory.save_or_check(run))
     if parsed is not None and parsed.run_dir != Path("r"):
         raise BrokenPromiseError("the file wins over the command line")
 

@@ -3,7 +3,7 @@
 Compiles SFT and DPO steps of Llama 3.1 8B for meshes of devices that need not be here, without weights, and prints
 what each device holds: arguments (weights, optimizer) and temporaries (activations). `--topology=v5e:2x4` asks the TPU
 compiler (it comes with the extra `tpu`, and needs no TPU) about eight devices of 16 GB; otherwise the compiler of the
-host is asked, which computes bfloat16 products in float32 and so counts more temporaries than other devices need.
+host is asked, as `--stage=plan` asks it.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import AXES, MeshSettings, make_mesh
 from itool_jax.model.transformer import ModelConfig, RopeScaling
+from itool_jax.stages.plan_memory import HOST_FLAGS
 from itool_jax.text.padding import bucket
 
 QUESTION = 64
@@ -88,13 +89,17 @@ class Settings:
 
 def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Settings) -> dict[str, float]:
     """Gigabytes a device, by purpose."""
-    model, lora = dataclasses.replace(settings.model, nf4=weights == "qlora"), LoraSettings()
+    dtype = "float16" if settings.topology is None else "bfloat16"  # see HOST_FLAGS
+    model, lora = dataclasses.replace(settings.model, nf4=weights == "qlora", dtype=dtype), LoraSettings()
     with jax.set_mesh(mesh):
         if kind == "search":
             search = SearchSettings()
             own = bucket(search.last_step_limit + QUESTION)
             lengths = Lengths(settings.length, settings.length, bucket(search.max_depth * search.step_limit), own)
-            need = memory.searching(model, lora, search, lengths, machine.search_batch)
+            batch = machine.search_batch
+            need = memory.Program(lambda c: memory.searching(c, lora, search, lengths, batch), memory.LOOP).at_depth(
+                model
+            )
         else:
             n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
             loss = None if kind == "sft" else LossSettings()
@@ -140,8 +145,7 @@ def main(settings: Settings) -> None:
 
 def prepare() -> None:
     """Sets the compiler's environment, before it is first used."""
-    # The scheduler that starts all it can would keep the kernels of all layers at once; memory is what is asked for.
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = " ".join(["--xla_force_host_platform_device_count=8", *HOST_FLAGS])
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

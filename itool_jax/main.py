@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from itool_jax import config as settings
-from itool_jax import hosts, metrics, trackers
+from itool_jax import hosts, metrics, run_directory, trackers
 from itool_jax.config import Config
 from itool_jax.untrusted import show_traceback
 
@@ -74,8 +74,8 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     hosts.join(config.distributed, metrics.current_stage)
     hosts.listen()
     metrics.console_out.quiet = not hosts.is_first()
-    with settings.lock(config), use_mesh(config.mesh):
-        hosts.by_first("settings", lambda: settings.save_or_check(config))
+    with run_directory.lock(config), use_mesh(config.mesh):
+        hosts.by_first("settings", lambda: run_directory.save_or_check(config))
         _open_log(config, arguments)
         from itool_jax.stages import sizes
 

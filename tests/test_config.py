@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from itool_jax import config as settings
+from itool_jax import run_directory
 from itool_jax.config import Config
 from tests.conftest import REPOSITORY
 
@@ -91,7 +92,7 @@ def test_a_saved_config_gives_the_same_settings_again(tmp_path: Path):
     config = settings.parse(
         ["--stage=iterate", "--model=m", f"--run_dir={tmp_path / 'run'}", "--search.no-inject_gold", "--seed=3"]
     )
-    settings.save_or_check(config)
+    run_directory.save_or_check(config)
     again = settings.parse(["--stage=score", f"--config={tmp_path / 'run/config.yaml'}"])
     assert dataclasses.replace(again, config=None, stage="iterate") == config
 
@@ -205,7 +206,7 @@ def started(tmp_path: Path, *changes: str) -> Config:
 
 def make_run(tmp_path: Path) -> Path:
     """A run directory in which something has been computed."""
-    settings.save_or_check(started(tmp_path))
+    run_directory.save_or_check(started(tmp_path))
     (tmp_path / "run/base").mkdir()
     return tmp_path / "run/config.yaml"
 
@@ -228,20 +229,20 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     with pytest.raises(
         ValueError, match=rf"^run directory .*run was made with {name}=.*, now it is {value}.*--run_dir"
     ):
-        settings.save_or_check(started(tmp_path, change))
+        run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
 
 
 def test_what_is_for_one_command_alone_is_not_saved(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    settings.save_or_check(started(tmp_path, "--stage=export", "--overwrite", f"--output={tmp_path / 'model'}"))
+    run_directory.save_or_check(started(tmp_path, "--stage=export", "--overwrite", f"--output={tmp_path / 'model'}"))
     again = settings.parse(["--stage=warmup", f"--config={tmp_path / 'run/config.yaml'}"])
     assert (again.overwrite, again.output) == (False, None)
 
 
 def test_benchmarks_are_saved_and_read_again(tmp_path: Path):
     for given in ([], ["a", "b"]):
-        settings.save_or_check(started(tmp_path, "--evaluate.benchmarks", *given))
+        run_directory.save_or_check(started(tmp_path, "--evaluate.benchmarks", *given))
         again = settings.parse(["--stage=warmup", f"--config={tmp_path / 'run/config.yaml'}", "--seed=0"])
         assert again.evaluate.benchmarks == tuple(given)
 
@@ -253,13 +254,13 @@ def test_benchmarks_are_saved_and_read_again(tmp_path: Path):
 def test_settings_that_change_no_earlier_result_are_free(tmp_path: Path, change: str):
     saved = make_run(tmp_path)
     before = saved.read_bytes()
-    settings.save_or_check(started(tmp_path, change))
+    run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
 
 
 def test_a_command_that_computed_nothing_binds_nobody(tmp_path: Path):
-    settings.save_or_check(started(tmp_path, "--seed=1"))
-    settings.save_or_check(started(tmp_path, "--seed=2"))
+    run_directory.save_or_check(started(tmp_path, "--seed=1"))
+    run_directory.save_or_check(started(tmp_path, "--seed=2"))
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 2
 
 
@@ -270,7 +271,7 @@ def test_a_damaged_config_is_refused_by_name(tmp_path: Path, damage: bytes):
     saved = make_run(tmp_path)
     saved.write_bytes(damage)
     with pytest.raises(ValueError, match=rf"^{re.escape(str(saved))} is damaged.*choose another --run_dir") as caught:
-        settings.save_or_check(started(tmp_path))
+        run_directory.save_or_check(started(tmp_path))
     assert "\n" not in str(caught.value)
     assert saved.read_bytes() == damage
 
@@ -279,7 +280,7 @@ def test_a_damaged_config_is_refused_by_name(tmp_path: Path, damage: bytes):
 def test_a_file_of_its_own_needs_no_run_directory(tmp_path: Path, stage: str):
     output = tmp_path / "new/folder/out.jsonl"
     arguments = [f"--stage={stage}", "--data=d", f"--output={output}", f"--run_dir={tmp_path / 'run'}"]
-    settings.save_or_check(settings.parse(arguments))
+    run_directory.save_or_check(settings.parse(arguments))
     assert output.parent.is_dir()
     assert not (tmp_path / "run").exists()
 
@@ -287,4 +288,4 @@ def test_a_file_of_its_own_needs_no_run_directory(tmp_path: Path, stage: str):
 def test_an_output_that_is_a_folder_is_refused_before_any_work(tmp_path: Path):
     config = settings.parse(["--stage=score", "--data=d", f"--output={tmp_path}"])
     with pytest.raises(ValueError, match=f"^output {re.escape(str(tmp_path))} is a folder"):
-        settings.save_or_check(config)
+        run_directory.save_or_check(config)

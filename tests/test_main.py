@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from itool_jax import config as settings
+from itool_jax import run_directory
 from itool_jax.config import Config
 from itool_jax.main import main
 from itool_jax.stages import generate, iterate, score
@@ -250,7 +251,7 @@ def test_bad_training_data_is_met_before_anything_is_computed(
     data, run = write_rows(tmp_path / "d.jsonl", *rows), tmp_path / "run"
     line = refused("--stage=iterate", f"--model={tiny_folder}", f"--data={data}", f"--run_dir={run}")
     assert line.startswith(message.format(data=data))
-    assert {path.name for path in run.iterdir()} <= set(settings.NO_RESULTS)
+    assert {path.name for path in run.iterdir()} <= set(run_directory.NO_RESULTS)
 
 
 # Models -----------------------------------------------------------------------------------------------------

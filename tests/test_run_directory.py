@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from itool_jax import config
+from itool_jax import config, run_directory
 from itool_jax.data import records
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
@@ -230,7 +230,7 @@ def test_a_result_that_was_edited_is_named_and_kept(made: Made, tmp_path: Path, 
 
 def test_a_run_directory_in_use_is_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = copy_run(made, tmp_path)
-    with config.lock(config.parse(["--stage=iterate", f"--run_dir={folder}"])):
+    with run_directory.lock(config.parse(["--stage=iterate", f"--run_dir={folder}"])):
         line = refused(capsys, made, folder)
     assert line.startswith(f"{folder} is in use by process {os.getpid()} on ")
     assert again(made, folder) == 0

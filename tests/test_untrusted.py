@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
-from itool_jax import config, metrics, untrusted
+from itool_jax import config, metrics, run_directory, untrusted
 from itool_jax.main import main
 from itool_jax.model import hf
 from itool_jax.stages import folder
@@ -107,7 +107,7 @@ def test_a_traceback_of_the_program_hides_secrets(capsys: pytest.CaptureFixture[
 
 def test_a_saved_config_and_all_files_of_a_run_hold_no_secret(tmp_path: Path):
     run = config.parse(["--stage=iterate", "--model=m", f"--run_dir={tmp_path / 'run'}"])
-    config.save_or_check(run)
+    run_directory.save_or_check(run)
     assert is_hidden("".join(path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()))
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import environment, untrusted
-from itool_jax.config import FREE, Config
+from itool_jax.config import Config
 from itool_jax.data.records import Sample, read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, paired_difference, wilson_interval
+from itool_jax.run_directory import FREE
 from itool_jax.stages import columns, comparison, evaluate, folder, grown, parts
 
 Row = dict[str, Any]

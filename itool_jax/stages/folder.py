@@ -22,13 +22,14 @@ import jax
 from flax import nnx
 
 from itool_jax import checkpoint, untrusted
-from itool_jax.config import Config, check_weights
+from itool_jax.config import Config
 from itool_jax.data.records import Sample, place, read_rows, whole_file
 from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, placed, runs_apart, use_own_mesh
 from itool_jax.model.transformer import ModelConfig, Params, abstract
+from itool_jax.run_directory import check_weights
 from itool_jax.sampler import Policy
 from itool_jax.stages import columns
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer

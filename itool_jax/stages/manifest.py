@@ -17,8 +17,9 @@ from typing import Any
 
 from itool_jax import hosts
 from itool_jax.checkpoint import damage
-from itool_jax.config import Config, binding_settings
+from itool_jax.config import Config
 from itool_jax.metrics import say, working_on
+from itool_jax.run_directory import binding_settings
 from itool_jax.stages import columns, folder
 
 
