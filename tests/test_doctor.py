@@ -72,7 +72,7 @@ def test_where_all_is_well_nothing_is_changed(doctor: Doctor, tiny_folder: Path,
     assert (code, err) == (0, "")
     assert (contents(tiny_folder), contents(tmp_path), contents(data.parent)) == before
     assert not (tmp_path / "run").exists()
-    assert lines[-1] == "no errors, 1 warnings"
+    assert lines[-1] == "no errors, 1 warning"
     assert not [text for text in lines if text.startswith("error")]
     assert "1 of 8 devices are used" in line(lines, "warning", "mesh")
     assert jax.__version__ in line(lines, "ok", "jax")
@@ -111,7 +111,7 @@ def test_tensors_of_another_shape(doctor: Doctor, tiny_folder: Path, tmp_path: P
     assert code == 2
     assert "model.norm.weight has shape (31,), config.json asks for (32,)" in line(lines, "error", "weights")
     assert "→ download the model again" in line(lines, "error", "weights")
-    assert err == "python -m itool_jax.main: error: doctor: 1 errors and 1 warnings; mend what is marked error above"
+    assert err == "python -m itool_jax.main: error: doctor: 1 error and 1 warning; mend what is marked error above"
 
 
 def test_a_folder_without_weights_or_with_a_model_that_is_not_known(doctor: Doctor, tiny_folder: Path, tmp_path: Path):

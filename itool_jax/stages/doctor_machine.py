@@ -21,6 +21,7 @@ import jax
 
 from itool_jax.config import Config
 from itool_jax.model.sharding import use_mesh
+from itool_jax.untrusted import one_line
 
 TRIAL = 32 << 20
 """Bytes that are written to try the disk."""
@@ -120,7 +121,7 @@ def devices(config: Config) -> Iterator[Finding]:
     try:
         seen = jax.devices()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or mend the driver")
         return
     kinds = collections.Counter(device.device_kind for device in seen)

@@ -25,6 +25,7 @@ from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.stages import folder, sizes
 from itool_jax.text.padding import bucket, target_width
+from itool_jax.untrusted import one_line
 
 # For devices that are not here the host compiles. It would make copies of weights in float32, all at once and before
 # the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16.
@@ -120,7 +121,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
             found = topologies.get_topology_desc(name, platform="tpu").devices
         except Exception as error:  # libtpu is missing, too old, or knows no such slice: the host answers instead
             if power == 0 or "libtpu" in str(error):
-                return (), " ".join(str(error).split())[:80]
+                return (), one_line(error)[:80]
             continue
         if len(found) >= count:
             return found[:count], ""
