@@ -258,6 +258,8 @@ def test_a_hub_name_without_a_network(doctor: Doctor, tmp_path: Path, monkeypatc
     assert "a token is there, offline by HF_HUB_OFFLINE" in text
     assert "model owner/name is not in the cache, and HF_HUB_OFFLINE is set" in line(lines, "error", "hub")
     assert "its files are not here" in line(lines, "warning", "model")
+    assert "hf download" not in text
+    assert "model /none is neither a folder here nor a hub name" in "\n".join(doctor("/none")[1])
     assert secret not in text + err
     assert not (tmp_path / "hub").exists()
 

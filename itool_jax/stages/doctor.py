@@ -59,7 +59,9 @@ def _examined(config: Config) -> Iterator[Finding]:
     yield from hub
     # Files that are not here are not fetched for this: the first run, or the plan, does.
     if _absent(hub, "model "):
-        yield Finding("warning", "model", "its files are not here, so not looked at", f"hf download {config.model}")
+        there = all(finding.level == "ok" for finding in hub)
+        remedy = f"hf download {config.model}" if there else ""
+        yield Finding("warning", "model", "its files are not here, so not looked at", remedy)
         yield from machine.disk(config.run_dir, int(LEAST))
         return
     found = list(doctor_model.model(config))

@@ -326,10 +326,10 @@ def as_arguments(settings: dict[str, Any]) -> str:
 
 
 def parameters(config: Config) -> tuple[int, int]:
-    """How many the model has, and how many of them, or beside them, are trained."""
+    """How many the model has, and how many of them, or of adapters beside them, are trained."""
     _, base, adapters = memory.abstract(dataclasses.replace(folder.load_base(config).config, nf4=False), config.lora)
     total, beside = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (base, adapters))
-    return total + (beside if config.lora.rank else 0), beside if config.lora.rank else total
+    return total, beside if config.lora.rank else total
 
 
 def copies(config: Config, place: Place) -> int:
