@@ -87,7 +87,7 @@ def place_of(config: Config) -> Place:
     if tpus:
         return Place(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
     _host_devices(count)
-    answers = "the host's compiler, with float16 in place of bfloat16"
+    answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
     answers += f"; the TPU's did not answer ({reason}), and lays arrays out otherwise" if device.topology else ""
     return Place(device, p.device, count, limit, answers, True)
 
