@@ -351,7 +351,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe_error(error: BaseException, where: Path | None = None) -> str:
     """One line for the user; `where` is what was being written, for errors that name no file."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = untrusted.one_line(error)
     if isinstance(error, MemoryError):
         text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or give less data"
     if is_out_of_memory(error):

@@ -37,10 +37,14 @@ def make_deterministic() -> None:
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in DETERMINISTIC if flag not in flags)])
 
 
+def programs_folder() -> Path:
+    """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or a folder of our own."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
+
+
 def keep_programs() -> None:
-    """Compiled programs are kept for the next process, in JAX_COMPILATION_CACHE_DIR or a folder of our own."""
-    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    """Compiled programs are kept for the next process."""
+    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -16,7 +16,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code: 0, 2 for what the user can mend, 75 where it was asked to stop."""
-    where = None
+    where = config = None
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         config = settings.parse(arguments)
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         hosts.leave("interrupted")
-        metrics.fail("interrupted; the same command goes on where it was")
+        kept = config is not None and not config.looks_only and (config.keeps_run or config.output is not None)
+        metrics.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)

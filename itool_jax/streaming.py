@@ -72,7 +72,7 @@ class Stream:
 
     def _take(self, slots: int) -> Suffix:
         """The cache, with room for so many tokens. Until it is kept again there is none: programs use it up."""
-        cache, self._cache = self._cache, None
+        cache, self._cache, self._ids = self._cache, None, []  # what is stopped in between has read nothing
         slots = max(SMALLEST_CACHE, 1 << max(slots - 1, 0).bit_length())
         if cache is None:
             return _new_cache(*self._policy, slots)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from itool_jax.untrusted import one_line
+
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -88,8 +90,7 @@ class _Wandb:
                 settings=quiet,
             )
         except wandb.Error as error:
-            line = " ".join(str(error).split())
-            raise ValueError(f"log.wandb: {line}; run `wandb login`, or set WANDB_MODE=offline") from error
+            raise ValueError(f"log.wandb: {one_line(error)}; run `wandb login`, or set WANDB_MODE=offline") from error
         self.groups: set[str] = set()
 
     def write(self, group: str, step: int, values: Mapping[str, float]) -> None:

@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("nested too deeply") from error
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, OverflowError) as error:
         # Of the last four are errors in values such as `!!int ""`.
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
 
 
 def _check_events(events: Iterator[Any]) -> None:
@@ -104,6 +104,19 @@ def inside(folder: Path, name: str) -> Path:
     if not any(real.is_relative_to(parent) for parent in (home, blobs)):
         raise ValueError(f"{folder / place} is a link that leads out of its folder; put the file itself there")
     return folder / place
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """The text without what changes how a terminal shows the rest: control characters and turns of its direction."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message in one line; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # Secrets ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 # applied is kept in NAME.yaml: `kubectl delete -f mine.yaml` ends the run, and the same command goes on with it.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
+(($# >= 3)) || { grep '^# ' "$0" >&2; exit 2; }
 name=$1 nodes=$2 image=$3
 shift 3
 quote="'" setting="                    - "
@@ -15,6 +16,7 @@ manifest=${manifest//NODES/"$nodes"}
 manifest=${manifest//GPUS/"${GPUS:-8}"}
 manifest=${manifest//ACCELERATOR/"${ACCELERATOR:-nvidia-h100-80gb}"}
 manifest=${manifest//IMAGE/"$image"}
-settings=$(printf "$setting'%s'\n" "${@//$quote/$quote$quote}")
-printf '%s\n' "${manifest/"$setting"SETTINGS/"$settings"}" > "$name.yaml"
+settings=
+(($# == 0)) || printf -v settings "$setting'%s'\n" "${@//$quote/$quote$quote}"
+printf '%s\n' "${manifest/"$setting"SETTINGS$'\n'/"$settings"}" > "$name.yaml"
 run kubectl apply -f "$name.yaml"

@@ -5,6 +5,7 @@
 # machine can be taken away, give it a run directory that stays, and the same command when it is back.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
+(($# >= 1)) || { grep '^# ' "$0" >&2; exit 2; }
 run_dir=$1
 shift
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}

@@ -6,6 +6,7 @@
 # when the slice is back, as it does where a host was lost (69) or the connection broke (255).
 set -uo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
+(($# >= 2)) || { grep '^# ' "$0" >&2; exit 2; }
 name=$1 zone=$2
 shift 2
 printf -v arguments ' %q' "$@"

@@ -5,6 +5,7 @@
 # STORAGE is the name of storage that `xpk storage create` or `attach` made known, mounted on all hosts.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
+(($# >= 4)) || { grep '^# ' "$0" >&2; exit 2; }
 name=$1 cluster=$2 slice=$3 image=$4
 shift 4
 printf -v arguments ' %q' "$@"

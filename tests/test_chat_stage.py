@@ -17,10 +17,11 @@ from itool_jax.data.sources import load
 from itool_jax.main import main
 from itool_jax.sampler import row_keys
 from itool_jax.stages import folder
-from itool_jax.stages.chat import harmless, highlighted
+from itool_jax.stages.chat import highlighted
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text.calls import Call, read_calls
 from itool_jax.text.remarks import faults, signature, stub
+from itool_jax.untrusted import harmless
 from tests.runs import Made
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
@@ -100,6 +101,33 @@ def test_a_conversation_streams_what_generate_answers_with_few_programs(
     assert [i for chunk in small.respond([*first, *expected], 50, key_1) for i in chunk] == [
         i for chunk in stream.respond([*first, *expected], 50, key_1) for i in chunk
     ]
+
+
+@pytest.mark.parametrize("program", ["_read", "_sample"])
+def test_what_was_stopped_within_a_program_is_read_again(
+    program: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = itool_jax.load(tiny_folder)
+    base, policy = folder.load_base(model.config), folder.load_policy(model.config, "base")
+    is_stop_V = np.zeros(base.config.vocab_size, bool)
+    key_1 = row_keys(jax.random.key(0), np.zeros(1, np.uint32))
+    ids = base.chat.prompt_ids([{"role": "user", "content": "what is far?"}], TOOLS)
+    stream = Stream(policy, is_stop_V)
+    expected = [i for chunk in stream.respond(ids, 8, key_1) for i in chunk]
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, program, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream.respond(ids, 8, key_1))
+    logits: list[np.ndarray] = []
+    read = streaming._read
+    monkeypatch.setattr(streaming, "_read", lambda *a: logits.append(np.asarray((found := read(*a))[0])) or found)
+    for again in (stream, Stream(policy, is_stop_V)):
+        assert [i for chunk in again.respond(ids, 8, key_1) for i in chunk] == expected
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-6)
 
 
 def test_samples_depend_on_the_key_alone(tiny_folder: Path) -> None:
@@ -243,5 +271,13 @@ def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(
     assert row["messages"][1]["content"] == itool_jax.load(tiny_folder).generate("two", [WEATHER], max_tokens=12)
 
 
+def test_a_file_of_another_kind_is_not_written_over(chat: Chat, tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    shown = chat("hello", f"/save {file}", tools=[WEATHER])
+    assert "/save needs a name that ends in .jsonl or .jsonl.gz, got " in shown
+    assert json.loads(file.read_text()) == [WEATHER]
+
+
 def test_no_answer_moves_the_cursor_or_colours_the_terminal() -> None:
+    assert harmless("a\u202eb\u2066c\u2028\x9b2J\t\n") == "a\ufffdb\ufffdc\ufffd\ufffd2J\t\n"
     assert highlighted(Call("f\x1b[2J", {"a\x07": "\x1b[31mred\n"})).plain == 'f�[2J(a�="\\u001b[31mred\\n")'

@@ -72,7 +72,7 @@ def test_where_all_is_well_nothing_is_changed(doctor: Doctor, tiny_folder: Path,
     assert (code, err) == (0, "")
     assert (contents(tiny_folder), contents(tmp_path), contents(data.parent)) == before
     assert not (tmp_path / "run").exists()
-    assert lines[-1] == "no errors, 1 warnings"
+    assert lines[-1] == "no errors, 1 warning"
     assert not [text for text in lines if text.startswith("error")]
     assert "1 of 8 devices are used" in line(lines, "warning", "mesh")
     assert jax.__version__ in line(lines, "ok", "jax")
@@ -111,7 +111,7 @@ def test_tensors_of_another_shape(doctor: Doctor, tiny_folder: Path, tmp_path: P
     assert code == 2
     assert "model.norm.weight has shape (31,), config.json asks for (32,)" in line(lines, "error", "weights")
     assert "→ download the model again" in line(lines, "error", "weights")
-    assert err == "python -m itool_jax.main: error: doctor: 1 errors and 1 warnings; mend what is marked error above"
+    assert err == "python -m itool_jax.main: error: doctor: 1 error and 1 warning; mend what is marked error above"
 
 
 def test_a_folder_without_weights_or_with_a_model_that_is_not_known(doctor: Doctor, tiny_folder: Path, tmp_path: Path):
@@ -258,6 +258,8 @@ def test_a_hub_name_without_a_network(doctor: Doctor, tmp_path: Path, monkeypatc
     assert "a token is there, offline by HF_HUB_OFFLINE" in text
     assert "model owner/name is not in the cache, and HF_HUB_OFFLINE is set" in line(lines, "error", "hub")
     assert "its files are not here" in line(lines, "warning", "model")
+    assert "hf download" not in text
+    assert "model /none is neither a folder here nor a hub name" in "\n".join(doctor("/none")[1])
     assert secret not in text + err
     assert not (tmp_path / "hub").exists()
 

@@ -197,6 +197,20 @@ def test_the_processes_of_a_jobset_find_each_other(tmp_path: Path):
     assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
 
 
+def test_a_jobset_without_settings_passes_none(tmp_path: Path):
+    dry_run("DRY_RUN=1 launch/gke.sh mine 2 registry/itool:cuda", tmp_path)
+    (job,) = yaml.safe_load((tmp_path / "mine.yaml").read_text())["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert all(argument.startswith("--") for argument in container["args"])
+
+
+@pytest.mark.parametrize("name", ["gke", "gpu_node", "processes", "slurm_array", "tpu_pod", "xpk"])
+def test_a_script_that_is_given_too_little_says_how_it_is_used(name: str, tmp_path: Path):
+    done = subprocess.run(["bash", LAUNCH / f"{name}.sh"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"launch/{name}.sh" in done.stderr
+
+
 def rendered(folder: Path, *settings: str) -> dict[str, Any]:
     """The manifest that launch/gke.sh writes for two nodes."""
     command = ["launch/gke.sh", "mine", "2", "registry/itool:cuda", "--config=models/llama3.1-8b", *settings]

@@ -311,6 +311,44 @@ def test_the_server_tells_what_is_new(served: tuple[str, Path], monkeypatch: pyt
     assert damaged["phases"] == PHASES  # what was known stays
 
 
+def test_a_browser_that_goes_away_and_a_file_that_nobody_expected_end_nothing(
+    served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    address, folder = served
+    get(f"{address}/report.json")
+    monkeypatch.setattr(server, "LEAST_SECONDS", 0.0)
+
+    def fail(*_: object) -> None:
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.BaseHTTPRequestHandler, "end_headers", fail)
+        with pytest.raises(OSError):
+            get(f"{address}/report.json")
+    monkeypatch.setattr(findings, "find", lambda _: {}["no such key"])
+    with (folder / "log.jsonl").open("a") as file:
+        file.write("{}\n")
+    found = json.loads(get(f"{address}/report.json")[1])
+    assert (found["error"], found["phases"]) == ("'no such key'", PHASES)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_scored_is_news(made: Made, tmp_path: Path):
+    folder = copy_run(made, tmp_path)
+    before = findings.stamp(of(folder))
+    (folder / "warmup/bfcl").mkdir()
+    write(folder / "warmup/bfcl/summary.json", [{}])
+    assert findings.stamp(of(folder)) != before
+
+
+def test_a_near_miss_is_not_right():
+    nodes = [
+        {"terminal": terminal, "outcome": outcome} for terminal, outcome in ((False, 0.0), (True, 0.7), (True, -1))
+    ]
+    assert grown._verdict({"nodes": nodes}) == "wrong"
+    assert grown._verdict({"nodes": [*nodes, {"terminal": True, "outcome": 1.0}]}) == "mixed"
+
+
 def test_the_server_answers_this_machine_alone(served: tuple[str, Path]):
     address, _ = served
     assert address.startswith("http://127.0.0.1:")

@@ -69,12 +69,17 @@ _TOP_NAMES = {
 }
 
 
+def could_be_hub_name(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, and is no path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
     """The local folder of a model: a path, or a hub name, downloaded once (tokenizer, configs and weights)."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not could_be_hub_name(name):
         known = "a folder nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"
         raise ValueError(f"model {name} is neither {known}")
     from huggingface_hub import snapshot_download

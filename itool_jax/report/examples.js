@@ -68,7 +68,7 @@ function exampleCard(row, from, to) {
   const [before, after] = [row.answers[from], row.answers[to]];
   const open = state.example === row.id;
   const [look, word] = TAGS[changeOf(before, after)];
-  const head = make("button", { type: "button", className: "head", id: `example-${row.id}`, "aria-expanded": String(open) },
+  const head = make("button", { type: "button", className: "head", id: `sample-${row.id}`, "aria-expanded": String(open) },
     make("span", { className: `tag ${look}` }, word), make("span", { className: "question" }, row.question || row.id),
     (after.kind ?? before.kind) && make("span", { className: "id" }, after.kind ?? before.kind));
   head.addEventListener("click", () => { go({ example: open ? undefined : row.id, part: "examples" }); byId(head.id)?.focus(); });

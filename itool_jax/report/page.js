@@ -174,7 +174,7 @@ function drawOverview() {
   const session = report.environment?.sessions?.at(-1) ?? {};
   const setting = Object.fromEntries(report.settings.map((row) => [row.name, row.value]));
   const parts = Object.entries(report.card?.parts ?? {});
-  const seconds = report.stages.reduce((sum, row) => sum + (row.seconds ?? 0), 0);
+  const seconds = report.stages.reduce((sum, row) => sum + (row.stage === "reference" ? 0 : row.seconds ?? 0), 0); // a part of dpo
   const devices = Object.entries(session.devices ?? {}).map(([kind, count]) => `${count} × ${kind}`).join(", ");
   const facts = [
     ["Model", shown(setting.model ?? "–")], ["Data", shown(setting.data ?? "–")],

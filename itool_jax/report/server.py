@@ -6,6 +6,7 @@ where it is as it was; `/tree?at=N` one tree.
 """
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from itool_jax.report import page
+from itool_jax.untrusted import one_line
 
 HOST, PORT, TRIES = "127.0.0.1", 8765, 20
 NAMES = ("127.0.0.1", "localhost")
@@ -47,8 +49,8 @@ class Source:
             if time.monotonic() - self.looked >= LEAST_SECONDS and (stamp := self.stamp()) != self.latest.stamp:
                 try:
                     self.latest = Latest(stamp, *self.content(), None)
-                except (ValueError, OSError) as error:
-                    self.latest = self.latest._replace(stamp=stamp, error=" ".join(str(error).split()))
+                except Exception as error:  # whatever it is, the page says so and goes on
+                    self.latest = self.latest._replace(stamp=stamp, error=one_line(error))
                 self.looked = time.monotonic()
             return self.latest
 
@@ -92,11 +94,18 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
     """A server at the port or one of the next, whichever is free."""
     for number in range(port, port + TRIES):
         with contextlib.suppress(OSError):
-            return ThreadingHTTPServer((HOST, number), handler(source))
+            return _Server((HOST, number), handler(source))
     raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; end another --watch")
 
 

@@ -8,7 +8,6 @@ Nothing is ever run. For each call you are asked what the tool answers, and Ente
 
 import contextlib
 import functools
-import re
 import signal
 import sys
 import time
@@ -32,20 +31,21 @@ from itool_jax.stages import folder
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text import remarks
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
-from itool_jax.untrusted import read_json
+from itool_jax.untrusted import harmless, read_json
 
 HELP = """\
 /reset         begins a new conversation, with the same tools and system message
 /system TEXT   begins a new one with TEXT as system message; without TEXT, with none
 /tools         lists the tools
-/save FILE     adds the conversation to FILE, JSON lines that train a model
+/save FILE     adds the conversation to FILE.jsonl, which trains a model
 /help          lists the commands
 /quit          ends, as Ctrl-D does; Ctrl-C stops an answer and takes the turn back"""
 NEW = ("/reset", "/system")
 EXAMPLE = 40
 """Where there is no file of tools: the number of a sample of the generated corpus that the demo does not train on."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SAVED = (".jsonl", ".jsonl.gz")
+"""How the name of a file of conversations ends: any other file would be lost, as the tools are in one."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -218,6 +218,9 @@ class Session:
         if not name:
             self.say("/save needs a FILE to add the conversation to", "yellow")
             return
+        if not name.endswith(SAVED):
+            self.say(f"/save needs a name that ends in {' or '.join(SAVED)}, got {name}", "yellow")
+            return
         try:
             if not samples_from_conversation(self.id, self.messages, self.tools):
                 raise ValueError("there is no answer to save yet")
@@ -244,11 +247,6 @@ def highlighted(call: Call) -> Text:
         text.append(harmless(name), style="green").append("=")
         text.append(harmless(written), style="magenta" if isinstance(value, str) else "blue")
     return text.append(")")
-
-
-def harmless(text: str) -> str:
-    """A text of anyone's, harmless to a terminal: control characters could change what it shows."""
-    return _CONTROL.sub("\ufffd", text)
 
 
 def _kept(chunks: Iterator[list[int]], found: list[int]) -> Iterator[list[int]]:

@@ -4,9 +4,7 @@ In: the settings of a run. Out: a line a check, ok, warning or error with a reme
 trained on, in colour. Nothing is changed. Errors end it with exit code 2.
 """
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from rich.text import Text
@@ -19,7 +17,7 @@ from itool_jax.model.transformer import abstract
 from itool_jax.stages import doctor_machine as machine
 from itool_jax.stages import doctor_model, folder
 from itool_jax.stages.doctor_machine import Finding
-from itool_jax.untrusted import redacted
+from itool_jax.untrusted import harmless, redacted
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 LEAST = 1e9
@@ -40,10 +38,15 @@ def run(config: Config) -> None:
         for shown in samples:
             for line in doctor_model.preview(config, shown):
                 console_out.print(line, soft_wrap=True)
-    errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
-    if errors:
-        raise ValueError(f"doctor: {errors} errors and {warnings} warnings; mend what is marked error above")
-    console_out.print(Text(f"no errors, {warnings} warnings"))
+    errors, warnings = (_counted(found, level) for level in ("error", "warning"))
+    if any(finding.level == "error" for finding in found):
+        raise ValueError(f"doctor: {errors} and {warnings}; mend what is marked error above")
+    console_out.print(Text(f"no errors, {warnings}"))
+
+
+def _counted(found: list[Finding], level: str) -> str:
+    count = sum(finding.level == level for finding in found)
+    return f"{count} {level}{'s' * (count != 1)}"
 
 
 def _examined(config: Config) -> Iterator[Finding]:
@@ -51,13 +54,14 @@ def _examined(config: Config) -> Iterator[Finding]:
     yield from machine.packages(environment.versions())
     yield from machine.devices(config)
     yield from machine.processes(config)
-    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
-    yield from machine.compile_cache(cache)
+    yield from machine.compile_cache(environment.programs_folder())
     hub = list(machine.hub(config))
     yield from hub
     # Files that are not here are not fetched for this: the first run, or the plan, does.
     if _absent(hub, "model "):
-        yield Finding("warning", "model", "its files are not here, so not looked at", f"hf download {config.model}")
+        there = all(finding.level == "ok" for finding in hub)
+        remedy = f"hf download {config.model}" if there else ""
+        yield Finding("warning", "model", "its files are not here, so not looked at", remedy)
         yield from machine.disk(config.run_dir, int(LEAST))
         return
     found = list(doctor_model.model(config))
@@ -86,7 +90,7 @@ def _print(finding: Finding) -> None:
     if not is_first():
         return
     line = Text(f"{finding.level:<8}", STYLES[finding.level])
-    line.append(f"{finding.what:<16}", "bold").append(redacted(finding.text), "default")
+    line.append(f"{finding.what:<16}", "bold").append(harmless(redacted(finding.text)), "default")
     if finding.remedy and finding.level != "ok":
         line.append(f"\n{'':<8}{'':<16}→ {finding.remedy}")
     console_out.print(line, soft_wrap=True)

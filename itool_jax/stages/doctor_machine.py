@@ -20,7 +20,9 @@ from typing import Literal, NamedTuple
 import jax
 
 from itool_jax.config import Config
+from itool_jax.model.hf import could_be_hub_name
 from itool_jax.model.sharding import use_mesh
+from itool_jax.untrusted import one_line
 
 TRIAL = 32 << 20
 """Bytes that are written to try the disk."""
@@ -120,7 +122,7 @@ def devices(config: Config) -> Iterator[Finding]:
     try:
         seen = jax.devices()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or mend the driver")
         return
     kinds = collections.Counter(device.device_kind for device in seen)
@@ -238,7 +240,10 @@ def hub(config: Config) -> Iterator[Finding]:
     offline = ", offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
     yield Finding("ok", "hub", f"cache {constants.HF_HUB_CACHE}; {token}{offline}")
     for kind, name in names:
-        yield _hub_name(kind, name, constants.HF_HUB_OFFLINE)
+        if could_be_hub_name(name):
+            yield _hub_name(kind, name, constants.HF_HUB_OFFLINE)
+        else:
+            yield Finding("error", "hub", f"{kind} {name} is neither a folder here nor a hub name", "check the name")
 
 
 def _hub_name(kind: str, name: str, offline: bool) -> Finding:

@@ -15,8 +15,10 @@ from itool_jax.data.records import Sample
 from itool_jax.model import hf
 from itool_jax.stages import folder, parts
 from itool_jax.stages.doctor_machine import Finding
+from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
 from itool_jax.text.steps import split_steps
+from itool_jax.untrusted import harmless, one_line
 
 TOOL = {
     "type": "function",
@@ -39,7 +41,7 @@ def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, lis
     try:
         return check(), []
     except (ValueError, OSError) as error:
-        return None, [Finding("error", what, " ".join(str(error).split()), remedy)]
+        return None, [Finding("error", what, one_line(error), remedy)]
 
 
 def model(config: Config) -> Iterator[Finding]:
@@ -161,7 +163,7 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
         short.append(Finding("warning", "data", text, "responses end there; lower search.last_step_limit, if at all"))
     by_kind: dict[bool, Shown] = {}
     for sample, row in zip(train.samples, train.encoded, strict=True):
-        by_kind.setdefault(sample.target.startswith("["), Shown(sample, row))
+        by_kind.setdefault(looks_like_calls(sample.target), Shown(sample, row))
     return found + short, [by_kind[kind] for kind in (True, False) if kind in by_kind]
 
 
@@ -169,7 +171,7 @@ def preview(config: Config, shown: Shown) -> Iterator[Text]:
     """The end of a prompt, the tokens that are trained on, token by token, and the steps a search would take."""
     chat = folder.load_base(config).chat
     decode = chat.tokenizer.decode
-    prompt = decode(shown.encoded.prompt_ids, skip_special_tokens=False)
+    prompt = harmless(decode(shown.encoded.prompt_ids, skip_special_tokens=False))
     before = Text("not trained  ", style="bold").append(f"…{prompt[-SHOWN:]}" if len(prompt) > SHOWN else prompt, "dim")
     trained = Text("trained      ", style="bold")
     for number, token in enumerate(shown.encoded.target_ids):  # two shades, so that tokens are told apart
@@ -177,11 +179,12 @@ def preview(config: Config, shown: Shown) -> Iterator[Text]:
     steps = Text("steps        ", style="bold")
     table = folder.step_table(config, config.search.granularity)
     for number, step in enumerate(split_steps(table, shown.encoded.target_ids)):
-        steps.append(" | " if number else "", "bold red").append(decode(step, skip_special_tokens=False))
+        steps.append(" | " if number else "", "bold red").append(harmless(decode(step, skip_special_tokens=False)))
     yield Text(f"sample {shown.sample.id}: {len(shown.encoded.prompt_ids)} tokens of prompt, then the target")
     yield from (before, trained, steps)
 
 
 def _visible(chat: Chat, token: int) -> str:
     """A token's text, where a line's end and half a character show too."""
-    return chat.tokenizer.decode([token], skip_special_tokens=False).replace("\n", "\\n").replace("�", "·")
+    text = chat.tokenizer.decode([token], skip_special_tokens=False).replace("�", "·")
+    return harmless(text).replace("\n", "\\n")

@@ -25,6 +25,8 @@ MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
 """Points of a curve, samples among the examples and lines of the log that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
 COMPARED = ("phase", "against", "text", "regressions")
+SHOWN = ("*.json*", "*.yaml", "*/*.json*", "*/*/summary.json")
+"""The files that a report shows, below the run directory."""
 RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
 
 
@@ -40,7 +42,7 @@ def _numbers() -> Iterator[int]:
 
 def stamp(config: Config) -> str:
     """Another text whenever a file that a report shows has changed."""
-    found = sorted((*config.run_dir.glob("*.json*"), *config.run_dir.glob("*/*.json*"), *config.run_dir.glob("*.yaml")))
+    found = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
     marks = [(str(path), status.st_mtime_ns, status.st_size) for path in found if (status := _status(path))]
     return f"{hash(tuple(marks)) & (2**64 - 1):x}"
 

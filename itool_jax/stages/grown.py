@@ -160,7 +160,7 @@ def statistics(phase: Path) -> Row | None:
 
 def _verdict(row: Row) -> str:
     """Whether the responses that the search of a tree came to are right."""
-    ends = {node["outcome"] > 0 for node in row["nodes"] if node["terminal"]}
+    ends = {node["outcome"] >= 1 for node in row["nodes"] if node["terminal"]}  # less is a near miss, where graded
     return "none" if not ends else "mixed" if len(ends) == 2 else "right" if True in ends else "wrong"
 
 

@@ -6,7 +6,6 @@ weights are made: what programs need is the compiler's own analysis of the progr
 """
 
 import dataclasses
-import json
 import math
 import time
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 from rich.table import Table
 
 from itool_jax.config import Config
-from itool_jax.data.records import whole_file
 from itool_jax.metrics import console_out, say
-from itool_jax.stages import parts
+from itool_jax.stages import folder, parts
 from itool_jax.stages import plan_memory as memory
 from itool_jax.stages.plan_memory import SIZES, Found, Place, Planner
 from itool_jax.stages.plan_time import Clock, Data, Effort, efforts
@@ -66,8 +64,7 @@ def run(config: Config) -> Row:
     }
     _show(plan)
     if config.output is not None:
-        with whole_file(config.output) as file:
-            file.write(json.dumps(plan, indent=2).encode() + b"\n")
+        folder.write_json(config.output, plan)
         say(f"wrote {config.output}")
     return plan
 

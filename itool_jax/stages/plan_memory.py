@@ -25,6 +25,7 @@ from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.stages import folder, sizes
 from itool_jax.text.padding import bucket, target_width
+from itool_jax.untrusted import one_line
 
 # For devices that are not here the host compiles. It would make copies of weights in float32, all at once and before
 # the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16.
@@ -86,7 +87,7 @@ def place_of(config: Config) -> Place:
     if tpus:
         return Place(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
     _host_devices(count)
-    answers = "the host's compiler, with float16 in place of bfloat16"
+    answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
     answers += f"; the TPU's did not answer ({reason}), and lays arrays out otherwise" if device.topology else ""
     return Place(device, p.device, count, limit, answers, True)
 
@@ -120,7 +121,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
             found = topologies.get_topology_desc(name, platform="tpu").devices
         except Exception as error:  # libtpu is missing, too old, or knows no such slice: the host answers instead
             if power == 0 or "libtpu" in str(error):
-                return (), " ".join(str(error).split())[:80]
+                return (), one_line(error)[:80]
             continue
         if len(found) >= count:
             return found[:count], ""
@@ -325,10 +326,10 @@ def as_arguments(settings: dict[str, Any]) -> str:
 
 
 def parameters(config: Config) -> tuple[int, int]:
-    """How many the model has, and how many of them, or beside them, are trained."""
+    """How many the model has, and how many of them, or of adapters beside them, are trained."""
     _, base, adapters = memory.abstract(dataclasses.replace(folder.load_base(config).config, nf4=False), config.lora)
     total, beside = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (base, adapters))
-    return total + (beside if config.lora.rank else 0), beside if config.lora.rank else total
+    return total, beside if config.lora.rank else total
 
 
 def copies(config: Config, place: Place) -> int:

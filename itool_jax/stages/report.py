@@ -13,6 +13,7 @@ from itool_jax.hosts import is_first
 from itool_jax.metrics import say
 from itool_jax.report import page, server
 from itool_jax.stages import findings
+from itool_jax.untrusted import one_line
 
 FILE = "report.html"
 TREE_BYTES = 128 << 20
@@ -55,6 +56,6 @@ def refresh(config: Config) -> Path | None:
     try:
         write(config)
     except Exception as error:  # a fault of the report must not end days of work
-        say(f"there is no report: {' '.join(str(error).split()) or type(error).__name__}")
+        say(f"there is no report: {one_line(error)}")
         return None
     return config.run_dir / FILE
