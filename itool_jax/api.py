@@ -6,6 +6,7 @@ same names do, with the same settings. Errors are those of the program: ValueErr
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from itool_jax.config import Config
 from itool_jax.data.records import Row, Sample, sample_row
 from itool_jax.data.sources import from_rows
 from itool_jax.metrics import progress
-from itool_jax.model.sharding import use_mesh, use_own_mesh
+from itool_jax.model.sharding import MeshSettings, mesh_shape, use_mesh, use_own_mesh
 from itool_jax.sampler import GenerateSettings, respond
 from itool_jax.stages import folder, score, search
 from itool_jax.text.chat import Encoded, encode_sample
@@ -55,6 +56,8 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     elif os.fspath(source) != "embedded":
         arguments.append(f"--model={source}")
     config = settings_of.parse([*arguments, *settings])
+    if is_run and math.prod(mesh_shape(config.mesh)) > jax.device_count():
+        config = dataclasses.replace(config, mesh=MeshSettings())  # it was made on more devices
     if is_run and phase is None:
         phase = (folder.trained_phases(config) or ["base"])[-1]
     return Model(dataclasses.replace(config, generate=dataclasses.replace(config.generate, phase=phase)))

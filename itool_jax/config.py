@@ -90,7 +90,8 @@ class Config:
     """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
 
     stage: Stage
-    """What to run: iterate is the whole loop, plan and doctor come before it, the others are its parts."""
+    """What to run: iterate is the whole loop, of which warmup, score, search, dpo and evaluate are parts; plan and
+    doctor come before a run, report, export and generate after it."""
     config: str | None = None
     """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
     config of your own it is demo."""
@@ -199,6 +200,8 @@ class Config:
             raise ValueError(f"chat is for the stage generate, got it with stage {self.stage}")
         if self.chat and self.output is not None:
             raise ValueError("output is for generate on a data file, got it with chat, where /save FILE writes one")
+        if self.generate.phase is not None and self.stage != "generate":
+            raise ValueError(f"generate.phase is for the stage generate, got it with stage {self.stage}")
         if self.tools is not None and not self.chat:
             raise ValueError("tools is for a chat; in a data file each sample has its own. Set --chat")
 
@@ -222,7 +225,7 @@ class Config:
     def keeps_run(self) -> bool:
         """Whether the command works in the run directory; some write one file of their own, or none."""
         alone = self.output is not None and self.stage != "export"
-        return self.stage not in ("generate", "report") and self.results is None and not alone
+        return self.stage not in ("generate", "report", "plan", "doctor") and self.results is None and not alone
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""

@@ -17,6 +17,7 @@ done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 code=0
 for pid in "${pids[@]}"; do
+    while kill -0 "$pid" 2> /dev/null; do wait "$pid" || true; done # a signal ends a wait, and not yet the process
     wait "$pid" || code=$?
 done
 exit "$code"

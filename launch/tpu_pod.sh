@@ -3,20 +3,25 @@
 #   launch/tpu_pod.sh NAME ZONE --config=models/llama3.1-8b --data=/shared/FILE.jsonl --run_dir=/shared/runs/mine
 # Data and run directory must be where all hosts see them (Filestore, or a bucket mounted with gcsfuse). Before
 # maintenance the hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again
-# when the slice is back, as it does where a host was lost (69) or the connection broke (255).
+# when the slice is back, as it does where a host was lost (69) or the connection broke (255), RESTARTS times at most.
 set -uo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 (($# >= 2)) || { grep '^# ' "$0" >&2; exit 2; }
 name=$1 zone=$2
 shift 2
 printf -v arguments ' %q' "$@"
+lost=0
 
 while true; do
     run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
         --command="python3 -m itool_jax.main --stage=iterate --distributed.auto --mesh.data=0$arguments"
     code=$?
     [[ $code == 75 || $code == 69 || $code == 255 ]] || exit "$code"
-    until [[ $(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)') == READY ]]; do
+    [[ $code == 75 ]] || ((++lost <= ${RESTARTS:-20})) || exit "$code"
+    state=
+    while [[ $state != READY ]]; do
         sleep 30
+        state=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)') || exit "$code"
+        [[ $state != PREEMPTED ]] || exit "$code" # such a slice does not come back
     done
 done

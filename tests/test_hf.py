@@ -349,7 +349,8 @@ def test_refuses_what_is_neither_folder_nor_hub_name(name: str, tmp_path: Path, 
 def test_asks_the_hub_for_what_it_reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append((name, allow_patterns))
         if name == "some/private":
             raise LocalEntryNotFoundError("first line\nsecond line")

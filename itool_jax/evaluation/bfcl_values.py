@@ -50,7 +50,7 @@ _JAVA_PUT = re.compile(r'put\("(.*?)",\s*+([^)\n]*+)\)')
 _JAVA_EMPTY_MAP = re.compile(r"new\s+HashMap<.*?>\s*+\(\)")
 
 # A row may end anywhere but where the outer bracket closes, and only between rows may a line end.
-_ROWS = r"\s*+\[(?:\]\s*+,\s*+\[|(?!\]\s*+%s)[^\n])*+\]\s*+%s"
+_ROWS = r"\s*+\[(?>(?:\]\s*+,\s*+\[|(?!\]\s*+%s)[^\n])*)\]\s*+%s"
 _JS_MATRIX = re.compile(r"\[" + _ROWS % (r"\]", r"\]") + r"|new\s+Array\(" + _ROWS % (r"\)", r"\)"))
 _JS_ROW = re.compile(r"\[(.*?)\]")
 _JS_ARRAY = re.compile(r"\[(.*?)\]|new\s+Array\((.*?)\)")

@@ -116,9 +116,14 @@ def _card(path: Path) -> Row | None:
     card = _optional(path)
     for name in ("parts", "overlap_with_train") if card else ():
         found = card.get(name) if card else None
-        if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
+        if not isinstance(found, dict) or not all(_counts(row) for row in found.values()):
             raise ValueError(f"{path} is damaged (its {name} are no counts by part); choose another --run_dir")
     return card
+
+
+def _counts(row: Any) -> bool:
+    """Whether a row of the card holds no text where the page shows a number."""
+    return isinstance(row, dict) and not any(isinstance(value, str) for value in row.values())
 
 
 def _settings(path: Path) -> list[Row]:

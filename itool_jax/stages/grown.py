@@ -25,6 +25,8 @@ NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidenc
 PAIR = ("node", "chosen_node", "rejected_node", "q_chosen", "q_rejected")
 STOP = re.compile(r"(?:<[^<>\s]{1,40}>\s*)+$")
 """The stop tokens at the end of a response, as tokenizers write them."""
+LONGEST_STOP = 200
+"""Characters of them."""
 ROUNDED = 5
 SHORT = 240
 GAPS = [0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]
@@ -122,7 +124,8 @@ def _kind(row: Row, node: int) -> str | None:
     if row["nodes"][node]["outcome"] >= 1:
         return None
     text = response(row["nodes"], node)
-    return error_kind(row["gold"], STOP.sub("", text), finished=STOP.search(text) is not None)
+    stop = STOP.search(text, max(0, len(text) - LONGEST_STOP))
+    return error_kind(row["gold"], text[: stop.start()] if stop else text, finished=stop is not None)
 
 
 def response(nodes: Sequence[Row], node: int) -> str:

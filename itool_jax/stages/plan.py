@@ -59,7 +59,7 @@ def run(config: Config) -> Row:
         "stages": _stages(as_set, efforts(config, data, clock, batch), place),
         "largest": [_size_row(found, place) for found in most],
         "change": None if change is None else _change_row(change, place),
-        "assumed": {f.name: getattr(config.plan, f.name) for f in dataclasses.fields(config.plan)},
+        "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype},
         "seconds_to_plan": round(time.monotonic() - start, 1),
     }
     _show(plan)
@@ -188,9 +188,11 @@ def _foot(plan: Row) -> list[str]:
     if None in hours:
         return ["no data sheet of this device is known, so no hours; give --plan.device=GB:bandwidth:TFLOPS"]
     total = math.fsum(hours)
+    slower = " (products in float32 take longer)" if a["dtype"] == "float32" else ""
     return [
         f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and compiling",
-        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
+        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of "
+        f"the bfloat16 peak{slower}, "
         f"scoring at {a['scoring_share']:.0%}, {a['pairs_a_tree']:g} pairs a tree, responses like the gold ones",
     ]
 

@@ -19,11 +19,12 @@ MAX_DEPTH = 64  # levels of lists and dicts inside one argument
 _SPACE = re.compile(r"\s*+")
 # Real tool names hold spaces, apostrophes and parentheses: `Today's Quiz`, `Forecast (Nowcast)`. A name does
 # not begin with a quote, so that a list of strings is no call list. Possessive repeats keep a failed match
-# linear. White space is passed over before a match, so that a name is never white space alone.
-_NAME = re.compile(r"(?!')[^()\[\]{}\"=,\n]++(?:\((?=\S)[^()\[\]{}\"=,\n]++\)[^()\[\]{}\"=,\n]*+)*+")
+# linear. White space is passed over before a match, so that a name is never white space alone. A group that repeats is
+# atomic, (?>(?:…)*), and not possessive, (?:…)*+, which Python 3.11.2 matches wrongly.
+_NAME = re.compile(r"(?!')[^()\[\]{}\"=,\n]++(?>(?:\((?=\S)[^()\[\]{}\"=,\n]++\)[^()\[\]{}\"=,\n]*+)*)")
 _KEYWORD = re.compile(r"[^()\[\]{}\"'=,\n]++")
-_STRING = re.compile(r"\"(?:[^\"\\]++|\\.)*+\"|'(?:[^'\\]++|\\.)*+'", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?+(?:(?:0|[1-9][0-9]*+)(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?+[0-9]++)?+")
+_STRING = re.compile(r"\"(?>(?:[^\"\\]++|\\.)*)\"|'(?>(?:[^'\\]++|\\.)*)'", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?+(?:(?:0|[1-9][0-9]*+)(?>(?:\.[0-9]*+)?)|\.[0-9]++)(?>(?:[eE][+-]?+[0-9]++)?)")
 _WORD = re.compile(r"(?:True|true|False|false|None|null)\b")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|.)", re.DOTALL)
 
