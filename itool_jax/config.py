@@ -200,7 +200,7 @@ class Config:
             raise ValueError(f"chat is for the stage generate, got it with stage {self.stage}")
         if self.chat and self.output is not None:
             raise ValueError("output is for generate on a data file, got it with chat, where /save FILE writes one")
-        if self.generate.phase is not None and self.stage != "generate":
+        if self.generate.phase is not None and self.stage not in ("generate", "export"):  # a file is tried with export
             raise ValueError(f"generate.phase is for the stage generate, got it with stage {self.stage}")
         if self.tools is not None and not self.chat:
             raise ValueError("tools is for a chat; in a data file each sample has its own. Set --chat")
