@@ -17,7 +17,7 @@ from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import wilson_interval
 from itool_jax.main import main
 from itool_jax.report import page, server
-from itool_jax.stages import findings, grown, report
+from itool_jax.stages import report, report_data, report_trees
 from tests.conftest import read, write
 from tests.runs import ITERATIONS, PHASES, Made, copy_run
 
@@ -106,8 +106,8 @@ def test_curves_hold_every_step_of_a_short_training(found: Any, made: Made):
 
 def test_long_trainings_are_thinned_out_and_end_where_they_end(tmp_path: Path):
     rows = [{"time": 0, "stage": "warmup", "step": n, "loss": n} for n in range(1, 5001)]
-    (curve,) = findings._training(write(tmp_path / "metrics.jsonl", rows))
-    assert len(curve["steps"]) <= findings.MOST_POINTS + 1
+    (curve,) = report_data._training(write(tmp_path / "metrics.jsonl", rows))
+    assert len(curve["steps"]) <= report_data.MOST_POINTS + 1
     assert (curve["steps"][-1], curve["n_steps"]) == (5000, 5000)
 
 
@@ -193,8 +193,8 @@ def test_kinds_of_errors(kind: str, gold: str, response: str):
 def test_stop_tokens_are_no_part_of_a_response():
     node = {"parent": 0, "outcome": -1.0}
     nodes = [{"parent": -1, "text": ""}, {"text": "[f(x=2)]", **node}, {"text": "<|eot_id|>", **node, "parent": 1}]
-    assert grown._kind({"gold": "[f(x=1)]", "nodes": nodes}, 2) == "wrong value"
-    assert grown._kind({"gold": "[f(x=1)]", "nodes": nodes[:2]}, 1) == "cut off"
+    assert report_trees._kind({"gold": "[f(x=1)]", "nodes": nodes}, 2) == "wrong value"
+    assert report_trees._kind({"gold": "[f(x=1)]", "nodes": nodes[:2]}, 1) == "cut off"
 
 
 def test_wilson_intervals():
@@ -275,7 +275,7 @@ def served(made: Made, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The address of a server over a copy of the run."""
     folder = copy_run(made, tmp_path)
     config = of(folder, watch=True)
-    source = server.Source(lambda: findings.stamp(config), lambda: report.content(config, live=True))
+    source = server.Source(lambda: report_data.stamp(config), lambda: report.content(config, live=True))
     with server.listen(source) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
@@ -325,7 +325,7 @@ def test_a_browser_that_goes_away_and_a_file_that_nobody_expected_end_nothing(
         patch.setattr(server.BaseHTTPRequestHandler, "end_headers", fail)
         with pytest.raises(OSError):
             get(f"{address}/report.json")
-    monkeypatch.setattr(findings, "find", lambda _: {}["no such key"])
+    monkeypatch.setattr(report_data, "find", lambda _: {}["no such key"])
     with (folder / "log.jsonl").open("a") as file:
         file.write("{}\n")
     found = json.loads(get(f"{address}/report.json")[1])
@@ -335,18 +335,18 @@ def test_a_browser_that_goes_away_and_a_file_that_nobody_expected_end_nothing(
 
 def test_a_benchmark_that_is_scored_is_news(made: Made, tmp_path: Path):
     folder = copy_run(made, tmp_path)
-    before = findings.stamp(of(folder))
+    before = report_data.stamp(of(folder))
     (folder / "warmup/bfcl").mkdir()
     write(folder / "warmup/bfcl/summary.json", [{}])
-    assert findings.stamp(of(folder)) != before
+    assert report_data.stamp(of(folder)) != before
 
 
 def test_a_near_miss_is_not_right():
     nodes = [
         {"terminal": terminal, "outcome": outcome} for terminal, outcome in ((False, 0.0), (True, 0.7), (True, -1))
     ]
-    assert grown._verdict({"nodes": nodes}) == "wrong"
-    assert grown._verdict({"nodes": [*nodes, {"terminal": True, "outcome": 1.0}]}) == "mixed"
+    assert report_trees._verdict({"nodes": nodes}) == "wrong"
+    assert report_trees._verdict({"nodes": [*nodes, {"terminal": True, "outcome": 1.0}]}) == "mixed"
 
 
 def test_the_server_answers_this_machine_alone(served: tuple[str, Path]):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from itool_jax.report import page, server
-from itool_jax.stages import findings, report
+from itool_jax.stages import report, report_data
 from tests.conftest import read, write
 from tests.runs import Made, copy_run
 from tests.test_report import HOSTILE, make_hostile, of
@@ -320,7 +320,7 @@ def test_a_run_that_goes_on_is_followed_in_place(browser: Any, made: Made, tmp_p
     summary = (folder / "summary.json").read_bytes()
     (folder / "summary.json").unlink()
     config = of(folder, watch=True)
-    source = server.Source(lambda: findings.stamp(config), lambda: report.content(config, live=True))
+    source = server.Source(lambda: report_data.stamp(config), lambda: report.content(config, live=True))
     with server.listen(source) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()

@@ -12,7 +12,7 @@ from itool_jax.data.records import whole_file
 from itool_jax.hosts import is_first
 from itool_jax.metrics import say
 from itool_jax.report import page, server
-from itool_jax.stages import findings
+from itool_jax.stages import report_data
 from itool_jax.untrusted import one_line
 
 FILE = "report.html"
@@ -23,7 +23,7 @@ TREE_BYTES = 128 << 20
 def run(config: Config) -> dict[str, Any]:
     """Writes the report, or serves it until the user interrupts; returns how many trees it shows."""
     if config.watch:
-        return {"trees": server.serve(lambda: findings.stamp(config), lambda: content(config, live=True))}
+        return {"trees": server.serve(lambda: report_data.stamp(config), lambda: content(config, live=True))}
     report, _ = write(config)
     say(f"the report is {config.run_dir / FILE}")
     return {"trees": len(report["trees"])}
@@ -39,14 +39,14 @@ def write(config: Config) -> tuple[dict[str, Any], list[str]]:
 
 def content(config: Config, *, live: bool = False) -> tuple[dict[str, Any], list[str]]:
     """The report and its trees as JSON."""
-    report, grown = findings.find(config)
+    report, trees = report_data.find(config)
     size, kept = 0, 0
-    for tree in grown:
+    for tree in trees:
         size += len(tree.text)
         kept += size <= TREE_BYTES
-    left_out = len(grown) - kept
+    left_out = len(trees) - kept
     report |= {"trees": report["trees"][:kept], "trees_left_out": left_out, "live": live}
-    return report, [tree.text for tree in grown[:kept]]
+    return report, [tree.text for tree in trees[:kept]]
 
 
 def refresh(config: Config) -> Path | None:

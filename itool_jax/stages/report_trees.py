@@ -33,7 +33,7 @@ GAPS = [0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]
 """Bounds of the classes that gaps in Q are counted in; the last class is open."""
 
 
-class Grown(NamedTuple):
+class ReportTree(NamedTuple):
     """A tree: its entry in the index, and itself as JSON."""
 
     entry: Row
@@ -62,7 +62,7 @@ def _content(message: Row) -> str:
     return content if isinstance(content, str) else "" if content is None else as_json(content)
 
 
-def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) -> list[Grown]:
+def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) -> list[ReportTree]:
     """The trees of an iteration in the order they were searched."""
     train = run_dir / "data/train.jsonl"
     known = samples(train, train.stat().st_mtime_ns) if train.is_file() else {}
@@ -70,7 +70,7 @@ def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) ->
     by_tree: dict[str, list[Row]] = {}
     for pair in pairs:
         by_tree.setdefault(pair["tree"], []).append(pair)
-    return [_grown(row, by_tree.get(row["id"], []), known.get(row["id"]), phase.name, number) for row in rows]
+    return [_report_tree(row, by_tree.get(row["id"], []), known.get(row["id"]), phase.name, number) for row in rows]
 
 
 def _tables(phase: Path) -> tuple[list[Row], list[Row]]:
@@ -92,9 +92,9 @@ def _pairs(path: Path, _: int) -> list[Row]:
     return folder.read_table(path, ["tree", *PAIR, "chosen_ids", "rejected_ids"])
 
 
-def _grown(
+def _report_tree(
     row: Row, pairs: Sequence[Row], sample: Sample | None, phase: str, number: Callable[[Sequence[Row]], int]
-) -> Grown:
+) -> ReportTree:
     shown = prompt(sample or Sample(id=row["id"], messages=()), number)
     ends = {n: _kind(row, n) for n, node in enumerate(row["nodes"]) if node["terminal"]}
     entry = {
@@ -109,7 +109,7 @@ def _grown(
     nodes = [[_rounded(node[name]) for name in NODE] for node in row["nodes"]]
     paired = [[_rounded(pair[name]) for name in PAIR] for pair in pairs]
     tree = {**shown, "gold": row["gold"], "nodes": nodes, "pairs": paired, "ends": ends}
-    return Grown(entry, as_json(tree))
+    return ReportTree(entry, as_json(tree))
 
 
 def _rounded(value: Any) -> Any:

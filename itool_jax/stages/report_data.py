@@ -18,7 +18,7 @@ from itool_jax.data.records import Sample, read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, paired_difference, wilson_interval
 from itool_jax.run_directory import FREE
-from itool_jax.stages import columns, comparison, evaluate, folder, grown, parts
+from itool_jax.stages import columns, comparison, evaluate, folder, parts, report_trees
 
 Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
@@ -54,7 +54,7 @@ def _status(path: Path) -> Any:
         return None
 
 
-def find(config: Config) -> tuple[Row, list[grown.Grown]]:
+def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
     """The report, and the trees of all iterations in the order of its index.
 
     Raises:
@@ -65,7 +65,11 @@ def find(config: Config) -> tuple[Row, list[grown.Grown]]:
     names, toolbox = phases(config), Toolbox()
     config = _with_evaluation(config, names)
     iterations = [name for name in names if name.startswith("iteration_")]
-    trees = [tree for name in iterations for tree in grown.trees(config.run_dir / name, config.run_dir, toolbox.number)]
+    trees = [
+        tree
+        for name in iterations
+        for tree in report_trees.trees(config.run_dir / name, config.run_dir, toolbox.number)
+    ]
     report = {
         "title": config.run_dir.resolve().name,
         "settings": _settings(config.run_dir / "config.yaml"),
@@ -78,7 +82,7 @@ def find(config: Config) -> tuple[Row, list[grown.Grown]]:
         "benchmarks": _benchmarks(config, names),
         "training": _training(config.run_dir / "metrics.jsonl"),
         "perplexity": _perplexity(config, iterations),
-        "searches": [found for name in iterations if (found := grown.statistics(config.run_dir / name))],
+        "searches": [found for name in iterations if (found := report_trees.statistics(config.run_dir / name))],
         "stages": _stages(config, names),
         "kinds": KINDS,
         "examples": _examples(config, names, toolbox),
@@ -328,9 +332,9 @@ def _kind(row: Row) -> str | None:
 
 def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], toolbox: Toolbox) -> Row:
     found = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
-    return {**grown.prompt(sample, toolbox.number), "id": sample.id, "gold": sample.target, "answers": found}
+    return {**report_trees.prompt(sample, toolbox.number), "id": sample.id, "gold": sample.target, "answers": found}
 
 
 def _samples(run_dir: Path, part: str) -> dict[str, Sample]:
     path = run_dir / "data" / f"{part}.jsonl"
-    return grown.samples(path, path.stat().st_mtime_ns) if path.is_file() else {}
+    return report_trees.samples(path, path.stat().st_mtime_ns) if path.is_file() else {}
