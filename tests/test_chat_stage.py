@@ -250,7 +250,7 @@ def test_a_conversation_that_is_too_long_is_taken_back(chat: Chat, tiny_folder: 
 
 
 def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(
-    chat: Chat, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    chat: Chat, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     file, sample = tmp_path / "saved.jsonl", streaming._sample
     calls = []
@@ -262,6 +262,8 @@ def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(
         return sample(*arguments)
 
     monkeypatch.setattr(streaming, "_sample", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = (f"--model={tiny_folder}", *TINY)
     shown = chat("one", f"/save {file}", "two", f"/save {file}", settings=settings, tools=[WEATHER])
     assert "stopped; the turn is taken back" in shown
