@@ -225,7 +225,8 @@ class Config:
     def keeps_run(self) -> bool:
         """Whether the command works in the run directory; some write one file of their own, or none."""
         alone = self.output is not None and self.stage != "export"
-        return self.stage not in ("generate", "report", "plan", "doctor") and self.results is None and not alone
+        writes = self.stage not in ("generate", "report") and not self.looks_only
+        return writes and self.results is None and not alone
 
     def flat(self) -> dict[str, Any]:
         """All settings by their command-line names, as plain values."""

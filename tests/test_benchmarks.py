@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu, inputs, peers, run, scaling, serial
+from benchmarks import attention, gpu, inputs, peers, run, scaling, serial
 from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
 from itool_jax import roofline, sampler
@@ -220,11 +220,15 @@ def test_decoding_reads_a_prompt_once_whatever_its_rows() -> None:
 def test_the_accelerator_script_measures_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.main(gpu.Settings(small=True, rounds=1, json=tmp_path / "g.json"))
     rows = json.loads((tmp_path / "g.json").read_text())
-    names = ["decode, batch 1", "decode, batch 2", "prefill", "scoring", "search", "LoRA SFT", "LoRA DPO"]
+    names = ["decode, batch 1", "decode, batch 2", "prefill", "scoring", "LoRA SFT", "LoRA DPO", "search"]
     assert [row["name"] for row in rows] == names
     assert all(row["rate"] > 0 for row in rows)
     assert all((row["share"] is None) == (row["name"] == "search") for row in rows)
     assert "cached against uncached" in capsys.readouterr().out
+    attention.main(attention.Settings(small=True, caches=2))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "differs from ours" in line]
+    assert [line[0] for line in lines] == ["ours", "a", "the", "sums", "jax.nn,"]
+    assert all(float(line[-1]) < 0.02 for line in lines)
 
 
 def test_slopes_on_log_axes() -> None:

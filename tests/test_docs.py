@@ -76,7 +76,7 @@ def test_commands_parse(page: str) -> None:
     for command in commands(page):
         arguments = arguments_of(command)
         if not {"...", "…", "--help"} & set(arguments):
-            parse(arguments)
+            assert f"--stage={parse(arguments).stage}" in arguments
 
 
 def test_arguments_are_those_that_the_program_gets() -> None:

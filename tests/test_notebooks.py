@@ -80,7 +80,9 @@ def test_an_install_that_loses_the_accelerator_stops_the_walkthrough(before: str
 @pytest.mark.parametrize("device", ["gpu | Tesla T4", "tpu | TPU v5 lite", "cpu | cpu"])
 def test_an_install_that_keeps_it_does_not(device: str):
     (check,) = [source(cell) for cell in cells(FOLDER / "walkthrough.ipynb") if "broke jax" in source(cell)]
-    exec(check, {"before": device, "extra": None, "jax_device": lambda: device})
+    names = {"before": device, "extra": None, "jax_device": lambda: device}
+    exec(check, names)
+    assert names["platform"] == device.split(" | ")[0]
 
 
 def test_the_results_browser_shows_a_run(made: Made, tmp_path: Path):

@@ -1,6 +1,7 @@
 """The report of a run: what it holds, that nothing in it can break out, and the page in a browser."""
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -295,6 +296,7 @@ def get(address: str, **headers: str) -> tuple[int, str]:
 
 def test_the_server_tells_what_is_new(served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(server, "SHARE", math.inf)
     address, folder = served
     status, text = get(f"{address}/report.json")
     first = json.loads(text)
@@ -315,8 +317,9 @@ def test_a_browser_that_goes_away_and_a_file_that_nobody_expected_end_nothing(
     served: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     address, folder = served
-    get(f"{address}/report.json")
     monkeypatch.setattr(server, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(server, "SHARE", math.inf)
+    get(f"{address}/report.json")
 
     def fail(*_: object) -> None:
         raise BrokenPipeError

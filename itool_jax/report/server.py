@@ -21,6 +21,8 @@ HOST, PORT, TRIES = "127.0.0.1", 8765, 20
 NAMES = ("127.0.0.1", "localhost")
 LEAST_SECONDS = 1.0
 """Between two looks at the run directory."""
+SHARE = 0.1
+"""Of the time, at most, that a run's own machine spends on making the report again."""
 
 Stamp = Callable[[], str]
 Content = Callable[[], tuple[dict[str, Any], list[str]]]
@@ -40,18 +42,20 @@ class Source:
 
     def __init__(self, stamp: Stamp, content: Content):
         self.stamp, self.content = stamp, content
-        self.lock, self.looked = threading.Lock(), 0.0
+        self.lock, self.next_look = threading.Lock(), 0.0
         self.latest = Latest("", {}, [], None)
 
     def now(self) -> Latest:
         """The latest report. A file that is being written, or is damaged, leaves the one before, and its error."""
         with self.lock:
-            if time.monotonic() - self.looked >= LEAST_SECONDS and (stamp := self.stamp()) != self.latest.stamp:
+            start = time.monotonic()
+            if start >= self.next_look and (stamp := self.stamp()) != self.latest.stamp:
                 try:
                     self.latest = Latest(stamp, *self.content(), None)
                 except Exception as error:  # whatever it is, the page says so and goes on
                     self.latest = self.latest._replace(stamp=stamp, error=one_line(error))
-                self.looked = time.monotonic()
+                end = time.monotonic()
+                self.next_look = end + max(LEAST_SECONDS, (end - start) / SHARE)
             return self.latest
 
 

@@ -17,7 +17,7 @@ from itool_jax.journal import Keep
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import respond
-from itool_jax.stages import benchmark, folder, manifest, parts
+from itool_jax.stages import benchmark, comparison, folder, manifest, parts
 from itool_jax.stages.spread import spread
 from itool_jax.text.calls import looks_like_calls
 
@@ -50,6 +50,13 @@ def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Whether each evaluated sample is right, by id."""
     rows = folder.read_table(results_file(config, phase), ["id", "correct"])
     return {row["id"]: row["correct"] for row in rows}
+
+
+def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference, list[str]]:
+    """One phase against another, sample by sample; and a line for each category that fell."""
+    lower = comparison.fallen(by_category(config, phase, before))
+    marks, before_marks = read_results(config, phase), read_results(config, before)
+    return paired_difference(list(marks.values()), [before_marks[name] for name in marks]), lower
 
 
 def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDifference]:

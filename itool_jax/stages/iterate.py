@@ -10,10 +10,10 @@ import jax
 from rich.table import Table
 
 from itool_jax.config import Config
-from itool_jax.evaluation.statistics import describe, paired_difference
+from itool_jax.evaluation.statistics import describe
 from itool_jax.hosts import is_first
 from itool_jax.metrics import console_out, say
-from itool_jax.stages import benchmark, columns, comparison, dpo, evaluate, folder, report, score, search, warmup
+from itool_jax.stages import benchmark, columns, dpo, evaluate, folder, report, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
@@ -112,9 +112,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
         pairs.append((names[-1], "warmup"))
     found = []
     for phase, before in pairs:
-        a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
-        result = paired_difference([a[i] for i in a], [b[i] for i in a])
-        lower = comparison.fallen(evaluate.by_category(config, phase, before))
+        result, lower = evaluate.compared(config, phase, before)
         if config.benchmark is not None and before != "base":
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
         row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}

@@ -191,9 +191,8 @@ def _foot(plan: Row) -> list[str]:
     slower = " (products in float32 take longer)" if a["dtype"] == "float32" else ""
     return [
         f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and compiling",
-        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of "
-        f"the bfloat16 peak{slower}, "
-        f"scoring at {a['scoring_share']:.0%}, {a['pairs_a_tree']:g} pairs a tree, responses like the gold ones",
+        f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
+        f"scoring at {a['scoring_share']:.0%}{slower}, {a['pairs_a_tree']:g} pairs a tree, responses as the gold's",
     ]
 
 

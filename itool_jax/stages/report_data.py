@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from itool_jax import environment, untrusted
 from itool_jax.config import Config
 from itool_jax.data.records import Sample, read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
-from itool_jax.evaluation.statistics import describe, paired_difference, wilson_interval
+from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.run_directory import FREE
-from itool_jax.stages import columns, comparison, evaluate, folder, parts, report_trees
+from itool_jax.stages import columns, evaluate, folder, parts, report_trees
 
 Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
@@ -32,12 +32,9 @@ RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
 
 def phases(config: Config) -> list[str]:
     """The phases that the run has begun, in order."""
-    trained = itertools.takewhile(lambda name: (config.run_dir / name).is_dir(), map(folder.phase_name, _numbers()))
+    names = map(folder.phase_name, itertools.count())
+    trained = itertools.takewhile(lambda name: (config.run_dir / name).is_dir(), names)
     return [name for name in ("base",) if (config.run_dir / name).is_dir()] + list(trained)
-
-
-def _numbers() -> Iterator[int]:
-    return itertools.count()
 
 
 def stamp(config: Config) -> str:
@@ -211,10 +208,7 @@ def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
         return [row for row in told if isinstance(row, dict)]
     found = []
     for before, phase in itertools.pairwise(names):
-        a, b = evaluate.read_results(config, phase), evaluate.read_results(config, before)
-        shared = [name for name in a if name in b]
-        result = paired_difference([a[i] for i in shared], [b[i] for i in shared])
-        lower = comparison.fallen(evaluate.by_category(config, phase, before))
+        result, lower = evaluate.compared(config, phase, before)
         found.append({"phase": phase, "against": before, "text": describe(result), "regressions": lower})
     return found
 

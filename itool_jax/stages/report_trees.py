@@ -40,13 +40,10 @@ class ReportTree(NamedTuple):
     text: str
 
 
+@functools.lru_cache(maxsize=3)
 def samples(path: Path, changed: int) -> dict[str, Sample]:
     """The samples of a part of the data by id; read again only where the file has changed since."""
-    return _samples(path, changed)
-
-
-@functools.lru_cache(maxsize=3)
-def _samples(path: Path, _: int) -> dict[str, Sample]:
+    del changed  # the cache looks at it
     return {sample.id: sample for sample in sources.load(path)}
 
 
