@@ -1,11 +1,19 @@
-"""What others read of a run, with the real libraries: pairs in TRL, folders as vLLM wants them.
+"""What others read of a run, with the real libraries: pairs in TRL, exported folders in vLLM.
 
 docs/ecosystem.md lists these and the tests of transformers, PEFT, the BFCL scorer, TensorBoard and W&B, which stand
 with the code they are about.
 """
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import time
 import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,7 @@ from safetensors.numpy import load_file
 
 import itool_jax
 from itool_jax.main import main
+from itool_jax.text.calls import read_calls
 from tests.conftest import REPOSITORY, read
 from tests.runs import Made
 
@@ -72,8 +81,6 @@ def test_trl_reads_the_pairs_and_finds_the_log_probs_that_we_find(made: Made, tm
         )
 
 
-# vLLM itself needs a GPU, or to be built from source: benchmarks/peers.py has it where there is one.
-
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What its max_lora_rank may be; adapters of a smaller rank fit."""
 
@@ -102,6 +109,71 @@ def test_folders_hold_what_vllm_reads(made: Made, tmp_path: Path):
         assert matrix.shape[0 if side == "lora_A" else 1] == content["r"]
         rows, columns = tensors[f"{module}.weight"].shape
         assert matrix.shape[1 if side == "lora_A" else 0] == (columns if side == "lora_A" else rows)
+
+
+@contextlib.contextmanager
+def served(program: str, log: Path, *arguments: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs `vllm serve` for the time of the block; gives a function that asks it for a greedy message."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    command = [program, "serve", *arguments, f"--port={port}", "--dtype=float32", "--enable-auto-tool-choice"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+    def ask(**body: Any) -> dict[str, Any]:
+        content = json.dumps({"temperature": 0, "max_tokens": 64} | body).encode()
+        request = urllib.request.Request(f"{url}/chat/completions", content, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["choices"][0]["message"]
+
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            [*command, "--tool-call-parser=pythonic"], stdout=file, stderr=file, env=environment, start_new_session=True
+        ) as server,
+    ):
+        try:
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{url}/models", timeout=5).close()
+                    break
+                assert server.poll() is None, log.read_text()[-2000:]
+                time.sleep(1)
+            yield ask
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_model_and_an_adapter(tmp_path: Path):
+    program = os.environ.get("ITOOL_VLLM")
+    if program is None:
+        pytest.skip("needs vLLM: set ITOOL_VLLM to its program, of an environment of its own (docs/chat.md)")
+    small = ["--generated.train=120", "--generated.validation=8", "--generated.test=24", "--generate.max_tokens=64"]
+    run = [f"--run_dir={tmp_path / 'run'}", *small]
+    assert main(["--stage=warmup", *run]) == 0
+    model, adapter, answers = tmp_path / "model", tmp_path / "adapter", tmp_path / "answers.jsonl"
+    assert main(["--stage=export", *run, f"--output={model}"]) == 0
+    assert main(["--stage=export", *run, f"--output={adapter}", "--export.kind=adapter"]) == 0
+    data = tmp_path / "run" / "data" / "test.jsonl"
+    assert main(["--stage=generate", f"--model={model}", f"--data={data}", f"--output={answers}", small[-1]]) == 0
+    samples, ours = read(data), [row["text"] for row in read(answers)]
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    both = [base, "--enable-lora", f"--lora-modules=tools={adapter}", "--max-lora-rank=16"]
+    for name, arguments in ((str(model), [str(model)]), ("tools", both)):
+        with served(program, tmp_path / "vllm.log", *arguments) as ask:
+            whole = [{"model": name, "messages": sample["messages"], "tools": sample["tools"]} for sample in samples]
+            assert [ask(**body, tool_choice="none")["content"] for body in whole] == ours
+            # Its reader finds the calls that ours does, in answers that are Python: no keyword twice, no bare word.
+            alike = 0
+            for body, text in zip(whole, ours, strict=True):
+                found = [call["function"] for call in ask(**body).get("tool_calls") or []]
+                with contextlib.suppress(SyntaxError):
+                    compile(text, "answer", "eval")
+                    assert [(f["name"], json.loads(f["arguments"])) for f in found] == (read_calls(text) or []), text
+                    alike += len(found) > 0
+            assert alike > len(ours) // 3
 
 
 def test_the_table_of_the_docs_names_tests_that_are_there():

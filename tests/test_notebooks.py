@@ -113,7 +113,6 @@ SMALLEST = (
 )
 
 
-@pytest.mark.slow
 def test_the_walkthrough_runs_on_the_embedded_model(tmp_path: Path):
     text = printed(execute(FOLDER / "walkthrough.ipynb", tmp_path, ITOOL_SIZE=SMALLEST))
     for line in (

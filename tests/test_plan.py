@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,14 @@ def test_a_mesh_that_is_not_given_takes_all_devices(made: Made):
         place_of(configured(made, "--plan.device=h100", "--plan.count=999"))
     with pytest.raises(ValueError, match=r"plan\.count=9, and 8 devices are here"):
         place_of(configured(made, "--plan.count=9"))
+
+
+def test_planning_leaves_the_environment_as_it_was(made: Made, monkeypatch: pytest.MonkeyPatch):
+    for flags in (os.environ["XLA_FLAGS"], None):
+        if flags is None:
+            monkeypatch.delenv("XLA_FLAGS")
+        place_of(configured(made, "--plan.device=h100"))
+        assert os.environ.get("XLA_FLAGS") == flags
 
 
 def test_changes_go_from_cheap_to_dear(made: Made):

@@ -94,11 +94,17 @@ def place_of(config: Config) -> Place:
 
 def _host_devices(count: int) -> None:
     """Makes the host look like as many devices; ValueError where JAX was used before and has fewer."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = os.environ.get("XLA_FLAGS")
+    flags = (given or "").split()
     flags += [f for f in (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS) if not _set(flags, f)]
-    os.environ["XLA_FLAGS"] = " ".join(flags)
     jax.config.update("jax_platforms", "cpu")
-    if (here := len(jax.devices("cpu"))) < count:
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    here = len(jax.devices("cpu"))  # XLA reads its flags here, once
+    if given is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = given
+    if here < count:
         raise ValueError(f"plan.count={count}, and JAX runs on {here} devices already; plan in a process of its own")
 
 
