@@ -22,7 +22,8 @@ import tyro
 
 from benchmarks import gpu
 from benchmarks.children.ours import device
-from itool_jax.model.transformer import KeyValues, abstract, attend
+from itool_jax.model.attention import KeyValues, attend
+from itool_jax.model.transformer import abstract
 from itool_jax.roofline import Machine
 from itool_jax.sampler import Policy
 

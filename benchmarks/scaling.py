@@ -79,7 +79,7 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
     from benchmarks.children import ours
     from itool_jax.mcts.search import SearchSettings
     from itool_jax.mcts.value import SelfEvaluationSettings
-    from itool_jax.stages.search import Searcher
+    from itool_jax.stages.searcher import Searcher
 
     jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
     folder = inputs.checkpoint(work, model)

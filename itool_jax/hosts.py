@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from itool_jax.preemption import PreemptionError, ask_to_stop, asked_to_stop, stop_if_asked
 from itool_jax.untrusted import redacted
 
 T = TypeVar("T")
@@ -66,35 +67,6 @@ class DistributedSettings:
     def several(self) -> bool:
         """Whether the command is one of several processes."""
         return self.auto or self.coordinator_address is not None
-
-
-class PreemptionError(Exception):
-    """The run was asked to stop, and all that it has done is kept."""
-
-
-_asked_to_stop = threading.Event()
-
-
-def listen() -> None:
-    """From now on SIGTERM asks the run to stop where nothing is lost; a second one ends it at once."""
-    _asked_to_stop.clear()
-    signal.signal(signal.SIGTERM, _ask_to_stop)
-
-
-def _ask_to_stop(*_: object) -> None:
-    _asked_to_stop.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def asked_to_stop() -> bool:
-    """Whether the run was asked to stop; what one process is asked, all know within seconds."""
-    return _asked_to_stop.is_set()
-
-
-def stop_if_asked() -> None:
-    """Raises PreemptionError where the run was asked to stop."""
-    if asked_to_stop():
-        raise PreemptionError
 
 
 # Which process this is --------------------------------------------------------------------------------------
@@ -318,7 +290,7 @@ def _beat() -> None:
                 if text != heard[other].text:
                     heard[other] = _Other(text, time.monotonic())
                 if json.loads(text)["stop"]:
-                    _asked_to_stop.set()
+                    ask_to_stop()
             _run.left |= {int(key.rpartition("/")[2]) for key, _ in _run.store.key_value_dir_get("itool/left/")}
             heard[index()] = _Other("", time.monotonic())  # the store answers
             for key, line in _run.store.key_value_dir_get("itool/failed/"):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from itool_jax import hosts, untrusted
 from itool_jax.metrics import say
+from itool_jax.preemption import stop_if_asked
 
 T = TypeVar("T")
 LAYOUT = "layout"
@@ -65,7 +66,7 @@ class Journal:
         """
         if key in self.known:
             return self.known[key]
-        (hosts.stop_together if self.together else hosts.stop_if_asked)()
+        (hosts.stop_together if self.together else stop_if_asked)()
         value = compute()
         text = json.dumps([key, value]).encode()
         self.file.write(b"%08x %s\n" % (zlib.crc32(text), text))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from itool_jax import config as settings
-from itool_jax import hosts, metrics, run_directory, trackers
+from itool_jax import hosts, metrics, preemption, run_directory, trackers
 from itool_jax.config import Config
 from itool_jax.untrusted import show_traceback
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
-    except hosts.PreemptionError:
+    except preemption.PreemptionError:
         print("asked to stop; all is kept, and the same command goes on where it was", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     if config.deterministic:
         environment.make_deterministic()
     hosts.join(config.distributed, metrics.current_stage)
-    hosts.listen()
+    preemption.listen()
     metrics.console_out.quiet = not hosts.is_first()
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.by_first("settings", lambda: run_directory.save_or_check(config))

@@ -214,9 +214,8 @@ def sample_step(
         whole_B: rows whose step is the whole remainder, up to a stop token.
         temperature: of the sampling; log-probabilities are those at temperature 1. 0 is greedy.
     """
-    model = nnx.merge(graph, params)
+    model, rows = nnx.merge(graph, params), _Rows(keys_B, limit_B, whole_B, temperature)
     (P, S), B = path_PS.shape, len(limit_B)
-    rows = _Rows(keys_B, limit_B, whole_B, temperature)
     # The path of a group of rows is a part that they share; that of a single row opens the row's own cache.
     path = _read(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
     shared = [prefix] if P == B else [prefix, _shared(path, path_length_P)]
@@ -231,8 +230,7 @@ def sample_step(
         hidden_B1D, suffix = model.extend(token_B1, ~loop.done_B[:, None], place_B1, shared, loop.suffix, slot)
         return _take(table, rows, model.logits(hidden_B1D[:, 0]), loop._replace(suffix=suffix))
 
-    zeros_B = jnp.zeros(B, jnp.int32)
-    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), jnp.zeros(B, bool))
+    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B), jnp.zeros(B, bool))
     of_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
     automaton = jax.tree.map(of_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
     start = _Loop(jnp.int32(0), suffix, empty, automaton, limit_B <= 0)

@@ -24,6 +24,7 @@ from itool_jax.losses import LossSettings
 from itool_jax.metrics import Metrics, progress, say
 from itool_jax.model import sharding
 from itool_jax.model.transformer import Params
+from itool_jax.preemption import PreemptionError, asked_to_stop
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.types import AnyArray, Scalar
 
@@ -251,14 +252,14 @@ def fit(
             rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
             rows = sharding.to_devices(batch)
             state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
-            vote = hosts.vote(stop=hosts.asked_to_stop(), save=kept is not None and kept.due(step + 1))
+            vote = hosts.vote(stop=asked_to_stop(), save=kept is not None and kept.due(step + 1))
             decided = late.add(step + 1, values, batch, vote)
             if kept is not None and (decided.stop or decided.save):
                 late.flush()  # what is kept is reported too
                 kept.save(step + 1, state, data.get_state())
                 if decided.stop:
                     kept.finish()
-                    raise hosts.PreemptionError
+                    raise PreemptionError
         late.flush()
     return state.trainable
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itool_jax import hosts
+from itool_jax import preemption
 from itool_jax.journal import Journal
 
 VALUES: list[Any] = [[1, 2.5, None], 1e-40, -0.1, {"a": ["ä\n", True]}, float("-inf"), []]
@@ -78,12 +78,12 @@ def test_a_journal_of_other_settings_begins_anew(tmp_path: Path, capsys: pytest.
 def test_who_is_asked_to_stop_does_so_before_the_next_answer(tmp_path: Path):
     path = tmp_path / "journal"
     fill(path, VALUES[:2])
-    hosts._ask_to_stop()
+    preemption.ask_to_stop()
     try:
-        with pytest.raises(hosts.PreemptionError):
+        with pytest.raises(preemption.PreemptionError):
             fill(path, VALUES)
         assert computed == []
     finally:
-        hosts.listen()
+        preemption.listen()
     assert fill(path, VALUES) == VALUES
     assert computed == list(range(2, len(VALUES)))

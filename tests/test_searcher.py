@@ -21,7 +21,7 @@ from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import Policy, target_log_probs
 from itool_jax.stages import search as stage
 from itool_jax.stages.folder import Base
-from itool_jax.stages.search import Searched, Searcher
+from itool_jax.stages.searcher import PATH_BUCKET, PROMPT_BUCKET, Searched, Searcher
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, build_step_table
@@ -168,9 +168,9 @@ def test_those_that_wait_for_a_seat_become_what_they_become_at_once(setup: Setup
 
 def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) -> None:
     lengths = [len(row.encoded.prompt_ids) for row in setup.batch]
-    prompts = {bucket(n, stage.PROMPT_BUCKET) for n in lengths}
+    prompts = {bucket(n, PROMPT_BUCKET) for n in lengths}
     sizes, rooms = 2, 2  # all problems or a quarter of them; a step or the whole remainder
-    paths = {kind: {bucket(n, stage.PATH_BUCKET) for n in found} for kind, found in searches.widths.items()}
+    paths = {kind: {bucket(n, PATH_BUCKET) for n in found} for kind, found in searches.widths.items()}
     assert len(set(lengths)) == 4
     assert len(prompts) == 2
     assert all(len(searches.widths[kind]) > len(found) + 1 for kind, found in paths.items())
@@ -329,13 +329,13 @@ def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setu
 def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
     samples = [dataclasses.replace(sample, id=f"{sample.id}/{i}") for i in range(3) for sample in SAMPLES]
     encoded = [encode_sample(setup.base.chat, sample) for sample in samples]
-    assert len({bucket(len(row.prompt_ids), stage.PROMPT_BUCKET) for row in encoded}) == 2  # nine short, three long
+    assert len({bucket(len(row.prompt_ids), PROMPT_BUCKET) for row in encoded}) == 2  # nine short, three long
     for least, sizes in ((5, [9, 3]), (9, [9, 3]), (10, [12])):
-        items = [stage.Searched(*row) for row in zip(samples, encoded, strict=True)]
+        items = [Searched(*row) for row in zip(samples, encoded, strict=True)]
         groups = stage._groups(items, least)
         assert [len(group) for group in groups] == sizes
         rows = [row for group in groups for row in group]
         assert {row.sample.id for row in rows} == {sample.id for sample in samples}
         assert all(row.sample.id == row.encoded.id for row in rows)
-        widths = [bucket(len(row.encoded.prompt_ids), stage.PROMPT_BUCKET) for row in rows]
+        widths = [bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET) for row in rows]
         assert widths == sorted(widths)

@@ -16,7 +16,7 @@ from itool_jax import memory, train
 from itool_jax.config import Config
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.stages import folder, score, sizes
-from itool_jax.stages.search import Searcher
+from itool_jax.stages.searcher import Searcher
 from tests.conftest import read
 from tests.runs import Made, again, copy_run, rewrite_config
 

@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax.model import hf, transformer
+from itool_jax.model import attention, hf
+from itool_jax.model.attention import KeyValues, attend, attend_in_blocks
 from itool_jax.model.cache import Prefix, empty_suffix
 from itool_jax.model.transformer import (
-    KeyValues,
     ModelConfig,
     Params,
     RopeScaling,
     abstract,
-    attend,
-    attend_in_blocks,
     rope_frequencies,
 )
 from itool_jax.sampler import Policy
@@ -274,7 +272,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, rows_
 
     out, (value, slope) = attend(q_BTHD, [prompt, row]), jax.value_and_grad(loss)(q_BTHD)
     assert "scan" not in str(jax.make_jaxpr(loss)(q_BTHD))
-    monkeypatch.setattr(transformer, "SCORES_AT_ONCE", B * H * 3 * (shared + own))
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", B * H * 3 * (shared + own))
     assert "scan" in str(jax.make_jaxpr(lambda x: loss(x))(q_BTHD))  # a new function: the old one's is kept
     np.testing.assert_allclose(attend_in_blocks(q_BTHD, [prompt, row]), out, rtol=1e-5, atol=1e-6)
     again, slope_again = jax.value_and_grad(loss)(q_BTHD)
@@ -325,8 +323,8 @@ def test_cached_pieces_equal_the_whole(tiny_model: tuple[ModelConfig, Policy], p
 def test_no_two_segments_are_read_by_the_same_queries() -> None:
     """A compiler that makes one product of two with an operand in common copies the cache for it."""
     k, v = jnp.ones((2, 1, 4, 3)), jnp.ones((2, 1, 3, 4))
-    segments = [transformer.KeyValues(k, v, jnp.ones((2, 1, 3), bool))] * 3
-    lowered = jax.jit(transformer.attend).lower(jnp.ones((2, 1, 2, 4)), segments).as_text()
+    segments = [KeyValues(k, v, jnp.ones((2, 1, 3), bool))] * 3
+    lowered = jax.jit(attend).lower(jnp.ones((2, 1, 2, 4)), segments).as_text()
     assert lowered.count("optimization_barrier") == 2
 
 

@@ -24,7 +24,7 @@ from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import GenerateSettings, Policy, prefill, respond, row_keys, sample_step, target_log_probs
 from itool_jax.stages.folder import Base
-from itool_jax.stages.search import Searched, Searcher
+from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.steps import StepTable, build_step_table

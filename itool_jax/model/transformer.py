@@ -17,18 +17,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from itool_jax.model.attention import KeyValues, attend_causally, attend_in_blocks, pick
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import ROWS, along, n_devices
+from itool_jax.model.sharding import ROWS, along
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
 """What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
-MASKED = -1e30
-SCORES_AT_ONCE = 1 << 27
-"""Attention scores that a device has in memory at a time, four bytes each."""
-CAUSAL_PARTS, SMALLEST_PART = 4, 64
-"""How many parts the queries of a causal pass are cut into at most, and tokens of the smallest."""
 SHORT_STACK = 8
 
 
@@ -104,118 +100,6 @@ def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHD.dtype)
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of `rows` rows; `mask` [rows, T or 1, K] says which of them a query may see."""
-
-    k_BHDK: Array
-    v_BHKD: Array
-    mask_BTK: Array
-
-
-def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
-    """Attention over several segments under one softmax; a segment may be shared by a group of rows.
-
-    A segment with fewer rows than the queries (a prompt shared by its candidates) is read in place: the
-    queries of a group are folded into one long row, so that nothing is copied. The softmax is normalised
-    at the end, when every segment's share is known. Returns [B, T, H · D].
-    """
-    B, T, H, D = q_BTHD.shape
-    kv_heads = segments[0].k_BHDK.shape[1]
-    q = q_BTHD.reshape(B, T, kv_heads, H // kv_heads, D).transpose(0, 2, 3, 1, 4)
-    # Each segment has queries of its own: XLA for GPUs would make one product of those that share an operand, and for
-    # that put the keys of all segments behind each other, which copies the whole cache for every token.
-    queries = [q]
-    while len(queries) < len(segments):
-        queries.append(jax.lax.optimization_barrier(queries[-1]))
-    folded = [_segment_scores(*pair) for pair in zip(queries, segments, strict=True)]
-    best = jnp.stack([_unfold(s.max(axis=-1), B) for s in folded]).max(axis=0)
-    best = jax.lax.stop_gradient(best)
-    total, out = jnp.zeros(()), jnp.zeros(())
-    for s, (_, v, _) in zip(folded, segments, strict=True):
-        weight = jnp.exp(s - _fold(best, len(s))[..., None])
-        total += _unfold(weight.sum(axis=-1), B)
-        rows, heads, group, length, K = weight.shape
-        flat = weight.astype(v.dtype).reshape(rows, heads, group * length, K)
-        mixed = jnp.matmul(flat, v, preferred_element_type=jnp.float32)
-        out += _unfold(mixed.reshape(rows, heads, group, length, D), B)
-    out = (out / total[..., None]).astype(q_BTHD.dtype)  # [B, kv heads, group, T, D]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * D)
-
-
-def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
-    """What `attend` gives, where there are many scores one block of queries after the other.
-
-    Only a block's scores are in memory, in the backward pass too: they grow with the rows, not with their square.
-    """
-    B, T, H, _ = q_BTHD.shape
-    n_scores = B * T * H * sum(segment.k_BHDK.shape[-1] for segment in segments)
-    n = min(T, -(-n_scores // (SCORES_AT_ONCE * n_devices())))
-    if n == 1:
-        return attend(q_BTHD, segments)
-
-    def blocks(x_BT: Array) -> Array:
-        padded = jnp.pad(x_BT, [(0, 0), (0, -T % n)] + [(0, 0)] * (x_BT.ndim - 2))
-        return padded.reshape(len(x_BT), n, -1, *x_BT.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def block(part: tuple[Array, list[Array | None]]) -> Array:
-        q, masks = part
-        masked = [s if mask is None else s._replace(mask_BTK=mask) for s, mask in zip(segments, masks, strict=True)]
-        return attend(q, masked)
-
-    masks = [blocks(s.mask_BTK) if s.mask_BTK.shape[1] == T else None for s in segments]
-    out = jax.lax.map(block, (blocks(q_BTHD), masks))
-    return out.swapaxes(0, 1).reshape(B, -1, out.shape[-1])[:, :T]
-
-
-def attend_causally(q_BTHD: Array, own: KeyValues) -> Array:
-    """What `attend` gives where no query sees a later key: the keys behind a part of the queries are left out."""
-    T = q_BTHD.shape[1]
-    n = min(CAUSAL_PARTS, max(1, T // SMALLEST_PART))
-    ends = [T * (i + 1) // n for i in range(n)]
-    parts = [
-        attend_in_blocks(
-            q_BTHD[:, start:end],
-            [KeyValues(own.k_BHDK[..., :end], own.v_BHKD[:, :, :end], own.mask_BTK[:, start:end, :end])],
-        )
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    return jnp.concatenate(parts, axis=1) if n > 1 else parts[0]
-
-
-def _segment_scores(q: Array, segment: KeyValues) -> Array:
-    """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
-    k, _, mask = segment
-    folded = _fold(q, len(k))
-    rows, heads, group, length, D = folded.shape
-    flat = folded.reshape(rows, heads, group * length, D)
-    scores = jnp.matmul(flat, k, preferred_element_type=jnp.float32) * D**-0.5
-    return jnp.where(mask[:, None, None], scores.reshape(rows, heads, group, length, -1), MASKED)
-
-
-def _fold(x: Array, rows: int) -> Array:
-    """[B, heads, group, T, …] to [rows, heads, group, B / rows · T, …]: a group of rows becomes one."""
-    B, heads, group, T = x.shape[:4]
-    if rows == B:
-        return x
-    x = x.reshape(rows, B // rows, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 3).reshape(rows, heads, group, B // rows * T, *x.shape[5:])
-
-
-def _unfold(x: Array, B: int) -> Array:
-    """The inverse of `_fold`."""
-    rows, heads, group, length = x.shape[:4]
-    if rows == B:
-        return x
-    x = x.reshape(rows, heads, group, B // rows, -1, *x.shape[4:])
-    return jnp.moveaxis(x, 3, 1).reshape(B, heads, group, length * rows // B, *x.shape[5:])
-
-
-def pick(x_BT: Array, at_BR: Array) -> Array:
-    """[B, T, …] to [B, R, …]: each row at its own places."""
-    return jnp.take_along_axis(x_BT, at_BR.reshape(*at_BR.shape, *(1,) * (x_BT.ndim - 2)), axis=1)
 
 
 Keys = Sequence[Array | None]

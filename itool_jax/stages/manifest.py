@@ -19,6 +19,7 @@ from itool_jax import hosts
 from itool_jax.checkpoint import damage
 from itool_jax.config import Config
 from itool_jax.metrics import say, working_on
+from itool_jax.preemption import PreemptionError, asked_to_stop
 from itool_jax.run_directory import binding_settings
 from itool_jax.stages import columns, folder
 
@@ -42,7 +43,7 @@ def once(
     begin = functools.partial(_begin, config, phase, stage, outputs, after, from_data)
     asked, figures, basis, before = hosts.by_first(f"begin {phase}/{stage}", begin)
     if asked:
-        raise hosts.PreemptionError
+        raise PreemptionError
     if figures is not None:
         return figures
     start = time.monotonic()
@@ -70,7 +71,7 @@ def _begin(
     from_data: bool,
 ) -> tuple[bool, dict[str, Any] | None, dict[str, Any], float]:
     """Whether to stop here; the stage's figures where it is done; what it is made from; and seconds spent on it."""
-    if hosts.asked_to_stop():
+    if asked_to_stop():
         return True, None, {}, 0.0
     folder.check_sources(config)
     basis = _inputs(config, from_data) | {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}

@@ -153,7 +153,7 @@ def total(need: Callable[[int], memory.Need]) -> Need:
 def search_lengths(
     chat: Chat, rows: Sequence[Encoded], s: SearchSettings, self_eval: SelfEvaluationSettings
 ) -> memory.Lengths:
-    """Padded widths of a search of any of these samples, as `stages.search` pads them; responses may be the gold's."""
+    """Padded widths of a search of any of these samples, as the searcher pads them; responses may be the gold's."""
     longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.target_ids))
     gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
     frame = evaluation_frame(chat, gold, self_eval.scale)
