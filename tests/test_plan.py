@@ -21,7 +21,7 @@ from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.transformer import abstract
 from itool_jax.stages import folder, parts, plan, sizes
-from itool_jax.stages.plan_memory import as_arguments, changes, laid_out, place_of, with_settings
+from itool_jax.stages.plan_memory import as_arguments, changes, hardware_of, laid_out, with_settings
 from itool_jax.text.padding import collate
 from tests import tiny
 from tests.runs import ITERATIONS, Made
@@ -163,31 +163,31 @@ def test_what_is_proposed_does_fit(made: Made, roomy: Row, tmp_path: Path, capsy
 
 def test_a_mesh_that_is_not_given_takes_all_devices(made: Made):
     config = configured(made, "--plan.device=h100", "--plan.count=4")
-    place = place_of(config)
-    assert laid_out(config, place).mesh.data == 4
-    assert laid_out(configured(made, "--mesh.fsdp=2", "--mesh.data=0"), place).mesh.data == 2
-    assert place.limit == 72_000_000_000
+    hardware = hardware_of(config)
+    assert laid_out(config, hardware).mesh.data == 4
+    assert laid_out(configured(made, "--mesh.fsdp=2", "--mesh.data=0"), hardware).mesh.data == 2
+    assert hardware.limit == 72_000_000_000
     with pytest.raises(ValueError, match=r"needs 8 devices; set plan\.count"):
-        laid_out(configured(made, "--mesh.fsdp=8"), place)
+        laid_out(configured(made, "--mesh.fsdp=8"), hardware)
     with pytest.raises(ValueError, match=r"plan\.count=999, and JAX runs on 8 devices already"):
-        place_of(configured(made, "--plan.device=h100", "--plan.count=999"))
+        hardware_of(configured(made, "--plan.device=h100", "--plan.count=999"))
     with pytest.raises(ValueError, match=r"plan\.count=9, and 8 devices are here"):
-        place_of(configured(made, "--plan.count=9"))
+        hardware_of(configured(made, "--plan.count=9"))
 
 
 def test_planning_leaves_the_environment_as_it_was(made: Made, monkeypatch: pytest.MonkeyPatch):
     for flags in (os.environ["XLA_FLAGS"], None):
         if flags is None:
             monkeypatch.delenv("XLA_FLAGS")
-        place_of(configured(made, "--plan.device=h100"))
+        hardware_of(configured(made, "--plan.device=h100"))
         assert os.environ.get("XLA_FLAGS") == flags
 
 
 def test_changes_go_from_cheap_to_dear(made: Made):
     config = configured(made, "--plan.device=h100", "--plan.count=4", "--lora.rank=0")
-    config = laid_out(config, place_of(config))
+    config = laid_out(config, hardware_of(config))
     model = folder.load_base(config).config
-    tried = list(changes(config, place_of(config), model))
+    tried = list(changes(config, hardware_of(config), model))
     assert tried[:4] == [
         {"dtype": "bfloat16"},
         {"remat": "layers"},

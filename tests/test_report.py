@@ -82,7 +82,7 @@ def test_every_tree_and_pair_of_the_run_is_there(found: Any, made: Made):
         assert tree["gold"] == row["gold"]
         assert [node[1] for node in tree["nodes"]] == [node["text"] for node in row["nodes"]]
         assert tree["messages"][-1]["role"] == "user"
-        assert content["toolbox"][tree["tools"]][0]["name"].startswith("f")
+        assert content["tool_lists"][tree["tools"]][0]["name"].startswith("f")
     pairs = [row for phase in phases for row in read(made.folder / phase / "pairs.jsonl")]
     assert sum(len(tree["pairs"]) for tree in trees) == len(pairs)
 

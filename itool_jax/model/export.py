@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from itool_jax.model.hf import INDEX, LAYER_NAMES, WEIGHTS, place_of
+from itool_jax.model.hf import INDEX, LAYER_NAMES, WEIGHTS, stored_as
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.transformer import Params
 
@@ -37,7 +37,7 @@ def save(
     shards = _Shards(folder, shard_bytes)
     for path, x in leaves:
         value = np.asarray(leaf(path, x))
-        names, stacked, transposed = place_of(path, len(value))
+        names, stacked, transposed = stored_as(path, len(value))
         for name, part in zip(names, value if stacked else value[None], strict=True):
             shards.add(name, np.ascontiguousarray(part.T if transposed else part))
         advance(1)

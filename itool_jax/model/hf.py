@@ -201,7 +201,7 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
     return RopeScaling(*(raw[field] for field in RopeScaling._fields))
 
 
-class Place(NamedTuple):
+class Stored(NamedTuple):
     """Where a checkpoint keeps one leaf of the parameters; a stacked one has a name a layer."""
 
     names: list[str]
@@ -210,16 +210,16 @@ class Place(NamedTuple):
     """Checkpoints hold [out, in], this code [in, out]."""
 
 
-def place_of(path: tuple[Any, ...], n_layers: int) -> Place:
+def stored_as(path: tuple[Any, ...], n_layers: int) -> Stored:
     """Where the leaf of the parameters at `path` is kept."""
     keys = [str(part.key) for part in path]
     transposed = keys[-1] in ("kernel", "lm_head")
     if keys[0] != "layers":
-        return Place([_TOP_NAMES[".".join(keys)]], False, transposed)
+        return Stored([_TOP_NAMES[".".join(keys)]], False, transposed)
     if keys[1].isdigit():
-        return Place([f"model.layers.{keys[1]}.{LAYER_NAMES['.'.join(keys[2:])]}"], False, transposed)
+        return Stored([f"model.layers.{keys[1]}.{LAYER_NAMES['.'.join(keys[2:])]}"], False, transposed)
     name = LAYER_NAMES[".".join(keys[1:])]
-    return Place([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
+    return Stored([f"model.layers.{i}.{name}" for i in range(n_layers)], True, transposed)
 
 
 class Tensor(NamedTuple):
@@ -246,17 +246,17 @@ def load(
     shapes, tensors = checked(folder, config)
 
     def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array | Params:
-        place, where = place_of(path, config.n_layers), sharding_of(path, leaf.shape, running=not stacked)
+        stored, where = stored_as(path, config.n_layers), sharding_of(path, leaf.shape, running=not stacked)
         parts: dict[str, np.ndarray] = {}
 
         def read(part: Any) -> np.ndarray:
             """Each part once: devices that hold copies of it ask one after the other."""
             if (key := str(part)) not in parts:
-                parts[key] = _read(tensors, place, config.dtype, part)
+                parts[key] = _read(tensors, stored, config.dtype, part)
             return parts[key]
 
         found = jax.make_array_from_callback(leaf.shape, where, read)
-        coded = nf4 and place.transposed and path[0].key == "layers"
+        coded = nf4 and stored.transposed and path[0].key == "layers"
         return _quantize(str(path[-2].key), stacked, found) if coded else found
 
     return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
@@ -285,7 +285,7 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
     """ValueError names the first tensor that is missing, extra or not as config.json asks for."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
-        names, stacked, transposed = place_of(path, config.n_layers)
+        names, stacked, transposed = stored_as(path, config.n_layers)
         shape = leaf.shape[1:] if stacked else leaf.shape
         expected.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))
     # An untied copy of tied embeddings and old rotary buffers carry nothing new.
@@ -303,22 +303,22 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
             raise ValueError(f"{found.file}: tensor {name} holds {found.dtype}, not one of {', '.join(FLOATS)}")
 
 
-def _read(tensors: dict[str, Tensor], place: Place, dtype: str, part: Any) -> np.ndarray:
+def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:
     """A part of one leaf of the parameters; each file is open only as long as it is read."""
     from safetensors import safe_open
 
-    names = place.names[part[0]] if place.stacked else place.names
-    inner = part[1:] if place.stacked else part
+    names = stored.names[part[0]] if stored.stacked else stored.names
+    inner = part[1:] if stored.stacked else part
     found: np.ndarray | None = None
     for i, name in enumerate(names):
         with safe_open(tensors[name].file, framework="numpy") as file:
-            value = file.get_slice(name)[inner[::-1] if place.transposed else inner]
-        value = value.T if place.transposed else value
+            value = file.get_slice(name)[inner[::-1] if stored.transposed else inner]
+        value = value.T if stored.transposed else value
         if found is None:
             found = np.empty((len(names), *value.shape), jnp.dtype(dtype))
         found[i] = value
     assert found is not None
-    return found if place.stacked else found[0]
+    return found if stored.stacked else found[0]
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ function conversation(messages) {
 }
 
 function toolList(place, id) {
-  const tools = report.toolbox[place] ?? [];
+  const tools = report.tool_lists[place] ?? [];
   if (!tools.length) return make("p", { className: "caption" }, "No tools were offered.");
   const rows = tools.map((tool) => [make("code", {}, shown(tool.name)), shown(tool.description ?? ""), make("code", {}, parameters(tool))]);
   return folded(id, `${tools.length} tool${tools.length > 1 ? "s" : ""}`, table(["tool", "what it does", "parameters"], rows, { numeric: false }));

@@ -16,8 +16,8 @@ from itool_jax.config import Config
 from itool_jax.metrics import console_out, say
 from itool_jax.stages import folder, parts
 from itool_jax.stages import plan_memory as memory
-from itool_jax.stages.plan_memory import SIZES, Found, Place, Planner
-from itool_jax.stages.plan_time import Clock, Data, Effort, efforts
+from itool_jax.stages.plan_memory import SIZES, Hardware, Planner, StageNeed
+from itool_jax.stages.plan_time import Data, TimeModel, Workload, workloads
 from itool_jax.stages.sizes import Rows
 
 STAGES = ("warmup", "score", "search", "dpo", "evaluate")
@@ -37,28 +37,28 @@ Row = dict[str, Any]
 def run(config: Config) -> Row:
     """Prints the plan, and writes it where asked; returns what is written."""
     start = time.monotonic()
-    place = memory.place_of(config)
-    config = memory.laid_out(config, place)
+    hardware = memory.hardware_of(config)
+    config = memory.laid_out(config, hardware)
     data = _data(config)
-    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.buffer)), place)
-    say(f"planning for {place.n_devices} x {place.name}; {place.answers} is asked")
+    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.buffer)), hardware)
+    say(f"planning for {hardware.n_devices} x {hardware.name}; {hardware.answers} is asked")
     # 1. What each stage needs as it is set, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
     as_set = [planner.as_set(stage) for stage in stages]
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
     # 2. What to change where a stage does not fit.
-    fits = all(found.fits(place.limit) for found in as_set)
+    fits = all(found.fits(hardware.limit) for found in as_set)
     change = None if fits else memory.change_of(planner, stages)
     # 3. How long each stage takes.
     batch = next((found.size for found in as_set if found.stage == "search"), 1)
-    clock = Clock(config, place.device, memory.devices_used(config), memory.copies(config, place))
+    time_model = TimeModel(config, hardware.device, memory.devices_used(config), memory.copies(config, hardware))
     plan = {
-        "devices": _devices(config, place),
+        "devices": _devices(config, hardware),
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
-        "stages": _stages(as_set, efforts(config, data, clock, batch), place),
-        "largest": [_size_row(found, place) for found in most],
-        "change": None if change is None else _change_row(change, place),
+        "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
+        "largest": [_size_row(found, hardware) for found in most],
+        "change": None if change is None else _change_row(change, hardware),
         "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype},
         "seconds_to_plan": round(time.monotonic() - start, 1),
     }
@@ -77,37 +77,37 @@ def _data(config: Config) -> Data:
     return Data(warmup, buffer, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
 
 
-def _devices(config: Config, place: Place) -> Row:
+def _devices(config: Config, hardware: Hardware) -> Row:
     mesh = dataclasses.asdict(config.mesh)
-    sheet = None if place.device is None else place.device._asdict()
+    sheet = None if hardware.device is None else hardware.device._asdict()
     used = memory.devices_used(config)
-    row = {"name": place.name, "count": place.n_devices, "used": used, "mesh": mesh, "data_sheet": sheet}
-    return row | {"bytes_for_programs": place.limit, "analysis": place.answers}
+    row = {"name": hardware.name, "count": hardware.n_devices, "used": used, "mesh": mesh, "data_sheet": sheet}
+    return row | {"bytes_for_programs": hardware.limit, "analysis": hardware.answers}
 
 
-def _need_row(found: Found, place: Place) -> Row:
+def _need_row(found: StageNeed, hardware: Hardware) -> Row:
     need = found.need
     by_purpose = None if need is None else need._asdict() | {"total": need.total}
-    return {"bytes_a_device": by_purpose, "fits": found.fits(place.limit)}
+    return {"bytes_a_device": by_purpose, "fits": found.fits(hardware.limit)}
 
 
-def _size_row(found: Found, place: Place) -> Row:
+def _size_row(found: StageNeed, hardware: Hardware) -> Row:
     setting = SIZES.get(found.stage, memory.TOKENS)
-    return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, place)
+    return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, hardware)
 
 
-def _stages(as_set: list[Found], times: list[Effort], place: Place) -> list[Row]:
+def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Row]:
     rows = []
-    for found, effort in zip(as_set, times, strict=True):
-        hours = effort.seconds / 3600 if math.isfinite(effort.seconds) else None
-        work = {"work": effort.what, "tokens": effort.tokens, "padded_tokens": effort.padded, "hours": hours}
-        rows.append(_size_row(found, place) | work)
+    for found, workload in zip(as_set, times, strict=True):
+        hours = workload.seconds / 3600 if math.isfinite(workload.seconds) else None
+        work = {"work": workload.what, "tokens": workload.tokens, "padded_tokens": workload.padded, "hours": hours}
+        rows.append(_size_row(found, hardware) | work)
     return rows
 
 
-def _change_row(change: memory.Change, place: Place) -> Row:
+def _change_row(change: memory.Change, hardware: Hardware) -> Row:
     row = {"settings": change.settings, "arguments": memory.as_arguments(change.settings)}
-    return row | {"stages": [_size_row(found, place) for found in change.found]}
+    return row | {"stages": [_size_row(found, hardware) for found in change.found]}
 
 
 # What is printed --------------------------------------------------------------------------------------------

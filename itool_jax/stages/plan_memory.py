@@ -40,7 +40,7 @@ TOKENS = "generate.tokens_per_batch"
 """What the stages that only run the model depend on."""
 
 
-class Place(NamedTuple):
+class Hardware(NamedTuple):
     """Devices that a run is planned for, and who compiles for them."""
 
     device: Device | None
@@ -57,7 +57,7 @@ class Place(NamedTuple):
     """Devices that only the TPU's compiler knows."""
 
 
-class Found(NamedTuple):
+class StageNeed(NamedTuple):
     """What a stage needs at one size."""
 
     stage: str
@@ -71,7 +71,7 @@ class Found(NamedTuple):
         return self.need is not None and self.need.total <= limit
 
 
-def place_of(config: Config) -> Place:
+def hardware_of(config: Config) -> Hardware:
     """The devices of `--plan.device`; those of the host are made to stand for them before JAX is first used."""
     p, needed = config.plan, math.prod((max(1, config.mesh.data), config.mesh.fsdp, config.mesh.tensor))
     if p.device == HERE:
@@ -80,16 +80,16 @@ def place_of(config: Config) -> Place:
             raise ValueError(f"plan.count={count}, and {len(here)} devices are here; name theirs with --plan.device")
         kind = here[0].device_kind
         limit = int(memory.device_limit() * p.memory_share / memory.SHARE)
-        return Place(device_like(kind), kind, count, limit, f"the compiler for {kind}, which is here", False)
+        return Hardware(device_like(kind), kind, count, limit, f"the compiler for {kind}, which is here", False)
     device, count = device_of(p.device), p.count or needed
     limit = int(device.gigabytes * 1e9 * p.memory_share)
     tpus, reason = _tpus(device, count) if device.topology else ((), "")
     if tpus:
-        return Place(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
+        return Hardware(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
     _host_devices(count)
     answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
     answers += f"; the TPU's did not answer ({reason}), and lays arrays out otherwise" if device.topology else ""
-    return Place(device, p.device, count, limit, answers, True)
+    return Hardware(device, p.device, count, limit, answers, True)
 
 
 def _host_devices(count: int) -> None:
@@ -135,21 +135,21 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
 
 
 @contextlib.contextmanager
-def on(place: Place, mesh: MeshSettings) -> Iterator[None]:
-    """Inside, programs are compiled for the place's devices, laid out as the mesh."""
-    if not place.tpus:
+def on(hardware: Hardware, mesh: MeshSettings) -> Iterator[None]:
+    """Inside, programs are compiled for the hardware, laid out as the mesh."""
+    if not hardware.tpus:
         with use_mesh(mesh):
             yield
         return
     shape = (mesh.data, mesh.fsdp, mesh.tensor)
-    devices = np.array(place.tpus[: math.prod(shape)]).reshape(shape)
+    devices = np.array(hardware.tpus[: math.prod(shape)]).reshape(shape)
     with jax.set_mesh(Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
         yield
 
 
-def laid_out(config: Config, place: Place) -> Config:
+def laid_out(config: Config, hardware: Hardware) -> Config:
     """The settings with a number for `mesh.data`: a mesh that is not given takes all devices that are planned for."""
-    mesh, count = config.mesh, place.n_devices
+    mesh, count = config.mesh, hardware.n_devices
     if mesh.data == 0 or mesh == MeshSettings():
         mesh = dataclasses.replace(mesh, data=max(1, count // (mesh.fsdp * mesh.tensor)))
     if (needed := math.prod((mesh.data, mesh.fsdp, mesh.tensor))) > count:
@@ -165,8 +165,8 @@ def laid_out(config: Config, place: Place) -> Config:
 class Planner:
     """Needs of a run's stages on some devices; each is compiled once."""
 
-    def __init__(self, config: Config, rows: sizes.Rows, place: Place):
-        self.config, self.rows, self.place = config, rows, place
+    def __init__(self, config: Config, rows: sizes.Rows, hardware: Hardware):
+        self.config, self.rows, self.hardware = config, rows, hardware
         self.plans: dict[str, sizes.Plan] = {}
         self.need = functools.cache(self._need)
 
@@ -177,34 +177,35 @@ class Planner:
         share = sizes.training_settings(self.config, SIZES[stage]).share()
         return [n for n in range(1, share + 1) if share % n == 0]
 
-    def as_set(self, stage: str) -> Found:
+    def as_set(self, stage: str) -> StageNeed:
         """What a stage needs with the size that is set; with the largest that fits where that is auto."""
         if stage not in SIZES:
-            return self.found(stage, self.config.generate.tokens_per_batch)
+            return self.need_at(stage, self.config.generate.tokens_per_batch)
         if (value := self.config.flat()[SIZES[stage]]) == "auto":
             return self.largest(stage)
         if stage != "search":
-            with on(self.place, self.config.mesh):
+            with on(self.hardware, self.config.mesh):
                 share = sizes.training_settings(self.config, SIZES[stage]).share()
             value = min(value or share, share)
-        return self.found(stage, value)
+        return self.need_at(stage, value)
 
-    def found(self, stage: str, size: int) -> Found:
+    def need_at(self, stage: str, size: int) -> StageNeed:
         """What a stage needs at a size."""
-        return Found(stage, size, self.need(stage, size))
+        return StageNeed(stage, size, self.need(stage, size))
 
-    def largest(self, stage: str) -> Found:
+    def largest(self, stage: str) -> StageNeed:
         """A stage at the largest size that fits, or at the smallest."""
-        with on(self.place, self.config.mesh):
+        with on(self.hardware, self.config.mesh):
             candidates = self.candidates(stage)
-        size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.place.limit)
-        return self.found(stage, size)
+        size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
+        return self.need_at(stage, size)
 
-    def fewer_tokens(self, stage: str) -> Found:
+    def fewer_tokens(self, stage: str) -> StageNeed:
         """A stage that only runs the model, with as many tokens a batch as fit, or as few as a quarter."""
         now = self.config.generate.tokens_per_batch
         return next(
-            (f for n in (2, 4) if (f := self.found(stage, now // n)).fits(self.place.limit)), self.found(stage, now)
+            (f for n in (2, 4) if (f := self.need_at(stage, now // n)).fits(self.hardware.limit)),
+            self.need_at(stage, now),
         )
 
     def _need(self, stage: str, size: int) -> Need | None:
@@ -216,9 +217,9 @@ class Planner:
 
     def _compiled(self, stage: str, size: int) -> Need | None:
         model = folder.load_base(self.config).config
-        if self.place.on_host and model.dtype == "bfloat16":
+        if self.hardware.on_host and model.dtype == "bfloat16":
             model = dataclasses.replace(model, dtype="float16")
-        with on(self.place, self.config.mesh):
+        with on(self.hardware, self.config.mesh):
             programs = self._plan(stage)(size)
             try:
                 return max((p.at_depth(model) for p in programs), key=lambda need: need.total)
@@ -258,17 +259,17 @@ class Change(NamedTuple):
     """Settings that make a run fit, and what the stages then need."""
 
     settings: dict[str, Any]
-    found: list[Found]
+    found: list[StageNeed]
 
 
 def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
     """The first change with which all of these stages fit, sizes alone or other settings too; None where none helps."""
     settings: dict[str, Any] = {}
-    tried = [settings, *changes(planner.config, planner.place, folder.load_base(planner.config).config)]
+    tried = [settings, *changes(planner.config, planner.hardware, folder.load_base(planner.config).config)]
     for settings in tried:
         try:
             config = with_settings(planner.config, settings)
-            found = _fitted(Planner(config, planner.rows, planner.place) if settings else planner, stages)
+            found = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
         except ValueError:  # a batch that this mesh cannot share out
             continue
         if found is not None:
@@ -280,12 +281,12 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
 def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
     """Sizes with which the stages fit, as they are set where that fits; None where one does not fit at its least."""
     settings: dict[str, Any] = {}
-    found: list[Found] = []
+    found: list[StageNeed] = []
     for stage in stages:
         now = planner.as_set(stage)
-        if not now.fits(planner.place.limit):
+        if not now.fits(planner.hardware.limit):
             now = planner.largest(stage) if stage in SIZES else planner.fewer_tokens(stage)
-            if not now.fits(planner.place.limit):
+            if not now.fits(planner.hardware.limit):
                 return None
             name = SIZES.get(stage, TOKENS)
             settings[name] = min(settings.get(name, now.size), now.size)
@@ -293,14 +294,14 @@ def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
     return Change(settings, found)
 
 
-def changes(config: Config, place: Place, model: ModelConfig) -> Iterator[dict[str, Any]]:
+def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[dict[str, Any]]:
     """Settings that save memory, the ones that cost least first; one by one, then together."""
     single: list[dict[str, Any]] = []
     if config.dtype == "float32":
         single.append({"dtype": "bfloat16"})
     if model.remat != "layers":
         single.append({"remat": "layers"})
-    count = place.n_devices // config.mesh.tensor
+    count = hardware.n_devices // config.mesh.tensor
     meshes = [n for n in (1 << power for power in range(1, 11)) if config.mesh.fsdp < n <= count and count % n == 0]
     single += [{"mesh.data": count // n, "mesh.fsdp": n} for n in meshes]
     if config.lora.rank == 0:
@@ -338,9 +339,9 @@ def parameters(config: Config) -> tuple[int, int]:
     return total, beside if config.lora.rank else total
 
 
-def copies(config: Config, place: Place) -> int:
+def copies(config: Config, hardware: Hardware) -> int:
     """How many copies of the model run, each on its share of the devices."""
-    with on(place, config.mesh):
+    with on(hardware, config.mesh):
         return row_devices(running=True)
 
 

@@ -28,7 +28,7 @@ LOOKED_AT = 256
 """Gold responses that are cut into steps."""
 
 
-class Effort(NamedTuple):
+class Workload(NamedTuple):
     """What a stage does in a whole run."""
 
     stage: str
@@ -54,7 +54,7 @@ class Data(NamedTuple):
         return [self.encoded[sample.id] for sample in samples]
 
 
-class Clock:
+class TimeModel:
     """Seconds that work takes on `count` devices, which hold `copies` of the model, at the shares that are assumed."""
 
     def __init__(self, config: Config, device: Device | None, count: int, copies: int):
@@ -83,19 +83,19 @@ class Clock:
         return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.plan.decode_share
 
 
-def efforts(config: Config, data: Data, clock: Clock, batch: int) -> list[Effort]:
+def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> list[Workload]:
     """The stages of a run that searches `batch` prompts at a time."""
-    found = [_warmup(config, data, clock)]
+    found = [_warmup(config, data, time_model)]
     if config.iterations:
         trees = _trees(config, data)
         prompts = config.iterations * _hardest(config, data.buffer)
-        found.append(_scores(config, data, clock))
-        found.append(_search(data, clock, trees, prompts, min(batch, prompts / config.iterations)))
-        found.append(_preferences(config, data, clock, trees, prompts))
-    return [*found, _evaluation(config, data, clock)]
+        found.append(_scores(config, data, time_model))
+        found.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
+        found.append(_preferences(config, data, time_model, trees, prompts))
+    return [*found, _evaluation(config, data, time_model)]
 
 
-def _warmup(config: Config, data: Data, clock: Clock) -> Effort:
+def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
     """From the very batches that the warm-up makes."""
     s, rows = config.warmup, data.rows(data.warmup)
     thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
@@ -106,20 +106,20 @@ def _warmup(config: Config, data: Data, clock: Clock) -> Effort:
     shapes = [batch.tokens_BT.shape for part in batches for batch in part]
     padded, n = sum(map(math.prod, shapes)), sum(shape[0] for shape in shapes)
     tokens = s.epochs * sum(map(_length, rows))
-    seconds = clock.train(n, padded / n, s.epochs * sum(len(row.target_ids) for row in rows) / n)
-    return Effort("warmup", f"{len(rows)} samples, {len(shapes)} steps", tokens, padded, seconds)
+    seconds = time_model.train(n, padded / n, s.epochs * sum(len(row.target_ids) for row in rows) / n)
+    return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps", tokens, padded, seconds)
 
 
-def _scores(config: Config, data: Data, clock: Clock) -> Effort:
+def _scores(config: Config, data: Data, time_model: TimeModel) -> Workload:
     rows, n = data.rows(data.buffer), config.iterations
     widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
     groups = list(group(widths, config.generate.tokens_per_batch))
     count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
-    seconds = n * clock.read(count, padded / count, _mean_target(rows))
-    return Effort("score", f"{n} × {len(rows)} samples", n * sum(map(_length, rows)), n * padded, seconds)
+    seconds = n * time_model.read(count, padded / count, _mean_target(rows))
+    return Workload("score", f"{n} × {len(rows)} samples", n * sum(map(_length, rows)), n * padded, seconds)
 
 
-class _Trees(NamedTuple):
+class _ExpectedTree(NamedTuple):
     """What the gold responses let expect of a tree, on average."""
 
     expansions: float
@@ -135,7 +135,7 @@ class _Trees(NamedTuple):
     """Tokens of the question about a state, and of the reference before it."""
 
 
-def _trees(config: Config, data: Data) -> _Trees:
+def _trees(config: Config, data: Data) -> _ExpectedTree:
     s, rows, base = config.search, data.rows(data.buffer), folder.load_base(config)
     table = folder.step_table(config, s.granularity)
     found: list[tuple[float, float, float]] = []
@@ -154,50 +154,51 @@ def _trees(config: Config, data: Data) -> _Trees:
     frame = evaluation_frame(base.chat, gold, config.self_eval.scale)
     expansions, states, tokens = np.mean(found, axis=0).tolist()
     loop = float(np.quantile(steps, 0.9))
-    return _Trees(expansions, states, tokens, float(np.mean(steps)), loop, _mean_target(rows), len(frame.after))
+    return _ExpectedTree(expansions, states, tokens, float(np.mean(steps)), loop, _mean_target(rows), len(frame.after))
 
 
-def _search(data: Data, clock: Clock, trees: _Trees, prompts: int, batch: float) -> Effort:
+def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int, batch: float) -> Workload:
     """Prompts with and without the reference; a round of sampled steps an expansion; a question a state."""
     rows = data.rows(data.buffer)
     prompt, breadth = float(np.mean([len(row.prompt_ids) for row in rows])), trees.states / trees.expansions
     rounds = math.ceil(prompts / batch) * trees.expansions
     question = trees.path / 2 + trees.around  # a state is half a response on average
     seconds = [
-        clock.read(prompts, 2 * prompt + trees.path, 0),
-        rounds * clock.sample(trees.loop, batch * breadth, batch, prompt, trees.path / 2 + trees.loop / 2),
-        clock.read(prompts * trees.states, question, 1, prompt),
+        time_model.read(prompts, 2 * prompt + trees.path, 0),
+        rounds * time_model.sample(trees.loop, batch * breadth, batch, prompt, trees.path / 2 + trees.loop / 2),
+        time_model.read(prompts * trees.states, question, 1, prompt),
     ]
     tokens = prompts * (2 * prompt + trees.path + trees.tokens + trees.states * question)
     what = f"{prompts} trees of {trees.states:.0f} states, {prompts * trees.tokens / 1e6:.2f} M sampled"
-    return Effort("search", what, round(tokens), round(tokens), math.fsum(seconds))
+    return Workload("search", what, round(tokens), round(tokens), math.fsum(seconds))
 
 
-def _preferences(config: Config, data: Data, clock: Clock, trees: _Trees, prompts: int) -> Effort:
+def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int) -> Workload:
     """The reference's log-probabilities of both sides of each pair, and the training."""
     s, rows = config.preference, data.rows(data.buffer)
     pairs = prompts * config.plan.pairs_a_tree
     before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
     width = bucket(round(before + 2 * trees.step))
     steps = config.iterations * math.ceil(pairs / config.iterations / s.batch_size) * s.epochs
-    seconds = clock.read(2 * pairs, before + trees.step, trees.step)
-    seconds += clock.train(steps * s.batch_size, width, 2 * trees.step)
+    seconds = time_model.read(2 * pairs, before + trees.step, trees.step)
+    seconds += time_model.train(steps * s.batch_size, width, 2 * trees.step)
     tokens = pairs * (s.epochs * (before + 2 * trees.step) + 2 * (before + trees.step))
     what = f"{pairs:.0f} pairs, {steps} steps"
-    return Effort("dpo", what, round(tokens), round(steps * s.batch_size * width + 2 * pairs * before), seconds)
+    return Workload("dpo", what, round(tokens), round(steps * s.batch_size * width + 2 * pairs * before), seconds)
 
 
-def _evaluation(config: Config, data: Data, clock: Clock) -> Effort:
+def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
     """Greedy responses of every phase, in the batches that evaluation makes."""
     rows, n = data.evaluated, config.iterations + 2
     groups = list(group([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch))
     loop = float(np.quantile([len(row.target_ids) for row in rows], 0.9))
     loop = min(loop, config.generate.max_tokens)
     seconds = math.fsum(
-        clock.read(count, width, 0) + clock.sample(loop, count, count, width, loop / 2) for _, width, count in groups
+        time_model.read(count, width, 0) + time_model.sample(loop, count, count, width, loop / 2)
+        for _, width, count in groups
     )
     tokens, padded = sum(map(_length, rows)), sum(width * count for _, width, count in groups)
-    return Effort("evaluate", f"{n} × {len(rows)} samples", n * tokens, n * padded, n * seconds)
+    return Workload("evaluate", f"{n} × {len(rows)} samples", n * tokens, n * padded, n * seconds)
 
 
 def _hardest(config: Config, buffer: Sequence[Sample]) -> int:

@@ -59,13 +59,13 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
     """
     if not (config.run_dir / "config.yaml").is_file():
         raise ValueError(f"{config.run_dir} is no run directory (it holds no config.yaml); set --run_dir")
-    names, toolbox = phases(config), Toolbox()
+    names, tool_lists = phases(config), ToolLists()
     config = _with_evaluation(config, names)
     iterations = [name for name in names if name.startswith("iteration_")]
     trees = [
         tree
         for name in iterations
-        for tree in report_trees.trees(config.run_dir / name, config.run_dir, toolbox.number)
+        for tree in report_trees.trees(config.run_dir / name, config.run_dir, tool_lists.number)
     ]
     report = {
         "title": config.run_dir.resolve().name,
@@ -82,25 +82,25 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
         "searches": [found for name in iterations if (found := report_trees.statistics(config.run_dir / name))],
         "stages": _stages(config, names),
         "kinds": KINDS,
-        "examples": _examples(config, names, toolbox),
+        "examples": _examples(config, names, tool_lists),
         "trees": [tree.entry for tree in trees],
     }
-    return report | {"toolbox": toolbox.texts}, trees
+    return report | {"tool_lists": tool_lists.lists}, trees
 
 
-class Toolbox:
+class ToolLists:
     """Lists of tools, each kept once: many samples offer the same."""
 
     def __init__(self) -> None:
-        self.texts: list[Any] = []
+        self.lists: list[Any] = []
         self._numbers: dict[str, int] = {}
 
     def number(self, tools: Sequence[Row]) -> int:
         """The place of a list of tools."""
         key = json.dumps(tools, sort_keys=True)
         if key not in self._numbers:
-            self._numbers[key] = len(self.texts)
-            self.texts.append([tool.get("function", tool) for tool in tools])
+            self._numbers[key] = len(self.lists)
+            self.lists.append([tool.get("function", tool) for tool in tools])
         return self._numbers[key]
 
 
@@ -297,7 +297,7 @@ class _Answer(NamedTuple):
     response: str
 
 
-def _examples(config: Config, names: Sequence[str], toolbox: Toolbox) -> Row:
+def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Row:
     """Responses of all phases to samples of the evaluated part, first those whose verdict changed."""
     answers = {name: found for name in names if (found := _answers(evaluate.results_file(config, name)))}
     counts = {name: Counter(answer.kind for answer in found.values() if answer.kind) for name, found in answers.items()}
@@ -309,7 +309,7 @@ def _examples(config: Config, names: Sequence[str], toolbox: Toolbox) -> Row:
         "phases": list(answers),
         "kinds": {name: dict(found) for name, found in counts.items()},
         "left_out": len(ids) - len(shown),
-        "samples": [_example(sample, answers, toolbox) for sample in shown],
+        "samples": [_example(sample, answers, tool_lists) for sample in shown],
     }
 
 
@@ -324,9 +324,9 @@ def _kind(row: Row) -> str | None:
     return None if row["correct"] else error_kind(row["target"], row["response"], finished=row["finished"])
 
 
-def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], toolbox: Toolbox) -> Row:
+def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Row:
     found = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
-    return {**report_trees.prompt(sample, toolbox.number), "id": sample.id, "gold": sample.target, "answers": found}
+    return {**report_trees.prompt(sample, tool_lists.number), "id": sample.id, "gold": sample.target, "answers": found}
 
 
 def _samples(run_dir: Path, part: str) -> dict[str, Sample]:
