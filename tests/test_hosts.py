@@ -17,7 +17,7 @@ from itool_jax.main import PREEMPTED, main
 from tests.conftest import FAST_COMPILER, REPOSITORY, read
 from tests.runs import ITERATIONS, Made
 
-PATIENCE = 5
+PATIENCE = 9
 TIMEOUT = 900.0
 
 
