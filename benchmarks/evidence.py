@@ -15,6 +15,7 @@ import tyro
 
 from itool_jax import config as settings
 from itool_jax import main, run_directory
+from itool_jax.allocator import keep_freed_memory
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, mean_and_standard_error, paired_difference
 from itool_jax.stages import evaluate, folder, iterate
@@ -111,5 +112,5 @@ def _difference(name: str, rows: list[list[dict[str, bool]]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main.keep_freed_memory()
+    keep_freed_memory()
     compare(tyro.cli(Settings, description=__doc__))

@@ -5,13 +5,17 @@ import os
 import sys
 from collections.abc import Sequence
 
+from itool_jax.allocator import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()  # before the imports below, which take a second and would come twice
+
 from itool_jax import config as settings
 from itool_jax import hosts, metrics, preemption, run_directory, trackers
 from itool_jax.config import Config
 from itool_jax.untrusted import show_traceback
 
 USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,13 +99,6 @@ def _open_log(config: Config, arguments: Sequence[str]) -> None:
             metrics.say(line)
 
 
-def keep_freed_memory() -> None:
-    """Starts the program again with glibc told to keep large buffers, unless one of its settings is there already."""
-    if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
-
-
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.excepthook = show_traceback
     hosts.end(main())
