@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what is freed: else it gives large buffers back to the system, page by page, each time.
+"""glibc's allocator, told to keep what is freed, which else goes back to the system, page by page, each time.
 
 In: the environment. Out: the program, started again with it set, since glibc reads it when a process starts.
 """
