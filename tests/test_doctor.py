@@ -189,17 +189,21 @@ def test_plugins_that_do_not_go_with_jaxlib():
 def test_a_gpu_that_jax_does_not_see(monkeypatch: pytest.MonkeyPatch):
     gpu = Gpu("NVIDIA H100 80GB HBM3", "570.124.06", "81559 MiB")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    found = list(machine.accelerators([gpu], "cpu", "float32"))
+    found = list(machine.accelerators([gpu], "cpu", "float32", []))
     assert [f.level for f in found] == ["error"]
     assert found[0].remedy == "pip install 'itool-jax[cuda12]'"
-    assert next(iter(machine.accelerators([gpu._replace(driver="580.65")], "cpu", "float32"))).remedy.endswith(
+    assert next(iter(machine.accelerators([gpu._replace(driver="580.65")], "cpu", "float32", []))).remedy.endswith(
         "[cuda13]'"
     )
+    (alone,) = machine.accelerators([], "cpu", "float32", ["jax-cuda13-plugin"])
+    assert alone.level == "warning"
+    assert "jax-cuda13-plugin is installed, and no NVIDIA driver answers" in alone.text
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert "unset JAX_PLATFORMS" in next(iter(machine.accelerators([gpu], "cpu", "float32"))).remedy
-    assert [f.level for f in machine.accelerators([gpu], "gpu", "bfloat16")] == ["ok"]
-    assert "too old" in next(iter(machine.accelerators([gpu._replace(driver="470.1")], "gpu", "float32"))).text
-    assert levels(list(machine.accelerators([], "cpu", "bfloat16"))) == {"dtype": "warning"}
+    assert not list(machine.accelerators([], "cpu", "float32", ["jax-cuda13-plugin"]))
+    assert "unset JAX_PLATFORMS" in next(iter(machine.accelerators([gpu], "cpu", "float32", []))).remedy
+    assert [f.level for f in machine.accelerators([gpu], "gpu", "bfloat16", [])] == ["ok"]
+    assert "too old" in next(iter(machine.accelerators([gpu._replace(driver="470.1")], "gpu", "float32", []))).text
+    assert levels(list(machine.accelerators([], "cpu", "bfloat16", []))) == {"dtype": "warning"}
 
 
 def test_what_nvidia_smi_prints_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -215,7 +219,7 @@ def test_what_nvidia_smi_prints_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_mesh_that_cannot_be():
     def found(*arguments: str) -> Finding:
         config = settings.parse(["--stage=doctor", *arguments])
-        return next(finding for finding in machine.devices(config) if finding.what == "mesh")
+        return next(finding for finding in machine.devices(config, {}) if finding.what == "mesh")
 
     assert found("--mesh.data=8", "--preference.batch_size=8").level == "ok"
     assert "needs 16 devices, 8 are here" in found("--mesh.fsdp=16").text

@@ -51,16 +51,17 @@ def _counted(found: list[Finding], level: str) -> str:
 
 def _examined(config: Config) -> Iterator[Finding]:
     """All but the data, as it is found."""
-    yield from machine.packages(environment.versions())
-    yield from machine.devices(config)
+    there = environment.versions()
+    yield from machine.packages(there)
+    yield from machine.devices(config, there)
     yield from machine.processes(config)
     yield from machine.compile_cache(environment.programs_folder())
     hub = list(machine.hub(config))
     yield from hub
     # Files that are not here are not fetched for this: the first run, or the plan, does.
     if _absent(hub, "model "):
-        there = all(finding.level == "ok" for finding in hub)
-        remedy = f"hf download {config.model}" if there else ""
+        answers = all(finding.level == "ok" for finding in hub)
+        remedy = f"hf download {config.model}" if answers else ""
         yield Finding("warning", "model", "its files are not here, so not looked at", remedy)
         yield from machine.disk(config.run_dir, int(LEAST))
         return

@@ -5,6 +5,7 @@ In: settings. Out: findings, each with what to do. A file is written to try the 
 
 import collections
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -117,8 +118,9 @@ def gpus() -> list[Gpu]:
     return [Gpu(*row) for row in rows if len(row) == 3]
 
 
-def devices(config: Config) -> Iterator[Finding]:
+def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
     """What JAX sees, against what the driver does; the mesh, and whether batches can be shared out on it."""
+    logging.getLogger("jax").setLevel(logging.CRITICAL)  # what fails is said here, in a line
     try:
         seen = jax.devices()
     except RuntimeError as error:
@@ -129,12 +131,13 @@ def devices(config: Config) -> Iterator[Finding]:
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     room = f", {min(x for x in limits if x) / 1e9:.1f} GB each" if any(limits) else ""
     yield Finding("ok", "devices", ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + room)
-    yield from accelerators(gpus(), seen[0].platform, config.dtype)
+    plugins = [name for name in there if name.startswith("jax-cuda") and name.endswith("-plugin")]
+    yield from accelerators(gpus(), seen[0].platform, config.dtype, plugins)
     yield from _mesh(config)
 
 
-def accelerators(found: list[Gpu], platform_name: str, dtype: str) -> Iterator[Finding]:
-    """GPUs that JAX does not use, and types that its devices are slow with."""
+def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequence[str]) -> Iterator[Finding]:
+    """GPUs that JAX does not use, plugins of JAX without one, and types that its devices are slow with."""
     if found:
         driver = found[0].driver
         extra = next((name for least, name in DRIVERS if _numbers(driver) >= (least,)), None)
@@ -151,6 +154,10 @@ def accelerators(found: list[Gpu], platform_name: str, dtype: str) -> Iterator[F
     elif platform_name == "cpu" and (nodes := [*Path("/dev").glob("accel[0-9]*")]):
         text = f"JAX uses the CPU only, and there are {len(nodes)} TPU chips"
         yield Finding("error", "driver", text, "pip install 'itool-jax[tpu]'")
+    elif platform_name == "cpu" and plugins and not os.environ.get("JAX_PLATFORMS"):
+        text = f"JAX uses the CPU only: {plugins[0]} is installed, and no NVIDIA driver answers"
+        mend = "install the driver; a container needs docker run --gpus=all"
+        yield Finding("warning", "driver", text, mend)
     if platform_name == "cpu" and dtype == "bfloat16":
         yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", "take --dtype=float32 here")
 
