@@ -9,8 +9,10 @@ with uncached ones. Behind each of search, SFT and DPO stands the memory that it
 compiler's analysis plans for it (`itool_jax.memory`). `--small` takes a tiny model in float32, to see that all works.
 """
 
+import ctypes
 import dataclasses
 import functools
+import gc
 import json
 import statistics
 import tempfile
@@ -84,6 +86,31 @@ LARGE = Sizes(
 )
 
 
+HOST = dataclasses.replace(
+    LARGE,
+    model=dataclasses.replace(
+        LLAMA,
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        n_layers=8,
+        n_heads=16,
+        n_kv_heads=16,
+        head_dim=64,
+        dtype="float32",
+    ),
+    prompt=512,
+    new=32,
+    batches=(1, 8),
+    rows=2,
+    length=512,
+    target=128,
+    prompts=8,
+    trees=SearchSettings(batch=8, n_simulations=1, max_depth=2, last_step_limit=32),
+)
+"""A model of 0.2 billion parameters, for a processor and its memory."""
+
+
 def small() -> Sizes:
     """For two cores and some seconds; vocabulary and layers are those of the smallest model of `inputs`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +138,8 @@ class Settings:
 
     small: bool = False
     """Tiny model and shapes, to see that everything works."""
+    host: bool = False
+    """A model of 0.2 billion parameters in float32, for a machine without an accelerator: what its memory shows."""
     machine: Machine = dataclasses.field(default_factory=Machine)
     """What the shares are of; the defaults are an H200's."""
     kinds: tuple[Literal["decode", "prefill", "scoring", "sft", "dpo", "search"], ...] = KINDS
@@ -125,7 +154,7 @@ class Settings:
 
 def main(settings: Settings) -> list[Row]:
     """Measures everything, prints the table and writes the JSON."""
-    sizes = small() if settings.small else LARGE
+    sizes = small() if settings.small else HOST if settings.host else LARGE
     if settings.layers:
         sizes = dataclasses.replace(sizes, model=dataclasses.replace(sizes.model, n_layers=settings.layers))
     rows: list[Row] = []
@@ -150,22 +179,40 @@ def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[
     """Does some work that reads `held`, and compares its memory with the plan; both in GB of this device.
 
     The device only tells the most that was ever in use. So a block of memory is taken first, as large as what was in
-    use at most before, less half of what the work needs: then the work itself reaches a new height.
+    use at most before, less half of what the work needs: then the work itself reaches a new height. Where the device is
+    the host, it is the process's memory that counts, when the work is done again, with all programs compiled.
     """
     stats = jax.local_devices()[0].memory_stats
     before, block = stats(), None
     row = {"planned_gb": plan.total / 1e9, "plan_gb": {k: v / 1e9 for k, v in plan._asdict().items()}}
-    if before is not None:
+    if before is None:
+        work()
+        low = _forget_peak()
+    else:
         room = before["peak_bytes_in_use"] - before["bytes_in_use"] - (plan.temporaries + plan.outputs) // 2
         block = jax.block_until_ready(jnp.zeros(max(room, 1), jnp.uint8))
         low = stats()["bytes_in_use"]
     done = jax.block_until_ready(work())
-    if before is not None:
-        del block
-        taken = stats()["peak_bytes_in_use"] - low + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-        row |= {"measured_gb": taken / 1e9}
-        print(f"{'':<34} memory {taken / 1e9:.2f} GB, planned {plan.total / 1e9:.2f} ({taken / plan.total - 1:+.1%})")
+    del block
+    peak = _process("VmHWM") if before is None else stats()["peak_bytes_in_use"]
+    taken = peak - low + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+    row |= {"measured_gb": taken / 1e9}
+    print(f"{'':<34} memory {taken / 1e9:.2f} GB, planned {plan.total / 1e9:.2f} ({taken / plan.total - 1:+.1%})")
     return done, row
+
+
+def _forget_peak() -> int:
+    """Bytes of this process now; from now on Linux counts anew how many there were at most."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _process("VmRSS")
+
+
+def _process(name: str) -> int:
+    """Bytes, as /proc tells of them: VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def measure(s: Sizes, settings: Settings) -> Iterator[Row]:

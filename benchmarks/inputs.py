@@ -195,7 +195,7 @@ def _samples(count: int) -> Iterator[Sample]:
     found = (make_sample("train", i, 1) for i in range(10_000))
     for i, sample in zip(range(count), (s for s in found if s.category == "calls"), strict=False):
         rng = random.Random(i)
-        others = [make_sample("train", rng.randrange(10_000), 2).tools for _ in range(12)]
+        others = [make_sample("train", rng.randrange(10_000), 2).tools for _ in range(24)]
         tools = (*sample.tools, *(tool for group in others for tool in group))
         yield Sample(id=sample.id, messages=sample.messages, tools=tools, target=sample.target)
 

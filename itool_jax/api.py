@@ -6,7 +6,6 @@ same names do, with the same settings. Errors are those of the program: ValueErr
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from itool_jax import environment
 from itool_jax.config import Config
 from itool_jax.data.records import Row, Sample, sample_row
 from itool_jax.data.sources import from_rows
+from itool_jax.mcts.search import SearchSettings
 from itool_jax.metrics import progress
-from itool_jax.model.sharding import MeshSettings, mesh_shape, use_mesh, use_own_mesh
+from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
 from itool_jax.sampler import GenerateSettings, respond
 from itool_jax.stages import folder, score, search
 from itool_jax.text.chat import Encoded, encode_sample
@@ -46,18 +46,22 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     Raises:
         ValueError: there is no such model, phase or setting, or a file of it is damaged.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     arguments = ["--stage=generate"]
+    if fixed := [s for s in settings if s.split("=")[0] in ("--stage", "--run_dir", "--model", "--help", "-h")]:
+        raise ValueError(f"load takes settings such as --dtype=bfloat16, got {fixed[0]}")
     is_run = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
     if is_run:
         arguments += [f"--config={path / 'config.yaml'}", f"--run_dir={path}"]
+    elif path.is_dir() and (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"{source} is a part of a run; load {path.parent} with phase={path.name!r}")
     elif phase is not None:
         raise ValueError(f"phase={phase} is for a run directory, and {source} is none: it holds no config.yaml")
     elif os.fspath(source) != "embedded":
-        arguments.append(f"--model={source}")
+        arguments.append(f"--model={path if path.is_dir() else source}")
     config = settings_of.parse([*arguments, *settings])
-    if is_run and math.prod(mesh_shape(config.mesh)) > jax.device_count():
-        config = dataclasses.replace(config, mesh=MeshSettings())  # it was made on more devices
+    if is_run:
+        config = dataclasses.replace(config, mesh=mesh_here(config.mesh))
     if is_run and phase is None:
         phase = (folder.trained_phases(config) or ["base"])[-1]
     return Model(dataclasses.replace(config, generate=dataclasses.replace(config.generate, phase=phase)))
@@ -169,7 +173,8 @@ class Model:
         Raises:
             ValueError: a conversation or tool is malformed, or does not fit the context with room for an answer.
         """
-        alone = isinstance(messages, str) or isinstance(next(iter(messages), None), Mapping)
+        several = isinstance(messages, Sequence) and not isinstance(messages, str)
+        alone = not several or isinstance(next(iter(messages), None), Mapping)
         given: list[Any] = [messages] if alone else list(messages)
         rows = [{"messages": _messages(one), "tools": tools} for one in given]
         for number, row in enumerate(rows, 1):
@@ -227,8 +232,12 @@ class Model:
         Raises:
             ValueError: a sample is malformed or does not fit the context, or a setting is out of range.
         """
-        alone = isinstance(samples, Mapping | Sample)
-        given = [samples] if alone else list(samples)
+        alone = isinstance(samples, str) or not isinstance(samples, Sequence)
+        given: list[Any] = [samples] if isinstance(samples, str) or not isinstance(samples, Sequence) else [*samples]
+        if wrong := [one for one in given if not isinstance(one, Mapping | Sample)]:
+            raise ValueError(f"a sample is a dict with messages, tools and target, got {wrong[0]!r:.80}")
+        if unknown := settings.keys() - {field.name for field in dataclasses.fields(SearchSettings)}:
+            raise ValueError(f"the search has no setting {min(unknown)}; see SearchSettings")
         rows = [sample_row(one) if isinstance(one, Sample) else dict(one) for one in given]
         found = from_rows(rows, need_target=True)
         if not found:
@@ -269,4 +278,6 @@ def _fitting(settings: GenerateSettings, encoded: Sequence[Encoded]) -> Generate
 def _messages(conversation: Conversation) -> list[Row]:
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
+    if not isinstance(conversation, Sequence) or not all(isinstance(message, Mapping) for message in conversation):
+        raise ValueError(f"a conversation is a text or a list of messages, each a dict, got {conversation!r:.80}")
     return [dict(message) for message in conversation]

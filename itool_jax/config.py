@@ -239,7 +239,7 @@ def parse(arguments: Sequence[str]) -> Config:
     Raises:
         ValueError: one line that names the setting, and the YAML file where it stands in one.
     """
-    arguments = list(arguments)
+    arguments = [_at_home(argument) for argument in arguments]
     chosen = _chosen_files(arguments)
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
@@ -252,6 +252,12 @@ def parse(arguments: Sequence[str]) -> Config:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return _parse([*from_files, *arguments])
+
+
+def _at_home(argument: str) -> str:
+    """An argument whose ~ the shell left alone, as most do behind an equals sign."""
+    name, equals, value = argument.partition("=")
+    return f"{name}={Path(value).expanduser()}" if equals and value.startswith("~/") else argument
 
 
 def _parse(arguments: list[str]) -> Config:
@@ -309,6 +315,8 @@ def _file_arguments(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
     flat = dict(_flatten(content))
+    if (path.parent / "environment.json").is_file():  # that of a run, which may have been moved or copied since
+        flat["run_dir"] = str(path.parent)
     known = {name for name, _ in _flatten(_defaults())}
     if unknown := sorted(set(flat) - known):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
@@ -326,7 +334,7 @@ def _argument(name: str, value: Any) -> list[str]:
         if option := next((item for item in map(str, value) if item.startswith("-")), None):
             raise ValueError(f"{name} holds {option!r}, which would be read as an option")
         return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
+    return [_at_home(f"--{name}={value}")]
 
 
 def _flatten(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """`python -m itool_jax.main --stage=…`: reads the settings, runs the stage, turns errors of the user into one line."""
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -65,7 +66,7 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     import jax  # slow to import; --help and errors of the command line come without it
 
     from itool_jax import environment
-    from itool_jax.model.sharding import use_mesh
+    from itool_jax.model.sharding import mesh_here, use_mesh
 
     environment.keep_programs()
     if config.dtype == "float32":
@@ -79,6 +80,8 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     hosts.join(config.distributed, metrics.current_stage)
     preemption.listen()
     metrics.console_out.quiet = not hosts.is_first()
+    if config.stage in ("generate", "export"):
+        config = dataclasses.replace(config, mesh=mesh_here(config.mesh))
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.by_first("settings", lambda: run_directory.save_or_check(config))
         _open_log(config, arguments)

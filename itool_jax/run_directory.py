@@ -96,19 +96,28 @@ def save_or_check(config: Config) -> None:
         return
     if config.stage == "export" and not config.run_dir.is_dir():
         raise ValueError(f"run directory {config.run_dir} does not exist")
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    path = config.run_dir / "config.yaml"
-    # A command that failed before it computed anything binds nobody to its settings.
-    if path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir()):
-        _check_saved(path, config)
+    if check(config):
         return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     # Those are for this command alone.
     alone = {"output": None, "overwrite": False, "against": None, "official": False}
     lasting = dataclasses.replace(config, **alone, distributed=DistributedSettings())
     if _evaluates_benchmark(config):
         lasting = dataclasses.replace(lasting, data=Config.data)
-    with whole_file(path) as file:
+    with whole_file(config.run_dir / "config.yaml") as file:
         file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
+
+
+def check(config: Config) -> bool:
+    """Whether the run directory holds work that was begun with the same settings; ValueError where with others."""
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"run directory {config.run_dir} is a file; choose another --run_dir")
+    path = config.run_dir / "config.yaml"
+    # A command that failed before it computed anything binds nobody to its settings.
+    begun = path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir())
+    if begun:
+        _check_saved(path, config)
+    return begun
 
 
 def check_weights(config: Config) -> None:

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 
 import itool_jax
@@ -93,6 +95,14 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
             itool_jax.load(*arguments)
     with pytest.raises(ValueError, match=r"phase=warmup is for a run directory, and .* is none"):
         itool_jax.load(tiny_folder, phase="warmup")
+    with pytest.raises(ValueError, match=r"is a part of a run; load .* with phase='warmup'"):
+        itool_jax.load(made.folder / "warmup")
+    for setting in ("--stage=dpo", "--help"):
+        with pytest.raises(ValueError, match=f"load takes settings such as --dtype=bfloat16, got {setting}"):
+            itool_jax.load(tiny_folder, setting)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds adapters alone; export with export\.kind=merged"):
+        itool_jax.load(tmp_path)
     with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*; there are: warmup, iteration_1"):
         itool_jax.load(made.folder, phase="iteration_9")
     model = itool_jax.load(tiny_folder)
@@ -108,7 +118,21 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
         model.score("x", "")
     with pytest.raises(ValueError, match=r"search\.breadth must be positive"):
         model.search(SAMPLE, breadth=0)
-    with pytest.raises(TypeError, match="breadht"):
+    with pytest.raises(ValueError, match="the search has no setting breadht"):
         model.search(SAMPLE, breadht=2)
     with pytest.raises(ValueError, match='sample 2: sample has no "target"'):
         model.search([SAMPLE, {"messages": [tiny.USER]}])
+
+
+def test_arguments_of_another_type_are_refused_without_a_type_checker_too(tiny_folder: Path) -> None:
+    model: Any = itool_jax.load(tiny_folder)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for wrong in ({"role": "user", "content": "x"}, 5, None, [["x"]]):
+            with pytest.raises(ValueError, match="a conversation is a text or a list of messages"):
+                model.generate(wrong)
+        for wrong in ("x", 5, ["x"]):
+            with pytest.raises(ValueError, match="a sample is a dict with messages, tools and target, got"):
+                model.search(wrong)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -233,6 +233,22 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     assert saved.read_bytes() == before
 
 
+def test_the_config_of_a_run_that_was_moved_names_its_new_place(tmp_path: Path):
+    saved = make_run(tmp_path)
+    (saved.parent / "environment.json").write_text("{}")
+    moved = saved.parent.rename(tmp_path / "moved") / "config.yaml"
+    assert settings.parse(["--stage=export", f"--config={moved}"]).run_dir == moved.parent
+    assert settings.parse(["--stage=export", f"--config={moved}", "--run_dir=other"]).run_dir == Path("other")
+
+
+def test_a_home_that_the_shell_left_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "c.yaml", "data: ~/d.jsonl\n")
+    found = settings.parse(["--stage=iterate", "--config=~/c.yaml", "--run_dir=~/runs/a", "--model=a~/b"])
+    assert (found.data, found.run_dir) == (f"{tmp_path}/d.jsonl", tmp_path / "runs/a")
+    assert found.model == "a~/b"
+
+
 def test_what_is_for_one_command_alone_is_not_saved(tmp_path: Path):
     (tmp_path / "run").mkdir()
     run_directory.save_or_check(started(tmp_path, "--stage=export", "--overwrite", f"--output={tmp_path / 'model'}"))

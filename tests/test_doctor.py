@@ -18,7 +18,7 @@ from itool_jax.stages import doctor_model, folder
 from itool_jax.stages.doctor_machine import Finding, Gpu
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
-from tests.runs import make_samples
+from tests.runs import Made, copy_run, make_samples
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -165,7 +165,24 @@ def test_rows_that_a_run_would_refuse(doctor: Doctor, tiny_folder: Path, tmp_pat
     assert "2 rows are wrong or too long, the first: " in found
     code, lines, _ = doctor(tiny_folder, f"--data={path}", "--skip_bad_rows")
     assert code == 0
-    assert doctor(tiny_folder, f"--data={tmp_path / 'none.jsonl'}")[0] == 2
+    code, lines, _ = doctor(tiny_folder, f"--data={tmp_path / 'none.jsonl'}")
+    assert code == 2
+    assert "does not exist → check --data" in line(lines, "error", "data")
+    code, lines, _ = doctor(tiny_folder, f"--data={write(tmp_path / 'bad.jsonl', [{'foo': 1}])}")
+    assert code == 2
+    assert 'line 1: sample has no "messages"' in line(lines, "error", "data")
+
+
+def test_a_run_directory_that_a_run_would_refuse(doctor: Doctor, made: Made, tmp_path: Path):
+    folder = copy_run(made, tmp_path)
+    found = [*made.settings, f"--run_dir={folder}"]
+    assert doctor("", *found)[0] == 0
+    code, lines, _ = doctor("", *found, "--seed=5")
+    assert code == 2
+    assert "was made with seed=0, now it is 5" in line(lines, "error", "run directory")
+    code, lines, _ = doctor("", *made.settings, f"--run_dir={folder / 'config.yaml'}")
+    assert code == 2
+    assert "is a file" in line(lines, "error", "run directory")
 
 
 # The machine ------------------------------------------------------------------------------------------------

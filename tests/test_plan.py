@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from itool_jax.stages import folder, parts, plan, sizes
 from itool_jax.stages.plan_memory import as_arguments, changes, hardware_of, laid_out, with_settings
 from itool_jax.text.padding import collate
 from tests import tiny
+from tests.conftest import REPOSITORY
 from tests.runs import ITERATIONS, Made
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
@@ -88,6 +91,28 @@ def test_a_deep_search_is_planned_from_shallow_ones(tmp_path: Path):
     for make, steady in ((memory.proposing, memory.LOOP), (memory.asking, 4)):
         program = memory.Program(lambda m, make=make: make(m, *given), steady)
         assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
+
+
+def test_nf4_kernels_are_decoded_one_layer_after_the_other(tmp_path: Path):
+    """In a process of its own: the flags with which the host stands for another device are read once."""
+    code = f"""
+import dataclasses
+from pathlib import Path
+from itool_jax import config as settings, memory
+from itool_jax.mcts.search import SearchSettings
+from itool_jax.memory import Lengths
+from itool_jax.model.linear import LoraSettings
+from itool_jax.stages.plan_memory import hardware_of
+from tests import tiny
+hardware_of(settings.parse(["--stage=plan", "--plan.device=l4"]))
+given = (LoraSettings(rank=2), SearchSettings(batch=1, breadth=2), Lengths(64, 64, 65, 64), 1)
+for layers in (3, 9):
+    model = tiny.model_config(Path({str(tmp_path)!r}), num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
+    print(memory.asking(dataclasses.replace(model, nf4=True, dtype="float16"), *given).temporaries)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    few, many = map(int, done.stdout.split())
+    assert many < few + 3 * 2 * 128 * 256  # three more layers' kernels of one kind would be more
 
 
 def test_a_shallow_model_is_compiled_as_it_is(tmp_path: Path):

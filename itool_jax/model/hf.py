@@ -97,7 +97,11 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
     """The shapes in a folder's config.json, older and newer spellings alike."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+        adapters = (folder / "adapter_config.json").is_file()
+        other = (
+            "holds adapters alone; export with export.kind=merged" if adapters else "is no Hugging Face model folder"
+        )
+        raise ValueError(f"{path} does not exist: {folder} {other}")
     raw = _read_json(path)
     try:
         return _config(raw, dtype)

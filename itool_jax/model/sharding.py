@@ -74,6 +74,11 @@ def mesh_shape(settings: MeshSettings) -> tuple[int, int, int]:
     return data or max(1, jax.device_count() // (fsdp * tensor)), fsdp, tensor
 
 
+def mesh_here(settings: MeshSettings) -> MeshSettings:
+    """A run's mesh for its weights to be used with; of one device where the run was made on more than are here."""
+    return settings if math.prod(mesh_shape(settings)) <= jax.device_count() else MeshSettings()
+
+
 def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 

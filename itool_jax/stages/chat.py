@@ -69,6 +69,8 @@ def read_tools(path: Path) -> tuple[Row, ...]:
     Raises:
         ValueError: there is no such tool in the file; names it.
     """
+    if path.suffix == ".jsonl":
+        raise ValueError(f"tools {path}: a JSON file is wanted, with one tool or one list of them, not a row a line")
     try:
         content = read_json(path)
         found = tool_schemas(content if isinstance(content, list) else [content])

@@ -55,6 +55,7 @@ def _examined(config: Config) -> Iterator[Finding]:
     yield from machine.packages(there)
     yield from machine.devices(config, there)
     yield from machine.processes(config)
+    yield from machine.run_directory(config)
     yield from machine.compile_cache(environment.programs_folder())
     hub = list(machine.hub(config))
     yield from hub
@@ -71,8 +72,9 @@ def _examined(config: Config) -> Iterator[Finding]:
 
 
 def _read(found: list[Finding]) -> bool:
-    """Whether the model's configuration and tokenizer could be read."""
-    return any(finding.level == "ok" and finding.what == "tokenizer" for finding in found)
+    """Whether the model's configuration and tokenizer could be read, and prompts can be made."""
+    refused = any(finding.level == "error" and finding.what == "template" for finding in found)
+    return not refused and any(finding.level == "ok" and finding.what == "tokenizer" for finding in found)
 
 
 def _absent(found: list[Finding], kind: str) -> bool:

@@ -23,6 +23,7 @@ import jax
 from itool_jax.config import Config
 from itool_jax.model.hf import could_be_hub_name
 from itool_jax.model.sharding import use_mesh
+from itool_jax.run_directory import check
 from itool_jax.untrusted import one_line
 
 TRIAL = 32 << 20
@@ -177,6 +178,14 @@ def _mesh(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "mesh", text, "--mesh.data=0 takes all; --mesh.fsdp shares the weights out")
     else:
         yield Finding("ok", "mesh", f"data={config.mesh.data} fsdp={config.mesh.fsdp} tensor={config.mesh.tensor}")
+
+
+def run_directory(config: Config) -> Iterator[Finding]:
+    """Whether a run with these settings could work in the run directory, if it is there."""
+    try:
+        check(config)
+    except ValueError as error:
+        yield Finding("error", "run directory", str(error))
 
 
 # Disk, cache, hub, other processes --------------------------------------------------------------------------

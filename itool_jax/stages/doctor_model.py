@@ -5,7 +5,7 @@ In: settings. Out: findings, and samples to show. No weight is read, nothing is 
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.text import Text
@@ -49,14 +49,15 @@ def model(config: Config) -> Iterator[Finding]:
     place = folder.model_folder(config)
     shapes, found = _refused("model", "take a supported model", lambda: hf.read_config(place, config.dtype))
     yield from found
-    if shapes is not None:
-        count = f"{shapes.n_layers} layers of {shapes.hidden_size}, vocabulary {shapes.vocab_size}"
-        yield Finding("ok", "model", f"{place}: {count}, context {shapes.max_length}")
-        held, found = _refused("weights", "download the model again", lambda: hf.checked(place, shapes)[1])
-        yield from found
-        if held is not None:
-            total = sum(math.prod(tensor.shape) for tensor in held.values())
-            yield Finding("ok", "weights", f"{len(held)} tensors of {total:,} numbers, as config.json asks for")
+    if shapes is None:
+        return
+    count = f"{shapes.n_layers} layers of {shapes.hidden_size}, vocabulary {shapes.vocab_size}"
+    yield Finding("ok", "model", f"{place}: {count}, context {shapes.max_length}")
+    held, found = _refused("weights", "download the model again", lambda: hf.checked(place, shapes)[1])
+    yield from found
+    if held is not None:
+        total = sum(math.prod(tensor.shape) for tensor in held.values())
+        yield Finding("ok", "weights", f"{len(held)} tensors of {total:,} numbers, as config.json asks for")
     base, found = _refused(
         "tokenizer", "take the tokenizer that belongs to the model", lambda: folder.load_base(config)
     )
@@ -142,9 +143,10 @@ class Shown(NamedTuple):
 def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     """What a run would make of the data, and samples of it: a call and a text, where there are any."""
     skipped: list[str] = []
-    made, found = _refused("data", "mend the data, or --skip_bad_rows", lambda: parts.divide(config, skipped))
+    remedy = "check --data; --skip_bad_rows leaves wrong rows out"
+    made, found = _refused("data", remedy, lambda: parts.divide(config, skipped))
     if made is None:
-        return found, []
+        return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in found], []
     train, limit = made[0]["train"], folder.load_base(config).config.max_length
     lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
@@ -153,8 +155,7 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     if skipped:
         level = "warning" if config.skip_bad_rows else "error"
         remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
-        first = "; ".join(" ".join(line.split())[:200] for line in skipped[:LISTED])
-        found.append(Finding(level, "data", f"{len(skipped)} rows are wrong or too long, the first: {first}", remedy))
+        found.append(Finding(level, "data", _first(skipped), remedy))
     _, short = _refused("data", "add data", lambda: parts.split_off_replay(config, train.samples))
     if config.search.last_step_limit + lengths[-1] > limit:
         text = (
@@ -165,6 +166,11 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     for sample, row in zip(train.samples, train.encoded, strict=True):
         by_kind.setdefault(looks_like_calls(sample.target), Shown(sample, row))
     return found + short, [by_kind[kind] for kind in (True, False) if kind in by_kind]
+
+
+def _first(skipped: Sequence[str]) -> str:
+    first = "; ".join(" ".join(line.split())[:200] for line in skipped[:LISTED])
+    return f"{len(skipped)} rows are wrong or too long, the first: {first}"
 
 
 def preview(config: Config, shown: Shown) -> Iterator[Text]:

@@ -31,6 +31,8 @@ PURPOSES = {
     "total": ("total",),
 }
 """Columns of the table, and what of a need is in each."""
+ALL = ("; that is a device's whole batch", "; an iteration has no more prompts, or more are not looked at")
+"""Why no larger size was looked at, of a training and of a search."""
 Row = dict[str, Any]
 
 
@@ -41,7 +43,7 @@ def run(config: Config) -> Row:
     config = memory.laid_out(config, hardware)
     data = _data(config)
     planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.buffer)), hardware)
-    say(f"planning for {hardware.n_devices} x {hardware.name}; {hardware.answers} is asked")
+    say(f"planning for {hardware.n_devices} x {hardware.name}, asking {hardware.answers}")
     # 1. What each stage needs as it is set, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
     as_set = [planner.as_set(stage) for stage in stages]
@@ -57,7 +59,7 @@ def run(config: Config) -> Row:
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
-        "largest": [_size_row(found, hardware) for found in most],
+        "largest": [_size_row(found, hardware) | {"is_all": planner.is_all(found)} for found in most],
         "change": None if change is None else _change_row(change, hardware),
         "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype},
         "seconds_to_plan": round(time.monotonic() - start, 1),
@@ -156,7 +158,8 @@ def _largest(plan: Row) -> list[str]:
     for row in plan["largest"]:
         if row["fits"]:
             total = row["bytes_a_device"]["total"] / 1e9
-            lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB")
+            why = ALL[row["stage"] == "search"] if row["is_all"] else ""
+            lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB{why}")
         else:
             lines.append(f"no {row['setting']} fits, {row['value']} is the least")
     if plan["fits"]:

@@ -28,10 +28,11 @@ from itool_jax.text.padding import bucket, target_width
 from itool_jax.untrusted import one_line
 
 # For devices that are not here the host compiles. It would make copies of weights in float32, all at once and before
-# the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16.
+# the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16. And it would
+# drop barriers first and then join what is computed twice: all layers' NF4 kernels decoded would be kept.
 HOST_FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster",
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
     "--xla_backend_optimization_level=0",
 )
 SIZES = {"warmup": "warmup.micro_batch", "search": "search.batch", "dpo": "preference.micro_batch"}
@@ -199,6 +200,11 @@ class Planner:
             candidates = self.candidates(stage)
         size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
         return self.need_at(stage, size)
+
+    def is_all(self, found: StageNeed) -> bool:
+        """Whether a size is the largest of any use: as many prompts as a search has, or a device's whole batch."""
+        with on(self.hardware, self.config.mesh):
+            return found.size == self.candidates(found.stage)[-1]
 
     def fewer_tokens(self, stage: str) -> StageNeed:
         """A stage that only runs the model, with as many tokens a batch as fit, or as few as a quarter."""
