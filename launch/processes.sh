@@ -3,7 +3,7 @@
 #   launch/processes.sh 2 --run_dir=runs/two
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else exec "$@"; fi; }
-(($# >= 1)) || { grep '^# ' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { grep '^# ' "$0" >&2; exit 2; }
 count=$1
 shift
 port=${PORT:-$((20000 + RANDOM % 10000))}

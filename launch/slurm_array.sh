@@ -11,7 +11,7 @@
 #SBATCH --signal=TERM@120
 set -uo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
-(($# >= 3)) || { grep '^# ' "$0" >&2; exit 2; }
+(($# >= 3)) && [[ ${SLURM_ARRAY_TASK_ID:-} ]] || { grep '^# ' "$0" >&2; exit 2; }
 folder=$1
 read -ra configs <<< "$2"
 read -ra seeds <<< "$3"

@@ -124,6 +124,9 @@ class Session:
 
     def turn(self, text: str) -> None:
         """A question, and answers to it until one calls no tool; taken back where it is stopped or impossible."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            self.say("that line is not UTF-8", "yellow")
+            return
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
