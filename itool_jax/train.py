@@ -48,7 +48,7 @@ class TrainingSettings:
     """Passes over the data."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
-    rise: float = 0.1
+    warmup_ratio: float = 0.1
     """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
@@ -62,8 +62,8 @@ class TrainingSettings:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.rise < 1:
-            raise ValueError(f"{self.section}.rise must be in [0, 1), got {self.rise}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"{self.section}.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch)):
             raise ValueError(
                 f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
@@ -93,7 +93,7 @@ class TrainingSettings:
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
-        rise = self.rise * n_steps
+        rise = self.warmup_ratio * n_steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))

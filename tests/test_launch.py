@@ -204,6 +204,21 @@ def test_a_jobset_without_settings_passes_none(tmp_path: Path):
     assert all(argument.startswith("--") for argument in container["args"])
 
 
+def test_a_script_that_is_given_what_cannot_be_says_so(tmp_path: Path):
+    (tmp_path / "launch").symlink_to(LAUNCH)
+    bash = shutil.which("bash")
+    assert bash
+    for command in ("gke.sh My_Run 2 IMAGE", "gke.sh mine 0 IMAGE", "processes.sh x", "gpu_node.sh --help"):
+        done = subprocess.run([bash, *f"launch/{command}".split()], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2, command
+        assert done.stderr.startswith("# "), command
+    alone = subprocess.run(
+        [bash, "launch/gpu_node.sh", "a"], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert (alone.returncode, alone.stderr) == (2, "there is no nvidia-smi here: set GPUS\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["launch"]
+
+
 @pytest.mark.parametrize("name", ["gke", "gpu_node", "processes", "slurm_array", "tpu_pod", "xpk"])
 def test_a_script_that_is_given_too_little_says_how_it_is_used(name: str, tmp_path: Path):
     done = subprocess.run(["bash", LAUNCH / f"{name}.sh"], capture_output=True, text=True, cwd=tmp_path, check=False)

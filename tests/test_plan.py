@@ -167,6 +167,8 @@ def test_the_largest_sizes_fit_where_there_is_room(made: Made, roomy: Row):
     assert roomy["change"] is None
     assert {row["setting"] for row in roomy["largest"]} == set(sizes.STAGE_OF)
     assert [row["value"] for row in roomy["largest"] if row["stage"] == "warmup"] == [8]
+    for row in roomy["largest"]:
+        assert row["of"] in ("a device's whole share of a batch", "an iteration has 8 prompts")
     for row in roomy["stages"]:
         need = row["bytes_a_device"]
         assert need["total"] == sum(value for name, value in need.items() if name != "total")

@@ -14,7 +14,7 @@ from itool_jax.train import PreferenceSettings, WarmupSettings
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 10, 100, 1001])
 @pytest.mark.parametrize("rise", [0.0, 0.1, 0.5])
 def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
-    settings = WarmupSettings(learning_rate=2e-3, rise=rise)
+    settings = WarmupSettings(learning_rate=2e-3, warmup_ratio=rise)
     rates = np.array([settings.rate(step, n_steps) for step in range(n_steps)])
     assert (rates > 0).all()
     assert rates.max() <= 2e-3
@@ -41,8 +41,8 @@ def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
         ("micro_batch", 3, r"must divide \w+.batch_size=\d+, got 3"),
         ("epochs", -1, "must be positive, got -1"),
         ("clip_norm", 0.0, "must be positive, got 0.0"),
-        ("rise", 1.0, r"must be in \[0, 1\), got 1.0"),
-        ("rise", -0.1, r"must be in \[0, 1\), got -0.1"),
+        ("warmup_ratio", 1.0, r"must be in \[0, 1\), got 1.0"),
+        ("warmup_ratio", -0.1, r"must be in \[0, 1\), got -0.1"),
         ("weight_decay", -0.01, "must not be negative, got -0.01"),
     ],
 )

@@ -135,7 +135,10 @@ def _first_gold_steps(searcher: Searcher) -> list[float]:
 
 def sft(task: Task) -> Work:
     settings = train.WarmupSettings(
-        batch_size=task["sizes"]["rows"], epochs=task["sizes"]["steps"], rise=0.0, learning_rate=task["learning_rate"]
+        batch_size=task["sizes"]["rows"],
+        epochs=task["sizes"]["steps"],
+        warmup_ratio=0.0,
+        learning_rate=task["learning_rate"],
     )
     rows = [Encoded(str(i), *ids) for i, ids in enumerate(zip(task["prompts"], task["targets"], strict=True))]
     tokens = sum(len(row.prompt_ids) + len(row.target_ids) for row in rows)
@@ -145,7 +148,10 @@ def sft(task: Task) -> Work:
 
 def dpo(task: Task) -> Work:
     settings = train.PreferenceSettings(
-        batch_size=task["sizes"]["rows"], epochs=task["sizes"]["steps"], rise=0.0, learning_rate=task["learning_rate"]
+        batch_size=task["sizes"]["rows"],
+        epochs=task["sizes"]["steps"],
+        warmup_ratio=0.0,
+        learning_rate=task["learning_rate"],
     )
     _, policy = load(task)
     per_batch = GenerateSettings().tokens_per_batch

@@ -31,8 +31,6 @@ PURPOSES = {
     "total": ("total",),
 }
 """Columns of the table, and what of a need is in each."""
-ALL = ("; that is a device's whole batch", "; an iteration has no more prompts, or more are not looked at")
-"""Why no larger size was looked at, of a training and of a search."""
 Row = dict[str, Any]
 
 
@@ -59,7 +57,7 @@ def run(config: Config) -> Row:
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
-        "largest": [_size_row(found, hardware) | {"is_all": planner.is_all(found)} for found in most],
+        "largest": [_size_row(found, hardware) | {"of": planner.no_larger_than(found)} for found in most],
         "change": None if change is None else _change_row(change, hardware),
         "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype},
         "seconds_to_plan": round(time.monotonic() - start, 1),
@@ -158,8 +156,8 @@ def _largest(plan: Row) -> list[str]:
     for row in plan["largest"]:
         if row["fits"]:
             total = row["bytes_a_device"]["total"] / 1e9
-            why = ALL[row["stage"] == "search"] if row["is_all"] else ""
-            lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB{why}")
+            of = f", {row['of']}" if row["of"] else ""
+            lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB{of}")
         else:
             lines.append(f"no {row['setting']} fits, {row['value']} is the least")
     if plan["fits"]:

@@ -201,10 +201,16 @@ class Planner:
         size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
         return self.need_at(stage, size)
 
-    def is_all(self, found: StageNeed) -> bool:
-        """Whether a size is the largest of any use: as many prompts as a search has, or a device's whole batch."""
+    def no_larger_than(self, found: StageNeed) -> str | None:
+        """What a size is the whole of, so that no larger one was looked at; None where a larger one did not fit."""
         with on(self.hardware, self.config.mesh):
-            return found.size == self.candidates(found.stage)[-1]
+            largest = self.candidates(found.stage)[-1]
+        if found.size < largest:
+            return None
+        if found.stage != "search":
+            return "a device's whole share of a batch"
+        prompts = sizes.hardest(self.config, len(self.rows.buffer))
+        return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
 
     def fewer_tokens(self, stage: str) -> StageNeed:
         """A stage that only runs the model, with as many tokens a batch as fit, or as few as a quarter."""

@@ -83,8 +83,13 @@ def _candidates(config: Config, name: str) -> list[int]:
 def search_batches(config: Config, buffer: int) -> list[int]:
     """Values of search.batch to look at, for a replay buffer of so many samples."""
     count = memory.row_devices(running=True)
-    wanted = min(MOST, max(1, round(config.replay.hardest_fraction * buffer)))
+    wanted = min(MOST, hardest(config, buffer))
     return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
+
+
+def hardest(config: Config, buffer: int) -> int:
+    """About how many prompts an iteration searches, of a replay buffer of so many samples."""
+    return max(1, round(config.replay.hardest_fraction * buffer))
 
 
 def training_settings(config: Config, name: str) -> TrainingSettings:
