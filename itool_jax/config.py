@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
@@ -240,6 +240,8 @@ def parse(arguments: Sequence[str]) -> Config:
         ValueError: one line that names the setting, and the YAML file where it stands in one.
     """
     arguments = [_at_home(argument) for argument in arguments]
+    if not {"--stage", "--help", "-h"} & {argument.split("=")[0] for argument in arguments}:
+        raise ValueError(f"what to do is missing: --stage={{{','.join(get_args(Stage))}}}; see --help")
     chosen = _chosen_files(arguments)
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO

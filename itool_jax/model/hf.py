@@ -99,7 +99,7 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
     if not path.is_file():
         adapters = (folder / "adapter_config.json").is_file()
         other = (
-            "holds adapters alone; export with export.kind=merged" if adapters else "is no Hugging Face model folder"
+            "holds adapters alone; export with export.kind=merged" if adapters else "is not a Hugging Face model folder"
         )
         raise ValueError(f"{path} does not exist: {folder} {other}")
     raw = _read_json(path)

@@ -10,7 +10,7 @@ YAML = "--stage=iterate --config=DIR/c.yaml"
 GENERATE = "--stage=generate --model=MODEL --data=FILE --output=OUT"
 
 COMMAND_LINES = [
-    fault("no-stage", "no stage is given", "--seed=1", "Missing from python -m itool_jax.main: --stage {iterate,warmup,score,search,dpo,evaluate,generate,export…"),
+    fault("no-stage", "no stage is given", "--seed=1", "what to do is missing: --stage={iterate,warmup,score,search,dpo,evaluate,generate,export,report,plan,doctor}; see --help"),
     fault("unknown-stage", "a stage that there is none of", "--stage=walk", "invalid choice 'walk' for argument '--stage'. Expected one of ('iterate', 'warmup', 'score', 'search', 'dpo', 'evaluate', 'generate', 'export', 'report', 'plan', 'doctor').; see --help"),
     fault("unknown-option", "a misspelt setting", "--stage=iterate --search.breadht=3", "Unrecognized options: --search.breadht=3; Perhaps you meant: --search.breadth INT W: steps sampled at each expansion. (default: 3); see --help"),
     fault("no-number", "a word for a number", "--stage=iterate --iterations=many", "Error parsing --iterations: invalid literal for int() with base 10: 'many'; Argument helptext: --iterations INT Rounds of score, search, preference training. (default: 3); see --help"),
