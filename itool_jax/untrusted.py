@@ -25,8 +25,6 @@ MAX_SETTINGS_BYTES = 100_000
 """Size of a YAML file; all settings of a run take 5,000."""
 MAX_JSON_BYTES = 1 << 26
 """Size of a JSON file that is no data: an index of 10,000 tensors takes 1 MB."""
-SHALLOW = 300
-"""Levels that Python's JSON reader is always equal to."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
@@ -41,28 +39,10 @@ def too_deep(value: Any, limit: int = MAX_DEPTH) -> bool:
     return True
 
 
-_BRACKET = re.compile(r'"(?>(?:[^"\\]++|\\.)*)"?|[\[{]|[\]}]', re.DOTALL)
-
-
-def loads(text: str) -> Any:
-    """`json.loads`, with a RecursionError before the reader would meet Python's limit itself.
-
-    It is written in C: where the limit is met in the middle of it, and JAX's callback of the garbage collector there
-    too, a process under the fuzzer ended at once, about every third time.
-    """
-    if text.count("[") + text.count("{") > SHALLOW:
-        depth = 0
-        for match in _BRACKET.finditer(text):
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-            if depth > SHALLOW:
-                raise RecursionError("nested too deeply")
-    return json.loads(text)
-
-
 def parse_json(text: str) -> Any:
     """The JSON value of a text. ValueError for what is none, whatever it is."""
     try:
-        value = loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
     if text.count("[") + text.count("{") > MAX_DEPTH and too_deep(value):

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from itool_jax.data.records import Row, Sample, content_id
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
 from itool_jax.text.calls import Call, calls_from_openai, write_calls
-from itool_jax.untrusted import loads
 
 NO_CALL = "None of the available tools can help with this request."
 """The target where a data set's answer is an empty list of calls."""
@@ -219,7 +218,7 @@ def field(row: Any, key: str, *kinds: type) -> Any:
 def read_json(name: str, text: str) -> Any:
     """The value of a JSON text inside a row; ValueError where it is not valid."""
     try:
-        return loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f'"{name}" is not valid JSON ({str(error)[:60]})') from error
 

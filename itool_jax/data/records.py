@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from itool_jax.hosts import is_first
-from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, loads, too_deep
+from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 Row = dict[str, Any]
 PARQUET_ROWS = 64
@@ -192,7 +192,7 @@ def _too_large(path: pathlib.Path) -> str:
 
 def _decode(data: bytes, where: str) -> Any:
     try:
-        value = loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:

@@ -13,7 +13,6 @@ import re
 from typing import Any
 
 from itool_jax.data.records import Row
-from itool_jax.untrusted import loads
 
 MAX_TYPE = 1000
 """Characters of a type's name; brackets in it take quadratic time."""
@@ -130,7 +129,7 @@ def tool_schemas(tools: Any) -> tuple[Row, ...]:
     """The schemas of a list of definitions, which may be None or a JSON text."""
     if isinstance(tools, str):
         try:
-            tools = loads(tools or "[]")
+            tools = json.loads(tools or "[]")
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise ValueError(f'"tools" is not valid JSON ({reason[:60]})') from error
@@ -204,7 +203,7 @@ def _typed(default: Any, kind: Any) -> Any:
     if not isinstance(default, str) or kind not in ("integer", "number", "boolean", "object", "array"):
         return default
     try:
-        value = loads(default.lower() if kind == "boolean" else default)
+        value = json.loads(default.lower() if kind == "boolean" else default)
     except (ValueError, RecursionError):
         return default
     expected = {"integer": int, "number": int | float, "boolean": bool, "object": dict, "array": list}[kind]

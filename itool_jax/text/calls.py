@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from itool_jax.untrusted import loads
-
 MAX_DEPTH = 64  # levels of lists and dicts inside one argument
 
 _SPACE = re.compile(r"\s*+")
@@ -281,7 +279,7 @@ def _openai_call(entry: Any) -> Call:
     arguments = function["arguments"]
     if isinstance(arguments, str):
         try:
-            arguments = loads(arguments)
+            arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the arguments of {function['name']!r} are not JSON: {error}") from None
     if not isinstance(arguments, dict):
