@@ -232,8 +232,7 @@ class Model:
         Raises:
             ValueError: a sample is malformed or does not fit the context, or a setting is out of range.
         """
-        alone = isinstance(samples, str) or not isinstance(samples, Sequence)
-        given: list[Any] = [samples] if isinstance(samples, str) or not isinstance(samples, Sequence) else [*samples]
+        given: list[Any] = [*samples] if isinstance(samples, Sequence) else [samples]
         if wrong := [one for one in given if not isinstance(one, Mapping | Sample)]:
             raise ValueError(f"a sample is a dict with messages, tools and target, got {wrong[0]!r:.80}")
         if unknown := settings.keys() - {field.name for field in dataclasses.fields(SearchSettings)}:
@@ -253,7 +252,7 @@ class Model:
             table = self._table(config.search.granularity)
             rows = search.trees(self._policy, self._base, table, items, config, advance)
         trees = [SearchTree(**row["tree"], pairs=row["pairs"]) for row in rows]
-        return trees[0] if alone else trees
+        return trees if isinstance(samples, Sequence) else trees[0]
 
     def _table(self, granularity: Granularity) -> StepTable:
         if granularity not in self._tables:

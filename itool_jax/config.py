@@ -317,7 +317,9 @@ def _file_arguments(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line")
     flat = dict(_flatten(content))
-    if (path.parent / "environment.json").is_file():  # that of a run, which may have been moved or copied since
+    if (
+        path.name == "config.yaml" and (path.parent / "environment.json").is_file()
+    ):  # that of a run, which may have been moved or copied since
         flat["run_dir"] = str(path.parent)
     known = {name for name, _ in _flatten(_defaults())}
     if unknown := sorted(set(flat) - known):

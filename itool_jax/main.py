@@ -81,7 +81,10 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     preemption.listen()
     metrics.console_out.quiet = not hosts.is_first()
     if config.stage in ("generate", "export"):
-        config = dataclasses.replace(config, mesh=mesh_here(config.mesh))
+        mesh = mesh_here(config.mesh)
+        if mesh != config.mesh:
+            metrics.say("the mesh needs more devices than are here; one is used")
+        config = dataclasses.replace(config, mesh=mesh)
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.by_first("settings", lambda: run_directory.save_or_check(config))
         _open_log(config, arguments)

@@ -100,11 +100,13 @@ def _host_devices(count: int) -> None:
     flags += [f for f in (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS) if not _set(flags, f)]
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    here = len(jax.devices("cpu"))  # XLA reads its flags here, once
-    if given is None:
-        del os.environ["XLA_FLAGS"]
-    else:
-        os.environ["XLA_FLAGS"] = given
+    try:
+        here = len(jax.devices("cpu"))  # XLA reads its flags here, once
+    finally:
+        if given is None:
+            del os.environ["XLA_FLAGS"]
+        else:
+            os.environ["XLA_FLAGS"] = given
     if here < count:
         raise ValueError(f"plan.count={count}, and JAX runs on {here} devices already; plan in a process of its own")
 
