@@ -160,7 +160,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
     Where nobody looks at a terminal, one line at the end says how long it took; `log.jsonl` says now and then how far
     it is.
     """
-    start = time.monotonic()
+    before, start = done, time.monotonic()
     told = start
     bar = Progress(
         TextColumn("{task.description:<28}"),
@@ -184,13 +184,13 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
             tick()
             if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
                 told = now
-                _tell(what, done, total, now - start, note)
+                left = (now - start) / max(done - before, 1) * max(total - done, 0)
+                _tell(what, done, total, now - start, left, note)
 
         yield advance
     say(f"{what:<28} {done} in {time.monotonic() - start:.1f} s")
 
 
-def _tell(what: str, done: int, total: int, seconds: float, extra: str) -> None:
-    left = seconds / max(done, 1) * max(total - done, 0)
+def _tell(what: str, done: int, total: int, seconds: float, left: float, extra: str) -> None:
     text = f"{what} {done}/{total}, {seconds:.0f} s, about {left:.0f} s left"
     note("progress", f"{text}, {extra}" if extra else text)
