@@ -82,7 +82,7 @@ LARGE = Sizes(
     step=64,
     micro=1,
     prompts=48,
-    trees=SearchSettings(batch=32, last_step_limit=128),
+    trees=SearchSettings(batch=32, max_last_step_tokens=128),
 )
 
 
@@ -106,7 +106,7 @@ HOST = dataclasses.replace(
     length=512,
     target=128,
     prompts=8,
-    trees=SearchSettings(batch=8, n_simulations=1, max_depth=2, last_step_limit=32),
+    trees=SearchSettings(batch=8, n_simulations=1, max_depth=2, max_last_step_tokens=32),
 )
 """A model of 0.2 billion parameters, for a processor and its memory."""
 
@@ -116,7 +116,7 @@ def small() -> Sizes:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(inputs.MODELS["tiny"]))
         model = hf.read_config(Path(folder), "float32")
-    trees = SearchSettings(batch=2, n_simulations=2, breadth=2, max_depth=2, step_limit=4, last_step_limit=6)
+    trees = SearchSettings(batch=2, n_simulations=2, breadth=2, max_depth=2, max_step_tokens=4, max_last_step_tokens=6)
     return Sizes(
         model=dataclasses.replace(model, remat="layers"),
         prompt=64,

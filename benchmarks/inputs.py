@@ -49,7 +49,7 @@ MODELS = {
     "tiny": _shape(512, 64, 96, 2, 2, 1),
 }
 
-TREES = {"breadth": 3, "max_depth": 3, "n_simulations": 16, "step_limit": 32, "last_step_limit": 32}
+TREES = {"breadth": 3, "max_depth": 3, "n_simulations": 16, "max_step_tokens": 32, "max_last_step_tokens": 32}
 LORA = {"rank": 16}
 LEARNING_RATE = 1e-4
 FULL: dict[str, list[Row]] = {
@@ -62,7 +62,7 @@ FULL: dict[str, list[Row]] = {
     "dpo": [{"rows": 4, "prompt": 448, "step": 64, "steps": 2, "lora": LORA}],
     "import": [{"model": "1gb"}],
 }
-SMALL_TREES = {"breadth": 2, "max_depth": 2, "n_simulations": 3, "step_limit": 6, "last_step_limit": 8}
+SMALL_TREES = {"breadth": 2, "max_depth": 2, "n_simulations": 3, "max_step_tokens": 6, "max_last_step_tokens": 8}
 SMALL: dict[str, list[Row]] = {
     "generate": [{"rows": 2, "prompt": 24, "new": 4}],
     "score": [{"rows": 4, "prompt": 16, "target": 16}],

@@ -94,8 +94,8 @@ def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Set
     with jax.set_mesh(mesh):
         if kind == "search":
             search = SearchSettings()
-            own = bucket(search.last_step_limit + QUESTION)
-            lengths = Lengths(settings.length, settings.length, bucket(search.max_depth * search.step_limit), own)
+            own = bucket(search.max_last_step_tokens + QUESTION)
+            lengths = Lengths(settings.length, settings.length, bucket(search.max_depth * search.max_step_tokens), own)
             batch = machine.search_batch
             need = memory.Program(lambda c: memory.searching(c, lora, search, lengths, batch), memory.LOOP).at_depth(
                 model

@@ -93,7 +93,7 @@ def main(s: Settings) -> None:
         (f"decode, batch {n}, {s.recipe.prompt} tokens before", decode(c, n, s.recipe.prompt), n, "tokens/s")
         for n in (1, 32, 128)
     ]
-    shared = decode(c, search.breadth * search.batch, s.recipe.prompt, search.batch, search.step_limit)
+    shared = decode(c, search.breadth * search.batch, s.recipe.prompt, search.batch, search.max_step_tokens)
     rows += [
         (f"decode, {search.batch} prompts x {search.breadth}", shared, search.breadth * search.batch, "tokens/s"),
         ("prefill, 8 x 2048", forward(c, 8, 2048), 8 * 2048, "tokens/s"),

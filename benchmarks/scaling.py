@@ -90,8 +90,8 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
         batch=batch,
         breadth=sizes["breadth"],
         n_simulations=sizes["simulations"],
-        step_limit=16,
-        last_step_limit=16,
+        max_step_tokens=16,
+        max_last_step_tokens=16,
     )
     before = peak_bytes()
     for _ in range(2):

@@ -20,8 +20,8 @@ class SerialSettings:
     breadth: int
     max_depth: int
     n_simulations: int
-    step_limit: int
-    last_step_limit: int
+    max_step_tokens: int
+    max_last_step_tokens: int
     exploration: float = 1.0
 
 
@@ -79,7 +79,7 @@ def select(node: Node, exploration: float) -> Node:
 def expand(node: Node, gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> None:
     """Samples steps, adds the gold's next one, and scores each new state (eq 6)."""
     whole = node.depth + 1 >= s.max_depth
-    limit = s.last_step_limit if whole else s.step_limit
+    limit = s.max_last_step_tokens if whole else s.max_step_tokens
     steps = [model.sample(node.path, limit, whole, w) for w in range(s.breadth)]
     steps.append(next_gold_step(node.path, gold_steps, whole)[:limit])
     for step in [step for i, step in enumerate(steps) if step and step not in steps[:i]]:

@@ -44,7 +44,7 @@ class DistributedSettings:
     """How many processes there are."""
     process_id: int | None = None
     """Which of them this one is, from 0."""
-    patience: float = 30.0
+    heartbeat_timeout: float = 30.0
     """Seconds without a sign of life of a process until the others stop and name it."""
 
     def __post_init__(self) -> None:
@@ -60,8 +60,10 @@ class DistributedSettings:
                 f"distributed.process_id must be from 0 to num_processes - 1, got {self.process_id} of "
                 f"{self.num_processes}"
             )
-        if not self.patience > 2 * BEAT:
-            raise ValueError(f"distributed.patience must be more than {2 * BEAT:.0f} seconds, got {self.patience}")
+        if not self.heartbeat_timeout > 2 * BEAT:
+            raise ValueError(
+                f"distributed.heartbeat_timeout must be more than {2 * BEAT:.0f} seconds, got {self.heartbeat_timeout}"
+            )
 
     @property
     def several(self) -> bool:
@@ -95,7 +97,7 @@ class _Run:
     agreed: dict[str, Any] = dataclasses.field(default_factory=dict)
     left: set[int] = dataclasses.field(default_factory=set)
     leaving: bool = False
-    patience: float = 0.0
+    timeout: float = 0.0
     steps: int = 0
     step_time: float = 0.0
     heard: dict[int, _Other] = dataclasses.field(default_factory=dict)
@@ -144,7 +146,7 @@ def join(settings: DistributedSettings, stage: Callable[[], str | None] = lambda
         reason = str(error).splitlines()[0]
         raise ValueError(f"the processes of this run did not find each other: {reason}") from error
     _run.store, _run.index, _run.count = distributed.global_state.client, jax.process_index(), jax.process_count()
-    _run.stage, _run.patience = stage, settings.patience
+    _run.stage, _run.timeout = stage, settings.heartbeat_timeout
     _watch()
 
 
@@ -308,13 +310,13 @@ def _judge() -> None:
         silent = {i: time.monotonic() - other.time for i, other in _run.heard.items()}
         if _run.leaving:
             return
-        if silent[index()] > _run.patience and index() != 0:  # no one can be heard of: the store is silent
+        if silent[index()] > _run.timeout and index() != 0:  # no one can be heard of: the store is silent
             _end(f"{_described(0)} has not been heard of for {silent[index()]:.0f} s: it died or hangs")
-        others = silent.keys() - _run.left - {index()} if silent[index()] < _run.patience / 2 else ()
+        others = silent.keys() - _run.left - {index()} if silent[index()] < _run.timeout / 2 else ()
         for i in sorted(others):
-            if (seconds := silent[i]) > _run.patience:
+            if (seconds := silent[i]) > _run.timeout:
                 _end(f"{_described(i)} has not been heard of for {seconds:.0f} s: it died or hangs")
-            if (quiet := _behind(_run.heard[i].state)) > _run.patience:
+            if (quiet := _behind(_run.heard[i].state)) > _run.timeout:
                 _end(f"{_described(i)} has been at one training step for {quiet:.0f} s, and is behind: it hangs")
 
 
@@ -384,4 +386,4 @@ def await_verdict() -> None:
     """After a fault that may be another's: gives the watch the time to find who is gone, which ends this process."""
     if _run.store is not None:
         print("an exchange with the other processes failed; looking for the one that is gone", file=sys.stderr)
-        time.sleep(_run.patience + 3 * BEAT)
+        time.sleep(_run.timeout + 3 * BEAT)

@@ -202,7 +202,7 @@ def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, le
     """A round of last steps; what the questions read, the caches of the prompts with the reference, is kept beside."""
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
-    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.last_step_limit, search.step_limit)
+    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.max_last_step_tokens, search.max_step_tokens)
     draws = _draws(batch * search.breadth)
     step = sampler.sample_step.lower(graph, limit, weights, step_table(model.vocab_size), prompt, *path, *draws)
     return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))

@@ -59,7 +59,7 @@ def make_run(folder: Path, tiny_folder: Path) -> Made:
         ),
         *("--replay.replay_fraction=0.2", "--replay.hardest_fraction=0.4", "--warmup.batch_size=8"),
         *(f"--search.n_simulations={SIMULATIONS}", f"--search.breadth={BREADTH}", f"--search.max_depth={DEPTH}"),
-        *("--search.step_limit=8", "--search.last_step_limit=12", "--search.batch=4"),
+        *("--search.max_step_tokens=8", "--search.max_last_step_tokens=12", "--search.batch=4"),
         *("--preference.learning_rate=1e-3", *SMALL),
     ]
     chat = Chat(load_tokenizer(str(tiny_folder)))

@@ -104,7 +104,7 @@ def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
 
 GOLD = [[7, 8], [9], [10, 0]]
 STOP = 0
-SIZES = {"breadth": 3, "max_depth": 3, "n_simulations": 24, "step_limit": 4, "last_step_limit": 6}
+SIZES = {"breadth": 3, "max_depth": 3, "n_simulations": 24, "max_step_tokens": 4, "max_last_step_tokens": 6}
 
 
 def number(*values: Any) -> float:

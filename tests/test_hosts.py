@@ -36,7 +36,7 @@ class Processes:
                     *(sys.executable, *(["-m", "itool_jax.main"] if code is None else ["-c", code])),
                     *(f"--run_dir={folder}", *arguments),
                     *(f"--distributed.coordinator_address=localhost:{port}", f"--distributed.num_processes={count}"),
-                    *(f"--distributed.process_id={i}", f"--distributed.patience={PATIENCE}"),
+                    *(f"--distributed.process_id={i}", f"--distributed.heartbeat_timeout={PATIENCE}"),
                 ],
                 cwd=REPOSITORY,
                 env=environment,
@@ -146,7 +146,7 @@ def test_a_process_that_dies_or_hangs_is_named(
     start, other = time.monotonic(), group.children[1 - victim]
     _, err = other.communicate(timeout=TIMEOUT)
     noticed = time.monotonic() - start
-    print(f"{number.name} of process {victim}: noticed after {noticed:.1f} s with patience {PATIENCE}")
+    print(f"{number.name} of process {victim}: noticed after {noticed:.1f} s with a timeout of {PATIENCE} s")
     assert other.returncode == hosts.LOST, err
     assert said in err.splitlines()[-1]
     assert noticed < PATIENCE + 25  # within 60 s with the default of 30
@@ -222,7 +222,7 @@ def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, proc
             ],
             "distributed.process_id must be from 0 to num_processes - 1, got 2 of 2",
         ),
-        (["--distributed.patience=1"], "distributed.patience must be more than 4 seconds"),
+        (["--distributed.heartbeat_timeout=1"], "distributed.heartbeat_timeout must be more than 4 seconds"),
         (["--distributed.auto", "--stage=export"], "stage export needs one process"),
         (["--distributed.auto", "--stage=generate"], "stage generate needs --output"),
     ],

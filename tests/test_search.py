@@ -16,7 +16,14 @@ STOP = 0
 
 def settings(**changes: Any) -> SearchSettings:
     """Small toy settings, with changes."""
-    small = {"breadth": 3, "max_depth": 3, "step_limit": 4, "last_step_limit": 8, "inject_gold": False, "batch": 5}
+    small = {
+        "breadth": 3,
+        "max_depth": 3,
+        "max_step_tokens": 4,
+        "max_last_step_tokens": 8,
+        "inject_gold": False,
+        "batch": 5,
+    }
     return SearchSettings(**(small | changes))
 
 
@@ -396,7 +403,7 @@ def test_a_problem_takes_the_seat_of_one_that_is_done() -> None:
     ("name", "value", "message"),
     [
         *((name, 0, "must be positive, got 0") for name in ("n_simulations", "breadth", "max_depth", "batch")),
-        *((name, -1, "must be positive, got -1") for name in ("step_limit", "last_step_limit")),
+        *((name, -1, "must be positive, got -1") for name in ("max_step_tokens", "max_last_step_tokens")),
         *((name, -0.5, "must not be negative, got -0.5") for name in ("exploration", "temperature", "prior_exponent")),
         ("exploration", math.nan, "must not be negative, got nan"),
         ("discount", 1.1, r"must be in \[0, 1\], got 1.1"),

@@ -31,7 +31,7 @@ from tests.test_search import by_path, response_of
 # The model as the search's functions -------------------------------------------------------------------------
 
 SMALL = SearchSettings(
-    n_simulations=8, breadth=2, max_depth=3, step_limit=6, last_step_limit=10, batch=4, exploration=2.0
+    n_simulations=8, breadth=2, max_depth=3, max_step_tokens=6, max_last_step_tokens=10, batch=4, exploration=2.0
 )
 CALLS = '[f(a="x"), g(b=1)]'
 QUESTIONS = ["short", "a longer question, " * 4, "is there a tool? " * 9, "very long " * 30]
@@ -185,7 +185,7 @@ def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) ->
 
 
 def test_gold_is_found_and_rewarded(setup: Setup) -> None:
-    settings = dataclasses.replace(SMALL, max_depth=1, last_step_limit=20)
+    settings = dataclasses.replace(SMALL, max_depth=1, max_last_step_tokens=20)
     searcher = setup.searcher([1, 2], settings)
     forest = searcher.search()
     for b, row in enumerate(searcher.batch):
@@ -225,7 +225,9 @@ def test_a_proposal_scores_the_gold_as_the_model_does(setup: Setup) -> None:
         row.encoded.target_ids for row in setup.batch
     ]
     assert [len(steps) for steps in gold] == [3, 2, 2, 2]  # the last is the end of turn
-    states = [State(b, [], SMALL.step_limit, False, steps[0][: SMALL.step_limit]) for b, steps in enumerate(gold)]
+    states = [
+        State(b, [], SMALL.max_step_tokens, False, steps[0][: SMALL.max_step_tokens]) for b, steps in enumerate(gold)
+    ]
     proposals = searcher.propose(states)
     rows = [(setup.batch[s.problem].encoded.prompt_ids, s.gold_step) for s in states]
     expected = target_log_probs(setup.policy, rows, 1024)

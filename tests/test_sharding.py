@@ -79,7 +79,9 @@ def everything(folder: Path) -> dict[str, Any]:
     for temperature in (0.0, 1.0):
         settings = GenerateSettings(max_tokens=8, temperature=temperature, tokens_per_batch=1024)
         found[f"responses at {temperature}"] = respond(policy, table, prompts, settings, 1024, 0)
-    settings = SearchSettings(n_simulations=6, breadth=3, max_depth=2, step_limit=6, last_step_limit=6, batch=4)
+    settings = SearchSettings(
+        n_simulations=6, breadth=3, max_depth=2, max_step_tokens=6, max_last_step_tokens=6, batch=4
+    )
     batch = [
         Searched(sample, encode_sample(chat, sample))
         for sample in (Sample(id=str(i), messages=(tiny.USER,), target=f"[f(a={i})]") for i in range(4))

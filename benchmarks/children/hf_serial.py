@@ -83,7 +83,7 @@ def search(task: Task) -> Work:
         functions = Serial(model, tokenizer, task, problem).functions()
         return serial.nodes_below(serial.search(problem["gold_steps"], task["stop_ids"], functions, settings))
 
-    return Work({"values": _first_gold_steps(model, tokenizer, task, settings.step_limit)}, timed(work))
+    return Work({"values": _first_gold_steps(model, tokenizer, task, settings.max_step_tokens)}, timed(work))
 
 
 def _first_gold_steps(model: Any, tokenizer: Any, task: Task, limit: int) -> Sequence[float]:

@@ -125,7 +125,7 @@ def searched(problem: dict[str, Any]) -> Searched:
 
 def _first_gold_steps(searcher: Searcher) -> list[float]:
     """For each problem: log-probability and self-evaluation of the gold's first step."""
-    limit = searcher.settings.step_limit
+    limit = searcher.settings.max_step_tokens
     steps = [problem.gold_steps[0][:limit] for problem in searcher.problems()[: searcher.settings.batch]]
     searcher.seat(list(enumerate(range(len(steps)))))
     proposals = searcher.propose([State(b, [], limit, False, step) for b, step in enumerate(steps)])

@@ -42,9 +42,9 @@ class SearchSettings:
     """λ of the prior exp(Σ log π / length^λ): 0 is the plain product, 1 the geometric mean."""
     granularity: Granularity = "call"
     """A step: one call (or sentence of text), one argument, or one whole list of calls."""
-    step_limit: int = 64
+    max_step_tokens: int = 64
     """Longest step, in tokens."""
-    last_step_limit: int = 512
+    max_last_step_tokens: int = 512
     """Longest last step, in tokens."""
     outcome: Literal["binary", "graded"] = "binary"
     """O of a whole response: right or wrong, +1 or -1, or graded between them by how much of the calls is right."""
@@ -55,7 +55,7 @@ class SearchSettings:
     and kept with the run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_simulations", "breadth", "max_depth", "step_limit", "last_step_limit", "batch"):
+        for name in ("n_simulations", "breadth", "max_depth", "max_step_tokens", "max_last_step_tokens", "batch"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"search.{name} must be positive, got {getattr(self, name)}")
         for name in ("exploration", "temperature", "prior_exponent"):
@@ -205,7 +205,7 @@ def grow(
         np.zeros(s.seats, np.int32),
         np.zeros(s.seats, np.int32),
         np.zeros(s.seats, np.int32),
-        np.zeros((*size, max(s.step_limit, s.last_step_limit)), np.int32),
+        np.zeros((*size, max(s.max_step_tokens, s.max_last_step_tokens)), np.int32),
         np.zeros(size, np.int32),
         [{} for _ in range(s.seats)],
     )
@@ -285,7 +285,7 @@ def _state(
     problems: Sequence[Problem], problem: int, path: list[int], depth: int, on_gold: bool, s: SearchSettings
 ) -> State:
     whole = depth + 1 >= s.max_depth
-    limit = s.last_step_limit if whole else s.step_limit
+    limit = s.max_last_step_tokens if whole else s.max_step_tokens
     gold = _next_gold_step(problems[problem].gold_steps, len(path), whole) if on_gold and s.inject_gold else []
     return State(problem, path, limit, whole, gold[:limit])
 

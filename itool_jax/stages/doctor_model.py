@@ -157,11 +157,10 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
         remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
         found.append(Finding(level, "data", _first(skipped), remedy))
     _, short = _refused("data", "add data", lambda: parts.split_off_replay(config, train.samples))
-    if config.search.last_step_limit + lengths[-1] > limit:
-        text = (
-            f"a last step of {config.search.last_step_limit} tokens behind the longest sample is more than the context"
-        )
-        short.append(Finding("warning", "data", text, "responses end there; lower search.last_step_limit, if at all"))
+    if (tokens := config.search.max_last_step_tokens) + lengths[-1] > limit:
+        text = f"a last step of {tokens} tokens behind the longest sample is more than the context"
+        mend = "responses end there; lower search.max_last_step_tokens, if at all"
+        short.append(Finding("warning", "data", text, mend))
     by_kind: dict[bool, Shown] = {}
     for sample, row in zip(train.samples, train.encoded, strict=True):
         by_kind.setdefault(looks_like_calls(sample.target), Shown(sample, row))

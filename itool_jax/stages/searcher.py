@@ -110,7 +110,7 @@ class Searcher:
         """Samples `breadth` steps for each state, in one compiled loop, and scores the gold's next where it joins."""
         s, (prefix, seats) = self.settings, self._seated(self.prompt, [state.problem for state in states])
         whole = any(state.whole for state in states)
-        room = max(s.last_step_limit, s.step_limit) if whole else s.step_limit
+        room = max(s.max_last_step_tokens, s.max_step_tokens) if whole else s.max_step_tokens
         steps = sample_step(
             self.policy.graph,
             room,

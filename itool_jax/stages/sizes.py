@@ -163,20 +163,20 @@ def search_lengths(
     gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
     frame = evaluation_frame(chat, gold, self_eval.scale)
     prompt, target = max(len(row.prompt_ids) for row in rows), max(len(row.target_ids) for row in rows)
-    path = max((s.max_depth - 1) * s.step_limit, target)
+    path = max((s.max_depth - 1) * s.max_step_tokens, target)
     return memory.Lengths(
         bucket(prompt, 256),
         bucket(max(prompt, len(longest.prompt_ids) + len(frame.before)), 256),
         1 + bucket(path, 64),
-        bucket(max(path, (s.max_depth - 1) * s.step_limit + s.last_step_limit) + len(frame.after), 64),
+        bucket(max(path, (s.max_depth - 1) * s.max_step_tokens + s.max_last_step_tokens) + len(frame.after), 64),
     )
 
 
 def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
     """Padded width of the longest pair that a search of these samples may find: a prompt, a response, another step."""
     s, limit = config.search, folder.load_base(config).config.max_length
-    step = max(s.last_step_limit, s.step_limit, *(len(row.target_ids) for row in rows))
-    response = (s.max_depth - 1) * s.step_limit + step
+    step = max(s.max_last_step_tokens, s.max_step_tokens, *(len(row.target_ids) for row in rows))
+    response = (s.max_depth - 1) * s.max_step_tokens + step
     longest = max(len(row.prompt_ids) for row in rows)
     return bucket(max(min(longest + response, limit) + step, 2 * step))
 
