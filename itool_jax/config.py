@@ -33,6 +33,8 @@ Stage = Literal[
     "iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report", "plan", "doctor"
 ]
 
+BENCHMARK_STAGES = ("iterate", "evaluate", "export", "plan", "doctor")
+"""Those that may be given a benchmark: it is asked by the first two."""
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
 
@@ -211,7 +213,7 @@ class Config:
             raise ValueError(f"{given[0]} is for the stage evaluate, got it with stage {self.stage}")
         if (given or self.categories) and self.benchmark is None:
             raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
-        if self.benchmark is not None and self.stage not in ("evaluate", "iterate", "export"):
+        if self.benchmark is not None and self.stage not in BENCHMARK_STAGES:
             raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
         if self.evaluate.underscore_to_dot and self.results is None:
             raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
@@ -242,13 +244,13 @@ def parse(arguments: Sequence[str]) -> Config:
     arguments = [_at_home(argument) for argument in arguments]
     if not {"--stage", "--help", "-h"} & {argument.split("=")[0] for argument in arguments}:
         raise ValueError(f"what to do is missing: --stage={{{','.join(get_args(Stage))}}}; see --help")
-    chosen = _chosen_files(arguments)
+    chosen = _given(arguments, "--config")
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
     from_files: list[str] = []
-    for name in chosen.split(",") if chosen is not None else ():
+    for name in _names(chosen):
         path = find_config(name)
-        from_files += _file_arguments(path)
+        from_files += _file_arguments(path, _given(arguments, "--stage"))
         try:
             _parse(["--stage=export", *from_files])  # the stage that takes every setting
         except ValueError as error:
@@ -288,13 +290,20 @@ def _one_line(box: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", text) + "; see --help"
 
 
-def _chosen_files(arguments: list[str]) -> str | None:
-    """What follows --config; ValueError where it stands twice."""
+def _given(arguments: list[str], name: str) -> str | None:
+    """What follows --config or --stage, the last time; ValueError where there are two of --config."""
     flat = [part for argument in arguments for part in argument.split("=", 1)]
-    places = [i for i, part in enumerate(flat) if part == "--config"]
-    if len(places) > 1:
+    places = [i for i, part in enumerate(flat) if part == name]
+    if len(places) > 1 and name == "--config":
         raise ValueError("--config is given twice; join the names with a comma, later ones win")
-    return flat[places[0] + 1] if places and places[0] + 1 < len(flat) else None
+    return flat[places[-1] + 1] if places and places[-1] + 1 < len(flat) else None
+
+
+def _names(chosen: str | None) -> list[str]:
+    """The configs that --config names; that of a run may lie in a folder whose name holds commas."""
+    if chosen is None:
+        return []
+    return [chosen] if Path(chosen).is_file() else chosen.split(",")
 
 
 def find_config(name: str) -> Path:
@@ -308,8 +317,11 @@ def find_config(name: str) -> Path:
     raise ValueError(f"config {name} is no file, and none of: {', '.join(known)}")
 
 
-def _file_arguments(path: Path) -> list[str]:
-    """A YAML file as command-line arguments, so that one parser checks both."""
+def _file_arguments(path: Path, stage: str | None) -> list[str]:
+    """A YAML file as command-line arguments, so that one parser checks both.
+
+    A run's own has the benchmark that the run was evaluated on, which most stages have no use for.
+    """
     try:
         content = untrusted.read_yaml(path)
     except ValueError as error:
@@ -324,6 +336,8 @@ def _file_arguments(path: Path) -> list[str]:
     known = {name for name, _ in _flatten(_defaults())}
     if unknown := sorted(set(flat) - known):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
+    if stage not in BENCHMARK_STAGES:
+        flat = {name: value for name, value in flat.items() if name not in ("benchmark", "categories")}
     try:
         return [argument for name, value in flat.items() for argument in _argument(name, value)]
     except ValueError as error:

@@ -28,6 +28,8 @@ LOST = 69
 """Exit code of a process that stops because another one did."""
 BEAT, WAITING = 2.0, 60.0
 """Seconds between two signs of life of a process, and between two lines about who is waited for."""
+ASKED = "asked to stop"
+"""What a process leaves behind that ends because it was."""
 PARTING = 20.0
 """Seconds that the process which holds the store waits for the others to leave first."""
 
@@ -293,7 +295,10 @@ def _beat() -> None:
                     heard[other] = _Other(text, time.monotonic())
                 if json.loads(text)["stop"]:
                     ask_to_stop()
-            _run.left |= {int(key.rpartition("/")[2]) for key, _ in _run.store.key_value_dir_get("itool/left/")}
+            left = _run.store.key_value_dir_get("itool/left/")
+            if any(text == ASKED for _, text in left):  # before its next sign of life
+                ask_to_stop()
+            _run.left |= {int(key.rpartition("/")[2]) for key, _ in left}
             heard[index()] = _Other("", time.monotonic())  # the store answers
             for key, line in _run.store.key_value_dir_get("itool/failed/"):
                 if int(key.rpartition("/")[2]) != index() and not _run.leaving:
@@ -363,8 +368,10 @@ def leave(failure: str | None = None) -> None:
     if _run.store is None or _run.leaving:
         return
     with contextlib.suppress(Exception):
-        key = "failed" if failure else "left"
-        _run.store.key_value_set(f"itool/{key}/{index()}", f"process {index()} ended: {failure}", allow_overwrite=True)
+        key, text = "left", ASKED if asked_to_stop() else "done"
+        if failure:
+            key, text = "failed", f"process {index()} ended: {failure}"
+        _run.store.key_value_set(f"itool/{key}/{index()}", text, allow_overwrite=True)
         end = time.monotonic() + (2 * BEAT if failure else PARTING)
         while is_first() and time.monotonic() < end and len(_run.left) < count():
             time.sleep(0.1)

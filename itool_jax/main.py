@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = config is not None and not config.looks_only and (config.keeps_run or config.output is not None)
         metrics.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
         return INTERRUPTED
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        fault = isinstance(error, RuntimeError) and not settings.is_out_of_memory(error)
+    except Exception as error:
+        fault = not (isinstance(error, ValueError | OSError | MemoryError) or settings.is_out_of_memory(error))
         line = settings.describe_error(error, where)
-        if fault:
+        if fault and isinstance(error, RuntimeError):  # of an exchange with the others, perhaps
             hosts.await_verdict()
         hosts.leave(line)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
@@ -78,7 +78,8 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     if config.deterministic:
         environment.make_deterministic()
     hosts.join(config.distributed, metrics.current_stage)
-    preemption.listen()
+    if config.stage != "export" and (config.keeps_run or config.output is not None):  # something is kept
+        preemption.listen()
     metrics.console_out.quiet = not hosts.is_first()
     if config.stage in ("generate", "export"):
         mesh = mesh_here(config.mesh)

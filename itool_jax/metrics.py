@@ -160,7 +160,8 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
     Where nobody looks at a terminal, one line at the end says how long it took; `log.jsonl` says now and then how far
     it is.
     """
-    before, start = done, time.monotonic()
+    global _replays
+    before, start, _replays = done, time.monotonic(), False
     told = start
     bar = Progress(
         TextColumn("{task.description:<28}"),
@@ -178,9 +179,12 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(units: int = 1, note: str = "") -> None:
-            nonlocal done, told
+            nonlocal before, done, start, told
             done += units
             bar.update(task, advance=units, note=note)
+            if _replays:
+                before, start = done, time.monotonic()
+                return
             tick()
             if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
                 told = now
@@ -188,7 +192,17 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
                 _tell(what, done, total, now - start, left, note)
 
         yield advance
-    say(f"{what:<28} {done} in {time.monotonic() - start:.1f} s")
+    new = f", {done - before} of them" if before else ""
+    say(f"{what:<28} {done}{new} in {time.monotonic() - start:.1f} s")
+
+
+_replays = False
+
+
+def mark_replay(replays: bool) -> None:
+    """Whether what comes next was done before the work was interrupted: it says nothing of its speed."""
+    global _replays
+    _replays = replays
 
 
 def _tell(what: str, done: int, total: int, seconds: float, left: float, extra: str) -> None:

@@ -53,7 +53,9 @@ def lock(config: Config) -> Iterator[None]:
         ValueError: another process is at work there; names it.
     """
     output = config.output
-    unseen = output is None if config.stage == "generate" else config.stage in ("export", "report")
+    unseen = config.stage in ("export", "report") or (
+        output is None and (config.stage == "generate" or config.results is not None)
+    )
     if (
         not is_first() or unseen or (output is not None and output.exists() and not output.is_file())
     ):  # a pipe or a device, say
@@ -83,6 +85,7 @@ def lock(config: Config) -> Iterator[None]:
 def save_or_check(config: Config) -> None:
     """Saves the settings in the run directory; one with finished work must have been made with the same.
 
+    Of those that are there already, `iterate` renews the number of iterations that it goes on to.
     Stages that write one file of their own need no run directory, only a place for that file.
 
     Raises:
@@ -96,7 +99,11 @@ def save_or_check(config: Config) -> None:
         return
     if config.stage == "export" and not config.run_dir.is_dir():
         raise ValueError(f"run directory {config.run_dir} does not exist")
+    path = config.run_dir / "config.yaml"
     if check(config):
+        saved = untrusted.read_yaml(path)
+        if config.stage == "iterate" and saved.get("iterations") != config.iterations:
+            _save(path, saved | {"iterations": config.iterations})
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Those are for this command alone.
@@ -104,8 +111,12 @@ def save_or_check(config: Config) -> None:
     lasting = dataclasses.replace(config, **alone, distributed=DistributedSettings())
     if _evaluates_benchmark(config):
         lasting = dataclasses.replace(lasting, data=Config.data)
-    with whole_file(config.run_dir / "config.yaml") as file:
-        file.write(yaml.safe_dump(lasting.flat(), sort_keys=False).encode())
+    _save(path, lasting.flat())
+
+
+def _save(path: Path, settings: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(settings, sort_keys=False).encode())
 
 
 def check(config: Config) -> bool:
@@ -138,7 +149,7 @@ def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> N
     binding = {name: value for name, value in binding_settings(config).items() if name.startswith(only)}
     for name, value in binding.items():
         if not isinstance(saved, dict) or name not in saved:
-            raise ValueError(f"{path} is damaged: it holds no {name}; {mend}")
+            raise ValueError(f"{path} is damaged, or of another version: it holds no {name}; {mend}")
         if saved[name] != value:
             raise ValueError(
                 f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "

@@ -247,10 +247,13 @@ def fit(
         say(f"{what}: goes on after step {first} of {n_steps}")
     metrics.drop_after(first)
     with progress(what, n_steps, first) as advance:
-        late = _Late(metrics, settings.section, advance)
+        late, widths = _Late(metrics, settings.section, advance), set()
         for step, batch in enumerate(data, first):
             rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
             rows = sharding.to_devices(batch)
+            if (width := tuple(leaf.shape for leaf in jax.tree.leaves(rows))) not in widths:
+                widths.add(width)
+                late.settle()
             state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
             vote = hosts.vote(stop=asked_to_stop(), save=kept is not None and kept.due(step + 1))
             decided = late.add(step + 1, values, batch, vote)
@@ -271,10 +274,15 @@ class _Late:
         self.metrics, self.section, self.advance = metrics, section, advance
         self.step, self.wrong = 0, 0
         self.pending: tuple[dict[str, Array], Any, hosts.Vote] | None = None
+        self.settled: hosts.Vote | None = None
+
+    def settle(self) -> None:
+        """Reports the last step now: the next one compiles, and a process that takes longer for it is not behind."""
+        self.settled = self.flush()
 
     def add(self, step: int, values: dict[str, Array], batch: Any, vote: hosts.Vote) -> hosts.Vote:
         """Files what a step gives; returns what was voted in the one before."""
-        decided = self.flush()
+        decided, self.settled = self.settled or self.flush(), None
         self.step, self.pending = step, (values, batch, vote)
         return decided
 

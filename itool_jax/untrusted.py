@@ -121,7 +121,9 @@ def one_line(error: BaseException | str) -> str:
 
 # Secrets ------------------------------------------------------------------------------------------------------
 
-_SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|(^|_)KEY$|CREDENTIAL", re.IGNORECASE
+)
 _SECRETS = (
     re.compile(r"\b(?:(?:hf_|gh[opsu]_|sk-|sk-ant-|sk-proj-)[A-Za-z0-9]{20,}|(?:wandb_v1_|github_pat_)\w{20,})"),
     re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)|(?<=://)[^\s/@:]{8,}(?=@)"),

@@ -4,6 +4,7 @@
 # Data and run directory must be where all hosts see them (Filestore, or a bucket mounted with gcsfuse). Before
 # maintenance the hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again
 # when the slice is back, as it does where a host was lost (69) or the connection broke (255), RESTARTS times at most.
+# PYTHON is the hosts' Python with the package, 3.11 or newer: PYTHON=venv/bin/python, say.
 set -uo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 (($# >= 2)) || { grep '^# ' "$0" >&2; exit 2; }
@@ -14,7 +15,7 @@ lost=0
 
 while true; do
     run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-        --command="python3 -m itool_jax.main --stage=iterate --distributed.auto --mesh.data=0$arguments"
+        --command="${PYTHON:-python3} -m itool_jax.main --stage=iterate --distributed.auto --mesh.data=0$arguments"
     code=$?
     [[ $code == 75 || $code == 69 || $code == 255 ]] || exit "$code"
     [[ $code == 75 ]] || ((++lost <= ${RESTARTS:-20})) || exit "$code"

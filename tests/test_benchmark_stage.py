@@ -67,6 +67,22 @@ def test_questions_are_answered_once_scored_and_kept(
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
     assert capsys.readouterr().err.count("is done already") == 1
     assert read(where / "BFCL_v3_multiple_result.json") == rows
+    # Of other questions nothing is done yet; those that did not change are not asked again.
+    write_data(data, "simple", 3)
+    assert evaluate(long_folder, tmp_path / "run", *settings) == 0
+    assert capsys.readouterr().err.count("is done already") == 1
+    assert json.loads((where / "scores.json").read_text())["simple"]["total"] == 3
+
+
+def test_a_trained_run_is_evaluated_with_the_folder_of_a_benchmark_as_data(tmp_path: Path, made: Made) -> None:
+    folder = copy_run(made, tmp_path)
+    row = {"file": "t", "instruction": "Call f0.", "input": "User: f0 1", "expected_output": "[f0(x='1')]", "id": 0}
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api/level-1-api.json").write_text(json.dumps([row]))
+    rest = [setting for setting in made.settings if not setting.startswith("--data=")]
+    command = ["--stage=evaluate", "--benchmark=api_bank", "--categories=level-1", f"--data={tmp_path / 'api'}"]
+    assert main([*command, f"--run_dir={folder}", *rest]) == 0
+    assert json.loads((folder / "iteration_2/api_bank/summary.json").read_text())["n"]
 
 
 def test_a_part_and_the_layout_of_v4(tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from itool_jax.data.sources import load
 from itool_jax.main import main
 from itool_jax.sampler import row_keys
 from itool_jax.stages import folder
-from itool_jax.stages.chat import highlighted
+from itool_jax.stages.chat import highlighted, read_tools
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text.calls import Call, read_calls
 from itool_jax.text.remarks import faults, signature, stub
@@ -233,6 +233,14 @@ def test_tools_come_in_each_openai_form(chat: Chat, tiny_folder: Path, tools: ob
     shown = chat("/tools", tools=tools, settings=(f"--model={tiny_folder}",))
     assert "get_weather(city: string, days: integer?, unit: any?)  the weather of a city" in shown
     assert shown.endswith("you> \n")
+
+
+def test_a_bare_function_keeps_what_its_results_look_like(tmp_path: Path) -> None:
+    bare = WEATHER | {"response": {"type": "object", "properties": {"t": {"type": "number"}}}}
+    (tmp_path / "tools.json").write_text(json.dumps([bare, {"name": "other"}]))
+    tools, given = read_tools(tmp_path / "tools.json")
+    assert (stub("get_weather", given), stub("other", given)) == ('{"t": 1.0}', '{"ok": true}')
+    assert "response" not in tools[0]["function"]
 
 
 def test_a_run_answers_with_the_phase_that_is_asked_for(chat: Chat, made: Made) -> None:

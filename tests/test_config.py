@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -243,6 +244,25 @@ def test_the_config_of_a_run_that_was_moved_names_its_new_place(tmp_path: Path):
     assert settings.parse(["--stage=export", f"--config={moved}", "--run_dir=other"]).run_dir == Path("other")
 
 
+def test_the_config_of_a_run_serves_every_stage_and_may_lie_anywhere(tmp_path: Path):
+    (tmp_path / "demo,ablations").mkdir()
+    saved = write(tmp_path / "demo,ablations/ipo.yaml", "benchmark: bfcl\ncategories: [simple, multiple]\nseed: 5\n")
+    found = {stage: settings.parse([f"--stage={stage}", f"--config={saved}"]) for stage in get_args(settings.Stage)}
+    assert {config.seed for config in found.values()} == {5}
+    asked = {stage for stage, config in found.items() if config.benchmark and config.categories}
+    assert asked == {"iterate", "evaluate", "export", "plan", "doctor"}
+    with pytest.raises(ValueError, match="benchmark is for the stages evaluate and iterate"):
+        settings.parse(["--stage=score", "--benchmark=bfcl"])
+
+
+def test_a_run_that_goes_on_to_more_iterations_says_so(tmp_path: Path):
+    saved = make_run(tmp_path)
+    run_directory.save_or_check(started(tmp_path, "--stage=search", "--iterations=7"))
+    assert "iterations: 7" not in saved.read_text()
+    run_directory.save_or_check(started(tmp_path, "--iterations=7"))
+    assert "iterations: 7" in saved.read_text()
+
+
 def test_a_home_that_the_shell_left_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "c.yaml", "data: ~/d.jsonl\n")
@@ -267,7 +287,7 @@ def test_benchmarks_are_saved_and_read_again(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "change",
-    ["--iterations=9", "--iteration=2", "--evaluate.limit=7", "--evaluate.benchmarks=b.jsonl", "--stage=search"],
+    ["--iteration=2", "--evaluate.limit=7", "--evaluate.benchmarks=b.jsonl", "--stage=search"],
 )
 def test_settings_that_change_no_earlier_result_are_free(tmp_path: Path, change: str):
     saved = make_run(tmp_path)

@@ -168,6 +168,52 @@ def test_processes_that_end_well_are_not_torn_out_of_a_call(tmp_path: Path, proc
     assert [code for code, *_ in processes[-1].end()] == [0, 0]
 
 
+ASKED = """
+import sys, threading
+from itool_jax import config, hosts, preemption
+hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
+hosts.meet("all")
+if hosts.index() == 1:
+    preemption.ask_to_stop()  # and gone before the next sign of life
+    hosts.leave()
+    hosts.end(75)
+try:
+    hosts.meet("never")
+except preemption.PreemptionError:
+    hosts.leave()
+    hosts.end(75)
+"""
+WRONG = """
+import sys
+from itool_jax import hosts, main
+from itool_jax.stages import evaluate
+
+def fail(*_):
+    raise TypeError("a mistake of ours")
+
+def wait(*_):
+    hosts.meet("never")
+
+evaluate.evaluate = fail if "--distributed.process_id=1" in sys.argv else wait
+hosts.end(main.main(sys.argv[1:]))
+"""
+
+
+def test_who_stops_at_once_tells_the_others_first(tmp_path: Path, processes: list[Processes]):
+    processes.append(Processes(2, tmp_path, code=ASKED))
+    found = processes[-1].end()
+    assert [code for code, *_ in found] == [75, 75], found
+    assert time.monotonic() - processes[-1].started < 60
+
+
+def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_path: Path, processes: list[Processes]):
+    processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=WRONG))
+    found = processes[-1].end()
+    assert found[0][0] == hosts.LOST
+    assert "process 1 ended: python -m itool_jax.main: error: a mistake of ours" in found[0][2].splitlines()[-1]
+    assert "Traceback" in found[1][2]
+
+
 HANGING = """
 import sys, time
 from itool_jax import hosts, main, train

@@ -16,6 +16,7 @@ import pytest
 
 from itool_jax import hosts, metrics, profiling, trackers
 from itool_jax.config import Config
+from itool_jax.journal import Journal
 from itool_jax.main import main
 from itool_jax.metrics import Metrics, close_journal, open_journal, progress, say, working_on
 from itool_jax.stages import evaluate, generate, manifest
@@ -85,6 +86,28 @@ def test_long_work_says_how_far_it_is(journal: Any, monkeypatch: pytest.MonkeyPa
         "counting 25/40, 40 s, about 60 s left, loss 1.5",
         "counting 35/40, 80 s, about 20 s left, loss 1.5",
     ]
+
+
+def test_answers_from_a_journal_say_nothing_of_the_speed(
+    journal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    now = 0.0
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+
+    def work(answers: int, seconds: float) -> None:
+        nonlocal now
+        with Journal(tmp_path / "j", 0) as kept, progress("counting", 10) as advance:
+            for n in range(answers):
+                known = str(n) in kept.known
+                kept.keep(str(n), lambda: 0)
+                now += 0.0 if known else seconds
+                advance()
+
+    work(6, 1.0)
+    work(8, 40.0)
+    told = [row["text"] for row in read(journal[0]) if row["level"] == "progress"]
+    assert told == ["counting 7/10, 40 s, about 120 s left", "counting 8/10, 80 s, about 80 s left"]
+    assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8, 2 of them in 80.0 s".split()
 
 
 def test_the_log_ends_with_the_line_a_user_sees(
@@ -247,11 +270,13 @@ def test_no_secret_is_in_any_file_of_a_run(observed: Path):
         ("--hub_token=abc --api-key=d --log.wandb", "--hub_token=*** --api-key=*** --log.wandb"),
         ("HF_TOKEN=abc x", "HF_TOKEN=*** x"),
         ("it holds: correct horse", "it holds: ***"),
+        ("it holds: battery staple", "it holds: ***"),
         ("--generate.tokens_per_batch=16384 keys=3 a:b@c", "--generate.tokens_per_batch=16384 keys=3 a:b@c"),
     ],
 )
 def test_what_looks_like_a_secret_is_hidden(text: str, shown: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MY_PASSWORD", SECRETS["MY_PASSWORD"])
+    monkeypatch.setenv("MY_SIGNING_KEY", "battery staple")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "16384")
     assert redacted(text) == shown
 

@@ -118,6 +118,9 @@ def test_a_damaged_card_is_named(
     (tmp_path / "run/data/card.json").write_text(damage)
     assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={tmp_path / 'd.jsonl'}") == 2
     assert f"error: {tmp_path / 'run/data/card.json'} is damaged" in capsys.readouterr().err
+    (tmp_path / "run/data/card.json").unlink()  # as it says
+    assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={tmp_path / 'd.jsonl'}") == 0
+    assert json.loads((tmp_path / "run/data/card.json").read_text()).keys() >= {"parts", "benchmarks"}
 
 
 def test_the_generated_corpus_has_a_card_that_is_not_printed(

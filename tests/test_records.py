@@ -22,10 +22,10 @@ def test_written_rows_read_back(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.json.gz"])
-@pytest.mark.parametrize("layout", ["array", "lines"])
+@pytest.mark.parametrize("layout", ["array", "lines", "array behind a byte-order mark"])
 def test_json_files_hold_an_array_or_lines(tmp_path, name, layout):
-    text = json.dumps(ROWS, indent=1) if layout == "array" else "\n".join(map(json.dumps, ROWS))
-    data = text.encode()
+    text = "\n".join(map(json.dumps, ROWS)) if layout == "lines" else json.dumps(ROWS, indent=1)
+    data = text.encode("utf-8-sig" if "mark" in layout else "utf-8")
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert [row for _, row in read_rows(tmp_path / name)] == ROWS
 

@@ -226,6 +226,8 @@ def test_a_tree_shows_its_numbers_its_pairs_and_the_gold(browser: Any, shown: Pa
     assert "node=0" in browser.current_url
     click(browser, "#tree-prompt summary")
     assert "user" in texts(browser, "#tree-prompt")[0]
+    click(browser, "#tree tr[data-node] .step")
+    assert "user" in texts(browser, "#tree-prompt")[0]  # choosing a node leaves open what was
     click(browser, "#tree tr .turn")
     assert "closed=0" in browser.current_url
     assert len(texts(browser, "#tree tr[data-node]")) == 1
@@ -329,6 +331,10 @@ def test_a_run_that_goes_on_is_followed_in_place(browser: Any, made: Made, tmp_p
         click(browser, "#accuracy-figure summary")
         click(browser, "#tree-list li:nth-child(2) a")
         wait(lambda: texts(browser, "#tree tr[data-node]"))
+        click(browser, "#tree-prompt summary")
+        run(browser, "document.querySelector('.picker').scrollTop = 1e6")
+        scrolled = run(browser, "return document.querySelector('.picker').scrollTop")
+        assert scrolled > 0
         click(browser, "#find")
         press(browser, "s")
         wait(lambda: "find=s" in browser.current_url)
@@ -338,6 +344,8 @@ def test_a_run_that_goes_on_is_followed_in_place(browser: Any, made: Made, tmp_p
         assert run(browser, "return [scrollY, location.hash]") == before
         assert run(browser, "return document.activeElement.id") == "find"
         assert run(browser, "return document.getElementById('accuracy-figure-table').open")
+        assert run(browser, "return treeShown.then(() => document.getElementById('tree-prompt').open)")
+        assert run(browser, "return document.querySelector('.picker').scrollTop") == scrolled
         running.shutdown()
         thread.join()
         browser.get("about:blank")

@@ -13,6 +13,10 @@ import pytest
 
 from itool_jax import config, run_directory
 from itool_jax.data import records
+from itool_jax.main import PREEMPTED
+from itool_jax.preemption import PreemptionError
+from itool_jax.stages import score
+from itool_jax.stages.folder import fingerprints
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
 
@@ -78,6 +82,25 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
     assert json.loads((folder / "summary.json").read_text())["finished"]
 
 
+def test_a_run_that_goes_on_to_more_iterations_is_not_finished(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(_: Any) -> None:
+        raise PreemptionError
+
+    folder = copy_run(made, tmp_path)
+    monkeypatch.setattr(score, "run", stop)
+    assert again(made, folder, f"--iterations={ITERATIONS + 1}") == PREEMPTED
+    assert not (folder / "summary.json").exists()
+    assert config.parse(["--stage=iterate", f"--config={folder / 'config.yaml'}"]).iterations == ITERATIONS + 1
+
+
+def test_scores_of_result_files_leave_the_run_directory_alone(tmp_path: Path):
+    elsewhere = config.Config(stage="evaluate", benchmark="bfcl", results=tmp_path, run_dir=tmp_path / "run")
+    with run_directory.lock(elsewhere):
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("lost", ["warmup/weights", "iteration_1/pairs.jsonl", "base/evaluation_test_all.jsonl"])
 def test_a_stage_is_done_only_where_its_files_are(
     made: Made, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
@@ -121,6 +144,18 @@ def test_a_run_directory_of_other_files_is_refused(
     line = refused(capsys, made, folder)
     assert line.startswith(f"run directory {folder} was made with another {name} of --{what}=")
     assert contents(folder) == before
+
+
+def test_files_that_nobody_reads_may_come_and_go(made: Made, tmp_path: Path, tiny_folder: Path):
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    data = write(tmp_path / "data.jsonl", made.samples).rename(tmp_path / "model/d.jsonl")
+    settings = config.Config(stage="iterate", model=str(model), data=str(data.parent))
+    sources = fingerprints(settings)
+    for name in (".DS_Store", "notes.txt", "README.md", "pytorch_model.pth", ".gitattributes"):
+        (model / name).write_text("x")
+    assert fingerprints(settings) == sources
+    assert "config.json" in sources["model"]
+    assert "d.jsonl" in sources["data"]
 
 
 def test_later_settings_may_change_what_is_evaluated(made: Made, tmp_path: Path):

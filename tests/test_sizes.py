@@ -257,3 +257,6 @@ def test_where_a_size_cannot_be_smaller_or_nothing_can_be_estimated(
     for size, words in ((1, "now 1, which is the least; or"), (2, "now 2, to 1; or")):
         config = configured(made, tmp_path, f"--warmup.micro_batch={size}")
         assert f"lower warmup.micro_batch, {words} set remat" in sizes.advice(config, "warmup/warmup", "")
+    config = configured(made, tmp_path, "--warmup.micro_batch=8", "--mesh.data=2")
+    with use_mesh(config.mesh):  # a device's share is less than what is set
+        assert "lower warmup.micro_batch, now 4, to 2; or" in sizes.advice(config, "warmup/warmup", "")

@@ -11,6 +11,7 @@ from itool_jax.evaluation.statistics import (
     mean_and_standard_error,
     paired_difference,
     standard_error,
+    wilson_interval,
 )
 
 
@@ -116,3 +117,9 @@ def test_runs_on_different_samples_are_refused() -> None:
 )
 def test_described_in_words(difference: PairedDifference, expected: str) -> None:
     assert describe(difference) == expected
+
+
+def test_an_interval_holds_its_accuracy() -> None:
+    for n in range(1, 500):
+        assert wilson_interval(1.0, n)[1] == 1.0
+        assert wilson_interval(0.0, n)[0] == 0.0

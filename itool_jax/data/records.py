@@ -4,6 +4,7 @@ In: files of rows, one JSON object each: JSON lines, a JSON array or parquet, gz
 Out: `Sample` and `RawSample`; dictionaries with their row numbers; files that are either whole or absent.
 """
 
+import codecs
 import contextlib
 import gzip
 import hashlib
@@ -88,7 +89,7 @@ def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) ->
         yield from _parquet_rows(path)
         return
     data = _read_bytes(path)
-    is_array = _kind(path) == ".json" and data.lstrip()[:1] == b"["
+    is_array = _kind(path) == ".json" and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     for number, row in enumerate(_decode(data, str(path)), 1) if is_array else _lines(path, data, skipped):
         if isinstance(row, dict):
             yield number, row

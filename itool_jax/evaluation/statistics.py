@@ -36,7 +36,10 @@ def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
     """
     z2 = 1.959964**2
     middle, half = accuracy + z2 / (2 * n), math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / (4 * n)) / n)
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return max(0.0, min(low, accuracy)), min(
+        1.0, max(high, accuracy)
+    )  # rounded, a bound could miss an accuracy of 0 or 1
 
 
 def resampled_accuracies(correct: int, total: int, random: np.random.Generator, n_resamples: int) -> np.ndarray:

@@ -50,7 +50,9 @@ ARCHITECTURES = {
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 28
 """No model has as many; shapes are computed with these numbers before any weight is read."""
 
-HUB_FILES = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "USE_POLICY*"]
+FILES = ("*.json", "model*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "tokenizer.model")
+"""What is read of a model's folder."""
+HUB_FILES = [*FILES, "LICENSE*", "USE_POLICY*"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 

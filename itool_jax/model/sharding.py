@@ -56,22 +56,27 @@ class MeshSettings:
 
 def make_mesh(settings: MeshSettings) -> Mesh:
     """The mesh; ValueError where there are fewer devices than it needs, or a process would have none of it."""
-    data, fsdp, tensor = shape = mesh_shape(settings)
-    count, needed = jax.device_count(), math.prod(shape)
-    if needed > count:
+    shape = checked_shape(settings, jax.device_count(), jax.process_count())
+    return _mesh(shape, jax.devices()[: math.prod(shape)])
+
+
+def checked_shape(settings: MeshSettings, count: int, processes: int) -> tuple[int, int, int]:
+    """`mesh_shape` on `count` devices of so many processes; ValueError where they cannot be laid out so."""
+    data, fsdp, tensor = shape = mesh_shape(settings, count)
+    if (needed := math.prod(shape)) > count:
         raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
-    if needed < count and jax.process_count() > 1:
+    if needed < count and processes > 1:
         raise ValueError(
             f"mesh of data={data} fsdp={fsdp} tensor={tensor} takes {needed} of the {count} devices of "
-            f"{jax.process_count()} processes, which must all be taken; set --mesh.data=0"
+            f"{processes} processes, which must all be taken; set --mesh.data=0"
         )
-    return _mesh(shape, jax.devices()[:needed])
+    return shape
 
 
-def mesh_shape(settings: MeshSettings) -> tuple[int, int, int]:
-    """Sizes of the three axes on the devices that are here."""
+def mesh_shape(settings: MeshSettings, count: int | None = None) -> tuple[int, int, int]:
+    """Sizes of the three axes on `count` devices, or those that are here."""
     data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
-    return data or max(1, jax.device_count() // (fsdp * tensor)), fsdp, tensor
+    return data or max(1, (count or jax.device_count()) // (fsdp * tensor)), fsdp, tensor
 
 
 def mesh_here(settings: MeshSettings) -> MeshSettings:
@@ -170,7 +175,7 @@ def n_devices() -> int:
 
 def row_devices(running: bool = False) -> int:
     """How many devices the rows of a batch are spread over, on the mesh in use."""
-    mesh = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
 

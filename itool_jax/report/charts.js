@@ -131,13 +131,16 @@ function curveFigure(id, title, note, name, belongs) {
   }, ["phase", "steps", "first", "lowest", "highest", "last"], rows);
 }
 
-const isPreference = (row) => Boolean(row.curves.reward_margin);
-const loss = report.settings.find((row) => row.name === "preference.loss")?.value ?? "preference";
+const isWarmup = (row) => row.phase === "warmup";
+const isPreference = (row) => !isWarmup(row);
 
 function trainingFigures() {
+  const setting = (name) => report.settings.find((row) => row.name === name)?.value;
+  const [title, note] = setting("preference.control") ? ["Loss of the control", "Mean negative log-likelihood a token."]
+    : [`Loss of preference training (${setting("preference.loss") ?? "–"})`, "Mean over the pairs of a batch."];
   return [
-    curveFigure("loss-sft", "Loss of the warm-up", "Mean negative log-likelihood a token.", "loss", (row) => !isPreference(row)),
-    curveFigure("loss-preference", `Loss of preference training (${loss})`, "Mean over the pairs of a batch.", "loss", isPreference),
+    curveFigure("loss-sft", "Loss of the warm-up", "Mean negative log-likelihood a token.", "loss", isWarmup),
+    curveFigure("loss-preference", title, note, "loss", isPreference),
     curveFigure("margin", "Reward margin", "How much more the policy prefers the chosen step than the reference does.", "reward_margin", isPreference),
     curveFigure("reward-accuracy", "Pairs in the right order", "Share whose chosen step has the higher reward.", "reward_accuracy", isPreference),
   ];

@@ -37,14 +37,18 @@ function drawPicker() {
   markCurrent(currentKey());
 }
 
-/** Marks the prompt whose tree is shown, and scrolls the list, not the page, to it. */
+let scrolledTo;
+
+/** Marks the prompt whose tree is shown; where it is another one, scrolls the list, not the page, to it. */
 function markCurrent(key) {
+  const stays = key === scrolledTo;
+  scrolledTo = key;
   for (const link of document.querySelectorAll("#tree-list a")) {
     if (link.dataset.tree !== key) { link.removeAttribute("aria-current"); continue; }
     link.setAttribute("aria-current", "true");
     const [list, box] = [document.querySelector(".picker"), link.getBoundingClientRect()];
     const frame = list.getBoundingClientRect();
-    if (box.top < frame.top || box.bottom > frame.bottom) list.scrollTop += box.top - frame.top - frame.height / 3;
+    if (!stays && (box.top < frame.top || box.bottom > frame.bottom)) list.scrollTop += box.top - frame.top - frame.height / 3;
   }
 }
 
@@ -78,9 +82,11 @@ async function drawTree() {
   if (key !== currentKey()) return; // another one was chosen meanwhile
   markCurrent(key);
   const focused = document.activeElement?.closest?.("#tree [data-node]")?.dataset.node;
+  const open = [...document.querySelectorAll("#tree details[open][id]")].map((element) => element.id);
   const tree = grow(raw, report.trees[place]);
   const node = state.node in tree.nodes ? Number(state.node) : undefined;
   byId("tree").replaceChildren(...heading(tree), diagram(tree, node), legend(), stepTable(tree, node), ...pairList(tree));
+  for (const id of open) if (byId(id)) byId(id).open = true;
   if (focused !== undefined) document.querySelector(`#tree tr[data-node="${node ?? 0}"]`)?.focus({ preventScroll: true });
   performance.mark("tree shown");
 }

@@ -166,7 +166,8 @@ def _category(config: Config, phase: str, category: str, answer: Callable[[], _A
     def work() -> Figures:
         return _answer_category(config, category, answer(), file, manifest.working_folder(config, phase, stage))
 
-    return manifest.once(config, phase, stage, work, outputs, after, from_data=False)
+    questions = {"questions": manifest.hash_of(repr(_load(config, category)))}
+    return manifest.once(config, phase, stage, work, outputs, after, inputs=questions)
 
 
 def _answer_category(config: Config, category: str, answer: _Answer, file: Path, working: Path) -> Figures:

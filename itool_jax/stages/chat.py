@@ -51,20 +51,20 @@ SAVED = (".jsonl", ".jsonl.gz")
 def run(config: Config) -> dict[str, Any]:
     """Talks until the input ends; returns how many turns there were."""
     example = generated.make_sample("validation", EXAMPLE, 0)
-    tools = read_tools(config.tools) if config.tools else example.tools
+    tools, given = read_tools(config.tools) if config.tools else (example.tools, example.tools)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep: it ends at once
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets `input` edit and recall lines
     with use_own_mesh(config.mesh):
-        session = Session(config, tools)
+        session = Session(config, tools, given)
         if config.tools is None:
             session.say(f"tools of the demo; try: {example.messages[-1]['content']}", "dim")
         session.talk()
     return {"turns": session.turns}
 
 
-def read_tools(path: Path) -> tuple[Row, ...]:
-    """The OpenAI tool schemas of a JSON file: one tool or bare function, or a list of them.
+def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """The OpenAI tool schemas of a JSON file, one tool or bare function or a list of them, and all as they stand there.
 
     Raises:
         ValueError: there is no such tool in the file; names it.
@@ -73,12 +73,13 @@ def read_tools(path: Path) -> tuple[Row, ...]:
         raise ValueError(f"tools {path}: a JSON file is wanted, with one tool or one list of them, not a row a line")
     try:
         content = read_json(path)
-        found = tool_schemas(content if isinstance(content, list) else [content])
+        given = content if isinstance(content, list) else [content]
+        found = tool_schemas(given)
     except ValueError as error:
         raise ValueError(f"tools {path}: {error}") from error
     if not found:
         raise ValueError(f"tools {path}: there is no tool in it")
-    return found
+    return found, tuple(given)
 
 
 class _ResetError(Exception):
@@ -88,8 +89,8 @@ class _ResetError(Exception):
 class Session:
     """A model, its tools and the conversation so far."""
 
-    def __init__(self, config: Config, tools: Sequence[Row]):
-        self.config, self.tools = config, tuple(tools)
+    def __init__(self, config: Config, tools: Sequence[Row], given: Sequence[Row]):
+        self.config, self.tools, self.given = config, tuple(tools), given
         self.base = folder.load_base(config)
         phase = folder.answering_phase(config)
         is_stop_V = np.zeros(self.base.config.vocab_size, bool)
@@ -184,7 +185,7 @@ class Session:
 
     def result(self, call: Call) -> str:
         """What the user says that a call gives; the example where that is nothing."""
-        example = remarks.stub(call.name, self.tools)
+        example = remarks.stub(call.name, self.given)  # a bare function's schema of results is in no prompt
         while True:
             line = _ask(f"result of {harmless(call.name)} [Enter: {harmless(example)}]> ").strip()
             if not line.startswith("/"):

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh, AxisType
 
 from itool_jax.config import Config
 from itool_jax.model.hf import could_be_hub_name
-from itool_jax.model.sharding import use_mesh
+from itool_jax.model.sharding import AXES, checked_shape
 from itool_jax.run_directory import check
 from itool_jax.untrusted import one_line
 
@@ -164,20 +165,26 @@ def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequ
 
 
 def _mesh(config: Config) -> Iterator[Finding]:
-    """By the checks that a run makes itself."""
+    """By the checks that a run makes itself; each of several processes is taken to have as many devices as this one."""
+    if config.distributed.auto:
+        text = "not checked: it takes the devices of all processes, and only one's are here"
+        yield Finding("warning", "mesh", text, "--stage=plan --plan.count=N looks at it on N devices")
+        return
+    processes = config.distributed.num_processes or 1
+    count = processes * len(jax.devices())
     try:
-        with use_mesh(config.mesh):
+        shape = checked_shape(config.mesh, count, processes)
+        with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
             for training in (config.warmup, config.preference):
                 training.share() if training.micro_batch == "auto" else training.n_micro()
     except ValueError as error:
         yield Finding("error", "mesh", str(error), "change mesh or batch sizes")
         return
-    used = math.prod((config.mesh.data or len(jax.devices()), config.mesh.fsdp, config.mesh.tensor))
-    if config.mesh.data and used < len(jax.devices()):
-        text = f"{used} of {len(jax.devices())} devices are used"
+    if config.mesh.data and (used := math.prod(shape)) < count:
+        text = f"{used} of {count} devices are used"
         yield Finding("warning", "mesh", text, "--mesh.data=0 takes all; --mesh.fsdp shares the weights out")
     else:
-        yield Finding("ok", "mesh", f"data={config.mesh.data} fsdp={config.mesh.fsdp} tensor={config.mesh.tensor}")
+        yield Finding("ok", "mesh", " ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True)))
 
 
 def run_directory(config: Config) -> Iterator[Finding]:

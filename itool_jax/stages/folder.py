@@ -23,7 +23,7 @@ from flax import nnx
 
 from itool_jax import checkpoint, untrusted
 from itool_jax.config import Config
-from itool_jax.data.records import Sample, place, read_rows, whole_file
+from itool_jax.data.records import SUFFIXES, Sample, place, read_rows, whole_file
 from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
@@ -225,7 +225,8 @@ def fingerprints(config: Config, names: Sequence[str] = ("model", "data")) -> di
         if name == "data" and config.data == "generated":
             continue
         path = model_folder(config) if name == "model" else Path(config.data)
-        paths = [path] if path.is_file() else [p for p in sorted(path.glob("*.*")) if p.suffix != ".md"]
+        patterns = hf.FILES if name == "model" else [f"*{ending}" for ending in SUFFIXES]
+        paths = [path] if path.is_file() else sorted(p for pattern in patterns for p in path.glob(pattern))
         found[name] = {path.name: _ends(path) for path in paths if path.is_file()}
     return found
 

@@ -23,6 +23,9 @@ def run(config: Config) -> dict[str, Any]:
     """Runs what is not done yet; returns the summary."""
     for training in (config.warmup, config.preference):
         training.n_micro()  # sizes that do not go together are met now, not hours later
+    last, evaluation = phases(config)[-1], evaluate.results_file(config, "base").stem
+    if is_first() and folder.read_done(config, last, evaluation) is None:  # one that is there is of fewer iterations
+        (config.run_dir / "summary.json").unlink(missing_ok=True)
     evaluate.evaluate(config, "base")
     report.refresh(config)
     warmup.run(config)

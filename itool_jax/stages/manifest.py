@@ -11,12 +11,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from itool_jax import hosts
-from itool_jax.checkpoint import damage
+from itool_jax.checkpoint import CHECKSUMS, damage
 from itool_jax.config import Config
 from itool_jax.metrics import say, working_on
 from itool_jax.preemption import PreemptionError, asked_to_stop
@@ -32,15 +32,15 @@ def once(
     outputs: Sequence[str],
     after: Sequence[tuple[str, str]] = (),
     *,
-    from_data: bool = True,
+    inputs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Does a stage's work unless it is done; returns and keeps its figures, with the seconds it took.
 
     It is done where the figures and all `outputs`, names in the phase's folder, are there, and the settings, the parts
-    of the data (`from_data`), and the results of the stages it comes `after`, (phase, stage) each, are still those it
-    was made from.
+    of the data or the hashes of other `inputs`, and the results of the stages it comes `after`, (phase, stage) each,
+    are still those it was made from.
     """
-    begin = functools.partial(_begin, config, phase, stage, outputs, after, from_data)
+    begin = functools.partial(_begin, config, phase, stage, outputs, after, inputs)
     asked, figures, basis, before = hosts.by_first(f"begin {phase}/{stage}", begin)
     if asked:
         raise PreemptionError
@@ -68,13 +68,13 @@ def _begin(
     stage: str,
     outputs: Sequence[str],
     after: Sequence[tuple[str, str]],
-    from_data: bool,
+    inputs: Mapping[str, str] | None,
 ) -> tuple[bool, dict[str, Any] | None, dict[str, Any], float]:
     """Whether to stop here; the stage's figures where it is done; what it is made from; and seconds spent on it."""
     if asked_to_stop():
         return True, None, {}, 0.0
-    folder.check_sources(config)
-    basis = _inputs(config, from_data) | {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
+    folder.check_sources(config, ("model", "data") if inputs is None else ("model",))
+    basis = _inputs(config, inputs) | {f"{p}/{s}": _result_digest(config, p, s) for p, s in after}
     working = working_folder(config, phase, stage)
     figures = folder.read_done(config, phase, stage)
     paths = {name: config.run_dir / phase / name for name in outputs}
@@ -101,20 +101,24 @@ def resumed(config: Config, output: Path) -> Iterator[Path]:
         return
     working = output.with_name(f"{output.name}.working")
     settings = {name: value for name, value in config.flat().items() if not name.startswith("distributed.")}
-    basis = {"settings": _hash(settings), "sources": folder.fingerprints(config)}
+    phase = folder.answering_phase(config)
+    weights = None if phase == "base" else _digest(folder.weights_folder(config, phase) / CHECKSUMS)
+    basis = {"settings": hash_of(settings), "sources": folder.fingerprints(config), "weights": weights}
     hosts.by_first(f"begin {output}", lambda: _open(working, basis))
     yield working
     hosts.by_first(f"end {output}", lambda: shutil.rmtree(working))
 
 
-def _inputs(config: Config, from_data: bool) -> dict[str, Any]:
-    """Digests of the settings that matter and of the parts of the data; `check_sources` knows the model's files."""
+def _inputs(config: Config, inputs: Mapping[str, str] | None) -> dict[str, Any]:
+    """Digests of the settings that matter and of what is read; `check_sources` knows the model's files."""
     settings = {name: value for name, value in binding_settings(config).items() if name != "data"}
-    parts = sorted((config.run_dir / "data").glob("*.jsonl")) if from_data else ()
-    return {"settings": _hash(settings), **{f"data/{path.name}": _digest(path) for path in parts}}
+    parts = sorted((config.run_dir / "data").glob("*.jsonl"))
+    read = {f"data/{path.name}": _digest(path) for path in parts} if inputs is None else inputs
+    return {"settings": hash_of(settings), **read}
 
 
-def _hash(content: Any) -> str:
+def hash_of(content: Any) -> str:
+    """A hash of plain JSON."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -150,4 +154,4 @@ def _result_digest(config: Config, phase: str, stage: str) -> str | None:
         return None
     lasting = {name: value for name, value in figures.items() if name != "seconds"}
     files = [config.run_dir / phase / name for name in figures["outputs"]]
-    return _hash([lasting, *(_digest(path) for path in files if path.is_file())])
+    return hash_of([lasting, *(_digest(path) for path in files if path.is_file())])

@@ -61,8 +61,8 @@ def _make(config: Config) -> None:
 
 
 def _made(config: Config) -> bool:
-    """Whether all parts are there, and with that the card, which is written before them."""
-    return all(_path(config, part).exists() for part in PARTS)
+    """Whether all parts and the card are there."""
+    return all(path.exists() for path in (config.run_dir / CARD, *(_path(config, part) for part in PARTS)))
 
 
 def look_for_benchmarks(config: Config) -> None:

@@ -59,7 +59,7 @@ def run(config: Config) -> Row:
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
         "largest": [_size_row(found, hardware) | {"of": planner.no_larger_than(found)} for found in most],
         "change": None if change is None else _change_row(change, hardware),
-        "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype},
+        "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype, "benchmark": config.benchmark},
         "seconds_to_plan": round(time.monotonic() - start, 1),
     }
     _show(plan)
@@ -190,8 +190,10 @@ def _foot(plan: Row) -> list[str]:
         return ["no data sheet of this device is known, so no hours; give --plan.device=GB:bandwidth:TFLOPS"]
     total = math.fsum(hours)
     slower = " (products in float32 take longer)" if a["dtype"] == "float32" else ""
+    more = "" if a["benchmark"] is None else f"; the questions of {a['benchmark']} come on top"
     return [
-        f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and compiling",
+        f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and "
+        f"compiling{more}",
         f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
         f"scoring at {a['scoring_share']:.0%}{slower}, {a['pairs_a_tree']:g} pairs a tree, responses as the gold's",
     ]

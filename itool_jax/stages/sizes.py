@@ -200,9 +200,11 @@ def advice(config: Config, where: str, error: str) -> str:
     stage = where.rpartition("/")[2]
     name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
     flat, text = config.flat(), " ".join(error.split())[:160]
-    now = training_settings(config, name).share() if flat[name] == 0 else flat[name]
-    halves = (c for c in _candidates(config, name) if c < now) if name in STAGE_OF and name != "search.batch" else ()
-    less = max(halves, default=None) if name in STAGE_OF and name != "search.batch" else now // 2 or None
+    now, less = flat[name], flat[name] // 2 or None
+    if name in STAGE_OF and name != "search.batch":
+        share = training_settings(config, name).share()
+        now = min(now or share, share)
+        less = max((c for c in _candidates(config, name) if c < now), default=None)
     down = f"lower {name}, now {now}{_estimate(config, name, now)}"
     down += f", to {less}{_estimate(config, name, less)}" if less else ", which is the least"
     down += ", in another --run_dir" if name == "search.batch" and config.run_dir.exists() else ""

@@ -27,8 +27,9 @@ _EXAMPLES: dict[str, Any] = {"string": "text", "integer": 1, "number": 1.0, "boo
 
 
 def find(name: str, tools: Sequence[Tool]) -> Tool | None:
-    """The function of that name among the tools: its name, description and parameters."""
-    return next((tool["function"] for tool in tools if tool["function"]["name"] == name), None)
+    """The function of that name among tools or bare functions: its name, description and parameters."""
+    functions = (tool.get("function", tool) for tool in tools)
+    return next((function for function in functions if function["name"] == name), None)
 
 
 def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
