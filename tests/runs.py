@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from itool_jax.data.records import write_jsonl
 from itool_jax.main import main
 from itool_jax.text.chat import Chat, load_tokenizer
-from tests.conftest import write
 
 Row = dict[str, Any]
 
@@ -48,7 +48,8 @@ def make_samples(n: int = 120) -> list[Row]:
 def make_run(folder: Path, tiny_folder: Path) -> Made:
     """Runs `iterate` of the tiny model in a new folder."""
     samples = make_samples()
-    data = write(folder / "d.jsonl", samples)
+    data = folder / "d.jsonl"
+    write_jsonl(data, samples)
     settings = [
         *(
             f"--model={tiny_folder}",

@@ -12,7 +12,7 @@ from itool_jax.main import main
 from itool_jax.stages import comparison
 from tests import tiny
 from tests.conftest import read, shared_path, write
-from tests.runs import SMALL, Made, again, copy_run, make_run
+from tests.runs import SMALL, Made, again, copy_run
 from tests.test_bfcl_data import write_data
 
 
@@ -20,11 +20,6 @@ from tests.test_bfcl_data import write_data
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with room for the leaderboard's prompts, a byte a token."""
     return tiny.tiny_checkpoint(tmp_path_factory.mktemp("long"), max_position_embeddings=16_384)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Made:
-    return make_run(tmp_path_factory.mktemp("made"), tiny_folder)
 
 
 def evaluate(model: Path, run_dir: Path, *settings: str) -> int:

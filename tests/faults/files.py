@@ -98,7 +98,7 @@ RUNS = [
     fault("run-other-settings", "settings that were others", f"{AGAIN} --search.breadth=3", "run directory RUN was made with search.breadth=2, now it is 3; choose another --run_dir or the same settings", finished),
     fault("run-config-yaml", "a config.yaml that is cut off", AGAIN, "RUN/config.yaml is damaged …", finished, file("run/config.yaml", "seed: [")),
     fault("run-config-bytes", "a config.yaml that is no text", AGAIN, "RUN/config.yaml is damaged ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); choose another --run_dir", finished, file("run/config.yaml", b"\xff")),
-    fault("run-config-list", "a config.yaml that is a list", AGAIN, "RUN/config.yaml is damaged: it holds no model; choose another --run_dir", finished, file("run/config.yaml", "[]")),
+    fault("run-config-list", "a config.yaml that is a list", AGAIN, "RUN/config.yaml is damaged, or of another version: it holds no model; choose another --run_dir", finished, file("run/config.yaml", "[]")),
     fault("run-config-bomb", "a config.yaml of aliases", AGAIN, "RUN/config.yaml is damaged (an alias (*name) is not allowed here); choose another --run_dir", finished, file("run/config.yaml", "a: &a [x]\nb: [*a, *a]\n")),
     fault("run-config-deep", "a config.yaml nested without end", AGAIN, "RUN/config.yaml is damaged (nested more than 100 levels deep); choose another --run_dir", finished, file("run/config.yaml", "[" * 10000)),
     fault("run-done-cut", "a done file that is cut off", WARMUP, "RUN/warmup/warmup.json is damaged …", finished, cut(DONE, 20)),

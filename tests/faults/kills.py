@@ -144,7 +144,7 @@ def compare(
 def import_all() -> None:
     """Everything that a child would import, without starting jax."""
     import orbax.checkpoint  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
 
     import itool_jax.stages.iterate  # noqa: F401
 
