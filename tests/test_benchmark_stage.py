@@ -69,17 +69,6 @@ def test_questions_are_answered_once_scored_and_kept(
     assert json.loads((where / "scores.json").read_text())["simple"]["total"] == 3
 
 
-def test_a_trained_run_is_evaluated_with_the_folder_of_a_benchmark_as_data(tmp_path: Path, made: Made) -> None:
-    folder = copy_run(made, tmp_path)
-    row = {"file": "t", "instruction": "Call f0.", "input": "User: f0 1", "expected_output": "[f0(x='1')]", "id": 0}
-    (tmp_path / "api").mkdir()
-    (tmp_path / "api/level-1-api.json").write_text(json.dumps([row]))
-    rest = [setting for setting in made.settings if not setting.startswith("--data=")]
-    command = ["--stage=evaluate", "--benchmark=api_bank", "--categories=level-1", f"--data={tmp_path / 'api'}"]
-    assert main([*command, f"--run_dir={folder}", *rest]) == 0
-    assert json.loads((folder / "iteration_2/api_bank/summary.json").read_text())["n"]
-
-
 def test_a_part_and_the_layout_of_v4(tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_data(tmp_path / "data", "simple", 3)
     chosen = [f"--data={data}", "--categories=simple_python", "--evaluate.benchmark_limit=1", "--evaluate.layout=v4"]
@@ -253,6 +242,11 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     # The run's own phases by name.
     assert again(made, folder, *settings, "--evaluate.phase=all", stage="evaluate") == 0
     assert capsys.readouterr().out.count("api_bank, ") == 4
+    # The benchmark's folder may take the place of the data that the run was trained on.
+    rest = [setting for setting in made.settings if not setting.startswith("--data=")]
+    command = ["--stage=evaluate", *settings[:2], f"--data={tmp_path / 'api'}", f"--run_dir={folder}", *rest]
+    assert main(command) == 0
+    assert "iteration_2: api_bank/level_1 is done already" in capsys.readouterr().err
 
 
 def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
