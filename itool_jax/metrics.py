@@ -48,6 +48,7 @@ class Journal:
 
 _journal: Journal | None = None
 _stage: str | None = None
+_replays = False
 
 
 def open_journal(folder: Path, settings: LogSettings, config: Mapping[str, Any], profile: bool) -> None:
@@ -194,9 +195,6 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         yield advance
     new = f", {done - before} of them" if before else ""
     say(f"{what:<28} {done}{new} in {time.monotonic() - start:.1f} s")
-
-
-_replays = False
 
 
 def mark_replay(replays: bool) -> None:

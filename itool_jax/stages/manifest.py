@@ -102,7 +102,8 @@ def resumed(config: Config, output: Path) -> Iterator[Path]:
     working = output.with_name(f"{output.name}.working")
     settings = {name: value for name, value in config.flat().items() if not name.startswith("distributed.")}
     phase = folder.answering_phase(config)
-    weights = None if phase == "base" else _digest(folder.weights_folder(config, phase) / CHECKSUMS)
+    checksums = folder.weights_folder(config, phase) / CHECKSUMS
+    weights = _digest(checksums) if phase != "base" and checksums.exists() else None
     basis = {"settings": hash_of(settings), "sources": folder.fingerprints(config), "weights": weights}
     hosts.by_first(f"begin {output}", lambda: _open(working, basis))
     yield working
