@@ -193,7 +193,7 @@ def test_ending_it_waits_for_nothing_and_leaves_nothing(simulators: Simulators) 
             with contextlib.suppress(SimulatorError):
                 execute(fresh, f"[cd(folder=1 + ({code}))]", seconds=3)
         start = time.monotonic()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # it would wait for a minute
     assert not folder.exists()
 
 

@@ -212,7 +212,7 @@ def test_depth_is_bounded() -> None:
 def test_hostile_text_takes_little_time(text: str) -> None:
     start = time.perf_counter()
     read_calls(text)
-    assert time.perf_counter() - start < 1.0  # linear takes milliseconds, quadratic minutes
+    assert time.perf_counter() - start < 5.0  # linear takes milliseconds, quadratic minutes
 
 
 def test_long_list_is_read_whole() -> None:
