@@ -1,5 +1,6 @@
 """A run directory used again: what is done is kept, what is missing, stale or damaged is made again or named."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from itool_jax import config, run_directory
+from itool_jax import config, preemption, run_directory
 from itool_jax.data import records
 from itool_jax.main import PREEMPTED
 from itool_jax.preemption import PreemptionError
-from itool_jax.stages import score
+from itool_jax.stages import generate, manifest, score
 from itool_jax.stages.folder import fingerprints
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
@@ -93,6 +94,36 @@ def test_a_run_that_goes_on_to_more_iterations_is_not_finished(
     assert again(made, folder, f"--iterations={ITERATIONS + 1}") == PREEMPTED
     assert not (folder / "summary.json").exists()
     assert config.parse(["--stage=iterate", f"--config={folder / 'config.yaml'}"]).iterations == ITERATIONS + 1
+
+
+def test_answers_of_other_weights_are_not_gone_on_with(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, output = copy_run(made, tmp_path), tmp_path / "o.jsonl"
+    command = ["--stage=generate", *made.settings, "--generate.phase=last", f"--run_dir={folder}", f"--output={output}"]
+
+    def killed() -> None:
+        with contextlib.suppress(KeyboardInterrupt), manifest.resumed(config.parse(command), output) as working:
+            (working / "kept").touch()
+            raise KeyboardInterrupt
+
+    killed()
+    killed()
+    assert capsys.readouterr().err == ""
+    checksums = folder / f"iteration_{ITERATIONS}/weights/checksums.json"
+    checksums.write_text(checksums.read_text() + " ")  # trained again
+    killed()
+    assert "is of other inputs, so the work begins anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "listens"), [((), False), (("--output=o.jsonl",), True)])
+def test_only_what_keeps_something_is_asked_to_stop(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], listens: bool
+):
+    heard: list[bool] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preemption, "listen", lambda: heard.append(True))
+    monkeypatch.setattr(generate, "run", lambda _: None)
+    assert again(made, tmp_path / "run", *more, stage="generate") == 0
+    assert bool(heard) == listens
 
 
 def test_scores_of_result_files_leave_the_run_directory_alone(tmp_path: Path):
