@@ -224,6 +224,11 @@ class Config:
         return self.stage in ("plan", "doctor")
 
     @property
+    def resumes(self) -> bool:
+        """Whether the same command goes on where this one was interrupted."""
+        return self.stage != "export" and not self.looks_only and (self.keeps_run or self.output is not None)
+
+    @property
     def keeps_run(self) -> bool:
         """Whether the command works in the run directory; some write one file of their own, or none."""
         alone = self.output is not None and self.stage != "export"

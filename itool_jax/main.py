@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         hosts.leave("interrupted")
-        kept = config is not None and not config.looks_only and (config.keeps_run or config.output is not None)
+        kept = config is not None and config.resumes
         metrics.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
         return INTERRUPTED
     except Exception as error:
@@ -78,7 +78,7 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     if config.deterministic:
         environment.make_deterministic()
     hosts.join(config.distributed, metrics.current_stage)
-    if config.stage != "export" and (config.keeps_run or config.output is not None):  # something is kept
+    if config.resumes:
         preemption.listen()
     metrics.console_out.quiet = not hosts.is_first()
     if config.stage in ("generate", "export"):

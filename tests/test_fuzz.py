@@ -154,7 +154,8 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path, tiny_folder: P
     path.write_text(f'{{"id": "s", "messages": [{{"role": "user", "content": {text}}}], "target": "t"}}\n')
     [sample] = sources.load(path)
     tokenizer = chat.Chat(chat.load_tokenizer(str(tiny_folder)))
-    refused(lambda: chat.encode_sample(tokenizer, sample), "sample s: tokenizer of", "cannot encode the text")
+    line = refused(lambda: chat.encode_sample(tokenizer, sample), "sample s: tokenizer of", "cannot encode the text")
+    assert line.encode()  # half a character in it could not be printed
 
 
 @pytest.mark.parametrize("depth", [150, 500, 900, 990, 5000])
@@ -168,7 +169,8 @@ def test_deep_nesting_is_refused_by_every_reader(tmp_path: Path, depth: int):
     for row in rows:
         path = tmp_path / "d.jsonl"
         path.write_text(row + "\n")
-        refused(lambda path=path: sources.load(path), f"{path} line 1: ")
+        line = refused(lambda path=path: sources.load(path), f"{path} line 1: ")
+        assert "[" * 50 not in line  # a line says where, and does not repeat what stands there
 
 
 # Models -------------------------------------------------------------------------------------------------------
@@ -187,7 +189,8 @@ def test_a_template_reaches_nothing_of_python(tiny_folder: Path):
         "{% import 'os' as os %}",
     ):
         own.tokenizer.chat_template = text
-        refused(lambda: own.render([tiny.USER], (), add_generation_prompt=True), "refuses the conversation")
+        line = refused(lambda: own.render([tiny.USER], (), add_generation_prompt=True), "refuses the conversation")
+        assert not any(leak in line for leak in ("uid=", "root:", "<class 'object'>"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,9 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, length: int | None, heade
     path = tmp_path / hf.WEIGHTS
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(128))
     tiny.model_config(tmp_path)
-    refused(lambda: hf.load(tmp_path), f"{path} is not a readable safetensors file")
+    line = refused(lambda: hf.load(tmp_path), f"{path} is not a readable safetensors file")
+    assert str(tmp_path) in line
+    assert len(line) < 500
 
 
 def test_an_index_cannot_leave_its_folder(tmp_path: Path):
@@ -289,7 +294,8 @@ def test_an_index_cannot_leave_its_folder(tmp_path: Path):
 )
 def test_sizes_that_no_model_has_are_refused_before_shapes_are_made(tmp_path: Path, changes: dict[str, Any]):
     (tmp_path / "config.json").write_text(json.dumps(tiny.raw_config(**changes)))
-    refused(lambda: hf.read_config(tmp_path, "float32"), f"{tmp_path / 'config.json'}: ")
+    line = refused(lambda: hf.read_config(tmp_path, "float32"), f"{tmp_path / 'config.json'}: ")
+    assert any(name in line for name in (*changes, "rope_theta"))
 
 
 # Settings and runs --------------------------------------------------------------------------------------------
@@ -332,7 +338,8 @@ def test_a_finished_stage_names_files_of_its_own_folder_only(tmp_path: Path, nam
     path = folder.done_file(run, "warmup", "warmup")
     path.parent.mkdir()
     path.write_text(json.dumps({"seconds": 1, "outputs": {name: "0"}}))
-    refused(lambda: folder.read_done(run, "warmup", "warmup"), f"{path} is damaged", "is not in its folder")
+    line = refused(lambda: folder.read_done(run, "warmup", "warmup"), f"{path} is damaged", "is not in its folder")
+    assert name in line
 
 
 @pytest.mark.parametrize(
@@ -350,7 +357,8 @@ def test_a_table_of_wrong_values_is_named_where_it_is_read(
     tmp_path: Path, keys: list[str], row: dict[str, Any], words: str
 ):
     path = write(tmp_path / "t.jsonl", [row])
-    refused(lambda: folder.read_table(path, keys), f"{path} line 1: {words}; delete the file")
+    line = refused(lambda: folder.read_table(path, keys), f"{path} line 1: {words}; delete the file")
+    assert line.startswith(f"{config.PROGRAM}: error: {path}")
 
 
 # Benchmarks ---------------------------------------------------------------------------------------------------

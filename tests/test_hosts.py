@@ -203,7 +203,7 @@ def test_who_stops_at_once_tells_the_others_first(tmp_path: Path, processes: lis
     processes.append(Processes(2, tmp_path, code=ASKED))
     found = processes[-1].end()
     assert [code for code, *_ in found] == [75, 75], found
-    assert time.monotonic() - processes[-1].started < 60
+    assert time.monotonic() - processes[-1].started < 100  # JAX itself finds it after two minutes
 
 
 def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_path: Path, processes: list[Processes]):

@@ -146,9 +146,9 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(raw["rms_norm_eps"]),
+        rms_norm_eps=_float("rms_norm_eps", raw["rms_norm_eps"]),
         # Llama 2's config.json predates the key; its paper's value holds there.
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rope_theta=_float("rope_theta", rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         **ARCHITECTURES[names[0]]._asdict(),
@@ -165,6 +165,13 @@ def _positive(raw: dict[str, Any], key: str) -> int:
     if value > most:
         raise ValueError(f"{key} must be at most {most}, got {str(value)[:20]}")
     return value
+
+
+def _float(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{key} must be a number, got {str(value)[:20]!r}") from error
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
@@ -189,8 +196,8 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
     for place in (raw, _object(raw, "rope_parameters"), _object(raw, "rope_scaling")):
         if place.get("partial_rotary_factor") not in (None, 1):
             raise ValueError(f"partial_rotary_factor={place['partial_rotary_factor']} is not supported")
-    if kinds := set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layers of type {min(kinds)} are not supported, only full_attention")
+    if kinds := [kind for kind in raw.get("layer_types") or () if kind != "full_attention"]:
+        raise ValueError(f"layer_types: layers of type {str(kinds[0])[:40]} are not supported, only full_attention")
     if unknown := sorted(key for key, value in raw.items() if value and key not in UNDERSTOOD):
         raise ValueError(f"{unknown[0]}={raw[unknown[0]]} is not known here; remove it if it changes nothing")
 

@@ -162,16 +162,18 @@ def _category(config: Config, phase: str, category: str, answer: Callable[[], _A
     outputs = [str(file.relative_to(config.run_dir / phase))]
     after = [] if phase == "base" else [folder.policy_stage(phase)]
     stage = f"{results_folder(config, phase).name}/{category}"
+    questions, working = _load(config, category), manifest.working_folder(config, phase, stage)
 
     def work() -> Figures:
-        return _answer_category(config, category, answer(), file, manifest.working_folder(config, phase, stage))
+        return _answer_category(config, category, questions, answer(), file, working)
 
-    questions = {"questions": manifest.hash_of(repr(_load(config, category)))}
-    return manifest.once(config, phase, stage, work, outputs, after, inputs=questions)
+    inputs = {"questions": manifest.hash_of(repr(questions))}
+    return manifest.once(config, phase, stage, work, outputs, after, inputs=inputs)
 
 
-def _answer_category(config: Config, category: str, answer: _Answer, file: Path, working: Path) -> Figures:
-    questions = _load(config, category)
+def _answer_category(
+    config: Config, category: str, questions: Sequence[Any], answer: _Answer, file: Path, working: Path
+) -> Figures:
     asked = questions[: config.evaluate.benchmark_limit or None]
     found = spread(config, working, asked, lambda asked, keep: _responses(config, category, asked, answer, keep))
     results = {question.id: result for question, result in zip(asked, found, strict=True)}
