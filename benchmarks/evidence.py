@@ -18,6 +18,7 @@ from itool_jax import main, run_directory
 from itool_jax.allocator import keep_freed_memory
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, mean_and_standard_error, paired_difference
+from itool_jax.files import write_json
 from itool_jax.stages import evaluate, folder, iterate
 
 FROM_SEARCH = ("search.json", "pairs.jsonl", "trees.jsonl")
@@ -50,7 +51,7 @@ def compare(s: Settings) -> None:
         for iteration in range(1, demo.iterations + 1):
             main.run(dataclasses.replace(control, stage="dpo", iteration=iteration))
         rows.append({kind: _results(run) for kind, run in (("demo", demo), ("control", control))})
-    folder.write_json(s.output / "evidence.json", _report(rows))
+    write_json(s.output / "evidence.json", _report(rows))
 
 
 def _share(demo: Config, control: Config) -> None:

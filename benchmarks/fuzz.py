@@ -129,10 +129,10 @@ def child(settings: Settings) -> None:
             from benchmarks import fuzz_targets
     else:
         from benchmarks import fuzz_targets
-    from itool_jax import metrics
+    from itool_jax import messages
     from itool_jax.untrusted import bounded
 
-    metrics.console.quiet = True
+    messages.console.quiet = True
     target = fuzz_targets.TARGETS[name]
 
     def run(data: bytes) -> None:

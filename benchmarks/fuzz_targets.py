@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from itool_jax import config as settings
 from itool_jax import run_directory
 from itool_jax.data import sources
-from itool_jax.data.records import SUFFIXES, read_rows
+from itool_jax.data.rows import SUFFIXES, read_rows
 from itool_jax.evaluation import api_bank, bfcl, bfcl_data, bfcl_read
 from itool_jax.journal import Journal
 from itool_jax.model import hf

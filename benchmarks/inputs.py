@@ -14,11 +14,11 @@ import numpy as np
 
 from benchmarks.protocol import Task
 from itool_jax.data.generated import make_sample
-from itool_jax.data.records import Sample, sample_row
 from itool_jax.embedded.tokenizer import SPECIAL, TEMPLATE
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import abstract
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
+from itool_jax.text.sample import Sample, sample_row
 from itool_jax.text.steps import build_step_table, split_steps
 
 Row = dict[str, Any]

@@ -16,15 +16,15 @@ import jax
 from itool_jax import config as settings_of
 from itool_jax import environment
 from itool_jax.config import Config
-from itool_jax.data.records import Row, Sample, sample_row
 from itool_jax.data.sources import from_rows
 from itool_jax.mcts.search import SearchSettings
-from itool_jax.metrics import progress
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
+from itool_jax.progress import progress
 from itool_jax.sampler import GenerateSettings, respond
 from itool_jax.stages import folder, score, search
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
+from itool_jax.text.sample import Row, Sample, sample_row
 from itool_jax.text.steps import Granularity, StepTable
 
 Message = Mapping[str, Any]

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from itool_jax import hosts
-from itool_jax.data.records import whole_file
-from itool_jax.metrics import say
+from itool_jax.files import whole_file
+from itool_jax.messages import say
 from itool_jax.untrusted import read_json
 
 CHECKSUMS = "checksums.json"

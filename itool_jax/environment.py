@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from itool_jax.data.records import whole_file
+from itool_jax.files import whole_file
 from itool_jax.untrusted import read_json, redacted
 
 FILE = "environment.json"

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
 from itool_jax import hosts, untrusted
-from itool_jax.metrics import mark_replay, say
+from itool_jax.messages import say
 from itool_jax.preemption import stop_if_asked
+from itool_jax.progress import mark_replay
 
 T = TypeVar("T")
 LAYOUT = "layout"

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     keep_freed_memory()  # before the imports below, which take a second and would come twice
 
 from itool_jax import config as settings
-from itool_jax import hosts, metrics, preemption, run_directory, trackers
+from itool_jax import hosts, messages, metrics, preemption, progress, run_directory, trackers
 from itool_jax.config import Config
 from itool_jax.untrusted import show_traceback
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         hosts.leave("interrupted")
         kept = config is not None and config.resumes
-        metrics.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
+        messages.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
         return INTERRUPTED
     except Exception as error:
         fault = not (isinstance(error, ValueError | OSError | MemoryError) or settings.is_out_of_memory(error))
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hosts.await_verdict()
         hosts.leave(line)
         if fault or os.environ.get("ITOOL_TRACEBACK"):
-            metrics.note("error", line)
+            messages.note("error", line)
             raise
-        metrics.fail(line)
+        messages.fail(line)
         return USAGE_ERROR
     finally:
-        metrics.close_journal()
+        close_log()
         hosts.leave()
 
 
@@ -77,18 +77,21 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     trackers.require(config.log)
     if config.deterministic:
         environment.make_deterministic()
-    hosts.join(config.distributed, metrics.current_stage)
+    hosts.join(config.distributed, messages.current_stage)
     if config.resumes:
         preemption.listen()
-    metrics.console_out.quiet = not hosts.is_first()
+    messages.console_out.quiet = not hosts.is_first()
     if config.stage in ("generate", "export"):
         mesh = mesh_here(config.mesh)
         if mesh != config.mesh:
-            metrics.say("the mesh needs more devices than are here; one is used")
+            messages.say("the mesh needs more devices than are here; one is used")
         config = dataclasses.replace(config, mesh=mesh)
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.by_first("settings", lambda: run_directory.save_or_check(config))
-        _open_log(config, arguments)
+        if config.keeps_run:
+            open_log(config)
+            if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
+                messages.say(line)
         from itool_jax.stages import sizes
 
         config = sizes.resolved(config)
@@ -96,14 +99,20 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
             importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
 
 
-def _open_log(config: Config, arguments: Sequence[str]) -> None:
-    """What the run says is kept, and where it runs."""
-    from itool_jax import environment
+def open_log(config: Config) -> None:
+    """Writes messages, numbers and traces to the run directory from now on; of several processes, the first does."""
+    close_log()
+    if hosts.is_first():
+        metrics.attach_trackers(trackers.open_trackers(config.log, config.run_dir, config.flat()))
+        messages.open_log(config.run_dir)
+        progress.trace_into(config.run_dir / "profile" if config.profile else None)
 
-    if config.keeps_run:
-        metrics.open_journal(config.run_dir, config.log, config.flat(), config.profile)
-        if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
-            metrics.say(line)
+
+def close_log() -> None:
+    """Ends what `open_log` began; does nothing if it did not."""
+    messages.close_log()
+    progress.trace_into(None)
+    metrics.close_trackers()
 
 
 if __name__ == "__main__":

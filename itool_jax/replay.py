@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from itool_jax.data.records import Sample
 from itool_jax.text.calls import read_calls
+from itool_jax.text.sample import Sample
 
 CurriculumOrder = Literal["easy_to_hard", "mixed", "hard_to_easy"]
 N_PARTS = 3  # easy, medium, hard

@@ -16,7 +16,7 @@ import yaml
 
 from itool_jax import untrusted
 from itool_jax.config import Config
-from itool_jax.data.records import remove_unfinished, whole_file
+from itool_jax.files import remove_unfinished, whole_file
 from itool_jax.hosts import DistributedSettings, is_first
 
 # What may differ between two commands on one run directory: it does not change what an earlier one computed.

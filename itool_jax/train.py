@@ -19,12 +19,14 @@ from jaxtyping import Array
 
 from itool_jax import hosts, losses
 from itool_jax.checkpoint import Training
-from itool_jax.data.records import whole_file
+from itool_jax.files import whole_file
 from itool_jax.losses import LossSettings
-from itool_jax.metrics import Metrics, progress, say
+from itool_jax.messages import say
+from itool_jax.metrics import Metrics
 from itool_jax.model import sharding
 from itool_jax.model.transformer import Params
 from itool_jax.preemption import PreemptionError, asked_to_stop
+from itool_jax.progress import progress
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.types import AnyArray, Scalar
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from itool_jax.data.records import RawSample, Sample
 from itool_jax.text import chat as chats
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
+from itool_jax.text.sample import RawSample, Sample
 from tests.conftest import shared_path
 
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]

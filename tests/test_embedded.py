@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from itool_jax.data import lexicon
 from itool_jax.data.generated import generate, make_sample
-from itool_jax.data.records import Sample
 from itool_jax.embedded import pretrain
 from itool_jax.embedded import tokenizer as embedded_tokenizer
 from itool_jax.embedded.pretrain import Corpus, Settings
@@ -30,6 +29,7 @@ from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import TargetBatch, collate
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import build_step_table, split_steps
 from tests import tiny
 

@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz_targets
-from itool_jax import config, metrics, untrusted
-from itool_jax.data import benchmarks, formats, records, schemas, sources
+from itool_jax import config, messages, untrusted
+from itool_jax.data import benchmarks, formats, rows, schemas, sources
 from itool_jax.evaluation import bfcl, bfcl_read
 from itool_jax.model import hf
 from itool_jax.stages import folder
 from itool_jax.text import chat
+from itool_jax.text.sample import Sample
 from tests import tiny
 from tests.conftest import write
 
@@ -47,7 +48,7 @@ def inputs(draw: st.DrawFn, target: fuzz_targets.Target) -> bytes:
 
 @pytest.mark.parametrize("name", fuzz_targets.TARGETS)
 def test_any_input_gives_a_result_or_an_error_that_names_its_file(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics.console, "quiet", True)
+    monkeypatch.setattr(messages.console, "quiet", True)
     target = fuzz_targets.TARGETS[name]
     target.run(target.seeds[0])  # imports
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -97,7 +98,7 @@ def _conversation(text: str) -> dict[str, Any]:
         lambda: benchmarks.from_api_bank({"input": "\nUser: q", "output": "a" * N}),
         lambda: benchmarks.from_api_bank({"input": "\nUser: q" + "\nx" * (N // 2), "output": "[f()]"}),
         lambda: formats.samples_from_conversation("c", [{"role": "user", "content": "q"}] * N, ()),
-        lambda: sources._distinct([records.Sample(id="a", messages=()) for _ in range(N // 10)]),
+        lambda: sources._distinct([Sample(id="a", messages=()) for _ in range(N // 10)]),
         lambda: bfcl_read.read_response("a." * 50_000 + "f()", "Python"),
     ],
 )
@@ -123,14 +124,14 @@ def refused(read: Callable[[], Any], *words: str) -> str:
 
 
 def test_a_small_file_of_many_zeros_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(records, "SMALL", 10 << 20)
+    monkeypatch.setattr(rows, "SMALL", 10 << 20)
     path = tmp_path / "d.jsonl.gz"
     with gzip.open(path, "wb") as file:
         for _ in range(200):
             file.write(bytes(1 << 20))
     assert path.stat().st_size < 1 << 18
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(lambda: list(records.read_rows(path)), f"{path} holds more than 19 MB, far more than its size")
+    refused(lambda: list(rows.read_rows(path)), f"{path} holds more than 19 MB, far more than its size")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 
@@ -140,7 +141,7 @@ def test_a_value_that_stands_in_all_rows_of_a_table_is_not_copied_without_end(
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr(records, "SMALL", 10 << 20)
+    monkeypatch.setattr(rows, "SMALL", 10 << 20)
     path = tmp_path / "d.parquet"
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100_000, pyarrow.int32()), ["x" * 10_000])
     pyarrow.parquet.write_table(pyarrow.table({"prompt": column.cast(pyarrow.large_string())}), path)

@@ -9,8 +9,8 @@ import pytest
 
 from itool_jax.data import generated, lexicon
 from itool_jax.data.generated import GeneratedSettings, Part, generate, make_sample
-from itool_jax.data.records import Sample
 from itool_jax.text.calls import Call, read_calls
+from itool_jax.text.sample import Sample
 
 PARTS: tuple[Part, ...] = get_args(Part)
 TASK: tuple[Part, ...] = ("train", "validation", "test")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from itool_jax import metrics
-from itool_jax.metrics import Metrics, progress, say
+from itool_jax import messages
+from itool_jax.messages import say
+from itool_jax.metrics import Metrics
+from itool_jax.progress import progress
 
 
 def no_constant(name: str) -> None:
@@ -51,7 +53,7 @@ def test_work_that_nobody_watches_ends_in_one_line(capsys: pytest.CaptureFixture
 
 def test_a_terminal_sees_how_far_the_work_is(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(metrics, "console", Console(file=screen, force_terminal=True, width=160))
+    monkeypatch.setattr(messages, "console", Console(file=screen, force_terminal=True, width=160))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress("counting", 5) as advance:
         advance(3, note="loss 1.500")

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import pytest
 
-from itool_jax import hosts, metrics, profiling, trackers
+from itool_jax import hosts, messages, profiling, trackers
 from itool_jax.config import Config
 from itool_jax.journal import Journal
-from itool_jax.main import main
-from itool_jax.metrics import Metrics, close_journal, open_journal, progress, say, working_on
+from itool_jax.main import close_log, main, open_log
+from itool_jax.messages import say, working_on
+from itool_jax.metrics import Metrics, attach_trackers, track_results
+from itool_jax.progress import progress
 from itool_jax.stages import evaluate, generate, manifest
-from itool_jax.trackers import LogSettings
 from itool_jax.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import SMALL, make_samples
@@ -45,20 +46,20 @@ class Recorder:
 
 
 @pytest.fixture
-def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run directory that is written to, and what trackers got."""
+def log(tmp_path: Path):
+    """The log of a run directory, and what trackers got."""
     recorder = Recorder()
-    monkeypatch.setattr(metrics, "open_trackers", lambda *_: [recorder])
-    open_journal(tmp_path, LogSettings(), {}, profile=False)
+    messages.open_log(tmp_path)
+    attach_trackers([recorder])
     yield tmp_path / "log.jsonl", recorder
-    close_journal()
+    close_log()
 
 
 # The log ----------------------------------------------------------------------------------------------------
 
 
-def test_the_log_holds_what_is_said_with_its_stage(journal: Any):
-    path, _ = journal
+def test_the_log_holds_what_is_said_with_its_stage(log: Any):
+    path, _ = log
     say("before")
     with working_on("warmup", "warmup"):
         say("inside, [bold]as it is[/bold]")
@@ -75,24 +76,24 @@ def test_the_log_holds_what_is_said_with_its_stage(journal: Any):
     assert list(rows[0]) == ["stage", "level", "text"]
 
 
-def test_long_work_says_how_far_it_is(journal: Any, monkeypatch: pytest.MonkeyPatch):
+def test_long_work_says_how_far_it_is(log: Any, monkeypatch: pytest.MonkeyPatch):
     """Every half minute by the clock; what was done before the work went on says nothing of its speed."""
     seconds = iter([100.0, 120.0, 140.0, 160.0, 180.0, 190.0])
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(seconds), time=time.time))
+    monkeypatch.setattr("itool_jax.progress.time", SimpleNamespace(monotonic=lambda: next(seconds), time=time.time))
     with progress("counting", 40, done=15) as advance:
         for _ in range(4):
             advance(5, note="loss 1.5")
-    assert [row["text"] for row in read(journal[0]) if row["level"] == "progress"] == [
+    assert [row["text"] for row in read(log[0]) if row["level"] == "progress"] == [
         "counting 25/40, 40 s, about 60 s left, loss 1.5",
         "counting 35/40, 80 s, about 20 s left, loss 1.5",
     ]
 
 
 def test_answers_from_a_journal_say_nothing_of_the_speed(
-    journal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    log: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     now = 0.0
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    monkeypatch.setattr("itool_jax.progress.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
 
     def work(answers: int, seconds: float) -> None:
         nonlocal now
@@ -105,7 +106,7 @@ def test_answers_from_a_journal_say_nothing_of_the_speed(
 
     work(6, 1.0)
     work(8, 40.0)
-    told = [row["text"] for row in read(journal[0]) if row["level"] == "progress"]
+    told = [row["text"] for row in read(log[0]) if row["level"] == "progress"]
     assert told == ["counting 7/10, 40 s, about 120 s left", "counting 8/10, 80 s, about 80 s left"]
     assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8, 2 of them in 80.0 s".split()
 
@@ -131,7 +132,7 @@ def test_the_log_ends_with_the_line_a_user_sees(
     with pytest.raises(RuntimeError):
         main(command)
     assert "a bug" in read(tmp_path / "run/log.jsonl")[-1]["text"]
-    assert metrics.current_stage() is None
+    assert messages.current_stage() is None
 
 
 def test_a_run_directory_with_only_a_log_takes_other_settings(tmp_path: Path, tiny_folder: Path):
@@ -151,17 +152,17 @@ def test_of_several_processes_the_first_one_reports(
 ):
     for index in (1, 0):
         monkeypatch.setattr(hosts._run, "index", index)
-        open_journal(tmp_path, LogSettings(), {}, profile=False)
+        open_log(Config(stage="warmup", run_dir=tmp_path))
         say("hello")
         Metrics(tmp_path / "metrics.jsonl", "warmup").write(1, loss=1.0)
-        close_journal()
+        close_log()
         assert sorted(p.name for p in tmp_path.iterdir()) == ([] if index else ["log.jsonl", "metrics.jsonl"])
     assert capsys.readouterr().err == "hello\n"
 
 
 def test_asking_who_writes_starts_no_backend():
     code = (
-        "import jax; from itool_jax.metrics import say; say('x'); from jax._src import xla_bridge as x; "
+        "import jax; from itool_jax.messages import say; say('x'); from jax._src import xla_bridge as x; "
         "assert not x.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -170,13 +171,13 @@ def test_asking_who_writes_starts_no_backend():
 # Trackers ---------------------------------------------------------------------------------------------------
 
 
-def test_trackers_get_steps_by_phase_and_figures_by_stage(journal: Any):
-    path, recorder = journal
+def test_trackers_get_steps_by_phase_and_figures_by_stage(log: Any):
+    path, recorder = log
     Metrics(path.parent / "metrics.jsonl", "iteration_2").write(7, loss=0.5, norm=float("nan"))
     for phase in ("base", "warmup", "iteration_2"):
-        with working_on(phase, "evaluation") as report:
-            report({"accuracy": {"overall": 0.5, "hard": None}, "pairs": 3, "weights": "digest", "whole": True})
-    close_journal()
+        results = {"accuracy": {"overall": 0.5, "hard": None}, "pairs": 3, "weights": "digest", "whole": True}
+        track_results(phase, "evaluation", results)
+    close_log()
     figures = {"accuracy/overall": 0.5, "pairs": 3}
     assert recorder.rows == [
         ("iteration_2", 7, {"loss": 0.5}),

@@ -11,12 +11,12 @@ from itool_jax.config import Config
 from itool_jax.data import card
 from itool_jax.data.card import describe, lines, overlap
 from itool_jax.data.generated import GeneratedSettings
-from itool_jax.data.records import Sample
 from itool_jax.main import main
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.run_directory import NO_RESULTS
 from itool_jax.stages import parts
 from itool_jax.text.chat import Encoded
+from itool_jax.text.sample import Sample
 from tests.conftest import read, write
 from tests.runs import make_samples
 from tests.tiny import USER

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from itool_jax.data.records import sample_row
 from itool_jax.data.sources import load, load_questions
 from itool_jax.text.calls import read_calls
+from itool_jax.text.sample import sample_row
 from tests.conftest import shared_path
 
 

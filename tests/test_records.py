@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from itool_jax.data.records import Sample, content_id, place, read_rows, sample_row, write_jsonl
+from itool_jax.data.rows import read_rows
+from itool_jax.files import place, write_jsonl
+from itool_jax.text.sample import Sample, content_id, sample_row
 
 ROWS = [{"id": "a", "text": "é\u2028\n"}, {"id": "b", "n": [1, 2.5, None, {"x": True}]}]
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 import pytest
 
 from itool_jax import replay
-from itool_jax.data.records import Sample
 from itool_jax.replay import CurriculumOrder, DifficultyFeatures, ReplaySettings, ScoredSample
+from itool_jax.text.sample import Sample
 
 Item = TypeVar("Item")
 ORDERS: list[CurriculumOrder] = ["easy_to_hard", "mixed", "hard_to_easy"]

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from itool_jax import config, preemption, run_directory
-from itool_jax.data import records
+from itool_jax import config, files, preemption, run_directory
 from itool_jax.main import PREEMPTED
 from itool_jax.preemption import PreemptionError
 from itool_jax.stages import generate, manifest, score
@@ -314,7 +313,7 @@ def test_a_full_disk_loses_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", fail)
+        patch.setattr(files.os, "fsync", fail)
         line = refused(capsys, made, folder)
     assert line.startswith(f"{folder}: No space left on device; free some space and run the same command again")
     assert contents(folder) == before

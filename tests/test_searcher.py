@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from itool_jax import sampler
-from itool_jax.data.records import Sample
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
 from itool_jax.mcts.search import Forest, Proposal, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings
@@ -24,6 +23,7 @@ from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import PATH_BUCKET, PROMPT_BUCKET, Searched, Searcher
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, build_step_table
 from tests import tiny
 from tests.test_search import by_path, response_of

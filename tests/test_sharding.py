@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from itool_jax import checkpoint, train
 from itool_jax.data.batches import PairRow, collate_pairs
-from itool_jax.data.records import Sample
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
@@ -25,6 +24,7 @@ from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import build_step_table
 from tests import tiny
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from itool_jax.data.records import RawSample, Sample, sample_row
 from itool_jax.data.sources import load, load_questions, read_samples
+from itool_jax.text.sample import RawSample, Sample, sample_row
 from tests.tiny import CALL, TOOL, USER
 
 

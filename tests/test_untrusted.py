@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
-from itool_jax import config, metrics, run_directory, untrusted
+from itool_jax import config, messages, run_directory, untrusted
 from itool_jax.main import main
 from itool_jax.model import hf
 from itool_jax.stages import folder
@@ -44,7 +44,7 @@ def test_secrets_are_hidden_in_errors_and_messages(text: str, capsys: pytest.Cap
     assert is_hidden(untrusted.redacted(text))
     assert untrusted.HIDDEN in untrusted.redacted(text)
     assert is_hidden(config.describe_error(ValueError(text)))
-    metrics.say(text)
+    messages.say(text)
     assert is_hidden(capsys.readouterr().err)
 
 
@@ -171,8 +171,8 @@ def test_memory_is_bounded():
 
 def test_secrets_are_hidden_before_the_terminal_wraps_them(monkeypatch: pytest.MonkeyPatch):
     console = Console(record=True, width=20, file=open("/dev/null", "w"))  # noqa: SIM115 - rich closes nothing
-    monkeypatch.setattr(metrics, "console", console)
-    metrics.say(f"x {HUB} y")
+    monkeypatch.setattr(messages, "console", console)
+    messages.say(f"x {HUB} y")
     assert is_hidden(console.export_text().replace("\n", ""))
     console.file.close()
 

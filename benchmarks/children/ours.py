@@ -13,7 +13,6 @@ import numpy as np
 from benchmarks.protocol import Task, Work, cpu, serve, timed
 from itool_jax import train
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
-from itool_jax.data.records import Sample
 from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings, State
 from itool_jax.mcts.value import SelfEvaluationSettings
@@ -27,6 +26,7 @@ from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, build_step_table
 
 SEATS = 16

@@ -1,1 +1,1 @@
-"""Tool-use data: records, schemas, sources and batches."""
+"""Tool-use data: rows, schemas, sources and batches."""

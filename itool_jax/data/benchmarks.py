@@ -11,9 +11,9 @@ import re
 from typing import Any
 
 from itool_jax.data.formats import field, read_json
-from itool_jax.data.records import Row, Sample, content_id
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas
 from itool_jax.text.calls import read_calls
+from itool_jax.text.sample import Row, Sample, content_id
 
 MAX_CHARACTERS = 200_000
 """A dialogue's, which is put together line by line in quadratic time."""

@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from itool_jax.data.records import Sample
 from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Encoded
+from itool_jax.text.sample import Sample
 
 FIRST = 5
 """How many ids of shared questions are printed; the card lists all."""

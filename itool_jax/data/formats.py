@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
-from itool_jax.data.records import Row, Sample, content_id
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
 from itool_jax.text.calls import Call, calls_from_openai, write_calls
+from itool_jax.text.sample import Row, Sample, content_id
 
 NO_CALL = "None of the available tools can help with this request."
 """The target where a data set's answer is an empty list of calls."""

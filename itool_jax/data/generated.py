@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from itool_jax.data import lexicon
 from itool_jax.data.lexicon import Domain, Parameter
-from itool_jax.data.records import Sample
+from itool_jax.text.sample import Sample
 
 Part = Literal["pretraining", "pretraining_test", "train", "validation", "test"]
 

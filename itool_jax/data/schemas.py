@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from itool_jax.data.records import Row
+from itool_jax.text.sample import Row
 
 MAX_TYPE = 1000
 """Characters of a type's name; brackets in it take quadratic time."""

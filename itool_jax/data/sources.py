@@ -16,9 +16,11 @@ from typing import Any
 
 from itool_jax.data import benchmarks, formats
 from itool_jax.data.formats import samples_from_conversation
-from itool_jax.data.records import SUFFIXES, RawSample, Row, Sample, content_id, place, read_rows, refuse
+from itool_jax.data.rows import SUFFIXES, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
+from itool_jax.files import place
 from itool_jax.text.calls import calls_from_openai, write_calls
+from itool_jax.text.sample import RawSample, Row, Sample, content_id
 from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 HUB = "hf:"

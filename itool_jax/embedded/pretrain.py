@@ -20,11 +20,10 @@ import optax
 import tyro
 
 from itool_jax.data.generated import make_sample
-from itool_jax.data.records import Sample
 from itool_jax.embedded import tokenizer as embedded_tokenizer
 from itool_jax.embedded.structured_start import structured_start
 from itool_jax.evaluation.statistics import standard_error
-from itool_jax.metrics import say
+from itool_jax.messages import say
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, abstract
 from itool_jax.replay import curriculum, sample_features
@@ -32,6 +31,7 @@ from itool_jax.sampler import GenerateSettings, Policy, respond
 from itool_jax.text import chat as chat_format
 from itool_jax.text import padding
 from itool_jax.text.chat import Chat, Encoded
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import build_step_table, split_steps
 from itool_jax.train import TrainState, sft_loss, train_step
 

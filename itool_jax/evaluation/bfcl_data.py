@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from itool_jax.data.records import place, read_rows, write_jsonl
+from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.bfcl import expected_calls, language_of
+from itool_jax.files import place, write_jsonl
 
 Version = Literal["v3", "v4"]
 Message = dict[str, str]

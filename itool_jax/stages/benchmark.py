@@ -14,13 +14,15 @@ from typing import Any
 from rich.table import Table
 
 from itool_jax.config import Config
-from itool_jax.data.records import read_rows, write_jsonl
+from itool_jax.data.rows import read_rows
 from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
+from itool_jax.files import write_json, write_jsonl
 from itool_jax.journal import Keep, keep_nothing
-from itool_jax.metrics import console_out, progress, say
+from itool_jax.messages import console_out, say
+from itool_jax.progress import progress
 from itool_jax.sampler import respond
 from itool_jax.stages import folder, manifest
 from itool_jax.stages.comparison import compare, fallen, read_scores
@@ -66,8 +68,8 @@ def evaluate(config: Config, phase: str) -> Figures:
     scores = {category: _score(_category(config, phase, category, answer)) for category in categories(config)}
     figures = summarize(config, scores)
     where = results_folder(config, phase)
-    folder.write_json(where / "scores.json", bfcl_scores.as_json(scores))
-    folder.write_json(where / "summary.json", figures)
+    write_json(where / "scores.json", bfcl_scores.as_json(scores))
+    write_json(where / "summary.json", figures)
     show(config, phase, scores, figures)
     if config.official:
         with Simulators() as simulators:
@@ -95,7 +97,7 @@ def score_results(config: Config) -> Figures:
         scores[category] = _scored(config, questions, questions, responses[category])
     figures = summarize(config, scores)
     if config.output is not None:
-        folder.write_json(config.output, bfcl_scores.as_json(scores))
+        write_json(config.output, bfcl_scores.as_json(scores))
     show(config, config.results.name, scores, figures)
     if config.official:
         with Simulators() as simulators:

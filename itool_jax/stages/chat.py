@@ -22,15 +22,17 @@ from rich.text import Text
 from itool_jax.config import Config
 from itool_jax.data import generated
 from itool_jax.data.formats import samples_from_conversation
-from itool_jax.data.records import Row, read_rows, write_jsonl
+from itool_jax.data.rows import read_rows
 from itool_jax.data.schemas import tool_schemas
-from itool_jax.metrics import console_out
+from itool_jax.files import write_jsonl
+from itool_jax.messages import console_out
 from itool_jax.model.sharding import use_own_mesh
 from itool_jax.sampler import row_keys, text_key
 from itool_jax.stages import folder
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text import remarks
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
+from itool_jax.text.sample import Row
 from itool_jax.untrusted import harmless, read_json
 
 HELP = """\

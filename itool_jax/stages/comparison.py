@@ -11,8 +11,8 @@ from itool_jax.config import Config
 from itool_jax.evaluation import bfcl_scores
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.statistics import PairedDifference, describe
-from itool_jax.metrics import console_out, say
-from itool_jax.stages import folder
+from itool_jax.files import write_json
+from itool_jax.messages import console_out, say
 from itool_jax.untrusted import read_json
 
 
@@ -58,7 +58,7 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
                 f"  right {side.replace('_', ' ')}, {len(ids)}: {' '.join(ids[:8])}{more}", soft_wrap=True
             )
     if output is not None:
-        folder.write_json(output, found)
+        write_json(output, found)
         say(f"all questions that one has right and the other wrong are in {output}")
     return found
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from itool_jax import environment
 from itool_jax.config import Config
 from itool_jax.hosts import is_first
-from itool_jax.metrics import console_out
+from itool_jax.messages import console_out
 from itool_jax.model.transformer import abstract
 from itool_jax.stages import doctor_machine as machine
 from itool_jax.stages import doctor_model, folder

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from itool_jax.config import Config
-from itool_jax.data.records import Sample
 from itool_jax.model import hf
 from itool_jax.stages import folder, parts
 from itool_jax.stages.doctor_machine import Finding
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import split_steps
 from itool_jax.untrusted import harmless, one_line
 

@@ -14,9 +14,10 @@ import grain
 from itool_jax import checkpoint, train
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
-from itool_jax.data.records import write_jsonl
+from itool_jax.files import write_jsonl
 from itool_jax.journal import Keep
-from itool_jax.metrics import progress, say
+from itool_jax.messages import say
+from itool_jax.progress import progress
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import folder, manifest, parts
 from itool_jax.stages.spread import spread

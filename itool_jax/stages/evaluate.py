@@ -11,15 +11,17 @@ from typing import Any
 
 from itool_jax import replay
 from itool_jax.config import Config
-from itool_jax.data.records import Sample, write_jsonl
 from itool_jax.evaluation.statistics import PairedDifference, paired_difference, standard_error
+from itool_jax.files import write_jsonl
 from itool_jax.journal import Keep
 from itool_jax.mcts.value import outcome
-from itool_jax.metrics import progress, say
+from itool_jax.messages import say
+from itool_jax.progress import progress
 from itool_jax.sampler import respond
 from itool_jax.stages import benchmark, comparison, folder, manifest, parts
 from itool_jax.stages.spread import spread
 from itool_jax.text.calls import looks_like_calls
+from itool_jax.text.sample import Sample
 
 CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
 

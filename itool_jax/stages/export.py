@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from itool_jax.config import Config
-from itool_jax.metrics import progress, say
+from itool_jax.messages import say
 from itool_jax.model import export, forms, hf, quantize
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
+from itool_jax.progress import progress
 from itool_jax.stages import folder
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.untrusted import inside

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,10 @@ import grain
 import jax
 from flax import nnx
 
-from itool_jax import checkpoint, untrusted
+from itool_jax import checkpoint
 from itool_jax.config import Config
-from itool_jax.data.records import SUFFIXES, Sample, place, read_rows, whole_file
+from itool_jax.data.rows import SUFFIXES, read_rows
+from itool_jax.files import place, read_json
 from itool_jax.metrics import Metrics
 from itool_jax.model import forms, hf
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
@@ -33,6 +33,7 @@ from itool_jax.run_directory import check_weights
 from itool_jax.sampler import Policy
 from itool_jax.stages import columns
 from itool_jax.text.chat import Chat, Encoded, encode_sample, load_tokenizer
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
 from itool_jax.train import LossFn, TrainingSettings, fit
 
@@ -306,23 +307,6 @@ def read_done(config: Config, phase: str, stage: str) -> dict[str, Any] | None:
     if outside := [name for name in figures["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"{path} is damaged ({outside[0]} is not in its folder); delete it to run the stage again")
     return figures
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the run; ValueError where it is damaged."""
-    try:
-        content = untrusted.read_json(path)
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it is no JSON object); delete it to run the stage again")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or absent."""
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def policy_stage(phase: str) -> tuple[str, str]:

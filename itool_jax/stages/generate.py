@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from itool_jax.config import Config
-from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
+from itool_jax.files import write_jsonl
 from itool_jax.journal import Keep, keep_nothing
-from itool_jax.metrics import progress, say
+from itool_jax.messages import say
+from itool_jax.progress import progress
 from itool_jax.sampler import respond
 from itool_jax.stages import chat, folder, manifest
 from itool_jax.stages.spread import spread

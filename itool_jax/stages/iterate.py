@@ -11,8 +11,9 @@ from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe
+from itool_jax.files import read_json, write_json
 from itool_jax.hosts import is_first
-from itool_jax.metrics import console_out, say
+from itool_jax.messages import console_out, say
 from itool_jax.stages import benchmark, columns, dpo, evaluate, folder, report, score, search, warmup
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
@@ -38,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
         _evaluate(now, folder.phase_name(iteration))
     summary = summarize(config)
     if is_first():
-        folder.write_json(config.run_dir / "summary.json", summary)
+        write_json(config.run_dir / "summary.json", summary)
         made = report.refresh(config)
         show(config, summary, f", {made.name} to look at it" if made else "")
     return summary
@@ -89,7 +90,7 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
     if config.benchmark is None:
         return None
     trained = phases(config)[1:]
-    read = {phase: folder.read_json(benchmark.results_folder(config, phase) / "summary.json") for phase in trained}
+    read = {phase: read_json(benchmark.results_folder(config, phase) / "summary.json") for phase in trained}
     return {"name": config.benchmark, "phases": read}
 
 

@@ -18,7 +18,9 @@ from typing import Any
 from itool_jax import hosts
 from itool_jax.checkpoint import CHECKSUMS, damage
 from itool_jax.config import Config
-from itool_jax.metrics import say, working_on
+from itool_jax.files import read_json, write_json
+from itool_jax.messages import say, working_on
+from itool_jax.metrics import track_results
 from itool_jax.preemption import PreemptionError, asked_to_stop
 from itool_jax.run_directory import binding_settings
 from itool_jax.stages import columns, folder
@@ -47,15 +49,15 @@ def once(
     if figures is not None:
         return figures
     start = time.monotonic()
-    with working_on(phase, stage) as report:
+    with working_on(phase, stage):
         figures = work()
-        report(figures)
+        track_results(phase, stage, figures)
     seconds = round(before + time.monotonic() - start, 2)
 
     def end() -> dict[str, Any]:
         digests = {name: _digest(config.run_dir / phase / name) for name in outputs}
         result = figures | {"seconds": seconds, "after": basis, "outputs": digests}
-        folder.write_json(folder.done_file(config, phase, stage), result)
+        write_json(folder.done_file(config, phase, stage), result)
         shutil.rmtree(working_folder(config, phase, stage))
         return result
 
@@ -136,7 +138,7 @@ def working_folder(config: Config, phase: str, stage: str) -> Path:
 def _open(working: Path, basis: dict[str, Any]) -> float:
     """Makes the folder of unfinished work, empty unless the work there is of the same inputs; seconds spent on it."""
     path = working / "started.json"
-    begun, seconds = folder.read_json(path) if path.exists() else {}, 0.0
+    begun, seconds = read_json(path) if path.exists() else {}, 0.0
     if begun.get("after") == basis:
         last = max(file.stat().st_mtime for file in working.rglob("*"))
         if not columns.fault(begun, ["seconds", "time"]):
@@ -144,7 +146,7 @@ def _open(working: Path, basis: dict[str, Any]) -> float:
     elif working.exists():
         say(f"{working} is of other inputs, so the work begins anew")
         shutil.rmtree(working)
-    folder.write_json(path, {"after": basis, "seconds": seconds, "time": time.time()})
+    write_json(path, {"after": basis, "seconds": seconds, "time": time.time()})
     return seconds
 
 

@@ -15,10 +15,12 @@ from itool_jax import hosts, replay
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
 from itool_jax.data.card import describe, lines, overlap, overlap_lines
-from itool_jax.data.records import Sample, refuse, sample_row, whole_file, write_jsonl
-from itool_jax.metrics import say
+from itool_jax.data.rows import refuse
+from itool_jax.files import whole_file, write_json, write_jsonl
+from itool_jax.messages import say
 from itool_jax.stages import benchmark, folder
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.text.sample import Sample, sample_row
 from itool_jax.untrusted import read_json
 
 CARD = "data/card.json"
@@ -54,7 +56,7 @@ def _make(config: Config) -> None:
         return
     skipped: list[str] | None = [] if config.skip_bad_rows else None
     parts, left_out = divide(config, skipped)
-    folder.write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
+    write_json(config.run_dir / folder.SOURCES, folder.fingerprints(config))
     _describe(config, parts, left_out, skipped or [])
     for name in PARTS:
         write_jsonl(_path(config, name), (sample_row(sample) for sample in parts[name].samples))
@@ -78,7 +80,7 @@ def _look_for_benchmarks(config: Config) -> None:
     if new:
         found = overlap(samples(config, "train"), new)
         card = _read_card(config)
-        folder.write_json(config.run_dir / CARD, card | {"benchmarks": card["benchmarks"] | found})
+        write_json(config.run_dir / CARD, card | {"benchmarks": card["benchmarks"] | found})
         for line in overlap_lines(found):
             say(line)
 
@@ -155,7 +157,7 @@ def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], 
     if skipped:
         with whole_file(config.run_dir / "data" / "skipped.txt") as file:
             file.write("".join(f"{line}\n" for line in skipped).encode())
-    folder.write_json(config.run_dir / CARD, card)
+    write_json(config.run_dir / CARD, card)
     if config.data != "generated":
         for line in lines(card):
             say(line)

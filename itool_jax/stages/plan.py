@@ -13,8 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from itool_jax.config import Config
-from itool_jax.metrics import console_out, say
-from itool_jax.stages import folder, parts
+from itool_jax.files import write_json
+from itool_jax.messages import console_out, say
+from itool_jax.stages import parts
 from itool_jax.stages import plan_memory as memory
 from itool_jax.stages.plan_memory import SIZES, Hardware, Planner, StageNeed
 from itool_jax.stages.plan_time import Data, TimeModel, Workload, workloads
@@ -64,7 +65,7 @@ def run(config: Config) -> Row:
     }
     _show(plan)
     if config.output is not None:
-        folder.write_json(config.output, plan)
+        write_json(config.output, plan)
         say(f"wrote {config.output}")
     return plan
 

@@ -20,7 +20,7 @@ from itool_jax import memory
 from itool_jax.config import Config, is_out_of_memory
 from itool_jax.devices import HERE, Device, device_like, device_of
 from itool_jax.memory import Need
-from itool_jax.metrics import say
+from itool_jax.messages import say
 from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices, use_mesh
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.stages import folder, sizes

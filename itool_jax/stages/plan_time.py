@@ -15,13 +15,13 @@ import numpy as np
 from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.data.batches import packed_batches, sft_batches
-from itool_jax.data.records import Sample
 from itool_jax.devices import Device
 from itool_jax.roofline import Machine, decode, forward, full_step, lora_step
 from itool_jax.stages import folder
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, group, target_width
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import split_steps
 
 LOOKED_AT = 256

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from itool_jax import environment, untrusted
 from itool_jax.config import Config
-from itool_jax.data.records import Sample, read_rows
+from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
+from itool_jax.files import read_json
 from itool_jax.run_directory import FREE
 from itool_jax.stages import columns, evaluate, folder, parts, report_trees
+from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
@@ -105,7 +107,7 @@ class ToolLists:
 
 
 def _optional(path: Path) -> Row | None:
-    return folder.read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _environment(path: Path) -> Row:
@@ -219,7 +221,7 @@ def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
     for name in names:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
             if path.parent.name.startswith(("bfcl", "api_bank")):
-                figures = folder.read_json(path)
+                figures = read_json(path)
                 if bad := columns.fault(figures, ["accuracy", "n", "interval"]):
                     raise ValueError(f"{path} is damaged ({bad}); delete it to score the benchmark again")
                 found.append({**figures, "phase": name, "benchmark": path.parent.name})

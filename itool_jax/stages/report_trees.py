@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax.data import sources
-from itool_jax.data.records import Sample
 from itool_jax.evaluation.errors import error_kind
 from itool_jax.report.page import as_json
 from itool_jax.stages import folder
+from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
 NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold")

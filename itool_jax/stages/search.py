@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from itool_jax.config import Config
-from itool_jax.data.records import write_jsonl
+from itool_jax.files import write_jsonl
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.search import Forest
-from itool_jax.metrics import progress, say
+from itool_jax.messages import say
+from itool_jax.progress import progress
 from itool_jax.sampler import Policy
 from itool_jax.stages import folder, manifest, parts
 from itool_jax.stages.folder import Base

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itool_jax.data.records import Sample
 from itool_jax.hosts import to_host
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
@@ -22,6 +21,7 @@ from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, sc
 from itool_jax.stages.folder import Base
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, split_steps
 from itool_jax.types import AnyArray
 

@@ -13,9 +13,10 @@ import jax
 
 from itool_jax import hosts, memory
 from itool_jax.config import Config, is_out_of_memory
+from itool_jax.files import read_json, write_json
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.metrics import current_stage, say
+from itool_jax.messages import current_stage, say
 from itool_jax.model.sharding import use_own_mesh
 from itool_jax.stages import folder, parts
 from itool_jax.text.chat import Chat, Encoded, evaluation_frame
@@ -47,7 +48,7 @@ def resolved(config: Config) -> Config:
         ):  # a mesh that shares batches out otherwise
             found = _find(config, name, candidates)
             known[name] = value = hosts.by_first(f"size {name}", lambda found=found: found)
-            folder.write_json(config.run_dir / FILE, known)
+            write_json(config.run_dir / FILE, known)
         config = with_size(config, name, value)
     return config
 
@@ -55,7 +56,7 @@ def resolved(config: Config) -> Config:
 def _known(config: Config) -> dict[str, int]:
     """What the run keeps."""
     path = config.run_dir / FILE
-    found = folder.read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
 
 

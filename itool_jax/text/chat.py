@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from itool_jax.data.records import RawSample, Sample
+from itool_jax.text.sample import RawSample, Sample
 from itool_jax.untrusted import bounded, read_json
 
 QUESTION_WITH_REFERENCE = "Candidate answer so far: {candidate}\nIs it correct? {reply}"
