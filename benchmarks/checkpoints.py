@@ -20,13 +20,15 @@ import tyro
 
 from itool_jax import train
 from itool_jax.checkpoint import Training
+from itool_jax.config import Config
 from itool_jax.data.batches import sft_batches
 from itool_jax.metrics import Metrics
 from itool_jax.model import hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import abstract
-from itool_jax.stages import folder
+from itool_jax.stages import training
+from itool_jax.stages.base import model_folder
 from itool_jax.text.chat import Encoded
 
 
@@ -69,7 +71,7 @@ class Counted(Training):
 
 def main(s: Settings) -> list[dict[str, Any]]:
     """Trains, prints the table, and writes the JSON."""
-    where = Path(folder.__file__).parent.parent / "embedded" / "model" if s.model == "embedded" else Path(s.model)
+    where = model_folder(Config(stage="warmup", model=s.model))
     rows = []
     print("kind          MB   saves  ms a save  share by waiting  share by the clock")
     for rank in s.ranks:
@@ -103,9 +105,8 @@ def measure(where: Path, rank: int, s: Settings) -> dict[str, Any]:
             start = time.monotonic()
             path = Metrics(Path(scratch) / "metrics.jsonl", "warmup")
             frozen = base if rank else {}
-            train.fit(loss, settings, adapters, frozen, batches, seed=0, what="train", metrics=path, kept=kept)
-            if kept is not None:
-                kept.finish()
+            start_from = adapters, frozen
+            training.run(loss, settings, start_from, batches, seed=0, what="train", metrics=path, checkpoints=kept)
             if number:
                 seconds[kept is not None].append(time.monotonic() - start)
     assert kept is not None

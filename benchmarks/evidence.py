@@ -19,7 +19,9 @@ from itool_jax.allocator import keep_freed_memory
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import describe, mean_and_standard_error, paired_difference
 from itool_jax.files import write_json
-from itool_jax.stages import evaluate, folder, iterate
+from itool_jax.stages import evaluate, iterate
+from itool_jax.stages.paths import phase_name
+from itool_jax.stages.run import Run
 
 FROM_SEARCH = ("search.json", "pairs.jsonl", "trees.jsonl")
 
@@ -61,10 +63,10 @@ def _share(demo: Config, control: Config) -> None:
         if not (control.run_dir / name).exists():
             shutil.copytree(demo.run_dir / name, control.run_dir / name)
     for i in range(1, demo.iterations + 1):
-        target = control.run_dir / folder.phase_name(i)
+        target = control.run_dir / phase_name(i)
         target.mkdir(parents=True, exist_ok=True)
         for name in FROM_SEARCH:
-            shutil.copy(demo.run_dir / folder.phase_name(i) / name, target / name)
+            shutil.copy(demo.run_dir / phase_name(i) / name, target / name)
 
 
 def _results(run: Config) -> dict[str, dict[str, dict[str, bool]]]:
@@ -72,7 +74,7 @@ def _results(run: Config) -> dict[str, dict[str, dict[str, bool]]]:
     found = {}
     for split in ("validation", "test"):
         config = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, split=split))
-        evaluate.run(config)
+        evaluate.run(Run(config))
         found[split] = {phase: evaluate.read_results(config, phase) for phase in iterate.phases(config)}
     return found
 

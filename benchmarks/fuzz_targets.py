@@ -20,7 +20,9 @@ from itool_jax.data.rows import SUFFIXES, read_rows
 from itool_jax.evaluation import api_bank, bfcl, bfcl_data, bfcl_read
 from itool_jax.journal import Journal
 from itool_jax.model import hf
-from itool_jax.stages import columns, comparison, folder
+from itool_jax.stages import columns, comparison
+from itool_jax.stages.cache import read_figures
+from itool_jax.stages.sources import check_sources
 from itool_jax.text.calls import Call, read_calls, same_calls, write_calls
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 
@@ -224,17 +226,17 @@ def run_files(data: bytes) -> None:
     """Files of a run: what marks a stage as done, tables, sources, a journal."""
     run = settings.Config(stage="iterate", run_dir=_place() / "run", model=str(_place() / "nothing"))
     path = _written("run/warmup/warmup.json", data)
-    _keeps_promise(path, lambda: folder.read_done(run, "warmup", "warmup"))
+    _keeps_promise(path, lambda: read_figures(run.run_dir, "warmup", "warmup"))
     path = _written("run/data/sources.json", data)
-    _keeps_promise(path.parent.parent, lambda: folder.check_sources(run, ()))
+    _keeps_promise(path.parent.parent, lambda: check_sources(run, ()))
     for keys in (list(columns.KINDS), ["id"], ["prompt_ids"], ["categories"]):
         path = _written("run/t.jsonl", data)
-        _keeps_promise(path, functools.partial(folder.read_table, path, keys))
+        _keeps_promise(path, functools.partial(columns.read_table, path, keys))
     path = _written("run/a.journal", data)
 
     def reopen() -> None:
-        with Journal(path, {}) as journal:
-            journal.keep("a", lambda: 1)
+        with Journal(path) as journal:
+            journal.append({0: 1})
 
     _keeps_promise(path, reopen)
 

@@ -40,7 +40,7 @@ from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.roofline import Machine, Work
 from itool_jax.sampler import Policy
-from itool_jax.stages.folder import Base
+from itool_jax.stages.base import Base
 from itool_jax.stages.searcher import Searcher
 from itool_jax.stages.sizes import search_lengths
 from itool_jax.text.chat import Chat, load_tokenizer

@@ -20,12 +20,14 @@ from itool_jax.data.sources import from_rows
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
 from itool_jax.progress import progress
-from itool_jax.sampler import GenerateSettings, respond
-from itool_jax.stages import folder, score, search
+from itool_jax.sampler import GenerateSettings, generate
+from itool_jax.stages import score, search
+from itool_jax.stages.encoding import check_room, encode
+from itool_jax.stages.paths import BASE, trained_phases
+from itool_jax.stages.run import Run
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
 from itool_jax.text.sample import Row, Sample, sample_row
-from itool_jax.text.steps import Granularity, StepTable
 
 Message = Mapping[str, Any]
 """{"role", "content"} as OpenAI writes it; an assistant's may have `tool_calls`."""
@@ -63,7 +65,7 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     if is_run:
         config = dataclasses.replace(config, mesh=mesh_here(config.mesh))
     if is_run and phase is None:
-        phase = (folder.trained_phases(config) or ["base"])[-1]
+        phase = (trained_phases(config.run_dir) or [BASE])[-1]
     return Model(dataclasses.replace(config, generate=dataclasses.replace(config.generate, phase=phase)))
 
 
@@ -119,13 +121,14 @@ class Model:
     def __init__(self, config: Config):
         self.config = config
         self._precision = "highest" if config.dtype == "float32" else None
-        self._tables: dict[Granularity, StepTable] = {}
+        self._run = Run(config)
         environment.keep_programs()
         with self._working():
-            self._base = folder.load_base(config)
-            self.phase = folder.answering_phase(config)
+            self._base = self._run.base
+            policy = self._run.answering_policy()
+            self.phase = policy.phase
             """Of a run, whose weights these are; base is the model as it was."""
-            self._policy = folder.load_policy(config, self.phase)
+            self._policy = policy.running()
 
     def __repr__(self) -> str:
         return f"<{self.config.model}, {self.phase}: context of {self._base.config.max_length} tokens>"
@@ -186,13 +189,15 @@ class Model:
         chat, limit = self._base.chat, self._base.config.max_length
         # An id is made of the content, or the place in the list would decide what is sampled.
         encoded = [encode_sample(chat, from_rows([row], need_target=False)[0]) for row in rows]
-        folder.check_room(encoded, limit, room=1)
+        check_room(encoded, limit, room=1)
         settings = _fitting(settings, encoded)
         with self._working():
             prompts = [(row.id, row.prompt_ids) for row in encoded]
             seed = self.config.seed if seed is None else seed
-            found = respond(self._policy, self._table("sentence"), prompts, settings, limit, seed)
-        texts = [chat.tokenizer.decode(chat.content_ids(ids)) for ids in found]
+            table = self._run.step_table("sentence")
+            batches = generate(self._policy, table, prompts, settings, limit, seed)
+            answers = dict(row for batch in batches for row in batch)
+        texts = [chat.tokenizer.decode(chat.content_ids(answers[i])) for i in range(len(prompts))]
         return texts[0] if alone else texts
 
     def score(self, messages: Conversation, target: str | Message, tools: Sequence[Tool] | None = None) -> Score:
@@ -208,9 +213,9 @@ class Model:
         """
         rows = [{"messages": _messages(messages), "tools": tools, "target": target}]
         with self._working():
-            encoded = folder.encode(self.config, from_rows(rows, need_target=True))
+            encoded = encode(self._base, from_rows(rows, need_target=True))
             config = dataclasses.replace(self.config, generate=_fitting(self.config.generate, encoded))
-            row = score.score_rows(self._policy, encoded, config)[0]
+            [[(_, row)]] = score.perplexities(self._policy, encoded, config)
         return Score(row["logprob_sum"], row["n_tokens"], row["perplexity"])
 
     @overload
@@ -248,16 +253,14 @@ class Model:
             self.config, search=dataclasses.replace(self.config.search, **({"batch": seats} | settings))
         )
         with self._working(), progress("search", len(found) * config.search.n_simulations) as advance:
-            items = [search.Searched(*row) for row in zip(found, folder.encode(config, found), strict=True)]
-            table = self._table(config.search.granularity)
-            rows = search.trees(self._policy, self._base, table, items, config, advance)
+            items = [search.Searched(*row) for row in zip(found, encode(self._base, found), strict=True)]
+            table, results = self._run.step_table(config.search.granularity), {}
+            for n_simulations, finished in search.trees(self._policy, self._base, table, items, config):
+                results |= dict(finished)
+                advance(n_simulations)
+        rows = [results[i] for i in range(len(items))]
         trees = [SearchTree(**row["tree"], pairs=row["pairs"]) for row in rows]
         return trees if isinstance(samples, Sequence) else trees[0]
-
-    def _table(self, granularity: Granularity) -> StepTable:
-        if granularity not in self._tables:
-            self._tables[granularity] = folder.step_table(self.config, granularity)
-        return self._tables[granularity]
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:

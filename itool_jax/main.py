@@ -93,10 +93,11 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
                 messages.say(line)
         from itool_jax.stages import sizes
+        from itool_jax.stages.run import Run
 
-        config = sizes.resolved(config)
-        with sizes.explained(config):
-            importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
+        run = sizes.resolved(Run(config))
+        with sizes.explained(run):
+            importlib.import_module(f"itool_jax.stages.{config.stage}").run(run)
 
 
 def open_log(config: Config) -> None:

@@ -25,7 +25,6 @@ LOG_SECONDS = 30.0
 class _State:
     traces: Path | None = None
     """Folder for the traces of a profile."""
-    replays: bool = False
 
 
 _state = _State()
@@ -42,8 +41,8 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
 
     Without a terminal, one line at the end says how long the work took. `log.jsonl` gets a line every `LOG_SECONDS`.
     """
-    before, start, _state.replays = done, time.monotonic(), False
-    logged = start
+    before = done
+    start = logged = time.monotonic()
     bar = Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=24),
@@ -60,12 +59,9 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         task = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(units: int = 1, note: str = "") -> None:
-            nonlocal before, done, start, logged
+            nonlocal done, logged
             done += units
             bar.update(task, advance=units, note=note)
-            if _state.replays:
-                before, start = done, time.monotonic()
-                return
             tick()
             if (now := time.monotonic()) - logged >= LOG_SECONDS:
                 logged = now
@@ -75,11 +71,6 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         yield advance
     new = f", {done - before} of them" if before else ""
     say(f"{what:<28} {done}{new} in {time.monotonic() - start:.1f} s")
-
-
-def mark_replay(replays: bool) -> None:
-    """Sets whether the next units were computed by an earlier process, and so do not count for the speed."""
-    _state.replays = replays
 
 
 def _log(what: str, done: int, total: int, seconds: float, left: float, extra: str) -> None:

@@ -9,7 +9,7 @@ programs.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax import losses
 from itool_jax.hosts import to_host
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.model.cache import Prefix, Suffix, empty_suffix
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
@@ -276,30 +275,11 @@ def row_keys(key: Array, *folds_B: Array) -> Array:
     return jax.vmap(fold)(*folds_B)
 
 
-def respond(
-    policy: Policy,
-    table: StepTable,
-    prompts: Sequence[tuple[str, Sequence[int]]],
-    settings: GenerateSettings,
-    max_length: int,
-    seed: int,
-    advance: Callable[..., None] = lambda *_: None,
-    keep: Keep = keep_nothing,
-) -> list[list[int]]:
-    """Whole responses to (id, prompt ids), stop token included; `advance(n)` is told of every n finished.
-
-    A response ends where prompt and response fill the context of `max_length` tokens.
-    Depends on the seed, a prompt's id and the prompt, never on what else is in the batch.
-    """
-    found: list[list[int]] = [[] for _ in prompts]
+def generate(policy, table, prompts, settings, max_length, seed):
     widths = [bucket(len(ids) - 1) for _, ids in prompts]
-    for number, (chosen, width, count) in enumerate(group(widths, settings.tokens_per_batch)):
-        batch = functools.partial(_respond, policy, table, [prompts[i] for i in chosen], width, count)
-        rows = keep(f"responses {number}", functools.partial(batch, settings, max_length, seed))
-        for row, i in zip(rows, chosen, strict=True):
-            found[i] = row
-        advance(len(chosen))
-    return found
+    for chosen, width, count in group(widths, settings.tokens_per_batch):
+        rows = _respond(policy, table, [prompts[i] for i in chosen], width, count, settings, max_length, seed)
+        yield list(zip(chosen, rows))
 
 
 def _respond(
@@ -335,20 +315,8 @@ def _respond(
     return [tokens_BT[row, : lengths_B[row]].tolist() for row in range(len(prompts))]
 
 
-def target_log_probs(
-    policy: Policy,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    tokens_per_batch: int,
-    advance: Callable[..., None] = lambda *_: None,
-    keep: Keep = keep_nothing,
-) -> list[float]:
-    """Sum of log π over the target of each (prompt ids, target ids)."""
-    found = [0.0] * len(rows)
+def target_log_probs(policy, rows, tokens_per_batch):
     widths = [target_width(len(prompt), len(target)) for prompt, target in rows]
-    for number, (chosen, width, count) in enumerate(group(widths, tokens_per_batch)):
-        batch = functools.partial(collate, [rows[i] for i in chosen], width, count)
-        sums = keep(f"log-probs {number}", lambda batch=batch: to_host(score(*policy, batch())).tolist())
-        for i, total in zip(chosen, sums, strict=False):
-            found[i] = total
-        advance(len(chosen))
-    return found
+    for chosen, width, count in group(widths, tokens_per_batch):
+        sums = to_host(score(*policy, collate([rows[i] for i in chosen], width, count))).tolist()
+        yield list(zip(chosen, sums))

@@ -1,15 +1,15 @@
 """Training by gradient descent: one state, one compiled step, one loop, shared by SFT and preference training.
 
-In: a loss function, its weights and batches of arrays. Out: the trained weights.
+In: a loss function, its weights and batches of arrays. Out: the training after each step, for its caller to log, save
+and stop.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +17,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from itool_jax import hosts, losses
-from itool_jax.checkpoint import Training
-from itool_jax.files import whole_file
+from itool_jax import losses
 from itool_jax.losses import LossSettings
-from itool_jax.messages import say
-from itool_jax.metrics import Metrics
 from itool_jax.model import sharding
 from itool_jax.model.transformer import Params
-from itool_jax.preemption import PreemptionError, asked_to_stop
-from itool_jax.progress import progress
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.types import AnyArray, Scalar
 
@@ -205,7 +199,7 @@ def train_step(
 def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
     """The state before the first step, of which `trainable` becomes a part: it is not copied."""
     state = TrainState(trainable, _new_moments(optimizer, trainable))
-    # Tied to their devices like what the step gives back, or the second step would compile it again.
+    # Committed to their devices like what the step gives back, or the second step would compile it again.
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
 
 
@@ -215,108 +209,45 @@ def _new_moments(optimizer: optax.GradientTransformation, trainable: Params) -> 
     return sharding.constrain(optimizer.init(trainable))
 
 
-READ = grain.ReadOptions(num_threads=0)  # batches are made while the device computes
-PATIENCE = 3
-"""Steps in a row without a finite loss and gradient that end a training."""
+class Update(NamedTuple):
+    """A training after one more step. The next step reuses the memory of `state`."""
+
+    step: int
+    """Steps done, from 1."""
+    state: TrainState
+    metrics: dict[str, Array]
+    """Scalars that may still be computed: reading one waits for the device."""
 
 
 def fit(
     loss_fn: LossFn,
     settings: TrainingSettings,
-    trainable: Params,
+    state: TrainState,
     frozen: Params,
-    batches: grain.MapDataset,
+    batches: Iterable[Any],
+    n_steps: int,
     *,
     seed: int,
-    what: str,
-    metrics: Metrics,
-    kept: Training | None = None,
-) -> Params:
-    """Trains over `batches` and returns the trained weights; `trainable` is used up.
+    first: int = 0,
+) -> Iterator[Update]:
+    """Trains on one batch after the other, and yields after each.
 
-    With `kept`, it goes on from the newest state there, to the same bits, and keeps new ones.
-
-    Raises:
-        ValueError: three steps in a row had no finite loss or gradient; the last batch is saved.
-        PreemptionError: the run was asked to stop, and the state is kept.
+    Args:
+        loss_fn: the sum of losses over a batch.
+        settings: learning rate, weight decay, micro-batches.
+        state: parameters and optimizer after `first` steps; used up.
+        frozen: parameters that stay.
+        batches: those that follow, arrays of the host.
+        n_steps: length of the whole training, which the learning rate's schedule spans.
+        seed: of the dropout; step n folds n in.
+        first: steps done before.
     """
     optimizer, key, n_micro = adamw(settings.weight_decay, settings.clip_norm), jax.random.key(seed), settings.n_micro()
-    state, data, n_steps = new_state(optimizer, trainable), iter(batches.to_iter_dataset(READ)), len(batches)
-    first = 0
-    if kept is not None and (found := kept.restore(state)) is not None:
-        first, state, position = found
-        data.set_state(position)
-        say(f"{what}: goes on after step {first} of {n_steps}")
-    metrics.drop_after(first)
-    with progress(what, n_steps, first) as advance:
-        late, widths = _Late(metrics, settings.section, advance), set()
-        for step, batch in enumerate(data, first):
-            rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
-            rows = sharding.to_devices(batch)
-            if (width := tuple(leaf.shape for leaf in jax.tree.leaves(rows))) not in widths:
-                widths.add(width)
-                late.settle()
-            state, values = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
-            vote = hosts.vote(stop=asked_to_stop(), save=kept is not None and kept.due(step + 1))
-            decided = late.add(step + 1, values, batch, vote)
-            if kept is not None and (decided.stop or decided.save):
-                late.flush()  # what is kept is reported too
-                kept.save(step + 1, state, data.get_state())
-                if decided.stop:
-                    kept.finish()
-                    raise PreemptionError
-        late.flush()
-    return state.trainable
-
-
-class _Late:
-    """What steps gave, read one step late, so that the device never waits for the host."""
-
-    def __init__(self, metrics: Metrics, section: str, advance: Callable[..., None]):
-        self.metrics, self.section, self.advance = metrics, section, advance
-        self.step, self.wrong = 0, 0
-        self.pending: tuple[dict[str, Array], Any, hosts.Vote] | None = None
-        self.settled: hosts.Vote | None = None
-
-    def settle(self) -> None:
-        """Reports the last step now: the next one compiles, and a process that takes longer for it is not behind."""
-        self.settled = self.flush()
-
-    def add(self, step: int, values: dict[str, Array], batch: Any, vote: hosts.Vote) -> hosts.Vote:
-        """Files what a step gives; returns what was voted in the one before."""
-        decided, self.settled = self.settled or self.flush(), None
-        self.step, self.pending = step, (values, batch, vote)
-        return decided
-
-    def flush(self) -> hosts.Vote:
-        """Reports the last step."""
-        if self.pending is None:
-            return hosts.Vote(False, False)
-        (values, batch, vote), self.pending = self.pending, None
-        numbers = {name: float(value) for name, value in values.items()}
-        hosts.step_done()
-        self.metrics.write(self.step, **numbers)
-        self._check(numbers, batch)
-        self.advance(1, note=f"loss {numbers['loss']:.3f}")
-        return hosts.decided(vote)
-
-    def _check(self, numbers: dict[str, float], batch: Any) -> None:
-        """Says that a step was left out; ValueError where several in a row were."""
-        self.wrong = self.wrong + 1 if numbers["skipped"] else 0
-        if not self.wrong:
-            return
-        what = f"loss {numbers['loss']}, gradient norm {numbers['gradient_norm']}"
-        say(f"{self.metrics.stage}: step {self.step} is left out, its numbers are not finite ({what})")
-        if self.wrong == PATIENCE:
-            path = self.metrics.path.parent / self.metrics.stage / f"not_finite_step_{self.step}.npz"
-            leaves = jax.tree.leaves_with_path(batch)
-            arrays: dict[str, Any] = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
-            with whole_file(path) as file:
-                np.savez(file, **arrays)
-            raise ValueError(
-                f"{self.metrics.stage}: {PATIENCE} steps in a row had no finite loss or gradient; the batch of step "
-                f"{self.step} is in {path}; lower {self.section}.learning_rate, or look at the batch"
-            )
+    for step, batch in enumerate(batches, first):
+        rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
+        rows = sharding.to_devices(batch)
+        state, metrics = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
+        yield Update(step + 1, state, metrics)
 
 
 @functools.cache

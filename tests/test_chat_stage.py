@@ -16,8 +16,8 @@ from itool_jax.data.schemas import tool_schemas
 from itool_jax.data.sources import load
 from itool_jax.main import main
 from itool_jax.sampler import row_keys
-from itool_jax.stages import folder
 from itool_jax.stages.chat import highlighted, read_tools
+from itool_jax.stages.run import Run
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text.calls import Call, read_calls
 from itool_jax.text.remarks import faults, signature, stub
@@ -70,8 +70,7 @@ def test_a_conversation_streams_what_generate_answers_with_few_programs(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = itool_jax.load(tiny_folder)
-    base = folder.load_base(model.config)
-    policy = folder.load_policy(model.config, "base")
+    base, policy = Run(model.config).base, Run(model.config).policy("base").running()
     is_stop_V = np.isin(np.arange(base.config.vocab_size), base.chat.stop_ids)
     stream = Stream(policy, is_stop_V)
     key_1 = row_keys(jax.random.key(0), np.zeros(1, np.uint32))
@@ -108,7 +107,7 @@ def test_what_was_stopped_within_a_program_is_read_again(
     program: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = itool_jax.load(tiny_folder)
-    base, policy = folder.load_base(model.config), folder.load_policy(model.config, "base")
+    base, policy = Run(model.config).base, Run(model.config).policy("base").running()
     is_stop_V = np.zeros(base.config.vocab_size, bool)
     key_1 = row_keys(jax.random.key(0), np.zeros(1, np.uint32))
     ids = base.chat.prompt_ids([{"role": "user", "content": "what is far?"}], TOOLS)
@@ -132,7 +131,7 @@ def test_what_was_stopped_within_a_program_is_read_again(
 
 def test_samples_depend_on_the_key_alone(tiny_folder: Path) -> None:
     model = itool_jax.load(tiny_folder)
-    base, policy = folder.load_base(model.config), folder.load_policy(model.config, "base")
+    base, policy = Run(model.config).base, Run(model.config).policy("base").running()
     is_stop_V = np.zeros(base.config.vocab_size, bool)
     keys = [row_keys(jax.random.key(0), np.array([i], np.uint32)) for i in range(2)]
     draws = [

@@ -9,8 +9,9 @@ from itool_jax.config import parse
 from itool_jax.data.generated import make_sample
 from itool_jax.main import main
 from itool_jax.replay import curriculum, sample_features
-from itool_jax.sampler import respond
-from itool_jax.stages import folder
+from itool_jax.sampler import generate
+from itool_jax.stages.encoding import encode
+from itool_jax.stages.run import Run
 
 MODEL = Path(folder.__file__).parent.parent / "embedded" / "model"
 
@@ -31,16 +32,16 @@ def test_hugging_face_reads_the_shipped_checkpoint() -> None:
 
 def test_the_shipped_checkpoint_answers_easy_held_out_samples_of_its_own_domains() -> None:
     config = parse(["--stage=generate"])
-    base = folder.load_base(config)
+    run = Run(config)
     samples = [make_sample("pretraining_test", i, 0) for i in range(300)]
     calls = [s for s in samples if s.category != "irrelevance"]
     easy_ids = set(curriculum([sample_features(s) for s in calls], "easy_to_hard", 0)[0])
     easy = [s for s in calls if s.id in easy_ids][:64]
-    encoded = folder.encode(config, easy)
+    encoded = encode(run.base, easy)
     prompts = [(row.id, row.prompt_ids) for row in encoded]
-    table, policy = folder.step_table(config, "sentence"), folder.load_policy(config, "base")
-    found = respond(policy, table, prompts, config.generate, base.config.max_length, seed=0)
-    right = [ids == row.target_ids for ids, row in zip(found, encoded, strict=True)]
+    table, policy = run.step_table("sentence"), run.policy("base").running()
+    batches = generate(policy, table, prompts, config.generate, run.base.config.max_length, seed=0)
+    right = [ids == encoded[i].target_ids for batch in batches for i, ids in batch]
     assert sum(right) / len(right) > 0.7
 
 

@@ -14,7 +14,8 @@ from itool_jax import config as settings
 from itool_jax import environment
 from itool_jax.main import main
 from itool_jax.stages import doctor_machine as machine
-from itool_jax.stages import doctor_model, folder
+from itool_jax.stages import doctor_model
+from itool_jax.stages.base import load_base
 from itool_jax.stages.doctor_machine import Finding, Gpu
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
@@ -87,7 +88,7 @@ def test_the_preview_shows_what_is_trained_on(tiny_folder: Path, data: Path):
     config = settings.parse(["--stage=doctor", f"--model={tiny_folder}", f"--data={data}"])
     _, samples = doctor_model.data(config)
     assert [shown.sample.target[0] for shown in samples] == ["[", "I"]
-    chat = folder.load_base(config).chat
+    chat = load_base(config).chat
     for shown in samples:
         _, before, trained, steps = doctor_model.preview(config, shown)
         coloured = [trained.plain[s.start : s.end] for s in trained.spans if "on" in str(s.style).split()]

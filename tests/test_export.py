@@ -15,7 +15,7 @@ from itool_jax import config as settings
 from itool_jax.main import main
 from itool_jax.model import hf
 from itool_jax.sampler import Policy
-from itool_jax.stages import folder
+from itool_jax.stages.run import Run
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
 from tests.runs import Made, make_samples
@@ -35,7 +35,7 @@ def logits(policy: Policy) -> np.ndarray:
 
 def policy_of(made: Made, phase: str, *changes: str) -> Policy:
     config = settings.parse(["--stage=evaluate", f"--run_dir={made.folder}", *made.settings, *changes])
-    return folder.load_policy(config, phase)
+    return Run(config).policy(phase).running()
 
 
 def exported(made: Made, target: Path, *changes: str) -> int:

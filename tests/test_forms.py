@@ -13,7 +13,7 @@ from itool_jax import config as settings
 from itool_jax.model import forms, hf
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.stages import folder
+from itool_jax.stages.weights import Weights
 from tests import tiny
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 250, (2, 12)).astype(np.int32)
@@ -78,13 +78,22 @@ def test_a_model_is_never_there_twice(deep: Path, mesh: MeshSettings, monkeypatc
 
 
 def test_a_run_holds_one_form_at_a_time(deep: Path) -> None:
-    config = settings.parse(["--stage=warmup", f"--model={deep}", "--data=none"])
-    stacked = folder.base_params(config, stacked=True)
-    assert folder.base_params(config, stacked=True) is stacked
-    single = folder.base_params(config, stacked=False)
-    assert stacked == {}
+    weights = Weights(settings.parse(["--stage=warmup", f"--model={deep}", "--data=none"]))
+
+    def arrays(params: Params) -> set[int]:
+        return {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    before = sum(x.nbytes for x in jax.live_arrays())
+    stacked = weights.base(stacked=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
+    assert arrays(weights.base(stacked=True)) == arrays(stacked)  # read once
+    names, _ = stacked.keys(), stacked
+    single = weights.base(stacked=False)
+    assert stacked.keys() == names  # what was handed out stays valid
     assert single["layers"].keys() == set(range(12))
-    assert_equal(folder.base_params(config, stacked=True), hf.load(deep)[1])
+    del stacked
+    assert sum(x.nbytes for x in jax.live_arrays()) - before <= 1.1 * size
+    assert_equal(weights.base(stacked=True), hf.load(deep)[1])
 
 
 def test_weights_to_run_lie_by_heads_and_widths(deep: Path) -> None:

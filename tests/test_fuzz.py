@@ -24,7 +24,9 @@ from itool_jax import config, messages, untrusted
 from itool_jax.data import benchmarks, formats, rows, schemas, sources
 from itool_jax.evaluation import bfcl, bfcl_read
 from itool_jax.model import hf
-from itool_jax.stages import folder
+from itool_jax.stages.cache import read_figures
+from itool_jax.stages.columns import read_table
+from itool_jax.stages.paths import done_file
 from itool_jax.text import chat
 from itool_jax.text.sample import Sample
 from tests import tiny
@@ -336,10 +338,10 @@ def test_a_hostile_yaml_file_is_refused_in_one_line(tmp_path: Path, text: str):
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a/../../../x"])
 def test_a_finished_stage_names_files_of_its_own_folder_only(tmp_path: Path, name: str):
     run = config.Config(stage="iterate", run_dir=tmp_path)
-    path = folder.done_file(run, "warmup", "warmup")
+    path = done_file(run.run_dir, "warmup", "warmup")
     path.parent.mkdir()
     path.write_text(json.dumps({"seconds": 1, "outputs": {name: "0"}}))
-    line = refused(lambda: folder.read_done(run, "warmup", "warmup"), f"{path} is damaged", "is not in its folder")
+    line = refused(lambda: read_figures(run.run_dir, "warmup", "warmup"), f"{path} is damaged", "is not in its folder")
     assert name in line
 
 
@@ -358,7 +360,7 @@ def test_a_table_of_wrong_values_is_named_where_it_is_read(
     tmp_path: Path, keys: list[str], row: dict[str, Any], words: str
 ):
     path = write(tmp_path / "t.jsonl", [row])
-    line = refused(lambda: folder.read_table(path, keys), f"{path} line 1: {words}; delete the file")
+    line = refused(lambda: read_table(path, keys), f"{path} line 1: {words}; delete the file")
     assert line.startswith(f"{config.PROGRAM}: error: {path}")
 
 

@@ -186,7 +186,7 @@ except preemption.PreemptionError:
 WRONG = """
 import sys
 from itool_jax import hosts, main
-from itool_jax.stages import evaluate
+from itool_jax.stages import iterate
 
 def fail(*_):
     raise TypeError("a mistake of ours")
@@ -194,7 +194,7 @@ def fail(*_):
 def wait(*_):
     hosts.meet("never")
 
-evaluate.evaluate = fail if "--distributed.process_id=1" in sys.argv else wait
+iterate.iterate = fail if "--distributed.process_id=1" in sys.argv else wait
 hosts.end(main.main(sys.argv[1:]))
 """
 
@@ -216,17 +216,18 @@ def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_pa
 
 HANGING = """
 import sys, time
-from itool_jax import hosts, main, train
-flush, steps = train._Late.flush, 0
+from itool_jax import hosts, main
+from itool_jax.stages import training
+flush, steps = training._Reports.flush, 0
 
-def hang(late):
+def hang(reports):
     global steps
     steps += 1
     if steps == 5 and hosts.index() == 1:
         time.sleep(1000)
-    return flush(late)
+    return flush(reports)
 
-train._Late.flush = hang
+training._Reports.flush = hang
 hosts.end(main.main(sys.argv[1:]))
 """
 

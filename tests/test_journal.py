@@ -1,5 +1,8 @@
-"""Answers kept as they come: read again after a kill, up to where the file is whole, and never for other settings."""
+"""Finished rows kept as they come: read again after a kill, up to where the file is whole."""
 
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +10,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itool_jax import preemption
+from itool_jax import config, journal, preemption
 from itool_jax.journal import Journal
+from itool_jax.stages.spread import Advance, by_row, map_across_hosts
+from tests.conftest import REPOSITORY
 
 VALUES: list[Any] = [[1, 2.5, None], 1e-40, -0.1, {"a": ["ä\n", True]}, float("-inf"), []]
 
 
-def fill(path: Path, values: list[Any], layout: Any = 0) -> list[Any]:
-    """What a journal gives for pieces of work, and appends to; those computed are counted in `computed`."""
-    computed.clear()
-
-    def compute(number: int, value: Any) -> Any:
-        computed.append(number)
-        return value
-
-    with Journal(path, layout) as journal:
-        return [journal.keep(f"k{i}", lambda i=i, value=value: compute(i, value)) for i, value in enumerate(values)]
+def fill(path: Path, values: Sequence[Any] = VALUES) -> None:
+    """Appends a line for each value that is not there yet."""
+    known, _ = journal.read(path)
+    with Journal(path) as kept:
+        for number, value in enumerate(values):
+            if number not in known:
+                kept.append({number: value})
 
 
-computed: list[int] = []
-
-
-def test_answers_are_computed_once(tmp_path: Path):
+def test_rows_are_read_as_they_were_written(tmp_path: Path):
     path = tmp_path / "a/b.journal"
-    assert fill(path, VALUES) == VALUES
-    assert computed == list(range(len(VALUES)))
+    with Journal(path) as kept:
+        kept.append({3: VALUES[3], 0: VALUES[0]})
+        kept.append({1: VALUES[1]})
+    assert journal.read(path) == ({i: VALUES[i] for i in (3, 0, 1)}, path.stat().st_size)
     content = path.read_bytes()
-    assert fill(path, [None] * len(VALUES)) == VALUES
-    assert computed == []
+    with Journal(path, writes=False) as kept:
+        kept.append({2: VALUES[2]})
     assert path.read_bytes() == content
 
 
@@ -42,48 +43,113 @@ def test_answers_are_computed_once(tmp_path: Path):
 @given(cut=st.integers(min_value=0, max_value=400))
 def test_a_journal_cut_anywhere_keeps_what_is_whole(tmp_path_factory: pytest.TempPathFactory, cut: int):
     path = tmp_path_factory.mktemp("cut") / "journal"
-    fill(path, VALUES)
+    fill(path)
     content = path.read_bytes()
     path.write_bytes(content[:cut])
-    assert fill(path, VALUES) == VALUES
-    assert computed == list(range(len(VALUES) - len(computed), len(VALUES)))
-    assert len(computed) == content[cut:].count(b"\n") - (cut < content.index(b"\n") + 1)
+    known, whole = journal.read(path)
+    assert known == dict(enumerate(VALUES[: content[:cut].count(b"\n")]))
+    assert whole == content[:cut].rfind(b"\n") + 1
+    fill(path)
     assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("byte", [0, 5, 12])
-def test_a_damaged_line_and_those_behind_it_are_computed_again(
+def test_a_damaged_line_and_those_behind_it_are_left_out(
     tmp_path: Path, byte: int, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "journal"
-    fill(path, VALUES)
+    fill(path)
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = bytearray(lines[3])
     damaged[byte] ^= 1
     path.write_bytes(b"".join([*lines[:3], bytes(damaged), *lines[4:]]))
-    assert fill(path, VALUES) == VALUES
-    assert computed == list(range(2, len(VALUES)))  # the first line is the layout's
-    assert f"{path} is damaged behind its first 3 lines" in capsys.readouterr().err
+    assert journal.read(path)[0] == dict(enumerate(VALUES[:3]))
+    assert f"{path} is damaged after its first 3 lines" in capsys.readouterr().err
+    fill(path)
     assert path.read_bytes() == b"".join(lines)
 
 
-def test_a_journal_of_other_settings_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "journal"
-    fill(path, VALUES, {"batch": 4})
-    assert fill(path, VALUES[::-1], {"batch": 8}) == VALUES[::-1]
-    assert len(computed) == len(VALUES)
-    assert "was written with other settings" in capsys.readouterr().err
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from itool_jax.journal import Journal
+
+with Journal(Path(sys.argv[1])) as kept:
+    kept.append({0: "a"})
+    kept.append({1: "b"})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def test_who_is_asked_to_stop_does_so_before_the_next_answer(tmp_path: Path):
-    path = tmp_path / "journal"
-    fill(path, VALUES[:2])
-    preemption.ask_to_stop()
+def test_rows_survive_the_process_that_appended_them(tmp_path: Path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "j")], cwd=REPOSITORY, check=False)
+    assert killed.returncode == -9
+    assert journal.read(tmp_path / "j")[0] == {0: "a", 1: "b"}
+
+
+# Work on many items -----------------------------------------------------------------------------------------
+
+ITEMS = [10, 11, 12, 13, 14]
+
+
+class KilledError(Exception):
+    pass
+
+
+def run(working: Path, seen: list[int], fail_at: int | None = None) -> list[Any]:
+    """Doubles the items two at a time, in reverse; the second of each pair finishes first."""
+
+    def work(items: Sequence[int]) -> Any:
+        places = list(range(len(items)))[::-1]
+        for start in range(0, len(places), 2):
+            batch = places[start : start + 2]
+            if fail_at in (items[i] for i in batch):
+                raise KilledError
+            seen.extend(items[i] for i in batch)
+            yield [(i, 2 * items[i]) for i in batch]
+
+    settings = config.Config(stage="score")
+    return map_across_hosts(settings, working, ITEMS, lambda items: by_row(work(items)), "doubling")
+
+
+def test_results_come_in_the_order_of_the_items(tmp_path: Path):
+    seen: list[int] = []
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert seen == [14, 13, 12, 11, 10]
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert len(seen) == 5  # nothing is computed again
+
+
+def test_only_rows_that_are_missing_are_computed(tmp_path: Path):
+    seen: list[int] = []
+    with pytest.raises(KilledError):
+        run(tmp_path, seen, fail_at=12)
+    assert seen == [14, 13]
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert seen == [14, 13, 12, 11, 10]
+
+
+def test_rows_of_other_processes_count(tmp_path: Path):
+    """As if a run of two processes went on with one."""
+    for index, rows in enumerate(({0: 20, 2: 24}, {1: 22})):
+        with Journal(tmp_path / (f"rows_{index}.journal" if index else "rows.journal")) as kept:
+            kept.append(rows)
+    seen: list[int] = []
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert seen == [14, 13]
+
+
+def test_who_is_asked_to_stop_does_so_after_the_batch_and_keeps_it(tmp_path: Path):
+    def work(items: Sequence[int]) -> Any:
+        for place, item in enumerate(items):
+            preemption.ask_to_stop()
+            yield Advance(1, [(place, 2 * item)])
+
     try:
         with pytest.raises(preemption.PreemptionError):
-            fill(path, VALUES)
-        assert computed == []
+            map_across_hosts(config.Config(stage="score"), tmp_path, ITEMS, work, "doubling")
     finally:
         preemption.listen()
-    assert fill(path, VALUES) == VALUES
-    assert computed == list(range(2, len(VALUES)))
+    seen: list[int] = []
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert seen == [14, 13, 12, 11]

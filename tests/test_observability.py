@@ -16,12 +16,12 @@ import pytest
 
 from itool_jax import hosts, messages, profiling, trackers
 from itool_jax.config import Config
-from itool_jax.journal import Journal
 from itool_jax.main import close_log, main, open_log
 from itool_jax.messages import say, working_on
 from itool_jax.metrics import Metrics, attach_trackers, track_results
 from itool_jax.progress import progress
-from itool_jax.stages import evaluate, generate, manifest
+from itool_jax.stages import evaluate, generate
+from itool_jax.stages.cache import Step
 from itool_jax.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import SMALL, make_samples
@@ -89,23 +89,16 @@ def test_long_work_says_how_far_it_is(log: Any, monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_answers_from_a_journal_say_nothing_of_the_speed(
-    log: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_rows_of_an_earlier_command_say_nothing_of_the_speed(
+    log: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     now = 0.0
     monkeypatch.setattr("itool_jax.progress.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
 
-    def work(answers: int, seconds: float) -> None:
-        nonlocal now
-        with Journal(tmp_path / "j", 0) as kept, progress("counting", 10) as advance:
-            for n in range(answers):
-                known = str(n) in kept.known
-                kept.keep(str(n), lambda: 0)
-                now += 0.0 if known else seconds
-                advance()
-
-    work(6, 1.0)
-    work(8, 40.0)
+    with progress("counting", 10, done=6) as advance:
+        for _ in range(2):
+            now += 40.0
+            advance()
     told = [row["text"] for row in read(log[0]) if row["level"] == "progress"]
     assert told == ["counting 7/10, 40 s, about 120 s left", "counting 8/10, 80 s, about 80 s left"]
     assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8, 2 of them in 80.0 s".split()
@@ -118,7 +111,8 @@ def test_the_log_ends_with_the_line_a_user_sees(
         def work() -> dict[str, Any]:
             raise error
 
-        return lambda config: manifest.once(config, "warmup", "warmup", work, [])
+        step: Step[None] = Step("warmup", [], lambda _: work(), lambda _: None)
+        return lambda run: run.phase("warmup").cached(step)
 
     command = ["--stage=evaluate", f"--model={tiny_folder}", f"--run_dir={tmp_path / 'run'}"]
     for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "interrupted")):

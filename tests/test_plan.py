@@ -22,8 +22,11 @@ from itool_jax.mcts.search import SearchSettings
 from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.transformer import abstract
-from itool_jax.stages import folder, parts, plan, sizes
+from itool_jax.stages import plan, sizes
+from itool_jax.stages.base import load_base
 from itool_jax.stages.plan_memory import as_arguments, changes, hardware_of, laid_out, with_settings
+from itool_jax.stages.splits import divide
+from itool_jax.stages.weights import Weights, training_graph
 from itool_jax.text.padding import collate
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -56,12 +59,12 @@ def roomy(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Row:
 def test_a_training_step_takes_what_is_planned(made: Made):
     """Against the arrays that a run makes, and the program that it compiles from them."""
     config = configured(made)
-    model, rows, width = folder.load_base(config).config, 8, 128
-    adapters, base = folder.load_trainable(config, "base")
+    model, rows, width = load_base(config).config, 8, 128
+    adapters, base = Weights(config).trainable("base")
     optimizer = train.adamw(config.warmup.weight_decay, config.warmup.clip_norm)
     state = train.new_state(optimizer, adapters)
     batch = collate([([1] * 9, [2] * 9)] * rows, width, rows)
-    loss = train.sft_loss(folder.training_graph(config))
+    loss = train.sft_loss(training_graph(config))
     given = (loss, optimizer, 2, state, base, batch, jax.random.key(0), np.float32(1))
     compiled = train.train_step.lower(*given).compile()
     found: Any = compiled.memory_analysis()
@@ -213,7 +216,7 @@ def test_planning_leaves_the_environment_as_it_was(made: Made, monkeypatch: pyte
 def test_changes_go_from_cheap_to_dear(made: Made):
     config = configured(made, "--plan.device=h100", "--plan.count=4", "--lora.rank=0")
     config = laid_out(config, hardware_of(config))
-    model = folder.load_base(config).config
+    model = load_base(config).config
     tried = list(changes(config, hardware_of(config), model))
     assert tried[:4] == [
         {"dtype": "bfloat16"},
@@ -239,8 +242,8 @@ def test_no_weights_are_needed(made: Made, tiny_folder: Path, tmp_path: Path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     config = dataclasses.replace(configured(made), model=str(tmp_path))
-    assert folder.load_base(config).config == folder.load_base(configured(made)).config
-    assert parts.divide(config, None)[0]["train"].samples
+    assert load_base(config).config == load_base(configured(made)).config
+    assert divide(config, None)[0]["train"].samples
 
 
 # Devices and hours ------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 from itool_jax import config, files, preemption, run_directory
 from itool_jax.main import PREEMPTED
 from itool_jax.preemption import PreemptionError
-from itool_jax.stages import generate, manifest, score
-from itool_jax.stages.folder import fingerprints
+from itool_jax.stages import cache, generate, score
+from itool_jax.stages.sources import fingerprints
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
 
@@ -85,11 +85,11 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
 def test_a_run_that_goes_on_to_more_iterations_is_not_finished(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def stop(_: Any) -> None:
+    def stop(*_: Any) -> Any:
         raise PreemptionError
 
     folder = copy_run(made, tmp_path)
-    monkeypatch.setattr(score, "run", stop)
+    monkeypatch.setattr(score, "hardest", stop)
     assert again(made, folder, f"--iterations={ITERATIONS + 1}") == PREEMPTED
     assert not (folder / "summary.json").exists()
     assert config.parse(["--stage=iterate", f"--config={folder / 'config.yaml'}"]).iterations == ITERATIONS + 1
@@ -100,7 +100,7 @@ def test_answers_of_other_weights_are_not_gone_on_with(made: Made, tmp_path: Pat
     command = ["--stage=generate", *made.settings, "--generate.phase=last", f"--run_dir={folder}", f"--output={output}"]
 
     def killed() -> None:
-        with contextlib.suppress(KeyboardInterrupt), manifest.resumed(config.parse(command), output) as working:
+        with contextlib.suppress(KeyboardInterrupt), cache.resumed(config.parse(command), output) as working:
             (working / "kept").touch()
             raise KeyboardInterrupt
 
@@ -110,7 +110,7 @@ def test_answers_of_other_weights_are_not_gone_on_with(made: Made, tmp_path: Pat
     checksums = folder / f"iteration_{ITERATIONS}/weights/checksums.json"
     checksums.write_text(checksums.read_text() + " ")  # trained again
     killed()
-    assert "is of other inputs, so the work begins anew" in capsys.readouterr().err
+    assert "its inputs changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "listens"), [((), False), (("--output=o.jsonl",), True)])

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from itool_jax.stages.folder import Base
 
 from itool_jax import sampler
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
@@ -19,7 +20,6 @@ from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import Policy, target_log_probs
 from itool_jax.stages import search as stage
-from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import PATH_BUCKET, PROMPT_BUCKET, Searched, Searcher
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad

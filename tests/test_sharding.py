@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from itool_jax.stages.folder import Base
 from jax.sharding import PartitionSpec as P
 
 from itool_jax import checkpoint, train
@@ -20,7 +21,6 @@ from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
 from itool_jax.sampler import GenerateSettings, Policy, respond, target_log_probs
-from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed

@@ -15,7 +15,8 @@ from itool_jax import config as settings
 from itool_jax import memory, train
 from itool_jax.config import Config
 from itool_jax.model.sharding import MeshSettings, use_mesh
-from itool_jax.stages import folder, score, sizes
+from itool_jax.stages import score, sizes
+from itool_jax.stages.run import Run
 from itool_jax.stages.searcher import Searcher
 from tests.conftest import read
 from tests.runs import Made, again, copy_run, rewrite_config
@@ -36,7 +37,7 @@ def needs(made: Made) -> Callable[[str, int], float]:
 
     def need(name: str, size: int) -> float:
         if (name, size) not in found:
-            found[name, size] = sizes.need_of(configured(made, made.folder), name)(size)
+            found[name, size] = sizes.need_of(Run(configured(made, made.folder)), name)(size)
         return found[name, size]
 
     return need
@@ -95,8 +96,9 @@ def test_larger_sizes_need_more(needs: Callable[[str, int], float], name: str):
 def test_a_search_is_given_room_for_its_widths(made: Made):
     """Each width of the real search is one that the estimate has room for."""
     config = configured(made, made.folder)
-    rows = folder.encode(config, sizes.parts.samples(config, "train"))
-    lengths = sizes.search_lengths(folder.load_base(config).chat, rows, config.search, config.self_eval)
+    run = Run(config)
+    rows = run.splits.train.encoded
+    lengths = sizes.search_lengths(run.base.chat, rows, config.search, config.self_eval)
     for iteration in (1, 2):
         for pair in read(made.folder / f"iteration_{iteration}/pairs.jsonl"):
             own = [len(pair[f"{side}_ids"]) for side in ("chosen", "rejected")]
@@ -158,8 +160,8 @@ def test_where_nothing_fits_the_least_is_taken_with_a_warning(
 ):
     monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size)
     limit(monkeypatch, 0)
-    config = sizes.resolved(configured(made, copy_run(made, tmp_path), "--preference.micro_batch=auto"))
-    assert config.preference.micro_batch == 1
+    run = sizes.resolved(Run(configured(made, copy_run(made, tmp_path), "--preference.micro_batch=auto")))
+    assert run.config.preference.micro_batch == 1
     assert "it may not fit, and there is no smaller one" in capsys.readouterr().err
 
 
@@ -170,13 +172,13 @@ def test_a_kept_size_that_another_mesh_cannot_share_out_is_found_again(
     (folder / sizes.FILE).write_text(json.dumps({"warmup.micro_batch": 4}))
     monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size)
     limit(monkeypatch, 1e12)
-    config = configured(made, folder, "--warmup.micro_batch=auto")
-    assert sizes.resolved(config).warmup.micro_batch == 4
+    run = Run(configured(made, folder, "--warmup.micro_batch=auto"))
+    assert sizes.resolved(run).config.warmup.micro_batch == 4
     with use_mesh(MeshSettings(data=4)):
-        assert sizes.resolved(config).warmup.micro_batch == 2  # all of a device's share
+        assert sizes.resolved(run).config.warmup.micro_batch == 2  # all of a device's share
     (folder / sizes.FILE).write_text("{")
     with pytest.raises(ValueError, match=r"sizes.json is damaged"):
-        sizes.resolved(config)
+        sizes.resolved(run)
 
 
 def test_all_processes_go_by_the_smallest_device(monkeypatch: pytest.MonkeyPatch):
@@ -256,7 +258,7 @@ def test_where_a_size_cannot_be_smaller_or_nothing_can_be_estimated(
     monkeypatch.setattr(sizes, "need_of", exhaust)
     for size, words in ((1, "now 1, which is the least; or"), (2, "now 2, to 1; or")):
         config = configured(made, tmp_path, f"--warmup.micro_batch={size}")
-        assert f"lower warmup.micro_batch, {words} set remat" in sizes.advice(config, "warmup/warmup", "")
+        assert f"lower warmup.micro_batch, {words} set remat" in sizes.advice(Run(config), "warmup/warmup", "")
     config = configured(made, tmp_path, "--warmup.micro_batch=8", "--mesh.data=2")
     with use_mesh(config.mesh):  # a device's share is less than what is set
-        assert "lower warmup.micro_batch, now 4, to 2; or" in sizes.advice(config, "warmup/warmup", "")
+        assert "lower warmup.micro_batch, now 4, to 2; or" in sizes.advice(Run(config), "warmup/warmup", "")

@@ -3,6 +3,7 @@
 The run is that of `runs.make_run`; the tests read it, or go on from a copy.
 """
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from itool_jax import config as settings
 from itool_jax import train
 from itool_jax.data.sources import load
 from itool_jax.replay import split
-from itool_jax.stages import folder as stage_folder
+from itool_jax.stages.weights import restore_trained
 from tests.conftest import read
 from tests.runs import (
     BREADTH,
@@ -266,12 +267,12 @@ def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkey
         return step(*arguments)
 
     monkeypatch.setattr(train, "train_step", spy)
-    stage_folder._held.cache_clear()
+    gc.collect()
     before = sum(x.nbytes for x in jax.live_arrays())
     changes = "--lora.rank=0", "--warmup.checkpoint_every=1000"
     assert again(made, tmp_path / "run", *changes, stage="warmup") == 0
     config = settings.parse(["--stage=warmup", f"--run_dir={tmp_path / 'run'}", *made.settings, "--lora.rank=0"])
-    weights = sum(x.nbytes for x in jax.tree.leaves(stage_folder.load_trained(config, "warmup")))
+    weights = sum(x.nbytes for x in jax.tree.leaves(restore_trained(config, "warmup")))
     assert len(seen) > 5
     assert 3 * weights <= max(seen) - before < 3.1 * weights
 

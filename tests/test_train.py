@@ -23,8 +23,9 @@ from itool_jax.model.linear import Linear, LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import score
+from itool_jax.stages import training
 from itool_jax.text.padding import PairBatch, TargetBatch, collate, collate_packed
-from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, fit, train_step
+from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, train_step
 from tests import tiny
 
 V, WIDTH = 24, 16
@@ -252,7 +253,7 @@ def run(
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
     base = jax.device_put(model.base, jax.devices()[0])  # tied to a device, as one that was loaded is
-    trained = fit(loss, settings, adapters, base, batches, seed=0, what="test", metrics=metrics)
+    trained = training.run(loss, settings, (adapters, base), batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -347,7 +348,8 @@ def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
     loss = train.sft_loss(model.graph)
     none = grain.MapDataset.source([])
-    same = fit(loss, WarmupSettings(), model.adapters, model.base, none, seed=0, what="none", metrics=metrics)
+    start = model.adapters, model.base
+    same = training.run(loss, WarmupSettings(), start, none, seed=0, what="none", metrics=metrics)
     jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
     assert not metrics.path.exists()
 
@@ -368,7 +370,8 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
     def fit_on(batches: grain.MapDataset, kept: checkpoint.Training | None) -> Params:
         adapters = jax.tree.map(jnp.copy, model.adapters)
         base = jax.device_put(model.base, jax.devices()[0])
-        return fit(loss, settings, adapters, base, batches, seed=0, what="test", metrics=metrics, kept=kept)
+        start = adapters, base
+        return training.run(loss, settings, start, batches, seed=0, what="test", metrics=metrics, checkpoints=kept)
 
     def lines() -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
@@ -390,7 +393,6 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
         kept.finish()
         kept = checkpoint.Training(folder, 1)
         jax.tree.map(np.testing.assert_array_equal, fit_on(data, kept), whole)
-        kept.finish()
         assert lines() == expected
 
 
@@ -428,5 +430,6 @@ def run_with(model: Model, folder: Path, wrong: tuple[int, ...], n_steps: int) -
 
     batches, metrics = grain.MapDataset.source(range(n_steps)).map(make), Metrics(folder / "metrics.jsonl", "warmup")
     adapters, base = jax.tree.map(jnp.copy, model.adapters), jax.device_put(model.base, jax.devices()[0])
-    trained = fit(loss, WarmupSettings(), adapters, base, batches, seed=0, what="test", metrics=metrics)
+    start = adapters, base
+    trained = training.run(loss, WarmupSettings(), start, batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]

@@ -11,7 +11,7 @@ from rich.console import Console
 from itool_jax import config, messages, run_directory, untrusted
 from itool_jax.main import main
 from itool_jax.model import hf
-from itool_jax.stages import folder
+from itool_jax.stages.base import load_base
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -184,4 +184,4 @@ def test_a_vocabulary_with_gaps_has_as_many_ids_as_the_largest_says(tmp_path: Pa
     content["model"]["vocab"]["a"] = 5000
     (model / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"has 5001 tokens, its model only 272 embeddings"):
-        folder.load_base(config.Config(stage="score", model=str(model)))
+        load_base(config.Config(stage="score", model=str(model)))

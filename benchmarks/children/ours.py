@@ -22,7 +22,8 @@ from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import GenerateSettings, Policy, prefill, respond, row_keys, sample_step, target_log_probs
-from itool_jax.stages.folder import Base
+from itool_jax.stages import training
+from itool_jax.stages.base import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
@@ -181,11 +182,10 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
     path = Path(tempfile.mkdtemp(dir=task["out"])) / "metrics.jsonl"
 
     def work() -> float:
-        trained = train.fit(
+        trained = training.run(
             loss(graph),
             settings,
-            jax.tree.map(jnp.copy, trainable),  # training uses them up
-            frozen,
+            (jax.tree.map(jnp.copy, trainable), frozen),  # training uses them up
             batches,
             seed=task["seed"],
             what=task["name"],

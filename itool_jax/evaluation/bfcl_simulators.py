@@ -10,7 +10,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,37 +146,31 @@ class _Conversation(NamedTuple):
         return True
 
 
-def converse(
-    questions: Sequence[Question],
-    answer: Answer,
-    simulators: Simulators,
-    advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Holds all conversations at once, a step of each in every batch; returns responses, turns of steps, by id.
+def converse(questions: Sequence[Question], answer: Answer, simulators: Simulators) -> Iterator[list[tuple[int, Any]]]:
+    """Holds all conversations at once, a step of each in every batch.
 
-    A turn ends when the model answers without calls. A conversation that cannot be ended, because the simulators fail
-    it, has its error as text for a response, which the scorer counts as wrong.
+    Yields those that ended after each step, (place of the question, its turns of steps). A turn ends when the model
+    answers without calls. A conversation that cannot be ended, because the simulators fail it, has its error as text
+    for a response, which the scorer counts as wrong.
     """
     documented = simulators.ask({"do": "functions"})["functions"]
-    active = [_begin(question, documented) for question in questions]
-    results: dict[str, Any] = {}
+    active = [(place, _begin(question, documented)) for place, question in enumerate(questions)]
     while active:
-        keys = [f"{c.question.id}/{len(c.turns)}/{len(c.turns[-1])}" for c in active]
-        texts = answer([(key, c.messages) for key, c in zip(keys, active, strict=True)])
-        going_on = []
-        for conversation, text in zip(active, texts, strict=True):
+        keys = [f"{c.question.id}/{len(c.turns)}/{len(c.turns[-1])}" for _, c in active]
+        texts = answer([(key, c.messages) for key, (_, c) in zip(keys, active, strict=True)])
+        going_on, ended = [], []
+        for (place, conversation), text in zip(active, texts, strict=True):
             try:
                 goes_on = _step(conversation, text, simulators)
                 result: Any = conversation.turns
             except SimulatorError as error:
                 goes_on, result = False, f"Error during inference: {error}"
             if goes_on:
-                going_on.append(conversation)
+                going_on.append((place, conversation))
             else:
-                results[conversation.question.id] = result
-                advance(1)
+                ended.append((place, result))
+        yield ended
         active = going_on
-    return {question.id: results[question.id] for question in questions}
 
 
 def _begin(question: Question, documented: Mapping[str, Sequence[dict[str, Any]]]) -> _Conversation:

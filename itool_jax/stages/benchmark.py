@@ -6,8 +6,7 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,37 @@ from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
 from itool_jax.files import write_json, write_jsonl
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.messages import console_out, say
-from itool_jax.progress import progress
-from itool_jax.sampler import respond
-from itool_jax.stages import folder, manifest
+from itool_jax.sampler import generate
+from itool_jax.stages import cache
+from itool_jax.stages.cache import Step, Task
 from itool_jax.stages.comparison import compare, fallen, read_scores
-from itool_jax.stages.spread import spread
+from itool_jax.stages.paths import trained_phases
+from itool_jax.stages.run import Run
+from itool_jax.stages.spread import Advance, by_row
+from itool_jax.stages.weights import PhasePolicy
 
 Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
 """(key, messages) of each."""
-_Answer = Callable[..., list[str]]
 
 UNFIT = "Error during inference: "
 """How the leaderboard's result files begin where a model gave no answer."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Any]:
     """Scores result files, or evaluates the chosen phases of the run; returns the figures of each."""
+    config = run.config
     _check(config)
     if config.results is not None:
         return {"results": score_results(config)}
-    known = folder.trained_phases(config)
+    known = trained_phases(config.run_dir)
     chosen = config.evaluate.phase or (known[-1] if known else "base")
     if chosen not in ("all", "base", *known):
         raise ValueError(
             f"evaluate.phase {chosen} has no weights in {config.run_dir}; there are: base {' '.join(known)}"
         )
-    return {phase: evaluate(config, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
+    return {phase: evaluate(run, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
 
 
 def _check(config: Config) -> None:
@@ -62,10 +63,10 @@ def _check(config: Config) -> None:
         read_scores(config.against)
 
 
-def evaluate(config: Config, phase: str) -> Figures:
+def evaluate(run: Run, phase: str) -> Figures:
     """Answers and scores what is not done yet of the chosen categories; prints the table and returns the figures."""
-    answer = functools.cache(functools.partial(_answerer, config, phase))  # the model is loaded when it is first needed
-    scores = {category: _score(_category(config, phase, category, answer)) for category in categories(config)}
+    config = run.config
+    scores = {category: _score(_category(run, phase, category)) for category in categories(config)}
     figures = summarize(config, scores)
     where = results_folder(config, phase)
     write_json(where / "scores.json", bfcl_scores.as_json(scores))
@@ -158,27 +159,29 @@ def _response_file(config: Config, phase: str, category: str) -> Path:
     return where / f"{category}_result.jsonl"
 
 
-def _category(config: Config, phase: str, category: str, answer: Callable[[], _Answer]) -> Figures:
+def _category(run: Run, phase: str, category: str) -> Figures:
     """The figures of one category: answered, scored and written down unless that is done."""
-    file = _response_file(config, phase, category)
+    config = run.config
+    file, questions = _response_file(config, phase, category), _load(config, category)
+    name = f"{results_folder(config, phase).name}/{category}"
+    work = functools.partial(_answer_category, category, questions, file)
+    reads = {"questions": cache.hash_of(repr(questions))}
     outputs = [str(file.relative_to(config.run_dir / phase))]
-    after = [] if phase == "base" else [folder.policy_stage(phase)]
-    stage = f"{results_folder(config, phase).name}/{category}"
-    questions, working = _load(config, category), manifest.working_folder(config, phase, stage)
-
-    def work() -> Figures:
-        return _answer_category(config, category, questions, answer(), file, working)
-
-    inputs = {"questions": manifest.hash_of(repr(questions))}
-    return manifest.once(config, phase, stage, work, outputs, after, inputs=inputs)
+    step: Step[Figures] = Step(name, outputs, work, lambda phase: phase.figures(name), reads)
+    return run.phase(phase).cached(step, run.policy(phase))
 
 
-def _answer_category(
-    config: Config, category: str, questions: Sequence[Any], answer: _Answer, file: Path, working: Path
-) -> Figures:
+def _answer_category(category: str, questions: Sequence[Any], file: Path, task: Task, policy: PhasePolicy) -> Figures:
+    config = task.config
     asked = questions[: config.evaluate.benchmark_limit or None]
-    found = spread(config, working, asked, lambda asked, keep: _responses(config, category, asked, answer, keep))
-    results = {question.id: result for question, result in zip(asked, found, strict=True)}
+    work = functools.partial(_answer, task.run, policy, category)
+    answers = task.map(asked, work, f"{config.benchmark} {category}")
+    if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
+        say(
+            f"{category}: {unfit} of {len(answers)} prompts do not fit the model's context; a line saying so answers "
+            "them"
+        )
+    results = {question.id: result for question, result in zip(asked, answers, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
     return _scored(config, questions, asked, results)._asdict()
 
@@ -214,54 +217,37 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     return bfcl_scores.judge(questions, results, underscore_to_dot=config.evaluate.underscore_to_dot)
 
 
-def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer, keep: Keep) -> list[Any]:
-    """What the policy answers to each question."""
-    with progress(f"{config.benchmark} {category}", len(questions)) as advance:
-        if category in bfcl_data.MULTI_TURN:
-            steps = itertools.count()
+def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[Any]) -> Iterator[Advance]:
+    """Answers questions; a multi-turn question is finished when its conversation has ended."""
+    if category not in bfcl_data.MULTI_TURN:
+        first = bfcl_data.first_messages if run.config.benchmark == "bfcl" else lambda question: list(question.messages)
+        yield from by_row(_texts(run, policy, [(question.id, first(question)) for question in questions]))
+        return
 
-            def next_step(conversations: Conversations) -> list[str]:
-                number = next(steps)
-                return answer(conversations, keep=lambda key, compute: keep(f"step {number}, {key}", compute))
+    def next_step(conversations: Conversations) -> list[str]:
+        texts = dict(row for batch in _texts(run, policy, conversations) for row in batch)
+        return [texts[i] for i in range(len(conversations))]
 
-            with Simulators() as simulators:
-                found = converse(questions, next_step, simulators, advance)
-            return [found[question.id] for question in questions]
-        first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
-        texts = answer([(question.id, first(question)) for question in questions], advance, keep)
-    if unfit := sum(text.startswith(UNFIT) for text in texts):
-        say(
-            f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context; a line saying so answers them"
-        )
-    return texts
+    with Simulators() as simulators:
+        yield from by_row(converse(questions, next_step, simulators))
 
 
-def _answerer(config: Config, phase: str) -> _Answer:
-    """A function from (key, messages) of many conversations to the policy's responses as text.
+def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Iterator[list[tuple[int, str]]]:
+    """The policy's answers to many conversations, (place, text), a batch at a time.
 
     A conversation longer than the model's context is answered by a line that says so, as on the leaderboard.
     """
-    base, policy = folder.load_base(config), folder.load_policy(config, phase)
-    table = folder.step_table(config, "sentence")
+    config, (model, chat) = run.config, run.base
     temperature = bfcl_data.TEMPERATURE if config.benchmark == "bfcl" else 0.0
-    settings = dataclasses.replace(config.generate, temperature=temperature)
-    limit = base.config.max_length
-
-    def answer(
-        conversations: Conversations, advance: Callable[[int], None] = lambda _: None, keep: Keep = keep_nothing
-    ) -> list[str]:
-        prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
-        fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
-        texts = [f"{UNFIT}{len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
-        if left_out := len(prompts) - len(fitting):
-            advance(left_out)
-        asked = [prompts[i] for i in fitting]
-        responses = respond(policy, table, asked, settings, limit, config.seed, advance, keep)
-        for i, response in zip(fitting, responses, strict=True):
-            texts[i] = base.chat.tokenizer.decode(base.chat.content_ids(response))
-        return texts
-
-    return answer
+    settings, limit = dataclasses.replace(config.generate, temperature=temperature), model.max_length
+    prompts = [(key, chat.prompt_ids(messages)) for key, messages in conversations]
+    places = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
+    unfit = [(i, len(ids)) for i, (_, ids) in enumerate(prompts) if len(ids) >= limit]
+    if unfit:
+        yield [(i, f"{UNFIT}{length} tokens do not fit the context of {limit}") for i, length in unfit]
+    fitting = [prompts[i] for i in places]
+    for batch in generate(policy.running(), run.step_table("sentence"), fitting, settings, limit, config.seed):
+        yield [(places[i], chat.tokenizer.decode(chat.content_ids(ids))) for i, ids in batch]
 
 
 def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:

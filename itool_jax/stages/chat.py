@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from rich.text import Text
 
-from itool_jax.config import Config
 from itool_jax.data import generated
 from itool_jax.data.formats import samples_from_conversation
 from itool_jax.data.rows import read_rows
@@ -28,7 +27,8 @@ from itool_jax.files import write_jsonl
 from itool_jax.messages import console_out
 from itool_jax.model.sharding import use_own_mesh
 from itool_jax.sampler import row_keys, text_key
-from itool_jax.stages import folder
+from itool_jax.stages.paths import BASE
+from itool_jax.stages.run import Run
 from itool_jax.streaming import Stream, as_text
 from itool_jax.text import remarks
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
@@ -50,15 +50,16 @@ SAVED = (".jsonl", ".jsonl.gz")
 """How the name of a file of conversations ends: any other file would be lost, as the tools are in one."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Any]:
     """Talks until the input ends; returns how many turns there were."""
+    config = run.config
     example = generated.make_sample("validation", EXAMPLE, 0)
     tools, given = read_tools(config.tools) if config.tools else (example.tools, example.tools)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep: it ends at once
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets `input` edit and recall lines
     with use_own_mesh(config.mesh):
-        session = Session(config, tools, given)
+        session = Session(run, tools, given)
         if config.tools is None:
             session.say(f"tools of the demo; try: {example.messages[-1]['content']}", "dim")
         session.talk()
@@ -91,17 +92,18 @@ class _ResetError(Exception):
 class Session:
     """A model, its tools and the conversation so far."""
 
-    def __init__(self, config: Config, tools: Sequence[Row], given: Sequence[Row]):
+    def __init__(self, run: Run, tools: Sequence[Row], given: Sequence[Row]):
+        config = run.config
         self.config, self.tools, self.given = config, tuple(tools), given
-        self.base = folder.load_base(config)
-        phase = folder.answering_phase(config)
+        self.base = run.base
+        policy = run.answering_policy()
         is_stop_V = np.zeros(self.base.config.vocab_size, bool)
         is_stop_V[list(self.base.chat.stop_ids)] = True
-        self.stream = Stream(folder.load_policy(config, phase), is_stop_V)
+        self.stream = Stream(policy.running(), is_stop_V)
         self.system: Row | None = None
         self.turns = 0
         self.reset()
-        name = config.model if phase == "base" else f"{phase} of {config.run_dir}"
+        name = config.model if policy.phase == BASE else f"{policy.phase} of {config.run_dir}"
         self.say(f"{name}, {len(self.tools)} tools; /help lists the commands", "dim")
 
     def reset(self) -> None:

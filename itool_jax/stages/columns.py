@@ -4,7 +4,11 @@ In: a row, and the keys that a stage needs of it. Out: what is wrong with it, in
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from itool_jax.data.rows import read_rows
+from itool_jax.files import place
 
 MAX_ID = 2**31 - 1
 
@@ -83,3 +87,13 @@ def fault(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
         if key in KINDS and not KINDS[key][0](row[key]):
             return f'"{key}" is not {KINDS[key][1]}'
     return None
+
+
+def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file of the run; ValueError names a row that lacks one of the keys."""
+    rows = []
+    for number, row in read_rows(path):
+        if bad := fault(row, keys):
+            raise ValueError(f"{place(path, number)}: {bad}; delete the file to compute it again")
+        rows.append(row)
+    return rows

@@ -15,7 +15,8 @@ from itool_jax.hosts import is_first
 from itool_jax.messages import console_out
 from itool_jax.model.transformer import abstract
 from itool_jax.stages import doctor_machine as machine
-from itool_jax.stages import doctor_model, folder
+from itool_jax.stages import doctor_model
+from itool_jax.stages.base import load_base
 from itool_jax.stages.doctor_machine import Finding
 from itool_jax.untrusted import harmless, redacted
 
@@ -84,7 +85,7 @@ def _absent(found: list[Finding], kind: str) -> bool:
 
 def _kept(config: Config) -> int:
     """Bytes that a run keeps: what each phase trained, and two checkpoints with their optimizer's state."""
-    _, base, adapters = abstract(folder.load_base(config).config, config.lora)
+    _, base, adapters = abstract(load_base(config).config, config.lora)
     trained = sum(4 * x.size for x in jax.tree.leaves(adapters if config.lora.rank else base))
     return int(LEAST + trained * (config.iterations + 1 + 2 * 3))
 

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from itool_jax.config import Config
 from itool_jax.model import hf
-from itool_jax.stages import folder, parts
+from itool_jax.stages.base import load_base, model_folder, step_table
 from itool_jax.stages.doctor_machine import Finding
+from itool_jax.stages.splits import divide, divide_replay
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
 from itool_jax.text.sample import Sample
@@ -46,7 +47,7 @@ def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, lis
 
 def model(config: Config) -> Iterator[Finding]:
     """Configuration, weights by the headers of their files, tokenizer, special tokens, template."""
-    place = folder.model_folder(config)
+    place = model_folder(config)
     shapes, found = _refused("model", "take a supported model", lambda: hf.read_config(place, config.dtype))
     yield from found
     if shapes is None:
@@ -58,9 +59,7 @@ def model(config: Config) -> Iterator[Finding]:
     if held is not None:
         total = sum(math.prod(tensor.shape) for tensor in held.values())
         yield Finding("ok", "weights", f"{len(held)} tensors of {total:,} numbers, as config.json asks for")
-    base, found = _refused(
-        "tokenizer", "take the tokenizer that belongs to the model", lambda: folder.load_base(config)
-    )
+    base, found = _refused("tokenizer", "take the tokenizer that belongs to the model", lambda: load_base(config))
     yield from found
     if base is not None:
         yield from tokens(base.chat, base.config.vocab_size)
@@ -144,10 +143,10 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     """What a run would make of the data, and samples of it: a call and a text, where there are any."""
     skipped: list[str] = []
     remedy = "check --data; --skip_bad_rows leaves wrong rows out"
-    made, found = _refused("data", remedy, lambda: parts.divide(config, skipped))
+    made, found = _refused("data", remedy, lambda: divide(config, skipped))
     if made is None:
         return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in found], []
-    train, limit = made[0]["train"], folder.load_base(config).config.max_length
+    train, limit = made[0]["train"], load_base(config).config.max_length
     lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
     text = f"{counts}; {statistics.median(lengths):.0f} tokens in the middle, {lengths[-1]} at most, of {limit}"
@@ -156,7 +155,7 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
         level = "warning" if config.skip_bad_rows else "error"
         remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
         found.append(Finding(level, "data", _first(skipped), remedy))
-    _, short = _refused("data", "add data", lambda: parts.split_off_replay(config, train.samples))
+    _, short = _refused("data", "add data", lambda: divide_replay(config, train.samples))
     if (tokens := config.search.max_last_step_tokens) + lengths[-1] > limit:
         text = f"a last step of {tokens} tokens behind the longest sample is more than the context"
         mend = "responses end there; lower search.max_last_step_tokens, if at all"
@@ -174,7 +173,7 @@ def _first(skipped: Sequence[str]) -> str:
 
 def preview(config: Config, shown: Shown) -> Iterator[Text]:
     """The end of a prompt, the tokens that are trained on, token by token, and the steps a search would take."""
-    chat = folder.load_base(config).chat
+    chat = load_base(config).chat
     decode = chat.tokenizer.decode
     prompt = harmless(decode(shown.encoded.prompt_ids, skip_special_tokens=False))
     before = Text("not trained  ", style="bold").append(f"…{prompt[-SHOWN:]}" if len(prompt) > SHOWN else prompt, "dim")
@@ -182,7 +181,7 @@ def preview(config: Config, shown: Shown) -> Iterator[Text]:
     for number, token in enumerate(shown.encoded.target_ids):  # two shades, so that tokens are told apart
         trained.append(_visible(chat, token), "black on green" if number % 2 else "black on bright_green")
     steps = Text("steps        ", style="bold")
-    table = folder.step_table(config, config.search.granularity)
+    table = step_table(config, config.search.granularity)
     for number, step in enumerate(split_steps(table, shown.encoded.target_ids)):
         steps.append(" | " if number else "", "bold red").append(harmless(decode(step, skip_special_tokens=False)))
     yield Text(f"sample {shown.sample.id}: {len(shown.encoded.prompt_ids)} tokens of prompt, then the target")

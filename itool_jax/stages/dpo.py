@@ -4,55 +4,60 @@ In: `pairs.jsonl`, and the policy the iteration began with, which is also the re
 and `reference.jsonl`, the reference's log-probabilities.
 """
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
 
 from itool_jax import checkpoint, train
-from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.files import write_jsonl
-from itool_jax.journal import Keep
 from itool_jax.messages import say
-from itool_jax.progress import progress
 from itool_jax.sampler import target_log_probs
-from itool_jax.stages import folder, manifest, parts
-from itool_jax.stages.spread import spread
+from itool_jax.stages import search, training
+from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
+from itool_jax.stages.paths import WEIGHTS, command, phase_name
+from itool_jax.stages.run import Run
+from itool_jax.stages.spread import by_row
+from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
 
 Row = dict[str, Any]
 Batches = grain.MapDataset
-PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains on an iteration's pairs unless that is done; returns the stage's figures."""
-    config.preference.n_micro()
-    phase = folder.phase_name(config.iteration)
-    return manifest.once(config, phase, "dpo", lambda: _train(config, phase), [folder.WEIGHTS], [(phase, "search")])
+def run(run: Run) -> PhasePolicy:
+    """Trains on an iteration's pairs unless that is done; returns the new policy."""
+    run.config.preference.n_micro()
+    phase, policy = run.phase(phase_name(run.config.iteration)), run.policy(phase_name(run.config.iteration - 1))
+    return phase.cached(POLICY, policy, phase.made(search.TREES).pairs)
 
 
-def _train(config: Config, phase: str) -> dict[str, Any]:
-    before = folder.phase_name(config.iteration - 1)
-    folder.require_policy(config, before)
-    rows = folder.need(config, phase, "pairs.jsonl", "search", PAIR_KEYS)
+def fit(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
+    """Trains the policy to prefer the chosen steps, and keeps it as the iteration's."""
+    config, rows = task.config, pairs.rows
     if not rows:
-        say(f"{phase}: the search found no pair, the policy stays as it is")
-        digest = checkpoint.save(folder.weights_folder(config, phase), folder.load_trained(config, before))
+        say(f"{task.phase}: the search found no pair, the policy stays as it is")
+        digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(config, policy.phase))
         return {"pairs": 0, "steps": 0, "weights": digest}
-    loss, batches = _control(config, rows) if config.preference.control else _prefer(config, phase, before, rows)
-    what = f"{'control' if config.preference.control else config.preference.loss}, {phase}"
-    seed, working = config.seed + config.iteration, manifest.working_folder(config, phase, "dpo")
-    digest = folder.train(config, phase, working, loss, config.preference, before, batches, seed=seed, what=what)
+    if config.preference.control:
+        loss, batches = _gold_responses(task, rows)
+    else:
+        reference = Phase(task.run, task.phase).cached(REFERENCE, policy, pairs)
+        loss, batches = _preferences(task, rows, _by_pair(rows, reference))
+    what = f"{'control' if config.preference.control else config.preference.loss}, {task.phase}"
+    seed = config.seed + task.iteration
+    digest = training.train(task, loss, config.preference, policy.trainable(), batches, seed=seed, what=what)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
-def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[train.LossFn, Batches]:
-    """The preference loss over the pairs; the reference is the policy as it stands, computed once."""
-    settings = config.preference
-    reference = _reference(config, phase, before, rows)
+POLICY = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
+
+
+def _preferences(
+    task: Task, rows: Sequence[Row], reference: dict[str, tuple[float, float]]
+) -> tuple[train.LossFn, Batches]:
+    """The preference loss, and batches of the pairs with the reference's log-probabilities."""
+    settings = task.config.preference
     pairs = [
         PairRow(
             row["prompt_ids"],
@@ -63,41 +68,50 @@ def _prefer(config: Config, phase: str, before: str, rows: list[Row]) -> tuple[t
         )
         for row in rows
     ]
-    graph = folder.training_graph(config)
-    batches = pair_batches(pairs, settings.batch_size, settings.epochs, config.seed + config.iteration)
-    return train.preference_loss(graph, settings.loss_settings), batches
+    batches = pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
+    return train.preference_loss(training_graph(task.config), settings.loss_settings), batches
 
 
-def _control(config: Config, rows: list[Row]) -> tuple[train.LossFn, Batches]:
-    """Equal compute without preferences: the gold responses of the pairs' samples, for as many steps."""
-    settings = config.preference
-    by_id = {sample.id: sample for sample in parts.samples(config, "train")}
-    encoded = folder.encode(config, [by_id[row["tree"]] for row in rows])
-    graph = folder.training_graph(config)
-    batches = sft_batches(encoded, settings.batch_size, settings.epochs, config.seed + config.iteration)
-    return train.sft_loss(graph), batches
+def _gold_responses(task: Task, rows: Sequence[Row]) -> tuple[train.LossFn, Batches]:
+    """The equal-compute control: SFT on the gold responses of the pairs' prompts, for as many steps."""
+    settings = task.config.preference
+    by_id = {sample.id: sample for sample in task.run.splits.train.samples}
+    chosen = task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows])
+    seed = task.config.seed + task.iteration
+    batches = sft_batches(chosen.encoded, settings.batch_size, settings.epochs, seed)
+    return train.sft_loss(training_graph(task.config)), batches
 
 
-def _reference(config: Config, phase: str, before: str, rows: list[Row]) -> dict[str, tuple[float, float]]:
-    path = config.run_dir / phase / "reference.jsonl"
-    work = functools.partial(_score_pairs, config, phase, path, before, rows)
-    manifest.once(config, phase, "reference", work, [path.name], [(phase, "search")])
-    table = folder.read_table(path, ["id", "chosen", "rejected"])
-    found = {row["id"]: (row["chosen"], row["rejected"]) for row in table}
-    if missing := [row["id"] for row in rows if row["id"] not in found]:
-        raise ValueError(f"{path} holds no row of pair {missing[0]}; delete it to compute it again")
-    return found
+# The reference ----------------------------------------------------------------------------------------------
 
 
-def _score_pairs(config: Config, phase: str, path: Path, before: str, rows: list[Row]) -> dict[str, Any]:
-    policy = folder.load_policy(config, before)
+def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
+    """Log-probabilities of both steps of each pair under the policy as it stands (π_ref of eq 11)."""
+    rows = pairs.rows
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-
-    def answer(steps: Sequence[Any], keep: Keep) -> list[float]:
-        with progress("reference log-probs", len(steps)) as advance:
-            return target_log_probs(policy, steps, config.generate.tokens_per_batch, advance, keep)
-
-    sums = spread(config, manifest.working_folder(config, phase, "reference"), steps, answer)
-    found = zip(rows, sums[::2], sums[1::2], strict=True)
-    write_jsonl(path, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in found))
+    tokens = task.config.generate.tokens_per_batch
+    sums = task.map(
+        steps, lambda steps: by_row(target_log_probs(policy.running(), steps, tokens)), "reference log-probs"
+    )
+    scored = zip(rows, sums[::2], sums[1::2], strict=True)
+    write_jsonl(task.folder / FILE, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in scored))
     return {"pairs": len(rows)}
+
+
+FILE = "reference.jsonl"
+
+
+def _read(phase: Phase) -> Table:
+    origin = (phase.name, "reference")
+    return Table(phase.folder / FILE, ["id", "chosen", "rejected"], origin, command((phase.name, "dpo")))
+
+
+REFERENCE = Step("reference", [FILE], score_pairs, _read)
+
+
+def _by_pair(pairs: Sequence[Row], reference: Table) -> dict[str, tuple[float, float]]:
+    """(chosen, rejected) log-probabilities by pair id; ValueError names a pair without."""
+    by_id = {row["id"]: (row["chosen"], row["rejected"]) for row in reference.rows}
+    if missing := [row["id"] for row in pairs if row["id"] not in by_id]:
+        raise ValueError(f"{reference.path} holds no row of pair {missing[0]}; delete it to compute it again")
+    return by_id

@@ -5,7 +5,7 @@ the accuracies, overall and by category: thirds of the calls by difficulty, irre
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import PairedDifference, paired_difference, standard_error
 from itool_jax.files import write_jsonl
-from itool_jax.journal import Keep
 from itool_jax.mcts.value import outcome
 from itool_jax.messages import say
-from itool_jax.progress import progress
-from itool_jax.sampler import respond
-from itool_jax.stages import benchmark, comparison, folder, manifest, parts
-from itool_jax.stages.spread import spread
+from itool_jax.sampler import generate
+from itool_jax.stages import benchmark, columns, comparison, leakage
+from itool_jax.stages.cache import Figures, Step, Task
+from itool_jax.stages.paths import BASE, trained_phases
+from itool_jax.stages.run import Run
+from itool_jax.stages.splits import Samples
+from itool_jax.stages.spread import Advance, by_row
+from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.sample import Sample
 
@@ -28,29 +31,57 @@ CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
 Row = dict[str, Any]
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Figures]:
     """Evaluates every phase of the run that has weights, or some on a benchmark; returns the figures of each."""
+    config = run.config
     if config.benchmark is not None:
-        return benchmark.run(config)
-    return {phase: evaluate(config, phase) for phase in ("base", *folder.trained_phases(config))}
+        return benchmark.run(run)
+    leakage.check(run)
+    held_out = run.splits.test if config.evaluate.split == "test" else run.splits.validation
+    phases = (BASE, *trained_phases(config.run_dir))
+    return {phase: run.phase(phase).cached(step(config), run.policy(phase), held_out) for phase in phases}
+
+
+def step(config: Config) -> Step[Figures]:
+    """The evaluation of a phase on the split and the number of samples that the settings name."""
+    name = f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
+    this: Step[Figures] = Step(name, [f"{name}.jsonl"], accuracy, lambda phase: phase.figures(name))
+    return this
 
 
 def results_file(config: Config, phase: str) -> Path:
-    """Where a phase's results stand."""
-    return config.run_dir / phase / f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}.jsonl"
+    """The file of a phase's graded responses."""
+    return config.run_dir / phase / f"{step(config).name}.jsonl"
 
 
-def evaluate(config: Config, phase: str) -> dict[str, Any]:
-    """Evaluates one phase unless that is done."""
-    parts.look_for_benchmarks(config)
-    file = results_file(config, phase)
-    after = [] if phase == "base" else [folder.policy_stage(phase)]
-    return manifest.once(config, phase, file.stem, lambda: _evaluate(config, phase), [file.name], after)
+def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
+    """Answers the samples greedily and grades the answers."""
+    run, config = task.run, task.config
+    categories = categorize(held_out.samples)
+    chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
+    table = run.step_table("sentence")
+    greedy = dataclasses.replace(config.generate, temperature=0.0)
+    prompts = [(row.id, row.prompt_ids) for row in chosen.encoded]
+
+    def answer(prompts: Sequence[tuple[str, list[int]]]) -> Iterator[Advance]:
+        limit = run.base.config.max_length
+        return by_row(generate(policy.running(), table, prompts, greedy, limit, config.seed))
+
+    responses = task.map(prompts, answer, f"evaluate {task.phase}")
+    rows = [
+        _grade(sample, response, categories[sample.id], run.base.chat)
+        for sample, response in zip(chosen.samples, responses, strict=True)
+    ]
+    write_jsonl(results_file(config, task.phase), rows)
+    figures = summarize(rows)
+    known = {name: value for name, value in figures["accuracy"].items() if value is not None}
+    say(f"{task.phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
+    return figures
 
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Whether each evaluated sample is right, by id."""
-    rows = folder.read_table(results_file(config, phase), ["id", "correct"])
+    rows = columns.read_table(results_file(config, phase), ["id", "correct"])
     return {row["id"]: row["correct"] for row in rows}
 
 
@@ -64,7 +95,7 @@ def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference,
 def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDifference]:
     """Each category of one phase against another's, sample by sample."""
     marks = read_results(config, before)
-    rows = folder.read_table(results_file(config, phase), ["id", "correct", "categories"])
+    rows = columns.read_table(results_file(config, phase), ["id", "correct", "categories"])
     if missing := [row["id"] for row in rows if row["id"] not in marks]:
         path = results_file(config, before)
         raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
@@ -73,34 +104,6 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
         chosen = [row for row in rows if name in row["categories"]]
         found[name] = paired_difference([row["correct"] for row in chosen], [marks[row["id"]] for row in chosen])
     return found
-
-
-def _evaluate(config: Config, phase: str) -> dict[str, Any]:
-    samples = parts.samples(config, config.evaluate.split)
-    categories = categorize(samples)
-    samples = samples[: config.evaluate.limit or None]
-    base, policy = folder.load_base(config), folder.load_policy(config, phase)
-    encoded = folder.encode(config, samples)
-    table = folder.step_table(config, "sentence")
-    greedy = dataclasses.replace(config.generate, temperature=0.0)
-    prompts = [(row.id, row.prompt_ids) for row in encoded]
-
-    def answer(prompts: Sequence[Any], keep: Keep) -> list[list[int]]:
-        with progress(f"evaluate {phase}", len(prompts)) as advance:
-            return respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance, keep)
-
-    responses = spread(
-        config, manifest.working_folder(config, phase, results_file(config, phase).stem), prompts, answer
-    )
-    rows = [
-        _grade(sample, response, categories[sample.id], base.chat)
-        for sample, response in zip(samples, responses, strict=True)
-    ]
-    write_jsonl(results_file(config, phase), rows)
-    figures = summarize(rows)
-    known = {name: value for name, value in figures["accuracy"].items() if value is not None}
-    say(f"{phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
-    return figures
 
 
 def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:

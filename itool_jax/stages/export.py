@@ -22,7 +22,11 @@ from itool_jax.model import export, forms, hf, quantize
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.progress import progress
-from itool_jax.stages import folder
+from itool_jax.stages.base import model_folder
+from itool_jax.stages.paths import WARMUP, trained_phases
+from itool_jax.stages.run import Run
+from itool_jax.stages.sources import check_sources
+from itool_jax.stages.weights import Weights, restore_trained
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.untrusted import inside
 
@@ -32,15 +36,16 @@ COPIED = (
 )
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Any]:
     """Writes the folder; returns where it is."""
-    phases = folder.trained_phases(config)
+    config = run.config
+    phases = trained_phases(config.run_dir)
     if not phases:
-        folder.require_policy(config, "warmup")
+        run.policy(WARMUP).require()
     phase = config.export.phase or phases[-1]
     if phase not in phases:
         raise ValueError(f"export.phase={phase} has no weights in {config.run_dir}; there are: {', '.join(phases)}")
-    folder.check_sources(config, ["model"])  # adapters belong to one base
+    check_sources(config, ["model"])  # adapters belong to one base
     target = config.output or config.run_dir / phase / config.export.kind
     _refuse_to_replace(config, target)
     with _whole_folder(target) as partial:
@@ -55,8 +60,8 @@ def run(config: Config) -> dict[str, Any]:
 def _write_adapter(config: Config, phase: str, target: Path) -> None:
     if config.lora.rank == 0:
         raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
-    name = config.model if config.model != "embedded" else str(folder.model_folder(config))
-    export.save_adapter(target, folder.load_trained(config, phase), config.lora, name)
+    name = config.model if config.model != "embedded" else str(model_folder(config))
+    export.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
     if config.quantize == "nf4":
         say(
@@ -73,10 +78,10 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "export.base must say what adapters trained beside four-bit weights are merged into: original or "
             "dequantized"
         )
-    trained = forms.to_run(folder.load_trained(config, phase))
+    trained = forms.to_run(restore_trained(config, phase))
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
-    base = folder.base_params(kept, stacked=False) if config.lora.rank else {}
-    model = hf.read_config(folder.model_folder(config), config.dtype)
+    base = Weights(kept).base(stacked=False) if config.lora.rank else {}
+    model = hf.read_config(model_folder(config), config.dtype)
     shapes = abstract(dataclasses.replace(model, stacked=False))[1]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
 
@@ -92,7 +97,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             weight = merge_adapters({"kernel": weight}, adapters, config.lora)["kernel"]
         return weight
 
-    raw = json.loads((folder.model_folder(config) / "config.json").read_text(encoding="utf-8"))
+    raw = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
     with progress("export", len(jax.tree.leaves(shapes))) as advance:
         export.save(target, shapes, raw, leaf, config.export.shard_gigabytes * 1e9, advance)
     _copy_tokenizer(config, target)
@@ -114,14 +119,14 @@ def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
     for name in COPIED:
-        if (file := inside(folder.model_folder(config), name)).is_file():
+        if (file := inside(model_folder(config), name)).is_file():
             shutil.copy(file, target / name)
 
 
 def _write_generation_config(config: Config, target: Path) -> None:
     """The base's own, with every token that ends a response in it: servers stop where training did."""
-    file = folder.model_folder(config) / "generation_config.json"
-    stop_ids = list(Chat(load_tokenizer(str(folder.model_folder(config)))).stop_ids)  # it refuses a damaged file
+    file = model_folder(config) / "generation_config.json"
+    stop_ids = list(Chat(load_tokenizer(str(model_folder(config)))).stop_ids)  # it refuses a damaged file
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     content["eos_token_id"] = stop_ids
     (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -133,7 +138,7 @@ def _refuse_to_replace(config: Config, target: Path) -> None:
         return
     if not config.overwrite:
         raise ValueError(f"output {target} exists; choose another --output, or replace it with --overwrite")
-    place, model, run = target.resolve(), folder.model_folder(config).resolve(), config.run_dir.resolve()
+    place, model, run = target.resolve(), model_folder(config).resolve(), config.run_dir.resolve()
     kinds = (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
     exported = any((place / name).is_file() and any(place.glob(weights)) for name, weights in kinds)
     if not exported or place in (model, run, *model.parents, *run.parents):

@@ -4,46 +4,56 @@ In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text
 `--chat`, see `stages.chat`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from itool_jax.config import Config
 from itool_jax.data.sources import read_samples
 from itool_jax.files import write_jsonl
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.messages import say
 from itool_jax.progress import progress
-from itool_jax.sampler import respond
-from itool_jax.stages import chat, folder, manifest
-from itool_jax.stages.spread import spread
+from itool_jax.sampler import generate
+from itool_jax.stages import cache, chat
+from itool_jax.stages.encoding import check_ids, check_room
+from itool_jax.stages.run import Run
+from itool_jax.stages.score import data_file
+from itool_jax.stages.spread import by_row, map_across_hosts
 from itool_jax.text.chat import Encoded, encode_sample
 
 Row = dict[str, Any]
+WHAT = "generate"
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Any]:
     """Generates for every row of the data file; returns how many. A chat returns how many turns it had."""
+    config = run.config
     if config.chat:
-        return chat.run(config)
-    samples = read_samples(folder.data_file(config), need_target=False)
-    base = folder.load_base(config)
-    encoded = [encode_sample(base.chat, sample) for sample in samples]
-    folder.check_ids(encoded, base.config.vocab_size)
-    folder.check_room(encoded, base.config.max_length, room=1)
-    policy, table = folder.load_policy(config, folder.answering_phase(config)), folder.step_table(config, "sentence")
+        return chat.run(run)
+    samples = read_samples(data_file(config), need_target=False)
+    chat_format, model = run.base.chat, run.base.config
+    encoded = [encode_sample(chat_format, sample) for sample in samples]
+    check_ids(encoded, model.vocab_size)
+    check_room(encoded, model.max_length, room=1)
+    policy, table = run.answering_policy().running(), run.step_table("sentence")
 
-    def answer(rows: Sequence[Encoded], keep: Keep) -> list[Row]:
+    def answer(rows: Sequence[Encoded]) -> Iterator[list[tuple[int, Row]]]:
         prompts = [(row.id, row.prompt_ids) for row in rows]
-        with progress("generate", len(prompts)) as advance:
-            found = respond(policy, table, prompts, config.generate, base.config.max_length, config.seed, advance, keep)
-        texts = [base.chat.tokenizer.decode(base.chat.content_ids(ids)) for ids in found]
-        return [{"id": row.id, "token_ids": i, "text": t} for row, i, t in zip(rows, found, texts, strict=True)]
+        for batch in generate(policy, table, prompts, config.generate, model.max_length, config.seed):
+            yield [(i, _row(rows[i].id, ids)) for i, ids in batch]
+
+    def _row(name: str, ids: list[int]) -> Row:
+        return {"id": name, "token_ids": ids, "text": chat_format.tokenizer.decode(chat_format.content_ids(ids))}
 
     if config.output is None:
-        for row in answer(encoded, keep_nothing):
+        with progress(WHAT, len(encoded)) as advance:
+            answered: dict[int, Row] = {}
+            for batch in answer(encoded):
+                answered |= dict(batch)
+                advance(len(batch))
+        for _, row in sorted(answered.items()):
             print(f"{row['id']}\t{row['text']}")
     else:
-        with manifest.resumed(config, config.output) as working:
-            write_jsonl(config.output, spread(config, working, encoded, answer))
+        with cache.resumed(config, config.output) as working:
+            rows = map_across_hosts(config, working, encoded, lambda rows: by_row(answer(rows)), WHAT)
+            write_jsonl(config.output, rows)
         say(f"wrote {len(encoded)} responses to {config.output}")
     return {"samples": len(encoded)}

@@ -1,9 +1,8 @@
-"""The whole method: warm-up, then rounds of score, search and preference training, evaluated after each phase.
+"""The whole method: warm-up, then rounds of scoring, search and preference training, evaluated after each phase.
 
 In: the settings. Out: a run directory with everything, `summary.json`, and a table.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,62 +13,99 @@ from itool_jax.evaluation.statistics import describe
 from itool_jax.files import read_json, write_json
 from itool_jax.hosts import is_first
 from itool_jax.messages import console_out, say
-from itool_jax.stages import benchmark, columns, dpo, evaluate, folder, report, score, search, warmup
+from itool_jax.stages import benchmark, cache, columns, dpo, evaluate, leakage, report, score, search, warmup
+from itool_jax.stages.paths import BASE, WARMUP, done_file, phase_name
+from itool_jax.stages.run import Run
+from itool_jax.stages.splits import Samples, split_replay
+from itool_jax.stages.weights import PhasePolicy
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(run: Run) -> dict[str, Any]:
     """Runs what is not done yet; returns the summary."""
+    _check_batch_sizes(run.config)
+    _drop_summary_of_fewer_iterations(run.config)
+    leakage.check(run)
+    iterate(run)
+    return _finish(run.config)
+
+
+def iterate(run: Run) -> PhasePolicy:
+    """The paper's loop (figure 2); returns the last policy. Equations are the paper's, see docs/method.md.
+
+    `phase.cached(step, *inputs)` computes a step from its inputs, or reads what an earlier command computed.
+    """
+    config, data = run.config, run.splits
+    warmup_set, buffer = split_replay(data.train, config)
+    held_out = data.test if config.evaluate.split == "test" else data.validation
+
+    policy = run.policy(BASE)
+    _evaluate(run, policy, held_out)
+
+    policy = run.phase(WARMUP).cached(warmup.POLICY, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
+    _evaluate(run, policy, held_out)
+
+    for phase in run.iterations():
+        scores = phase.cached(score.PERPLEXITIES, policy, buffer)  # eq 4
+        hard = score.hardest(buffer, scores)
+        forest = phase.cached(search.TREES, policy, hard)  # PUCT, outcome and self-evaluation, backup: eq 5 to 9
+        policy = phase.cached(dpo.POLICY, policy, forest.pairs)  # best against worst step at each node: eq 10 and 11
+        _evaluate(run, policy, held_out)
+    return policy
+
+
+def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
+    """On the held-out split, and for a trained policy on the benchmark if there is one."""
+    run.phase(policy.phase).cached(evaluate.step(run.config), policy, held_out)
+    if run.config.benchmark is not None and policy.phase != BASE:
+        benchmark.evaluate(run, policy.phase)
+    report.refresh(run.config)
+
+
+def _check_batch_sizes(config: Config) -> None:
+    """Fails on inconsistent batch sizes before any work."""
     for training in (config.warmup, config.preference):
-        training.n_micro()  # sizes that do not go together are met now, not hours later
-    last, evaluation = phases(config)[-1], evaluate.results_file(config, "base").stem
-    if is_first() and folder.read_done(config, last, evaluation) is None:  # one that is there is of fewer iterations
+        training.n_micro()
+
+
+def _drop_summary_of_fewer_iterations(config: Config) -> None:
+    last, evaluation = phases(config)[-1], evaluate.step(config).name
+    if is_first() and cache.read_figures(config.run_dir, last, evaluation) is None:
         (config.run_dir / "summary.json").unlink(missing_ok=True)
-    evaluate.evaluate(config, "base")
-    report.refresh(config)
-    warmup.run(config)
-    _evaluate(config, "warmup")
-    for iteration in range(1, config.iterations + 1):
-        now = dataclasses.replace(config, iteration=iteration)
-        score.run(now)
-        search.run(now)
-        dpo.run(now)
-        _evaluate(now, folder.phase_name(iteration))
+
+
+# Summary ----------------------------------------------------------------------------------------------------
+
+
+def _finish(config: Config) -> dict[str, Any]:
+    """Writes and prints the summary."""
     summary = summarize(config)
     if is_first():
         write_json(config.run_dir / "summary.json", summary)
-        made = report.refresh(config)
-        show(config, summary, f", {made.name} to look at it" if made else "")
+        page = report.refresh(config)
+        show(config, summary, f", {page.name} to look at it" if page else "")
     return summary
-
-
-def _evaluate(config: Config, phase: str) -> None:
-    """On the held-out part, and on the benchmark where there is one."""
-    evaluate.evaluate(config, phase)
-    if config.benchmark is not None:
-        benchmark.evaluate(config, phase)
-    report.refresh(config)
 
 
 def phases(config: Config) -> list[str]:
     """All phases in order."""
-    return ["base", *(folder.phase_name(i) for i in range(config.iterations + 1))]
+    return [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
 
 
 def summarize(config: Config) -> dict[str, Any]:
-    """What the run came to, from the figures its stages left."""
-    stage = evaluate.results_file(config, "base").stem
-    found = []
+    """Summarizes the run from its stage results."""
+    evaluation = evaluate.step(config).name
+    rows = []
     for name in phases(config):
-        figures = _figures(config, name, stage)
-        seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", stage))
+        figures = _figures(config, name, evaluation)
+        seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", evaluation))
         measured = {key: figures[key] for key in MEASURED}
-        found.append({"name": name, **measured, "seconds": round(seconds, 2)})
+        rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
     searches = []
     for i in range(1, config.iterations + 1):
-        figures = _figures(config, folder.phase_name(i), "search")
+        figures = _figures(config, phase_name(i), "search")
         searches.append({"iteration": i, **{key: figures[key] for key in SEARCH_KEYS}})
     return {
         "finished": True,
@@ -78,7 +114,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "data": config.data,
         "device": jax.devices()[0].device_kind,
         "split": config.evaluate.split,
-        "phases": found,
+        "phases": rows,
         "search": searches,
         "comparisons": _comparisons(config),
         "benchmark": _benchmark(config),
@@ -95,16 +131,16 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
 
 
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
-    figures = folder.read_done(config, phase, stage)
+    figures = cache.read_figures(config.run_dir, phase, stage)
     assert figures is not None  # every stage was just run
     if bad := columns.fault(figures, SEARCH_KEYS if stage == "search" else MEASURED):
-        path = folder.done_file(config, phase, stage)
+        path = done_file(config.run_dir, phase, stage)
         raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")
     return figures
 
 
 def _seconds(config: Config, phase: str, stage: str) -> float:
-    figures = folder.read_done(config, phase, stage)
+    figures = cache.read_figures(config.run_dir, phase, stage)
     return figures["seconds"] if figures else 0.0
 
 
@@ -113,15 +149,15 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     names = phases(config)
     pairs = list(zip(names[1:], names, strict=False))
     if config.iterations > 1:
-        pairs.append((names[-1], "warmup"))
-    found = []
+        pairs.append((names[-1], WARMUP))
+    rows = []
     for phase, before in pairs:
         result, lower = evaluate.compared(config, phase, before)
-        if config.benchmark is not None and before != "base":
+        if config.benchmark is not None and before != BASE:
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
         row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def show(config: Config, summary: dict[str, Any], more: str = "") -> None:

@@ -15,11 +15,11 @@ from rich.table import Table
 from itool_jax.config import Config
 from itool_jax.files import write_json
 from itool_jax.messages import console_out, say
-from itool_jax.stages import parts
 from itool_jax.stages import plan_memory as memory
 from itool_jax.stages.plan_memory import SIZES, Hardware, Planner, StageNeed
 from itool_jax.stages.plan_time import Data, TimeModel, Workload, workloads
 from itool_jax.stages.sizes import Rows
+from itool_jax.stages.splits import divide, divide_replay
 
 STAGES = ("warmup", "score", "search", "dpo", "evaluate")
 PURPOSES = {
@@ -72,8 +72,8 @@ def run(config: Config) -> Row:
 
 def _data(config: Config) -> Data:
     """The parts that a run would make, in memory only."""
-    found, _ = parts.divide(config, [] if config.skip_bad_rows else None)
-    warmup, buffer = parts.split_off_replay(config, found["train"].samples)
+    found, _ = divide(config, [] if config.skip_bad_rows else None)
+    warmup, buffer = divide_replay(config, found["train"].samples)
     encoded = {row.id: row for row in found["train"].encoded}
     return Data(warmup, buffer, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
 

@@ -23,7 +23,8 @@ from itool_jax.memory import Need
 from itool_jax.messages import say
 from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices, use_mesh
 from itool_jax.model.transformer import ModelConfig
-from itool_jax.stages import folder, sizes
+from itool_jax.stages import sizes
+from itool_jax.stages.base import load_base
 from itool_jax.text.padding import bucket, target_width
 from itool_jax.untrusted import one_line
 
@@ -230,7 +231,7 @@ class Planner:
         return need
 
     def _compiled(self, stage: str, size: int) -> Need | None:
-        model = folder.load_base(self.config).config
+        model = load_base(self.config).config
         if self.hardware.on_host and model.dtype == "bfloat16":
             model = dataclasses.replace(model, dtype="float16")
         with on(self.hardware, self.config.mesh):
@@ -279,7 +280,7 @@ class Change(NamedTuple):
 def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
     """The first change with which all of these stages fit, sizes alone or other settings too; None where none helps."""
     settings: dict[str, Any] = {}
-    tried = [settings, *changes(planner.config, planner.hardware, folder.load_base(planner.config).config)]
+    tried = [settings, *changes(planner.config, planner.hardware, load_base(planner.config).config)]
     for settings in tried:
         try:
             config = with_settings(planner.config, settings)
@@ -348,7 +349,7 @@ def as_arguments(settings: dict[str, Any]) -> str:
 
 def parameters(config: Config) -> tuple[int, int]:
     """How many the model has, and how many of them, or of adapters beside them, are trained."""
-    _, base, adapters = memory.abstract(dataclasses.replace(folder.load_base(config).config, nf4=False), config.lora)
+    _, base, adapters = memory.abstract(dataclasses.replace(load_base(config).config, nf4=False), config.lora)
     total, beside = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (base, adapters))
     return total, beside if config.lora.rank else total
 

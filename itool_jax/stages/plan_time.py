@@ -17,7 +17,7 @@ from itool_jax.config import Config
 from itool_jax.data.batches import packed_batches, sft_batches
 from itool_jax.devices import Device
 from itool_jax.roofline import Machine, decode, forward, full_step, lora_step
-from itool_jax.stages import folder
+from itool_jax.stages.base import load_base, step_table
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, group, target_width
@@ -58,7 +58,7 @@ class TimeModel:
     """Seconds that work takes on `count` devices, which hold `copies` of the model, at the shares that are assumed."""
 
     def __init__(self, config: Config, device: Device | None, count: int, copies: int):
-        self.model, self.rank, self.plan = folder.load_base(config).config, config.lora.rank, config.plan
+        self.model, self.rank, self.plan = load_base(config).config, config.lora.rank, config.plan
         self.count, self.copies = count, copies
         nan = float("nan")
         bandwidth, peak = (device.bandwidth * 1e9, device.teraflops * 1e12) if device is not None else (nan, nan)
@@ -136,8 +136,8 @@ class _ExpectedTree(NamedTuple):
 
 
 def _trees(config: Config, data: Data) -> _ExpectedTree:
-    s, rows, base = config.search, data.rows(data.buffer), folder.load_base(config)
-    table = folder.step_table(config, s.granularity)
+    s, rows, base = config.search, data.rows(data.buffer), load_base(config)
+    table = step_table(config, s.granularity)
     found: list[tuple[float, float, float]] = []
     steps: list[int] = []
     for row in rows[:LOOKED_AT]:

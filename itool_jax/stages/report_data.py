@@ -19,7 +19,10 @@ from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.files import read_json
 from itool_jax.run_directory import FREE
-from itool_jax.stages import columns, evaluate, folder, parts, report_trees
+from itool_jax.stages import columns, evaluate, report_trees
+from itool_jax.stages.cache import read_figures
+from itool_jax.stages.paths import done_file, phase_name
+from itool_jax.stages.splits import CARD
 from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
@@ -34,7 +37,7 @@ RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
 
 def phases(config: Config) -> list[str]:
     """The phases that the run has begun, in order."""
-    names = map(folder.phase_name, itertools.count())
+    names = map(phase_name, itertools.count())
     trained = itertools.takewhile(lambda name: (config.run_dir / name).is_dir(), names)
     return [name for name in ("base",) if (config.run_dir / name).is_dir()] + list(trained)
 
@@ -73,7 +76,7 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
         "title": config.run_dir.resolve().name,
         "settings": _settings(config.run_dir / "config.yaml"),
         "environment": _environment(config.run_dir / environment.FILE),
-        "card": _card(config.run_dir / parts.CARD),
+        "card": _card(config.run_dir / CARD),
         "summary": _optional(config.run_dir / "summary.json"),
         "log": _log(config.run_dir / "log.jsonl"),
         "phases": names,
@@ -182,11 +185,11 @@ def _evaluation(config: Config, names: Sequence[str]) -> Row:
     found = []
     for name in names:
         stage = evaluate.results_file(config, name).stem
-        figures = folder.read_done(config, name, stage)
+        figures = read_figures(config.run_dir, name, stage)
         if figures is None:
             continue
         if bad := columns.fault(figures, ["accuracy", "n", "standard_error"]):
-            raise ValueError(f"{folder.done_file(config, name, stage)} is damaged ({bad}); delete it to run it again")
+            raise ValueError(f"{done_file(config.run_dir, name, stage)} is damaged ({bad}); delete it to run it again")
         interval = {key: _interval(value, figures["n"].get(key)) for key, value in figures["accuracy"].items()}
         found.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
     return {
@@ -254,7 +257,7 @@ def _number(value: Any) -> float | None:
 def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
     """Perplexities of the gold responses at each iteration: of all, and of the searched ones before and after it."""
     keys = ["id", "perplexity", "n_tokens", "rank"]
-    tables = [folder.read_table(path, keys) for name in iterations if (path := _scores(config, name)).is_file()]
+    tables = [columns.read_table(path, keys) for name in iterations if (path := _scores(config, name)).is_file()]
     found = []
     for name, table, later in itertools.zip_longest(iterations[: len(tables)], tables, tables[1:]):
         searched = {row["id"] for row in table if row["rank"] is not None}
@@ -283,7 +286,7 @@ def _stages(config: Config, names: Sequence[str]) -> list[Row]:
     stage = evaluate.results_file(config, "base").stem
     found = []
     for name, kind in itertools.product(names, (*STAGES, stage)):
-        if (figures := folder.read_done(config, name, kind)) is not None:
+        if (figures := read_figures(config.run_dir, name, kind)) is not None:
             kept = {key: value for key, value in figures.items() if _number(value) is not None}
             found.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
     return found
@@ -318,7 +321,7 @@ def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Ro
 def _answers(path: Path) -> dict[str, _Answer]:
     if not path.is_file():
         return {}
-    rows = folder.read_table(path, ["id", "correct", "finished", "response", "target"])
+    rows = columns.read_table(path, ["id", "correct", "finished", "response", "target"])
     return {row["id"]: _Answer(_kind(row), row["response"]) for row in rows}
 
 

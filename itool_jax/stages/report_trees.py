@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from itool_jax.data import sources
 from itool_jax.evaluation.errors import error_kind
 from itool_jax.report.page import as_json
-from itool_jax.stages import folder
+from itool_jax.stages import columns
 from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
@@ -81,12 +81,12 @@ def _tables(phase: Path) -> tuple[list[Row], list[Row]]:
 
 @functools.lru_cache(maxsize=16)
 def _trees(path: Path, _: int) -> list[Row]:
-    return folder.read_table(path, ["id", "gold", "nodes"])
+    return columns.read_table(path, ["id", "gold", "nodes"])
 
 
 @functools.lru_cache(maxsize=16)
 def _pairs(path: Path, _: int) -> list[Row]:
-    return folder.read_table(path, ["tree", *PAIR, "chosen_ids", "rejected_ids"])
+    return columns.read_table(path, ["tree", *PAIR, "chosen_ids", "rejected_ids"])
 
 
 def _report_tree(

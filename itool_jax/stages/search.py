@@ -6,93 +6,89 @@ In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pai
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from itool_jax.config import Config
 from itool_jax.files import write_jsonl
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.search import Forest
 from itool_jax.messages import say
-from itool_jax.progress import progress
-from itool_jax.sampler import Policy
-from itool_jax.stages import folder, manifest, parts
-from itool_jax.stages.folder import Base
+from itool_jax.stages import score
+from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
+from itool_jax.stages.paths import command, phase_name
+from itool_jax.stages.run import Run
 from itool_jax.stages.searcher import PROMPT_BUCKET, Searched, Searcher
-from itool_jax.stages.spread import spread
+from itool_jax.stages.splits import Samples, split_replay
+from itool_jax.stages.spread import Advance
+from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.chat import Chat
 from itool_jax.text.padding import bucket
-from itool_jax.text.steps import StepTable
 
 Row = dict[str, Any]
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Searches the hardest samples of an iteration unless that is done; returns the stage's figures."""
-    phase = folder.phase_name(config.iteration)
-    outputs, after = ["trees.jsonl", "pairs.jsonl"], [(phase, "score")]
-    return manifest.once(config, phase, "search", lambda: _search(config, phase), outputs, after)
+class Search(NamedTuple):
+    """What the search of an iteration came to."""
+
+    trees: Table
+    pairs: Table
 
 
-def _search(config: Config, phase: str) -> dict[str, Any]:
-    base, settings = folder.load_base(config), config.search
-    before = folder.phase_name(config.iteration - 1)
-    folder.require_policy(config, before)
-    policy, table = folder.load_policy(config, before), folder.step_table(config, settings.granularity)
-    # 1. The hardest samples, by the perplexities of this iteration.
-    scores = folder.need(config, phase, "scores.jsonl", "score", ["id", "rank"])
-    ranks = {row["id"]: row["rank"] for row in scores if row["rank"] is not None}
-    hardest = sorted((s for s in parts.samples(config, "train") if s.id in ranks), key=lambda s: ranks[s.id])
-    items = [Searched(*row) for row in zip(hardest, folder.encode(config, hardest), strict=True)]
+def run(run: Run) -> Search:
+    """Searches the hardest samples of an iteration unless that is done."""
+    config = run.config
+    phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
+    _, buffer = split_replay(run.splits.train, config)
+    return phase.cached(TREES, policy, score.hardest(buffer, phase.made(score.PERPLEXITIES)))
 
-    def work(items: Sequence[Searched], keep: Keep) -> list[Row]:
-        with progress(f"search, iteration {config.iteration}", len(items) * settings.n_simulations) as advance:
-            return trees(policy, base, table, items, config, advance, keep)
 
-    results = spread(config, manifest.working_folder(config, phase, "search"), items, work)
+def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
+    """Searches the prompts in lock-step, and writes their trees and preference pairs."""
+    run, config = task.run, task.config
+    table = run.step_table(config.search.granularity)
+    items = [Searched(*row) for row in zip(hard.samples, hard.encoded, strict=True)]
+
+    def work(items: Sequence[Searched]) -> Iterator[Advance]:
+        for n_simulations, finished in trees(policy.running(), run.base, table, items, config, task.iteration):
+            yield Advance(n_simulations, finished)
+
+    results = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)
     pairs = [pair for row in results for pair in row["pairs"]]
-    write_jsonl(config.run_dir / phase / "trees.jsonl", (row["tree"] for row in results))
-    write_jsonl(config.run_dir / phase / "pairs.jsonl", pairs)
-    _remark(phase, results)
+    write_jsonl(task.folder / "trees.jsonl", (row["tree"] for row in results))
+    write_jsonl(task.folder / "pairs.jsonl", pairs)
+    _remark(task.phase, results)
     tokens = sum(row["sampled_tokens"] for row in results)
     return {"prompts": len(items), "trees": len(results), "pairs": len(pairs), "generated_tokens": tokens}
 
 
-def trees(
-    policy: Policy,
-    base: Base,
-    table: StepTable,
-    items: Sequence[Searched],
-    config: Config,
-    advance: Callable[..., None] = lambda *_: None,
-    keep: Keep = keep_nothing,
-) -> list[Row]:
-    """{tree, pairs, sampled_tokens} of each sample, in their order: a row of trees.jsonl, rows of pairs.jsonl.
+def _read(phase: Phase) -> Search:
+    origin = (phase.name, "search")
+    trees = Table(phase.folder / "trees.jsonl", ["id", "gold", "nodes"], origin, command(origin))
+    return Search(trees, Table(phase.folder / "pairs.jsonl", PAIR_KEYS, origin, command(origin)))
 
-    `advance(n)` is told of every n simulations.
-    """
-    found: dict[str, Row] = {}
-    for number, group in enumerate(_groups(items, config.search.seats)):
+
+PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
+TREES = Step("search", ["trees.jsonl", "pairs.jsonl"], grow, _read)
+
+
+def trees(policy, base, table, items, config, iteration=1):
+    places = {item.sample.id: i for i, item in enumerate(items)}
+    for group in _groups(items, config.search.seats):
         # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
-        keep_here = functools.partial(_keep_in_group, keep, number)
-        searcher = Searcher(policy, base, table, group, config.search, config.self_eval, config.seed, keep_here)
+        searcher = Searcher(policy, base, table, group, config.search, config.self_eval, config.seed)
         # 3. The best and the worst step at each node are a preference pair.
-        found |= _results(searcher.search(advance), group, base.chat, config)
-    return [found[item.sample.id] for item in items]
+        results = _results(searcher.search(), group, base.chat, config, iteration)
+        yield len(group) * config.search.n_simulations, [(places[name], row) for name, row in results.items()]
 
 
-def _keep_in_group(keep: Keep, number: int, key: str, compute: Callable[[], Any]) -> Any:
-    return keep(f"group {number}, {key}", compute)
-
-
-def _results(forest: Forest, group: Sequence[Searched], chat: Chat, config: Config) -> dict[str, Row]:
+def _results(forest: Forest, group: Sequence[Searched], chat: Chat, config: Config, iteration: int) -> dict[str, Row]:
     """Tree and pairs of each sample by its id."""
     decode = chat.tokenizer.decode
     pairs = preference_pairs(forest.tree, forest.step_tokens_BNS, forest.step_length_BN, decode, config.pairs)
     found = {}
     for b, searched in enumerate(group):
-        own = [_pair_row(pair, searched, chat, config.iteration) for pair in pairs if pair.tree == b]
+        own = [_pair_row(pair, searched, chat, iteration) for pair in pairs if pair.tree == b]
         tree, tokens = _tree_row(forest, b, searched, chat), int(forest.sampled_tokens_B[b])
         found[searched.sample.id] = {"tree": tree, "pairs": own, "sampled_tokens": tokens}
     return found

@@ -18,7 +18,9 @@ from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.messages import current_stage, say
 from itool_jax.model.sharding import use_own_mesh
-from itool_jax.stages import folder, parts
+from itool_jax.stages.base import load_base
+from itool_jax.stages.run import Run
+from itool_jax.stages.splits import split_replay
 from itool_jax.text.chat import Chat, Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, target_width
 from itool_jax.train import TrainingSettings
@@ -33,24 +35,22 @@ Need = Callable[[int], float]
 Plan = Callable[[int], list[memory.Program]]
 
 
-def resolved(config: Config) -> Config:
+def resolved(run: Run) -> Run:
     """The settings with a number for each size that is `auto` and that the stage needs, the same on all processes."""
-    flat = config.flat()
+    config, flat = run.config, run.config.flat()
     names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
-    if not names:
-        return config
-    known = hosts.by_first("sizes", lambda: _known(config))
+    known = hosts.by_first("sizes", lambda: _known(config)) if names else {}
     for name in names:
-        candidates = _candidates(config, name)
+        candidates = _candidates(run, name)
         value = known.get(name, 0)
         if value < 1 or (
             name != "search.batch" and value not in candidates
         ):  # a mesh that shares batches out otherwise
-            found = _find(config, name, candidates)
-            known[name] = value = hosts.by_first(f"size {name}", lambda found=found: found)
+            size = _find(run, name, candidates)
+            known[name] = value = hosts.by_first(f"size {name}", lambda size=size: size)
             write_json(config.run_dir / FILE, known)
-        config = with_size(config, name, value)
-    return config
+        run = run.with_settings(with_size(run.config, name, value))
+    return run
 
 
 def _known(config: Config) -> dict[str, int]:
@@ -60,11 +60,12 @@ def _known(config: Config) -> dict[str, int]:
     return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
 
 
-def _find(config: Config, name: str, candidates: Sequence[int]) -> int:
+def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
     """The largest candidate that fits; says so."""
+    config = run.config
     limit = memory.device_limit()
     with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
-        value, needs = memory.largest(candidates, need_of(config, name), limit)
+        value, needs = memory.largest(candidates, need_of(run, name), limit)
     fits = f"needs {_gb(needs[value])} of {_gb(limit)} a device by the compiler's estimate"
     larger = min((size for size in needs if size > value), default=None)
     beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
@@ -73,12 +74,13 @@ def _find(config: Config, name: str, candidates: Sequence[int]) -> int:
     return value
 
 
-def _candidates(config: Config, name: str) -> list[int]:
+def _candidates(run: Run, name: str) -> list[int]:
     """Sizes to look at: powers of two times the devices that share prompts, or what divides a device's share."""
     if name != "search.batch":
-        share = training_settings(config, name).share()
+        share = training_settings(run.config, name).share()
         return [size for size in range(1, share + 1) if share % size == 0]
-    return search_batches(config, len(parts.warmup_and_replay(config)[1]))
+    _, buffer = split_replay(run.splits.train, run.config)
+    return search_batches(run.config, len(buffer.samples))
 
 
 def search_batches(config: Config, buffer: int) -> list[int]:
@@ -114,18 +116,18 @@ class Rows(NamedTuple):
     buffer: list[Encoded]
 
 
-def need_of(config: Config, name: str) -> Need:
+def need_of(run: Run, name: str) -> Need:
     """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
-    warmup, buffer = parts.warmup_and_replay(config)
-    rows = folder.encode(config, warmup if name.startswith("warmup") else buffer)
-    plan, model = plan_of(config, name, Rows(rows, rows)), folder.load_base(config).config
+    warmup, buffer = split_replay(run.splits.train, run.config)
+    rows = (warmup if name.startswith("warmup") else buffer).encoded
+    plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
     return total(lambda size: max((p.need(model) for p in plan(size)), key=lambda need: need.total))
 
 
 def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     """The programs by the value of a size that need most, for the longest rows that are possible."""
     if name == "search.batch":
-        lengths = search_lengths(folder.load_base(config).chat, rows.buffer, config.search, config.self_eval)
+        lengths = search_lengths(load_base(config).chat, rows.buffer, config.search, config.self_eval)
         given = (config.lora, config.search, lengths)
         return lambda size: [
             memory.Program(lambda model: memory.proposing(model, *given, size), memory.LOOP),
@@ -175,7 +177,7 @@ def search_lengths(
 
 def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
     """Padded width of the longest pair that a search of these samples may find: a prompt, a response, another step."""
-    s, limit = config.search, folder.load_base(config).config.max_length
+    s, limit = config.search, load_base(config).config.max_length
     step = max(s.max_last_step_tokens, s.max_step_tokens, *(len(row.target_ids) for row in rows))
     response = (s.max_depth - 1) * s.max_step_tokens + step
     longest = max(len(row.prompt_ids) for row in rows)
@@ -186,18 +188,19 @@ def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
 
 
 @contextlib.contextmanager
-def explained(config: Config) -> Iterator[None]:
+def explained(run: Run) -> Iterator[None]:
     """Turns a device's want of memory into one line: in which stage, what to turn down, and what that would need."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(advice(config, current_stage() or config.stage, str(error))) from error
+        raise ValueError(advice(run, current_stage() or run.config.stage, str(error))) from error
 
 
-def advice(config: Config, where: str, error: str) -> str:
+def advice(run: Run, where: str, error: str) -> str:
     """What to do where `where`, a stage or phase/stage, ran out of memory."""
+    config = run.config
     stage = where.rpartition("/")[2]
     name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
     flat, text = config.flat(), " ".join(error.split())[:160]
@@ -205,20 +208,20 @@ def advice(config: Config, where: str, error: str) -> str:
     if name in STAGE_OF and name != "search.batch":
         share = training_settings(config, name).share()
         now = min(now or share, share)
-        less = max((c for c in _candidates(config, name) if c < now), default=None)
-    down = f"lower {name}, now {now}{_estimate(config, name, now)}"
-    down += f", to {less}{_estimate(config, name, less)}" if less else ", which is the least"
+        less = max((c for c in _candidates(run, name) if c < now), default=None)
+    down = f"lower {name}, now {now}{_estimate(run, name, now)}"
+    down += f", to {less}{_estimate(run, name, less)}" if less else ", which is the least"
     down += ", in another --run_dir" if name == "search.batch" and config.run_dir.exists() else ""
     other = "set remat, quantize=nf4 or a larger mesh.fsdp"
     return f"out of device memory in {where} ({text}); {down}; or {other}"
 
 
-def _estimate(config: Config, name: str, size: int) -> str:
+def _estimate(run: Run, name: str, size: int) -> str:
     """`: about 3.2 GB`, where the compiler says so: a device without memory may refuse even that."""
     if name not in STAGE_OF:
         return ""
     try:
-        need = need_of(config, name)(size)
+        need = need_of(run, name)(size)
     except (RuntimeError, ValueError, OSError):
         return ""
     return f" (about {_gb(need)} a device)"

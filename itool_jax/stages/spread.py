@@ -1,54 +1,85 @@
-"""Work of a stage on many items, kept as it is done, so that a killed stage goes on within a batch.
+"""Work on many items, spread over the processes of a run and journaled row by row.
 
-In: items and a function that works on some of them. Out: what it made of each, in their order. Of several processes
-each works on its own items, with a copy of the model on its own devices, and reads what the others made from the run
-directory; where a copy needs more than the devices of one host, all work on all items together.
+In: items, and a function that yields the results of some as they finish. Out: the result of each item, in order. Each
+of several processes works on its own items with a copy of the model on its own devices; if a copy needs the devices of
+several hosts, all processes work on all items together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from itool_jax import hosts
+from itool_jax import hosts, journal
 from itool_jax.config import Config
-from itool_jax.journal import Journal, Keep, read
+from itool_jax.journal import Journal
 from itool_jax.model.sharding import runs_apart, use_own_mesh
+from itool_jax.preemption import stop_if_asked
+from itool_jax.progress import progress
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
-def spread(
-    config: Config, working: Path, items: Sequence[T], work: Callable[[Sequence[T], Keep], Sequence[R]]
-) -> list[R]:
-    """What `work(items, keep)` makes of the items, one result each, plain JSON values.
+class Advance(NamedTuple):
+    """How far work came: units of progress, and the results that finished, each with its item's place."""
 
-    `keep` is for the model's answers, which stand in the folder `working`: those of a killed process are read again.
+    units: int
+    results: Sequence[tuple[int, Any]]
+
+
+Work = Callable[[Sequence[T]], Iterable[Advance]]
+
+
+def by_row(batches: Iterable[Sequence[tuple[int, Any]]]) -> Iterator[Advance]:
+    """Batches of finished rows as advances of one unit a row."""
+    for rows in batches:
+        yield Advance(len(rows), rows)
+
+
+def map_across_hosts(
+    config: Config, working: Path, items: Sequence[T], work: Work[T], what: str, units: int = 1
+) -> list[Any]:
+    """The result of `work` for each item, plain JSON values, in the order of the items.
+
+    Finished rows are journaled in the folder `working`; a step that was killed computes only those that are missing,
+    whatever number of processes it goes on with. `units` of progress make an item.
+
+    Raises:
+        PreemptionError: the run was asked to stop; the finished rows are on disk.
     """
     if not items:
         return []
     apart = runs_apart(config.mesh)
     index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
-    own = items[index::count]
-    with use_own_mesh(config.mesh), Journal(_journal(working, index), _layout(config), together=not apart) as journal:
-        results = list(work(own, journal.keep)) if own else []
-        if count > 1:
-            journal.keep("results", lambda: results)
-    if count == 1:
-        return results
-    hosts.meet(f"{working} is complete")
-    found: list[Any] = [None] * len(items)
-    for i in range(count):
-        found[i::count] = results if i == index else read(_journal(working, i))[0]["results"]
+    rows = _read_all(working)
     hosts.meet(f"{working} was read")
-    return found
+    missing = [i for i in range(len(items)) if i not in rows]
+    own = missing[index::count]
+    path = working / (f"rows_{index}.journal" if index else "rows.journal")
+    stop = stop_if_asked if apart else hosts.stop_together
+    done = (len(items) - len(missing)) // count
+    with (
+        use_own_mesh(config.mesh),
+        Journal(path, writes=apart or hosts.is_first()) as kept,
+        progress(what, units * (done + len(own)), units * done) as advance,
+    ):
+        stop()
+        for step in work([items[i] for i in own]) if own else ():
+            finished = {own[place]: result for place, result in step.results}
+            if finished:
+                kept.append(finished)
+                rows |= finished
+            advance(step.units)
+            stop()
+    if count > 1:
+        hosts.meet(f"{working} is complete")
+        rows = _read_all(working)
+        hosts.meet(f"{working} was read to the end")
+    return [rows[i] for i in range(len(items))]
 
 
-def _journal(working: Path, process: int) -> Path:
-    return working / (f"answers_{process}.journal" if process else "answers.journal")
-
-
-def _layout(config: Config) -> dict[str, Any]:
-    """What changes what is computed together, and with that the last bits of results."""
-    settings = {n: value for n, value in config.flat().items() if n.startswith(("generate.", "mesh.", "search."))}
-    return settings | {"processes": hosts.count()}
+def _read_all(working: Path) -> dict[int, Any]:
+    """The finished rows in all journals of a folder."""
+    rows: dict[int, Any] = {}
+    for path in sorted(working.glob("rows*.journal")):
+        rows |= journal.read(path)[0]
+    return rows

@@ -14,7 +14,7 @@ from itool_jax.data.generated import GeneratedSettings
 from itool_jax.main import main
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.run_directory import NO_RESULTS
-from itool_jax.stages import parts
+from itool_jax.stages.splits import load_splits
 from itool_jax.text.chat import Encoded
 from itool_jax.text.sample import Sample
 from tests.conftest import read, write
@@ -128,7 +128,7 @@ def test_the_generated_corpus_has_a_card_that_is_not_printed(
 ) -> None:
     sizes = GeneratedSettings(train=8, validation=2, test=3)
     with use_mesh(MeshSettings()):
-        parts.samples(Config(stage="warmup", run_dir=tmp_path, generated=sizes), "test")
+        load_splits(Config(stage="warmup", run_dir=tmp_path, generated=sizes))
     card = json.loads((tmp_path / "data/card.json").read_text())
     assert {name: part["samples"] for name, part in card["parts"].items()} == {"train": 8, "validation": 2, "test": 3}
     assert (card["too_long"], card["rows_skipped"]) == (0, 0)
