@@ -93,7 +93,10 @@ def test_conversations_go_on_in_one_batch_until_each_has_ended(simulators: Simul
         question(["Make d.", None], [[], ["mkdir(dir_name='d')"]], "multi_turn_miss_func_0", missed_function=missed),
     ]
     done: list[int] = []
-    results = converse(questions, answer, simulators, done.append)
+    results = {}
+    for ended in converse(questions, answer, simulators):
+        done.append(len(ended))
+        results |= {questions[place].id: result for place, result in ended}
     assert asked[0] == ["multi_turn_base_0/1/0", "multi_turn_miss_func_0/1/0"]
     assert results == {
         "multi_turn_base_0": [["[touch(file_name='g.txt')]", "Done."], ["[ls()]", "Done."]],
@@ -115,7 +118,9 @@ def test_conversations_go_on_in_one_batch_until_each_has_ended(simulators: Simul
 
 def test_a_model_that_never_ends_its_turn_is_stopped(simulators: Simulators) -> None:
     asked = question(["List.", "More."], [["ls()"], ["ls()"]])
-    results = converse([asked], lambda batch: ["[ls()]"] * len(batch), simulators)
+    batches = converse([asked], lambda batch: ["[ls()]"] * len(batch), simulators)
+    [turns] = [result for ended in batches for _, result in ended]
+    results = {asked.id: turns}
     assert [len(turn) for turn in results[asked.id]] == [MAX_STEPS + 1]
     assert official_verdicts([asked], results, simulators)[asked.id].error_type == "multi_turn:force_terminated"
 

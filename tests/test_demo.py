@@ -10,10 +10,11 @@ from itool_jax.data.generated import make_sample
 from itool_jax.main import main
 from itool_jax.replay import curriculum, sample_features
 from itool_jax.sampler import generate
+from itool_jax.stages.base import model_folder
 from itool_jax.stages.encoding import encode
 from itool_jax.stages.run import Run
 
-MODEL = Path(folder.__file__).parent.parent / "embedded" / "model"
+MODEL = model_folder(parse(["--stage=generate"]))
 
 
 def test_the_shipped_checkpoint_is_a_small_plain_hugging_face_folder() -> None:

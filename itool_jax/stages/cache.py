@@ -5,6 +5,7 @@ with hashes of its inputs and outputs; until it is done, a folder `<step>.workin
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,7 +14,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from itool_jax import hosts
 from itool_jax.checkpoint import CHECKSUMS, damage
@@ -36,6 +37,7 @@ T = TypeVar("T")
 Figures = dict[str, Any]
 
 
+@runtime_checkable
 class Value(Protocol):
     """An input of a step: data, or what another step came to."""
 
@@ -49,7 +51,8 @@ class Value(Protocol):
         ...
 
 
-class Step(NamedTuple, Generic[T]):
+@dataclasses.dataclass(frozen=True)
+class Step(Generic[T]):
     """A computation whose result is kept in a phase's folder."""
 
     name: str
