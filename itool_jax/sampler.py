@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax import losses
-from itool_jax.hosts import to_host
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.model.cache import Prefix, Suffix, empty_suffix
+from itool_jax.model.sharding import to_host
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
 from itool_jax.text.steps import StepState, StepTable, advance, advance_path

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Suffix, empty_suffix
-from itool_jax.model.sharding import along
+from itool_jax.model.sharding import constrain_axes
 from itool_jax.model.transformer import Params
 from itool_jax.sampler import Policy, choose, prefill
 from itool_jax.text.padding import bucket, pad
@@ -100,7 +100,9 @@ def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _new_cache(graph: nnx.GraphDef, params: Params, slots: int) -> Suffix:
     like = prefill(graph, params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))  # for its shapes alone
-    return jax.tree.map(lambda x: along(x, *("data", ("fsdp", "tensor"))[: x.ndim]), empty_suffix(like, 1, slots))
+    return jax.tree.map(
+        lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), empty_suffix(like, 1, slots)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

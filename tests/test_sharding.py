@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from itool_jax import checkpoint, train
@@ -162,6 +163,34 @@ def test_the_table(path: tuple[str, ...], shape: tuple[int, ...], spec: P) -> No
     keys = tuple(jax.tree_util.DictKey(name) for name in path)
     found = sharding.spec_of(keys, shape, mesh)
     assert tuple(found) + (None,) * (len(shape) - len(found)) == tuple(spec) + (None,) * (len(shape) - len(spec))
+
+
+@pytest.mark.parametrize(
+    ("axes", "size", "spec"),
+    [
+        (("fsdp", "tensor"), 16, P(("fsdp", "tensor"))),
+        (("fsdp", "tensor"), 12, P("tensor")),  # fsdp=4 alone would divide it too
+        (("fsdp", "tensor"), 6, P("tensor")),
+        (("fsdp", "tensor"), 7, P(None)),
+        (("data", "fsdp"), 4, P("fsdp")),
+        ("fsdp", 6, P(None)),
+        (None, 8, P(None)),
+    ],
+)
+def test_axes_that_do_not_divide_a_dimension_are_dropped_first_to_last(axes: Any, size: int, spec: P) -> None:
+    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    assert sharding.fit((axes,), (size,), mesh) == spec
+
+
+def test_arrays_are_fetched_whole_wherever_they_lie() -> None:
+    rows = np.arange(16.0).reshape(8, 2)
+    with use_mesh(MeshSettings(data=8)):
+        spread = sharding.to_devices(rows)
+    assert len(spread.sharding.device_set) == 8
+    fetched = sharding.to_host({"spread": spread, "here": jax.numpy.ones(3), "number": 1})
+    assert type(fetched["spread"]) is type(fetched["here"]) is np.ndarray
+    np.testing.assert_array_equal(fetched["spread"], rows)
+    assert fetched["number"] == 1
 
 
 def test_meshes_are_checked() -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from itool_jax.model.sharding import along
+from itool_jax.model.sharding import constrain_axes
 
 Keys = tuple[Float[Array, "B H D K"], ...]
 Values = tuple[Float[Array, "B H K D"], ...]
@@ -47,7 +47,7 @@ def place(prefix: Prefix, new: Prefix, row_P: Int[Array, " P"]) -> Prefix:
 
 def _spread(prefix: Prefix) -> Prefix:
     """Rows and heads of a mesh's devices lie where the rows of a model that runs, and its heads, are computed."""
-    return jax.tree.map(lambda x: along(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
+    return jax.tree.map(lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
 
 
 def empty_suffix(prefix: Prefix, rows: int, slots: int) -> Suffix:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from itool_jax.model.attention import KeyValues, attend_causally, attend_in_blocks, pick
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import ROWS, along
+from itool_jax.model.sharding import ROWS, constrain_axes
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
@@ -177,8 +177,8 @@ class Transformer(nnx.Module):
 
     def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
         # Whole vectors before they are looked up: XLA finds no good way from their parts to rows.
-        embedding = along(self.embedding[...], "tensor")
-        hidden = along(embedding[tokens_BT].astype(self.config.dtype), ROWS if self.config.stacked else "data")
+        embedding = constrain_axes(self.embedding[...], "tensor")
+        hidden = constrain_axes(embedding[tokens_BT].astype(self.config.dtype), ROWS if self.config.stacked else "data")
         return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
