@@ -1,6 +1,5 @@
 """Several processes, each a host of its own here: they come to what one does, stop together, and name who is gone."""
 
-import json
 import os
 import signal
 import socket
