@@ -6,6 +6,7 @@ same names do, with the same settings. Errors are those of the program: ValueErr
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from itool_jax.data.sources import from_rows
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.metrics import progress
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
-from itool_jax.sampler import GenerateSettings, respond
+from itool_jax.sampler import GenerateSettings, generate
 from itool_jax.stages import folder, score, search
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
@@ -191,8 +192,9 @@ class Model:
         with self._working():
             prompts = [(row.id, row.prompt_ids) for row in encoded]
             seed = self.config.seed if seed is None else seed
-            found = respond(self._policy, self._table("sentence"), prompts, settings, limit, seed)
-        texts = [chat.tokenizer.decode(chat.content_ids(ids)) for ids in found]
+            batches = generate(self._policy, self._table("sentence"), prompts, settings, limit, seed)
+            responses = dict(itertools.chain.from_iterable(batches))
+        texts = [chat.tokenizer.decode(chat.content_ids(responses[i])) for i in range(len(given))]
         return texts[0] if alone else texts
 
     def score(self, messages: Conversation, target: str | Message, tools: Sequence[Tool] | None = None) -> Score:

@@ -9,8 +9,9 @@ from itool_jax.config import parse
 from itool_jax.data.generated import make_sample
 from itool_jax.main import main
 from itool_jax.replay import curriculum, sample_features
-from itool_jax.sampler import respond
+from itool_jax.sampler import generate
 from itool_jax.stages import folder
+from tests import tiny
 
 MODEL = Path(folder.__file__).parent.parent / "embedded" / "model"
 
@@ -39,7 +40,7 @@ def test_the_shipped_checkpoint_answers_easy_held_out_samples_of_its_own_domains
     encoded = folder.encode(config, easy)
     prompts = [(row.id, row.prompt_ids) for row in encoded]
     table, policy = folder.step_table(config, "sentence"), folder.load_policy(config, "base")
-    found = respond(policy, table, prompts, config.generate, base.config.max_length, seed=0)
+    found = tiny.in_order(generate(policy, table, prompts, config.generate, base.config.max_length, seed=0))
     right = [ids == row.target_ids for ids, row in zip(found, encoded, strict=True)]
     assert sum(right) / len(right) > 0.7
 

@@ -21,7 +21,7 @@ from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, respond, target_log_probs
+from itool_jax.sampler import GenerateSettings, Policy, generate, target_log_probs
 from itool_jax.stages.folder import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
@@ -73,13 +73,13 @@ def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
     adapters = forms.to_run(trained["sft"][1].trainable)
     policy = Policy(abstract(config)[0], merge_adapters(base, adapters, LORA))
-    found["scores"] = target_log_probs(policy, ROWS, 1024)
+    found["scores"] = tiny.in_order(target_log_probs(policy, ROWS, 1024))
     chat = Chat(load_tokenizer(str(folder)))
     table = build_step_table(chat.tokenizer, "sentence", config.vocab_size, chat.stop_ids)
     prompts = [(str(i), prompt) for i, (prompt, _) in enumerate(ROWS)]
     for temperature in (0.0, 1.0):
         settings = GenerateSettings(max_tokens=8, temperature=temperature, tokens_per_batch=1024)
-        found[f"responses at {temperature}"] = respond(policy, table, prompts, settings, 1024, 0)
+        found[f"responses at {temperature}"] = tiny.in_order(generate(policy, table, prompts, settings, 1024, 0))
     settings = SearchSettings(
         n_simulations=6, breadth=3, max_depth=2, max_step_tokens=6, max_last_step_tokens=6, batch=4
     )

@@ -6,7 +6,6 @@ the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it 
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores, bfcl_setup
 from itool_jax.evaluation.bfcl import Verdict
 from itool_jax.evaluation.bfcl_scores import Score
 from itool_jax.evaluation.bfcl_simulators import Simulators, converse, official_verdicts
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import console_out, progress, say
-from itool_jax.sampler import respond
+from itool_jax.sampler import generate
 from itool_jax.stages import folder, manifest
 from itool_jax.stages.comparison import compare, fallen, read_scores
 from itool_jax.stages.spread import spread
@@ -175,7 +173,7 @@ def _answer_category(
     config: Config, category: str, questions: Sequence[Any], answer: _Answer, file: Path, working: Path
 ) -> Figures:
     asked = questions[: config.evaluate.benchmark_limit or None]
-    found = spread(config, working, asked, lambda asked, keep: _responses(config, category, asked, answer, keep))
+    found = spread(config, working, asked, lambda asked, _: _responses(config, category, asked, answer))
     results = {question.id: result for question, result in zip(asked, found, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
     return _scored(config, questions, asked, results)._asdict()
@@ -212,21 +210,15 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
     return bfcl_scores.judge(questions, results, underscore_to_dot=config.evaluate.underscore_to_dot)
 
 
-def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer, keep: Keep) -> list[Any]:
+def _responses(config: Config, category: str, questions: Sequence[Any], answer: _Answer) -> list[Any]:
     """What the policy answers to each question."""
     with progress(f"{config.benchmark} {category}", len(questions)) as advance:
         if category in bfcl_data.MULTI_TURN:
-            steps = itertools.count()
-
-            def next_step(conversations: Conversations) -> list[str]:
-                number = next(steps)
-                return answer(conversations, keep=lambda key, compute: keep(f"step {number}, {key}", compute))
-
             with Simulators() as simulators:
-                found = converse(questions, next_step, simulators, advance)
+                found = converse(questions, answer, simulators, advance)
             return [found[question.id] for question in questions]
         first = bfcl_data.first_messages if config.benchmark == "bfcl" else lambda question: list(question.messages)
-        texts = answer([(question.id, first(question)) for question in questions], advance, keep)
+        texts = answer([(question.id, first(question)) for question in questions], advance)
     if unfit := sum(text.startswith(UNFIT) for text in texts):
         say(
             f"{category}: {unfit} of {len(texts)} prompts do not fit the model's context; a line saying so answers them"
@@ -245,18 +237,17 @@ def _answerer(config: Config, phase: str) -> _Answer:
     settings = dataclasses.replace(config.generate, temperature=temperature)
     limit = base.config.max_length
 
-    def answer(
-        conversations: Conversations, advance: Callable[[int], None] = lambda _: None, keep: Keep = keep_nothing
-    ) -> list[str]:
+    def answer(conversations: Conversations, advance: Callable[[int], None] = lambda _: None) -> list[str]:
         prompts = [(key, base.chat.prompt_ids(messages)) for key, messages in conversations]
         fitting = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
         texts = [f"{UNFIT}{len(ids)} tokens do not fit the context of {limit}" for _, ids in prompts]
         if left_out := len(prompts) - len(fitting):
             advance(left_out)
         asked = [prompts[i] for i in fitting]
-        responses = respond(policy, table, asked, settings, limit, config.seed, advance, keep)
-        for i, response in zip(fitting, responses, strict=True):
-            texts[i] = base.chat.tokenizer.decode(base.chat.content_ids(response))
+        for batch in generate(policy, table, asked, settings, limit, config.seed):
+            for i, response in batch:
+                texts[fitting[i]] = base.chat.tokenizer.decode(base.chat.content_ids(response))
+            advance(len(batch))
         return texts
 
     return answer

@@ -92,9 +92,13 @@ def _score_pairs(config: Config, phase: str, path: Path, before: str, rows: list
     policy = folder.load_policy(config, before)
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
 
-    def answer(steps: Sequence[Any], keep: Keep) -> list[float]:
+    def answer(steps: Sequence[Any], _: Keep) -> list[float]:
+        sums: dict[int, float] = {}
         with progress("reference log-probs", len(steps)) as advance:
-            return target_log_probs(policy, steps, config.generate.tokens_per_batch, advance, keep)
+            for batch in target_log_probs(policy, steps, config.generate.tokens_per_batch):
+                sums |= batch
+                advance(len(batch))
+        return [sums[i] for i in range(len(steps))]
 
     sums = spread(config, manifest.working_folder(config, phase, "reference"), steps, answer)
     found = zip(rows, sums[::2], sums[1::2], strict=True)

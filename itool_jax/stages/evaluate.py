@@ -16,7 +16,7 @@ from itool_jax.evaluation.statistics import PairedDifference, paired_difference,
 from itool_jax.journal import Keep
 from itool_jax.mcts.value import outcome
 from itool_jax.metrics import progress, say
-from itool_jax.sampler import respond
+from itool_jax.sampler import generate
 from itool_jax.stages import benchmark, comparison, folder, manifest, parts
 from itool_jax.stages.spread import spread
 from itool_jax.text.calls import looks_like_calls
@@ -83,9 +83,13 @@ def _evaluate(config: Config, phase: str) -> dict[str, Any]:
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     prompts = [(row.id, row.prompt_ids) for row in encoded]
 
-    def answer(prompts: Sequence[Any], keep: Keep) -> list[list[int]]:
+    def answer(prompts: Sequence[Any], _: Keep) -> list[list[int]]:
+        responses: dict[int, list[int]] = {}
         with progress(f"evaluate {phase}", len(prompts)) as advance:
-            return respond(policy, table, prompts, greedy, base.config.max_length, config.seed, advance, keep)
+            for batch in generate(policy, table, prompts, greedy, base.config.max_length, config.seed):
+                responses |= batch
+                advance(len(batch))
+        return [responses[i] for i in range(len(prompts))]
 
     responses = spread(
         config, manifest.working_folder(config, phase, results_file(config, phase).stem), prompts, answer

@@ -12,7 +12,7 @@ from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
 from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import progress, say
-from itool_jax.sampler import respond
+from itool_jax.sampler import generate
 from itool_jax.stages import chat, folder, manifest
 from itool_jax.stages.spread import spread
 from itool_jax.text.chat import Encoded, encode_sample
@@ -31,12 +31,15 @@ def run(config: Config) -> dict[str, Any]:
     folder.check_room(encoded, base.config.max_length, room=1)
     policy, table = folder.load_policy(config, folder.answering_phase(config)), folder.step_table(config, "sentence")
 
-    def answer(rows: Sequence[Encoded], keep: Keep) -> list[Row]:
+    def answer(rows: Sequence[Encoded], _: Keep) -> list[Row]:
         prompts = [(row.id, row.prompt_ids) for row in rows]
+        responses: dict[int, list[int]] = {}
         with progress("generate", len(prompts)) as advance:
-            found = respond(policy, table, prompts, config.generate, base.config.max_length, config.seed, advance, keep)
-        texts = [base.chat.tokenizer.decode(base.chat.content_ids(ids)) for ids in found]
-        return [{"id": row.id, "token_ids": i, "text": t} for row, i, t in zip(rows, found, texts, strict=True)]
+            for batch in generate(policy, table, prompts, config.generate, base.config.max_length, config.seed):
+                responses |= batch
+                advance(len(batch))
+        texts = [base.chat.tokenizer.decode(base.chat.content_ids(responses[i])) for i in range(len(rows))]
+        return [{"id": row.id, "token_ids": responses[i], "text": texts[i]} for i, row in enumerate(rows)]
 
     if config.output is None:
         for row in answer(encoded, keep_nothing):

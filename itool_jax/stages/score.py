@@ -15,7 +15,6 @@ from itool_jax import losses, replay
 from itool_jax.config import Config
 from itool_jax.data.records import write_jsonl
 from itool_jax.data.sources import read_samples
-from itool_jax.journal import Keep, keep_nothing
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import Policy, target_log_probs
 from itool_jax.stages import folder, manifest, parts
@@ -43,7 +42,7 @@ def _score_file(config: Config, output: Path) -> dict[str, Any]:
     folder.check_lengths(encoded, base.config.max_length)
     policy = folder.load_policy(config, "base")
     with manifest.resumed(config, output) as working:
-        rows = spread(config, working, encoded, lambda rows, keep: perplexities(policy, rows, config, keep))
+        rows = spread(config, working, encoded, lambda rows, _: perplexities(policy, rows, config))
         write_jsonl(output, rows)
     say(f"wrote {len(rows)} scores to {output}")
     return {"samples": len(rows)}
@@ -56,7 +55,7 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     _, buffer = parts.warmup_and_replay(config)
     policy, encoded = folder.load_policy(config, before), folder.encode(config, buffer)
     working = manifest.working_folder(config, phase, "score")
-    rows = spread(config, working, encoded, lambda rows, keep: perplexities(policy, rows, config, keep))
+    rows = spread(config, working, encoded, lambda rows, _: perplexities(policy, rows, config))
     # 2. Take the hardest share, calls and texts apart.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer}
     scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]
@@ -66,10 +65,10 @@ def _score_buffer(config: Config, phase: str) -> dict[str, Any]:
     return {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
 
 
-def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config, keep: Keep = keep_nothing) -> list[Row]:
+def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config) -> list[Row]:
     """One row a sample, in the order given."""
     with progress("perplexity", len(encoded)) as advance:
-        return score_rows(policy, encoded, config, advance, keep)
+        return score_rows(policy, encoded, config, advance)
 
 
 def score_rows(
@@ -77,11 +76,14 @@ def score_rows(
     encoded: Sequence[Encoded],
     config: Config,
     advance: Callable[..., None] = lambda *_: None,
-    keep: Keep = keep_nothing,
 ) -> list[Row]:
     """The same without a word; `advance(n)` is told of every n samples."""
     rows = [(row.prompt_ids, row.target_ids) for row in encoded]
-    sums = target_log_probs(policy, rows, config.generate.tokens_per_batch, advance, keep)
+    by_index: dict[int, float] = {}
+    for batch in target_log_probs(policy, rows, config.generate.tokens_per_batch):
+        by_index |= batch
+        advance(len(batch))
+    sums = [by_index[i] for i in range(len(rows))]
     for row, total in zip(encoded, sums, strict=True):
         if not math.isfinite(total):
             raise ValueError(
