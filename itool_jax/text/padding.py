@@ -80,27 +80,20 @@ def stack(batches: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 
-def collate(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int, targets: int | None = None
-) -> TargetBatch:
-    """Builds a batch of `count` rows from (prompt, target) token ids; missing rows are empty and masked.
-
-    `targets` is the room for target tokens, half a row by default.
-    """
-    n_targets = width // 2 if targets is None else targets
-    padded = [*rows, *[((), ())] * (count - len(rows))]
-    return stack([_target_row([row], width, n_targets) for row in padded])._replace(segment_BT=None)
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int) -> TargetBatch:
+    """Builds a batch of `count` rows from (prompt, target) token ids; missing rows are empty and masked."""
+    return collate_packed([[row] for row in rows], width, count)._replace(segment_BT=None)
 
 
 def collate_packed(
     packs: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, count: int
 ) -> TargetBatch:
     """Builds a batch of `count` rows that hold several (prompt, target) samples each, one behind the other."""
-    padded = [*packs, *[()] * (count - len(packs))]
-    return stack([_target_row(pack, width, width // 2) for pack in padded])
+    missing = [_target_row([], width)] * (count - len(packs))
+    return stack([*(_target_row(pack, width) for pack in packs), *missing])
 
 
-def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, n_targets: int) -> TargetBatch:
+def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: int) -> TargetBatch:
     """Builds a batch of one row that holds samples one behind the other, each a segment of its own."""
     tokens: list[int] = []
     segments: list[int] = []
@@ -112,13 +105,12 @@ def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: i
         targets += target
         tokens += [*prompt, *target]
         segments += [number] * (len(prompt) + len(target))
-    mask = [True] * len(targets)
     return TargetBatch(
-        fill(tokens, width),
-        fill(positions, n_targets),
-        fill(targets, n_targets),
-        fill(mask, n_targets).astype(bool),
-        fill(segments, width),
+        tokens_BT=fill(tokens, width),
+        positions_BR=fill(positions, width // 2),
+        targets_BR=fill(targets, width // 2),
+        mask_BR=fill([1] * len(targets), width // 2).astype(bool),
+        segment_BT=fill(segments, width),
     )
 
 
