@@ -26,6 +26,7 @@ import numpy as np
 from itool_jax import hosts
 from itool_jax.files import whole_file
 from itool_jax.messages import say
+from itool_jax.model.sharding import to_host
 from itool_jax.untrusted import read_json
 
 CHECKSUMS = "checksums.json"
@@ -74,7 +75,7 @@ def digest(tree: Any) -> str:
     """A hash of all the tree's values: equal for equal trees, however they are laid out on devices."""
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(tree):
-        found.update(np.asarray(hosts.to_host(leaf)).tobytes())
+        found.update(np.asarray(to_host(leaf)).tobytes())
     return found.hexdigest()
 
 

@@ -243,19 +243,6 @@ def decided(votes: Vote) -> Vote:
     return Vote(*(bool(wish) for wish in votes))
 
 
-def to_host(tree: Any) -> Any:
-    """Arrays as NumPy's, whole; where they lie on several hosts, all processes must ask for them."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    def fetch(x: Any) -> Any:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            return multihost_utils.process_allgather(x, tiled=True)
-        return jax.device_get(x)
-
-    return jax.tree.map(fetch, tree)
-
-
 def stop_together() -> None:
     """`stop_if_asked` where all processes compute together: all raise, or none does."""
     if decided(vote(stop=asked_to_stop(), save=False)).stop:

@@ -9,7 +9,7 @@ programs.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax import losses
-from itool_jax.hosts import to_host
-from itool_jax.model.cache import Prefix, Suffix, empty_suffix
+from itool_jax.model.cache import Prefix, Suffix, as_prefix, empty_suffix
+from itool_jax.model.sharding import to_host
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
 from itool_jax.text.steps import StepState, StepTable, advance, advance_path
@@ -47,48 +47,54 @@ class Steps(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(graph: nnx.GraphDef, params: Params, tokens_PT: Array, length_P: Array) -> Prefix:
-    """Keys and values of P right-padded prompts."""
+    """Computes keys and values of P right-padded prompts."""
     return nnx.merge(graph, params)(tokens_PT, length_P)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(graph: nnx.GraphDef, params: Params, batch: TargetBatch) -> FloatB:
-    """Sum of log π over each row's target tokens, given all before them [B]."""
+    """Sums log π over each row's target tokens, given all tokens before them [B]."""
     model = nnx.merge(graph, params)
     hidden_BRD, _ = model(batch.tokens_BT, at_BR=batch.positions_BR)
     log_probs_BR = losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)
     return losses.masked_log_prob_sum(log_probs_BR, batch.mask_BR)
 
 
-class _Read(NamedTuple):
-    """What rows leave behind that were fed tokens of their own: the cache, its end, and hidden states."""
+class _Extended(NamedTuple):
+    """Cache, end positions and hidden states after extending a batch."""
 
     suffix: Suffix
-    hidden_BRD: Array
     end_B: Array
-    """The position after the last token."""
+    """The position after each row's last token."""
+    hidden_BRD: Array
 
 
-def _read(
+def _extend(
     model: Transformer,
     shared: Sequence[Prefix],
-    own_BT: Array,
+    tokens_BT: Array,
     length_B: Array,
     at_BR: Array | None = None,
     spare: int = 0,
-) -> _Read:
-    """Feeds right-padded rows of at least one token behind what they share.
+) -> _Extended:
+    """Extends shared prefixes by right-padded rows of at least one token.
 
-    The hidden states are those of the last token, or of the places `at_BR`; `spare` slots of the cache stay free.
+    Args:
+        model: the model.
+        shared: what the rows continue, one part after the other; each part is shared by a group of rows.
+        tokens_BT: right-padded.
+        length_B: tokens of each row.
+        at_BR: places among the T whose hidden states are wanted; None: those of the last tokens, R = 1.
+        spare: free slots that the new cache has beyond the T.
     """
-    B, T = own_BT.shape
+    B, T = tokens_BT.shape
     start_B = sum((jnp.repeat(part.length_P, B // len(part.length_P)) for part in shared), jnp.zeros(B, jnp.int32))
     place_T = jnp.arange(T)
-    suffix = empty_suffix(shared[0], B, T + spare)
-    valid_BT, position_BT = place_T < length_B[:, None], start_B[:, None] + place_T
+    valid_BT, positions_BT = place_T < length_B[:, None], start_B[:, None] + place_T
     at_BR = length_B[:, None] - 1 if at_BR is None else at_BR
-    hidden_BRD, suffix = model.extend(own_BT, valid_BT, position_BT, shared, suffix, 0, at_BR)
-    return _Read(suffix, hidden_BRD, start_B + length_B)
+    suffix = empty_suffix(shared[0], B, T + spare)
+    hidden_BRD, suffix = model.extend(tokens_BT, valid_BT, positions_BT, shared, suffix, 0, at_BR)
+    return _Extended(suffix, start_B + length_B, hidden_BRD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,18 +108,14 @@ def answer(
     own_length_B: Array,
     answer_ids_A: Array,
 ) -> Array:
-    """Logits [B, A] of the answer tokens that may follow each row: one forward pass for all rows.
+    """Computes the logits [B, A] of the answer tokens that may follow each row.
 
     A row is a prompt, a path that the rows of a prompt share, and tokens of its own; the first two are computed once.
     """
     model = nnx.merge(graph, params)
-    path = _read(model, [prefix], path_PS, path_length_P)
-    own = _read(model, [prefix, _shared(path, path_length_P)], own_BT, own_length_B)
+    path = _extend(model, [prefix], path_PS, path_length_P)
+    own = _extend(model, [prefix, as_prefix(path.suffix, path_length_P)], own_BT, own_length_B)
     return model.logits(own.hidden_BRD[:, 0])[:, answer_ids_A]
-
-
-def _shared(read: _Read, length_B: Array) -> Prefix:
-    return Prefix(read.suffix.k, read.suffix.v, length_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,19 +128,20 @@ def score_step(
     step_PT: Array,
     step_length_P: Array,
 ) -> FloatB:
-    """Sum of log π of the step [P] that follows each prompt and path; paths and steps are right-padded."""
+    """Sums log π over the step that follows each prompt and path [P]; paths and steps are right-padded."""
     model = nnx.merge(graph, params)
     P, T = step_PT.shape
-    row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
+    # Each row is the path with its step directly behind it.
     place_PT = path_length_P[:, None] + jnp.arange(T)
+    row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
     row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(step_PT)
-    before = _read(model, [prefix], row_PS, path_length_P + step_length_P, place_PT - 1)
-    log_probs_PT = losses.token_log_probs(before.hidden_BRD, model.unembedding(), step_PT)
+    row = _extend(model, [prefix], row_PS, path_length_P + step_length_P, at_BR=place_PT - 1)
+    log_probs_PT = losses.token_log_probs(row.hidden_BRD, model.unembedding(), step_PT)
     return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
-def choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
-    """A token a row by inverse transform: one uniform number a row and token; temperature 0: the best."""
+def sample_token(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
+    """Samples token t of each row by inverse transform of one uniform number a row; temperature 0 takes the best."""
 
     def sampled() -> Array:
         uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys_B)
@@ -150,38 +153,27 @@ def choose(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Arr
     return jax.lax.cond(temperature > 0, sampled, best).astype(jnp.int32)
 
 
-class _Rows(NamedTuple):
-    """What stays as it is while a step is sampled."""
+class _Decoding(NamedTuple):
+    """State of the decode loop."""
 
-    keys_B: Array
-    limit_B: Array
-    whole_B: Array
-    temperature: Array
-
-
-class _Loop(NamedTuple):
-    t: Array
+    t: Int[Array, ""]
+    """Tokens sampled so far."""
+    token_B: Int[Array, " B"]
+    """The last of them, which is not in the cache yet."""
     suffix: Suffix
-    steps: Steps
     automaton: StepState
-    done_B: Array
+    done_B: Bool[Array, " B"]
+    steps: Steps
 
 
-def _take(table: StepTable, rows: _Rows, logits_BV: Array, loop: _Loop) -> _Loop:
-    """Token t of every live row, given the logits before it."""
-    t, live_B = loop.t, ~loop.done_B
-    token_B = choose(logits_BV, rows.keys_B, t, rows.temperature)
-    log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
-    automaton, boundary_B = advance(table, loop.automaton, token_B)
-    stopped_B = table.is_stop_V[token_B]
-    ended_B = stopped_B | (boundary_B & ~rows.whole_B) | (t + 1 >= rows.limit_B)
-    steps = Steps(
-        loop.steps.tokens_BT.at[:, t].set(jnp.where(live_B, token_B, 0)),
-        loop.steps.length_B + live_B,
-        loop.steps.log_prob_B + jnp.where(live_B, log_prob_B, 0.0),
-        loop.steps.stopped_B | (live_B & stopped_B),
+def _append(steps: Steps, t: Array, live_B: Array, token_B: Array, log_prob_B: Array, stopped_B: Array) -> Steps:
+    """Adds token t to the steps of the live rows."""
+    return Steps(
+        steps.tokens_BT.at[:, t].set(jnp.where(live_B, token_B, 0)),
+        steps.length_B + live_B,
+        steps.log_prob_B + jnp.where(live_B, log_prob_B, 0.0),
+        steps.stopped_B | (live_B & stopped_B),
     )
-    return _Loop(t + 1, loop.suffix, steps, automaton, loop.done_B | ended_B)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -203,7 +195,7 @@ def sample_step(
     Args:
         graph: the model's graph.
         params: its weights.
-        max_tokens: room for a step.
+        max_tokens: longest step, in tokens.
         table: step boundaries and stop tokens.
         prefix: P prompts without their last token; B = P · R rows continue them, R to a prompt.
         path_PS: right-padded; the prompt's last token, then the response so far, the same for all R rows.
@@ -213,28 +205,48 @@ def sample_step(
         whole_B: rows whose step is the whole remainder, up to a stop token.
         temperature: of the sampling; log-probabilities are those at temperature 1. 0 is greedy.
     """
-    model, rows = nnx.merge(graph, params), _Rows(keys_B, limit_B, whole_B, temperature)
+    model = nnx.merge(graph, params)
     (P, S), B = path_PS.shape, len(limit_B)
-    # The path of a group of rows is a part that they share; that of a single row opens the row's own cache.
-    path = _read(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
-    shared = [prefix] if P == B else [prefix, _shared(path, path_length_P)]
-    suffix, first_slot = (path.suffix, S) if P == B else (empty_suffix(prefix, B, max_tokens), 0)
-    end_B = jnp.repeat(path.end_B, B // P)
+    to_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
 
-    def body(loop: _Loop) -> _Loop:
-        # The last token is written and read, then the next one taken.
-        last = loop.t - 1
-        token_B1 = jax.lax.dynamic_slice_in_dim(loop.steps.tokens_BT, last, 1, axis=1)
-        place_B1, slot = (end_B + last)[:, None], first_slot + last
-        hidden_B1D, suffix = model.extend(token_B1, ~loop.done_B[:, None], place_B1, shared, loop.suffix, slot)
-        return _take(table, rows, model.logits(hidden_B1D[:, 0]), loop._replace(suffix=suffix))
+    # 1. Prefill the path. A group of rows shares its cache; a single row goes on in it.
+    path = _extend(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
+    if P == B:
+        shared, suffix, first_slot = [prefix], path.suffix, S
+    else:
+        shared, first_slot = [prefix, as_prefix(path.suffix, path_length_P)], 0
+        suffix = empty_suffix(prefix, B, max_tokens)
+    end_B = to_rows(path.end_B)
 
-    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B), jnp.zeros(B, bool))
-    of_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
-    automaton = jax.tree.map(of_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
-    start = _Loop(jnp.int32(0), suffix, empty, automaton, limit_B <= 0)
-    first = _take(table, rows, of_rows(model.logits(path.hidden_BRD[:, 0])), start)
-    return jax.lax.while_loop(lambda loop: ~loop.done_B.all() & (loop.t < max_tokens), body, first).steps
+    def extend(state: _Decoding) -> tuple[Array, _Decoding]:
+        """Writes the last token to the cache and computes the logits after it."""
+        last = state.t - 1
+        live_B1, position_B1 = ~state.done_B[:, None], (end_B + last)[:, None]
+        hidden_B1D, suffix = model.extend(
+            state.token_B[:, None], live_B1, position_B1, shared, state.suffix, first_slot + last
+        )
+        return model.logits(hidden_B1D[:, 0]), state._replace(suffix=suffix)
+
+    def sample(logits_BV: Array, state: _Decoding) -> _Decoding:
+        """Samples a token of each live row and finds the rows whose step it ends."""
+        t, live_B = state.t, ~state.done_B
+        token_B = jnp.where(live_B, sample_token(logits_BV, keys_B, t, temperature), 0)
+        log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
+        automaton, boundary_B = advance(table, state.automaton, token_B)
+        stopped_B = table.is_stop_V[token_B]
+        ended_B = stopped_B | (boundary_B & ~whole_B) | (t + 1 >= limit_B)
+        steps = _append(state.steps, t, live_B, token_B, log_prob_B, stopped_B)
+        return _Decoding(t + 1, token_B, state.suffix, automaton, state.done_B | ended_B, steps)
+
+    # 2. The first token comes from the path's logits, each later one from the cache extended by the one before.
+    automaton = jax.tree.map(to_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
+    none_B = jnp.zeros(B, jnp.int32)
+    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), none_B, jnp.zeros(B), jnp.zeros(B, bool))
+    start = _Decoding(jnp.int32(0), none_B, suffix, automaton, limit_B <= 0, empty)
+    first = sample(to_rows(model.logits(path.hidden_BRD[:, 0])), start)
+    return jax.lax.while_loop(
+        lambda state: ~state.done_B.all() & (state.t < max_tokens), lambda state: sample(*extend(state)), first
+    ).steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,13 +273,13 @@ class GenerateSettings:
 
 
 def text_key(text: str) -> int:
-    """A number to fold into a random key, that depends on the text alone."""
+    """Hashes a text to a number to fold into a random key, the same in every process."""
     return zlib.crc32(text.encode())
 
 
 @jax.jit
 def row_keys(key: Array, *folds_B: Array) -> Array:
-    """One key a row: `key` with each of the row's numbers folded in, in turn."""
+    """Derives a key for each row: `key` with each of the row's numbers folded in, in turn."""
 
     def fold(*numbers: Array) -> Array:
         return functools.reduce(jax.random.fold_in, numbers, key)
@@ -275,14 +287,38 @@ def row_keys(key: Array, *folds_B: Array) -> Array:
     return jax.vmap(fold)(*folds_B)
 
 
-def generate(policy, table, prompts, settings, max_length, seed):
+def generate(
+    policy: Policy,
+    table: StepTable,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    settings: GenerateSettings,
+    max_length: int,
+    seed: int,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Generates whole responses to prompts, a batch at a time, narrowest prompts first.
+
+    A response depends on the seed, the prompt and its id, never on what else is in the batch. Leaving out the prompts
+    of finished batches leaves the remaining batches as they are.
+
+    Args:
+        policy: the model.
+        table: step boundaries and stop tokens.
+        prompts: (id, token ids) of each.
+        settings: temperature, length and batch size.
+        max_length: tokens of the model's context, which prompt and response share.
+        seed: of the sampling.
+
+    Yields:
+        after each batch, (index into `prompts`, token ids) of its responses, stop token included.
+    """
     widths = [bucket(len(ids) - 1) for _, ids in prompts]
-    for chosen, width, count in group(widths, settings.tokens_per_batch):
-        rows = _respond(policy, table, [prompts[i] for i in chosen], width, count, settings, max_length, seed)
-        yield list(zip(chosen, rows))
+    for indices, width, count in group(widths, settings.tokens_per_batch):
+        chosen = [prompts[i] for i in indices]
+        responses = _generate_batch(policy, table, chosen, width, count, settings, max_length, seed)
+        yield list(zip(indices, responses, strict=True))
 
 
-def _respond(
+def _generate_batch(
     policy: Policy,
     table: StepTable,
     prompts: Sequence[tuple[str, Sequence[int]]],
@@ -292,12 +328,14 @@ def _respond(
     max_length: int,
     seed: int,
 ) -> list[list[int]]:
-    """The responses to one batch of at most `count` prompts, padded to `width`."""
-    padded = [*prompts, *[prompts[0]] * (count - len(prompts))]
+    """Responses to at most `count` prompts, padded to `width`; the batch is filled up with rows that take no token."""
+    n_missing = count - len(prompts)
+    padded = [*prompts, *[prompts[0]] * n_missing]
+    limits = [min(settings.max_tokens, max_length - len(ids)) for _, ids in prompts] + [0] * n_missing
+    names_B = np.array([text_key(name) for name, _ in padded], np.uint32)
+    # The prompt's last token is the path, whose prefill gives the first logits.
     prefix = prefill(*policy, *pad([ids[:-1] for _, ids in padded], width))
-    path_PS, length_P = pad([ids[-1:] for _, ids in padded], 1)
-    limits = [min(settings.max_tokens, max_length - len(ids)) for _, ids in prompts]
-    limits += [0] * (count - len(prompts))
+    path_PS, path_length_P = pad([ids[-1:] for _, ids in padded], 1)
     steps = sample_step(
         policy.graph,
         settings.max_tokens,
@@ -305,18 +343,28 @@ def _respond(
         table,
         prefix,
         path_PS,
-        length_P,
-        row_keys(jax.random.key(seed), np.array([text_key(name) for name, _ in padded], np.uint32)),
+        path_length_P,
+        row_keys(jax.random.key(seed), names_B),
         np.array(limits, np.int32),
         np.ones(count, bool),
         np.float32(settings.temperature),
     )
-    tokens_BT, lengths_B = to_host((steps.tokens_BT, steps.length_B))
-    return [tokens_BT[row, : lengths_B[row]].tolist() for row in range(len(prompts))]
+    tokens_BT, length_B = to_host((steps.tokens_BT, steps.length_B))
+    return [tokens_BT[row, : length_B[row]].tolist() for row in range(len(prompts))]
 
 
-def target_log_probs(policy, rows, tokens_per_batch):
+def target_log_probs(
+    policy: Policy, rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_batch: int
+) -> Iterator[list[tuple[int, float]]]:
+    """Scores the target of each (prompt ids, target ids), a batch at a time, narrowest rows first.
+
+    Leaving out the rows of finished batches leaves the remaining batches as they are.
+
+    Yields:
+        after each batch, (index into `rows`, sum of log π over the target in nats) of its rows.
+    """
     widths = [target_width(len(prompt), len(target)) for prompt, target in rows]
-    for chosen, width, count in group(widths, tokens_per_batch):
-        sums = to_host(score(*policy, collate([rows[i] for i in chosen], width, count))).tolist()
-        yield list(zip(chosen, sums))
+    for indices, width, count in group(widths, tokens_per_batch):
+        batch = collate([rows[i] for i in indices], width, count)
+        sums = to_host(score(*policy, batch)).tolist()
+        yield list(zip(indices, sums[: len(indices)], strict=True))

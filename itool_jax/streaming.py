@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Suffix, empty_suffix
-from itool_jax.model.sharding import along
+from itool_jax.model.sharding import constrain_axes
 from itool_jax.model.transformer import Params
-from itool_jax.sampler import Policy, choose, prefill
+from itool_jax.sampler import Policy, prefill, sample_token
 from itool_jax.text.padding import bucket, pad
 from itool_jax.types import AnyArray
 
@@ -49,7 +49,7 @@ class Stream:
         Args:
             prompt_ids: one or more ids.
             limit: tokens of the response; prompt and response together must fit the model's context.
-            key_1: one random key; token t is drawn with t folded in, as by `sampler.respond`.
+            key_1: one random key; token t is drawn with t folded in, as by `sampler.generate`.
             temperature: 0 is greedy.
         """
         ids = list(prompt_ids)
@@ -100,7 +100,9 @@ def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _new_cache(graph: nnx.GraphDef, params: Params, slots: int) -> Suffix:
     like = prefill(graph, params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))  # for its shapes alone
-    return jax.tree.map(lambda x: along(x, *("data", ("fsdp", "tensor"))[: x.ndim]), empty_suffix(like, 1, slots))
+    return jax.tree.map(
+        lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), empty_suffix(like, 1, slots)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -142,7 +144,7 @@ def _sample(
     model = nnx.merge(graph, params)
 
     def body(chunk: _Chunk) -> _Chunk:
-        token_1 = choose(chunk.logits_1V, key_1, done + chunk.n, temperature)
+        token_1 = sample_token(chunk.logits_1V, key_1, done + chunk.n, temperature)
         place = start + chunk.n
         here, seen = place[None, None], jnp.ones((1, 1), bool)
         hidden_11D, cache = model.extend(token_1[:, None], seen, here, [], chunk.cache, place)

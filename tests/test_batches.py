@@ -109,6 +109,22 @@ def test_pairs_carry_reference_and_visits() -> None:
     assert sorted(seen) == list(range(11))
 
 
+def test_a_step_is_predicted_from_the_end_of_the_prompt_and_its_own_tokens() -> None:
+    rng = random.Random(2)
+    rows = [
+        PairRow([*range(100, 101 + i)], rng.sample(range(50), n), rng.sample(range(50, 99), m), (0.0, 0.0), (1, 1))
+        for i, (n, m) in enumerate([(1, 1), (7, 3), (2, 9), (4, 1), (1, 5), (3, 0), (0, 3)])
+    ]
+    batch = collate_pairs(rows, 128, 8)
+    tokens_BT, branch_BT = batch.row.tokens_BT, batch.branch_BT
+    for side, name in ((0, "chosen_ids"), (1, "rejected_ids")):
+        positions_BR, mask_BR = (np.split(x, 2, axis=1)[side] for x in (batch.row.positions_BR, batch.row.mask_BR))
+        for b, row in enumerate(rows):
+            step, positions = getattr(row, name), positions_BR[b, mask_BR[b]]
+            assert tokens_BT[b, positions].tolist() == [row.prompt_ids[-1], *step][: len(step)]
+            assert branch_BT[b, positions].tolist() == [0, *[side + 1] * len(step)][: len(step)]
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [(1, 150), (150, 1)])
 def test_a_pair_is_as_wide_as_its_longer_side(chosen: int, rejected: int) -> None:
     row = PairRow([7], [2] * chosen, [3] * rejected, (0.0, 0.0), (1, 1))

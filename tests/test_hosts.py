@@ -1,6 +1,5 @@
 """Several processes, each a host of its own here: they come to what one does, stop together, and name who is gone."""
 
-import json
 import os
 import signal
 import socket
@@ -286,4 +285,3 @@ def test_one_process_meets_nobody():
     hosts.meet("x")
     assert hosts.decided(hosts.vote(stop=False, save=True)) == hosts.Vote(False, True)
     assert (hosts.index(), hosts.count(), hosts.is_first()) == (0, 1, True)
-    assert json.loads(json.dumps(hosts.to_host({"a": 1}))) == {"a": 1}

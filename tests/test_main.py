@@ -361,7 +361,7 @@ def test_a_full_disk_while_an_output_is_written(
     data, output = write_rows(tmp_path / "d.jsonl", {"id": "a", "prompt": "x"}), tmp_path / "o.jsonl"
     output.write_text("precious\n")
     arguments = ["--stage=generate", f"--model={tiny_folder}", f"--data={data}", f"--output={output}"]
-    monkeypatch.setattr(generate, "respond", lambda *_: [[5]])
+    monkeypatch.setattr(generate, "generate", lambda *_: [[(0, [5])]])
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         assert main(arguments) == 2

@@ -313,7 +313,7 @@ def test_a_few_steps_behind_the_first_ones_are_traced_once(
 
 def test_without_a_run_directory_nothing_is_kept(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "respond", lambda *_: [[5]])
+    monkeypatch.setattr(generate, "generate", lambda *_: [[(0, [5])]])
     data = write(tmp_path / "d.jsonl", [{"id": "a", "prompt": "x"}])
     command = ["--stage=generate", f"--model={tiny_folder}", f"--data={data}", "--output=o.jsonl", *SMALL, "--profile"]
     assert main(command) == 0

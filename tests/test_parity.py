@@ -14,9 +14,10 @@ from flax import nnx
 
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, prefill, respond, sample_step, target_log_probs
+from itool_jax.sampler import GenerateSettings, Policy, generate, prefill, sample_step, target_log_probs
 from itool_jax.text.padding import pad
 from itool_jax.text.steps import StepTable
+from tests import tiny
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 N_MODELS, N_QUICK = 40, 6
@@ -94,14 +95,14 @@ def test_a_random_model_is_that_of_hugging_face(seed: int, tmp_path: Path) -> No
     table = plain_table(config.vocab_size)
     settings = GenerateSettings(max_tokens=NEW, tokens_per_batch=3 * CONTEXT)
     prompts = [(str(i), row) for i, row in enumerate(rows)]
-    answers = respond(policy, table, prompts, settings, CONTEXT, 0)
-    assert answers[1:2] == respond(policy, table, prompts[1:2], settings, CONTEXT, 0)
+    answers = tiny.in_order(generate(policy, table, prompts, settings, CONTEXT, 0))
+    assert answers[1:2] == tiny.in_order(generate(policy, table, prompts[1:2], settings, CONTEXT, 0))
     for row, answer in zip(rows, answers, strict=True):
         ids = torch.tensor([row])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
         assert answer == whole[0, len(row) :].tolist()
     # 3. Log-probabilities of these answers, cached and not.
-    sums = target_log_probs(policy, list(zip(rows, answers, strict=True)), 3 * CONTEXT)
+    sums = tiny.in_order(target_log_probs(policy, list(zip(rows, answers, strict=True)), 3 * CONTEXT))
     np.testing.assert_allclose(cached_log_probs(policy, table, rows, answers), sums, rtol=1e-4, atol=1e-4)
     print(f"{seed:2} {model.config.model_type:8} worst error {worst:.1e}")
 

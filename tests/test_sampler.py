@@ -15,7 +15,7 @@ from flax import nnx
 from itool_jax import sampler
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, Steps, respond, row_keys, target_log_probs, text_key
+from itool_jax.sampler import GenerateSettings, Policy, Steps, generate, row_keys, target_log_probs, text_key
 from itool_jax.text.chat import load_tokenizer
 from itool_jax.text.padding import bucket, group, pad, target_width
 from itool_jax.text.steps import StepTable, build_step_table, split_steps
@@ -102,6 +102,11 @@ def tokens_of(steps: Steps) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(steps.tokens_BT, steps.length_B, strict=True)]
 
 
+def scores(setup: Setup, rows: Sequence[tuple[list[int], list[int]]], tokens_per_batch: int = 1024) -> list[float]:
+    """Log-probability of each row's target."""
+    return tiny.in_order(target_log_probs(setup.policy, rows, tokens_per_batch))
+
+
 class Expected(NamedTuple):
     tokens: list[list[int]]
     log_probs: list[float]
@@ -165,7 +170,7 @@ def test_sampled_steps_end_where_they_should(setup: Setup) -> None:
 
 def test_log_probs_are_those_of_scoring(setup: Setup) -> None:
     steps = sample(setup, temperature=1.7, whole_B=[True] * B)
-    scored = target_log_probs(setup.policy, list(zip(ROWS, tokens_of(steps), strict=True)), 1024)
+    scored = scores(setup, list(zip(ROWS, tokens_of(steps), strict=True)))
     np.testing.assert_allclose(steps.log_prob_B, scored, rtol=0, atol=1e-4)
     assert np.ptp(scored) > 1
 
@@ -175,7 +180,7 @@ def test_a_given_step_is_scored_as_the_uncached_model_does(setup: Setup) -> None
     given = [[NAME], crossing, [], [NAME], [STOP], [NAME, ONE, STOP]]
     params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
     found = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, *pad(given, T))
-    scored = target_log_probs(setup.policy, list(zip(ROWS, given, strict=True)), 1024)
+    scored = scores(setup, list(zip(ROWS, given, strict=True)))
     np.testing.assert_allclose(found, scored, rtol=0, atol=1e-4)
     assert found[2] == 0
 
@@ -308,13 +313,11 @@ def test_scores_equal_float64_sums_over_logits(setup: Setup) -> None:
         given = [prompt + target[:i] for i in range(len(target))] + [[STOP]] * (2 * B - len(target))
         log_probs = log_softmax(np.concatenate([uncached(setup.policy, half) for half in (given[:B], given[B:])]))
         expected.append(sum(log_probs[i, token] for i, token in enumerate(target)))
-    told = []
-    scored = target_log_probs(setup.policy, rows, 1024, told.append)
+    scored = scores(setup, rows)
     np.testing.assert_allclose(scored, expected, rtol=0, atol=1e-4)
-    assert sum(told) == len(rows)
     assert scored[-1] == 0
     for n in (1, 5):
-        np.testing.assert_allclose(target_log_probs(setup.policy, rows[:n], 1024), scored[:n], atol=1e-5)
+        np.testing.assert_allclose(scores(setup, rows[:n]), scored[:n], atol=1e-5)
 
 
 # Whole data sets --------------------------------------------------------------------------------------------
@@ -331,7 +334,7 @@ SETTINGS = GenerateSettings(temperature=1.0, max_tokens=T, tokens_per_batch=512)
 
 def answers(setup: Setup, prompts: Sequence[tuple[str, list[int]]], seed: int = 7, **changes: Any) -> list:
     settings = dataclasses.replace(SETTINGS, **changes)
-    return respond(setup.policy, setup.table, prompts, settings, 1024, seed)
+    return tiny.in_order(generate(setup.policy, setup.table, prompts, settings, 1024, seed))
 
 
 def test_lengths_compile_a_program_a_bucket(setup: Setup) -> None:
@@ -342,7 +345,7 @@ def test_lengths_compile_a_program_a_bucket(setup: Setup) -> None:
     for step in (1, 3):
         answers(setup, prompts[::step])
         answers(setup, prompts[::step], seed=8, temperature=0.0)
-        target_log_probs(setup.policy, [(ids, ids[: 3 * step]) for _, ids in prompts[::step]], 512)
+        scores(setup, [(ids, ids[: 3 * step]) for _, ids in prompts[::step]], 512)
     buckets = {bucket(len(ids) - 1) for _, ids in prompts}
     widths = {target_width(len(ids), n) for _, ids in prompts for n in (3, 9)}
     assert len(buckets) == 2
@@ -352,15 +355,37 @@ def test_lengths_compile_a_program_a_bucket(setup: Setup) -> None:
 
 def test_responses_depend_on_nothing_else_in_the_batch(setup: Setup) -> None:
     prompts = data_set(12, 120)
-    told: list[int] = []
-    responses = respond(setup.policy, setup.table, prompts, SETTINGS, 1024, 7, told.append)
-    assert sum(told) == len(prompts)
+    responses = answers(setup, prompts)
     assert len({tuple(row) for row in responses}) > 6
     order = np.random.default_rng(1).permutation(len(prompts))
     assert answers(setup, [prompts[i] for i in order]) == [responses[i] for i in order]
     assert [answers(setup, [prompt])[0] for prompt in prompts] == responses
     assert answers(setup, prompts, seed=8) != responses
     assert answers(setup, [(f"other {name}", ids) for name, ids in prompts]) != responses
+
+
+def test_batches_come_narrowest_first_and_go_on_without_those_that_are_done(setup: Setup) -> None:
+    prompts = data_set(12, 190)
+    rows = [(ids, ids[:3]) for _, ids in prompts]
+
+    def responses(left: list[int]) -> list[list[tuple[int, Any]]]:
+        return list(generate(setup.policy, setup.table, [prompts[i] for i in left], SETTINGS, 1024, 7))
+
+    def sums(left: list[int]) -> list[list[tuple[int, Any]]]:
+        return list(target_log_probs(setup.policy, [rows[i] for i in left], 512))
+
+    prompt_widths = [bucket(len(ids) - 1) for _, ids in prompts]
+    row_widths = [target_width(len(ids), len(target)) for ids, target in rows]
+    for batches_of, widths in ((responses, prompt_widths), (sums, row_widths)):
+        batches = batches_of(list(range(12)))
+        order = [i for batch in batches for i, _ in batch]
+        assert sorted(order) == list(range(12))
+        assert [widths[i] for i in order] == sorted(widths)
+        assert len(batches) > 3
+        for n_done in (1, len(batches) - 1):
+            done = {i for batch in batches[:n_done] for i, _ in batch}
+            left = [i for i in range(12) if i not in done]
+            assert [[(left[i], x) for i, x in batch] for batch in batches_of(left)] == batches[n_done:]
 
 
 def test_responses_end_with_a_stop_token_or_at_the_limit(setup: Setup) -> None:
@@ -375,7 +400,7 @@ def test_responses_end_with_a_stop_token_or_at_the_limit(setup: Setup) -> None:
 def test_responses_end_where_the_context_does(setup: Setup) -> None:
     prompts = [(f"row {n}", ([*range(1, V)] * 5)[:n]) for n in range(52, 62)]
     free = answers(setup, prompts)
-    bound = respond(setup.policy, setup.table, prompts, SETTINGS, 60, 7)
+    bound = tiny.in_order(generate(setup.policy, setup.table, prompts, SETTINGS, 60, 7))
     assert bound == [row[: max(0, 60 - len(ids))] for row, (_, ids) in zip(free, prompts, strict=True)]
     assert len({len(row) for row in bound}) > 3
 
@@ -426,5 +451,5 @@ def test_a_real_checkpoint_generates_its_reference_text() -> None:
     policy = Policy(abstract(config)[0], params)
     # From the start token alone: the shared prefix is empty.
     assert reference["prompt_ids"] == [1]
-    (response,) = respond(policy, table, [("story", reference["prompt_ids"])], settings, config.max_length, 0)
-    assert response == reference["greedy_ids"]
+    prompts = [("story", reference["prompt_ids"])]
+    assert list(generate(policy, table, prompts, settings, config.max_length, 0)) == [[(0, reference["greedy_ids"])]]

@@ -230,11 +230,11 @@ def test_a_proposal_scores_the_gold_as_the_model_does(setup: Setup) -> None:
     ]
     proposals = searcher.propose(states)
     rows = [(setup.batch[s.problem].encoded.prompt_ids, s.gold_step) for s in states]
-    expected = target_log_probs(setup.policy, rows, 1024)
+    expected = tiny.in_order(target_log_probs(setup.policy, rows, 1024))
     assert [p.steps[-1] for p in proposals] == [state.gold_step for state in states]
     assert [p.log_probs[-1] for p in proposals] == pytest.approx(expected, abs=1e-3)
     sampled = [(setup.batch[s.problem].encoded.prompt_ids, p.steps[0]) for s, p in zip(states, proposals, strict=True)]
-    expected = target_log_probs(setup.policy, sampled, 1024)
+    expected = tiny.in_order(target_log_probs(setup.policy, sampled, 1024))
     assert [p.log_probs[0] for p in proposals] == pytest.approx(expected, abs=1e-3)
     assert [p.stopped[0] for p in proposals] == [step[-1] == setup.base.chat.end_of_turn for _, step in sampled]
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from itool_jax.stages.folder import Base
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from itool_jax import checkpoint, train
@@ -20,7 +20,8 @@ from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, respond, target_log_probs
+from itool_jax.sampler import GenerateSettings, Policy, generate, target_log_probs
+from itool_jax.stages.base import Base
 from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed
@@ -72,13 +73,13 @@ def everything(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
     adapters = forms.to_run(trained["sft"][1].trainable)
     policy = Policy(abstract(config)[0], merge_adapters(base, adapters, LORA))
-    found["scores"] = target_log_probs(policy, ROWS, 1024)
+    found["scores"] = tiny.in_order(target_log_probs(policy, ROWS, 1024))
     chat = Chat(load_tokenizer(str(folder)))
     table = build_step_table(chat.tokenizer, "sentence", config.vocab_size, chat.stop_ids)
     prompts = [(str(i), prompt) for i, (prompt, _) in enumerate(ROWS)]
     for temperature in (0.0, 1.0):
         settings = GenerateSettings(max_tokens=8, temperature=temperature, tokens_per_batch=1024)
-        found[f"responses at {temperature}"] = respond(policy, table, prompts, settings, 1024, 0)
+        found[f"responses at {temperature}"] = tiny.in_order(generate(policy, table, prompts, settings, 1024, 0))
     settings = SearchSettings(
         n_simulations=6, breadth=3, max_depth=2, max_step_tokens=6, max_last_step_tokens=6, batch=4
     )
@@ -162,6 +163,34 @@ def test_the_table(path: tuple[str, ...], shape: tuple[int, ...], spec: P) -> No
     keys = tuple(jax.tree_util.DictKey(name) for name in path)
     found = sharding.spec_of(keys, shape, mesh)
     assert tuple(found) + (None,) * (len(shape) - len(found)) == tuple(spec) + (None,) * (len(shape) - len(spec))
+
+
+@pytest.mark.parametrize(
+    ("axes", "size", "spec"),
+    [
+        (("fsdp", "tensor"), 16, P(("fsdp", "tensor"))),
+        (("fsdp", "tensor"), 12, P("tensor")),  # fsdp=4 alone would divide it too
+        (("fsdp", "tensor"), 6, P("tensor")),
+        (("fsdp", "tensor"), 7, P(None)),
+        (("data", "fsdp"), 4, P("fsdp")),
+        ("fsdp", 6, P(None)),
+        (None, 8, P(None)),
+    ],
+)
+def test_axes_that_do_not_divide_a_dimension_are_dropped_first_to_last(axes: Any, size: int, spec: P) -> None:
+    mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+    assert sharding.fit((axes,), (size,), mesh) == spec
+
+
+def test_arrays_are_fetched_whole_wherever_they_lie() -> None:
+    rows = np.arange(16.0).reshape(8, 2)
+    with use_mesh(MeshSettings(data=8)):
+        spread = sharding.to_devices(rows)
+    assert len(spread.sharding.device_set) == 8
+    fetched = sharding.to_host({"spread": spread, "here": jax.numpy.ones(3), "number": 1})
+    assert type(fetched["spread"]) is type(fetched["here"]) is np.ndarray
+    np.testing.assert_array_equal(fetched["spread"], rows)
+    assert fetched["number"] == 1
 
 
 def test_meshes_are_checked() -> None:

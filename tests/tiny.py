@@ -4,9 +4,11 @@ In: changes to the configuration, a seed. Out: a configuration, weights with no 
 (so that a forgotten bias or norm shows), a tokenizer with a chat template, or a complete model folder.
 """
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,8 @@ import numpy as np
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
+
+T = TypeVar("T")
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>")
 MERGED = ("),", ")]", ", ")
@@ -85,6 +89,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 def make_policy(config: ModelConfig, seed: int = 0) -> Policy:
     """A model of random weights, ready to run."""
     return Policy(abstract(config)[0], random_params(config, seed))
+
+
+def in_order(batches: Iterable[list[tuple[int, T]]]) -> list[T]:
+    """The values of all rows that come in batches of (index, value), by index."""
+    by_index = dict(itertools.chain.from_iterable(batches))
+    return [by_index[i] for i in range(len(by_index))]
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """This package, as `benchmarks.run` measures it: through the functions that its stages call."""
 
 import functools
+import itertools
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from itool_jax.model import hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import Params, abstract
-from itool_jax.sampler import GenerateSettings, Policy, prefill, respond, row_keys, sample_step, target_log_probs
+from itool_jax.sampler import GenerateSettings, Policy, prefill, row_keys, sample_step, target_log_probs
+from itool_jax.sampler import generate as sample
 from itool_jax.stages import training
 from itool_jax.stages.base import Base
 from itool_jax.stages.searcher import Searched, Searcher
@@ -46,6 +49,11 @@ def step_table(base: Base, *, endless: bool) -> StepTable:
     return table._replace(is_stop_V=jnp.zeros_like(table.is_stop_V)) if endless else table
 
 
+def in_order(batches: Iterable[list[tuple[int, Any]]]) -> list[Any]:
+    """The values of all rows of some batches, by their index."""
+    return [value for _, value in sorted(itertools.chain.from_iterable(batches))]
+
+
 def generate(task: Task) -> Work:
     base, policy = load(task)
     table = step_table(base, endless=True)
@@ -54,7 +62,7 @@ def generate(task: Task) -> Work:
     settings = GenerateSettings(max_tokens=task["sizes"]["new"], tokens_per_batch=tokens)
 
     def answers() -> list[list[int]]:
-        return respond(policy, table, prompts, settings, base.config.max_length, task["seed"])
+        return in_order(sample(policy, table, prompts, settings, base.config.max_length, task["seed"]))
 
     return Work({"tokens": answers()}, timed(lambda: sum(map(len, answers()))))
 
@@ -66,10 +74,10 @@ def score(task: Task) -> Work:
     per_batch = GenerateSettings().tokens_per_batch
 
     def work() -> float:
-        target_log_probs(policy, rows, per_batch)
+        in_order(target_log_probs(policy, rows, per_batch))
         return tokens
 
-    return Work({"values": target_log_probs(policy, rows, per_batch)}, timed(work))
+    return Work({"values": in_order(target_log_probs(policy, rows, per_batch))}, timed(work))
 
 
 def search_batched(task: Task) -> Work:
@@ -157,7 +165,7 @@ def dpo(task: Task) -> Work:
     _, policy = load(task)
     per_batch = GenerateSettings().tokens_per_batch
     sides = [
-        target_log_probs(policy, list(zip(task["prompts"], task[side], strict=True)), per_batch)
+        in_order(target_log_probs(policy, list(zip(task["prompts"], task[side], strict=True)), per_batch))
         for side in ("chosen", "rejected")
     ]
     rows = [

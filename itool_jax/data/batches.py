@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from itool_jax.text.chat import Encoded
-from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, target_width
+from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, fill, stack, target_width
 
 OPEN_PACKS = 64  # packs that are looked through for room
 SHORT_STEP = 128  # tokens of a step that all pairs of a batch keep within, nearly always
@@ -30,7 +30,7 @@ class PairRow(NamedTuple):
 
 
 def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Batches of prompts and targets; the last of an epoch is filled up with masked rows."""
+    """Makes batches of prompts and targets; the last of an epoch is filled up with masked rows."""
     widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
 
     def make(chosen: list[int]) -> TargetBatch:
@@ -41,7 +41,7 @@ def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int
 
 
 def packed_batches(rows: Sequence[Encoded], width: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Batches of rows of `width` tokens, or as many as the longest sample needs, that hold several samples each."""
+    """Makes batches of rows that hold several samples each, `width` tokens or as many as the longest sample needs."""
     width = max([width, *(target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows)])
     order: list[list[list[int]]] = []
     for epoch in range(epochs):
@@ -55,7 +55,7 @@ def packed_batches(rows: Sequence[Encoded], width: int, batch_size: int, epochs:
 
 
 def _pack(rows: Sequence[Encoded], width: int, rng: random.Random) -> list[list[int]]:
-    """Row numbers by pack, in a random order: each goes to the first open pack with room for it and its targets."""
+    """Packs row numbers in a random order: each goes to the first open pack with room for it and its targets."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []
     first_open = 0
@@ -74,8 +74,8 @@ def _pack(rows: Sequence[Encoded], width: int, rng: random.Random) -> list[list[
 
 
 def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Batches of pairs; the last of an epoch is filled up with pairs that do not count."""
-    widths = [bucket(max(sum(map(len, row[:3])), 2 * len(row.chosen_ids), 2 * len(row.rejected_ids))) for row in rows]
+    """Makes batches of pairs; the last of an epoch is filled up with pairs that do not count."""
+    widths = [_pair_width(row) for row in rows]
 
     def make(chosen: list[int]) -> PairBatch:
         return collate_pairs([rows[i] for i in chosen], max(widths[i] for i in chosen), batch_size)
@@ -83,33 +83,47 @@ def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: in
     return _batches(widths, batch_size, epochs, seed, make)
 
 
+def _pair_width(row: PairRow) -> int:
+    """Width of a row that holds the pair, and whose half holds the longer step."""
+    n_chosen, n_rejected = len(row.chosen_ids), len(row.rejected_ids)
+    return bucket(max(len(row.prompt_ids) + n_chosen + n_rejected, 2 * n_chosen, 2 * n_rejected))
+
+
 def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
-    """One batch of `count` pairs, the missing ones empty; short steps have room for few targets, so few logits."""
-    missing, longest = count - len(rows), max((len(ids) for row in rows for ids in row[1:3]), default=0)
-    half = min(SHORT_STEP, width // 2) if longest <= SHORT_STEP else width // 2
-    chosen = collate([(row.prompt_ids, row.chosen_ids) for row in rows], width, count, half)
-    rejected = collate([(row.prompt_ids, row.rejected_ids) for row in rows], width, count, half)
-    both = TargetBatch(
-        chosen.tokens_BT, *(np.concatenate(x, axis=1) for x in zip(chosen[1:4], rejected[1:4], strict=True))
+    """Builds a batch of `count` pairs, the missing ones empty; short steps have room for few targets, so few logits."""
+    longest = max((max(len(row.chosen_ids), len(row.rejected_ids)) for row in rows), default=0)
+    n_targets = min(SHORT_STEP, width // 2) if longest <= SHORT_STEP else width // 2
+    missing = _pair(PairRow([], [], [], (0.0, 0.0), (0, 0)), width, n_targets)._replace(real_B=np.array([False]))
+    return stack([*(_pair(row, width, n_targets) for row in rows), *[missing] * (count - len(rows))])
+
+
+def _pair(row: PairRow, width: int, n_targets: int) -> PairBatch:
+    """Builds a batch of one pair: prompt, chosen and rejected step in one row, with `n_targets` targets a step."""
+    prompt, chosen, rejected = row.prompt_ids, row.chosen_ids, row.rejected_ids
+    # The first token of either step is predicted where the prompt ends, any later one by the token before it.
+    fork = len(prompt) - 1
+    middle = len(prompt) + len(chosen)
+    chosen_positions = range(fork, fork + len(chosen))
+    rejected_positions = [fork, *range(middle, middle + len(rejected) - 1)] if rejected else []
+
+    def halves(of_chosen: Sequence[int], of_rejected: Sequence[int]) -> np.ndarray:
+        return np.concatenate([fill(of_chosen, n_targets), fill(of_rejected, n_targets)], axis=1)
+
+    both_steps = TargetBatch(
+        tokens_BT=fill([*prompt, *chosen, *rejected], width),
+        positions_BR=halves(chosen_positions, rejected_positions),
+        targets_BR=halves(chosen, rejected),
+        mask_BR=halves([1] * len(chosen), [1] * len(rejected)).astype(bool),
     )
-    branch_BT = np.zeros((count, width), np.int32)
-    for i, row in enumerate(rows):
-        fork, middle = len(row.prompt_ids), len(row.prompt_ids) + len(row.chosen_ids)
-        end = middle + len(row.rejected_ids)
-        both.tokens_BT[i, middle:end] = row.rejected_ids
-        branch_BT[i, fork:middle], branch_BT[i, middle:end] = 1, 2
-        # The first token of either step is predicted where the prompt ends.
-        both.positions_BR[i, half + 1 : half + end - middle] += middle - fork
-
-    def column(values: list[float]) -> np.ndarray:
-        return np.array(values + [0.0] * missing, np.float32)
-
+    branch_BT = fill([0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected), width)
+    reference_chosen, reference_rejected = np.array(row.reference, np.float32)[:, None]
+    visits_chosen, visits_rejected = np.array(row.visits, np.float32)[:, None]
     return PairBatch(
-        both,
+        both_steps,
         branch_BT,
-        (column([row.reference[0] for row in rows]), column([row.reference[1] for row in rows])),
-        (column([row.visits[0] for row in rows]), column([row.visits[1] for row in rows])),
-        np.arange(count) < len(rows),
+        reference=(reference_chosen, reference_rejected),
+        visits=(visits_chosen, visits_rejected),
+        real_B=np.array([True]),
     )
 
 
@@ -121,12 +135,12 @@ def _batches(
 
 
 def _epoch(widths: Sequence[int], batch_size: int, seed: str) -> list[list[int]]:
-    """Row numbers of each batch of one pass."""
+    """Chooses the row numbers of each batch of one pass."""
     rng = random.Random(seed)
     rows = rng.sample(range(len(widths)), len(widths))
-    found = []
+    batches = []
     for start in range(0, len(rows), WINDOW * batch_size):
         window = sorted(rows[start : start + WINDOW * batch_size], key=lambda i: widths[i])
-        found += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    rng.shuffle(found)
-    return found
+        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    rng.shuffle(batches)
+    return batches

@@ -27,7 +27,7 @@ from itool_jax.messages import say
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, abstract
 from itool_jax.replay import curriculum, sample_features
-from itool_jax.sampler import GenerateSettings, Policy, respond
+from itool_jax.sampler import GenerateSettings, Policy, generate
 from itool_jax.text import chat as chat_format
 from itool_jax.text import padding
 from itool_jax.text.chat import Chat, Encoded
@@ -194,8 +194,10 @@ def held_out(count: int, chat: Chat, seed: int) -> tuple[list[Sample], list[Enco
 def answers(policy: Policy, corpus: Corpus, encoded: list[Encoded], temperature: float) -> list[list[int]]:
     """The model's answers, end of turn removed."""
     settings = GenerateSettings(max_tokens=96, temperature=temperature)
-    found = respond(policy, corpus.table, [(e.id, e.prompt_ids) for e in encoded], settings, max_length=1024, seed=1)
-    return [[t for t in ids if t != corpus.chat.end_of_turn] for ids in found]
+    prompts = [(e.id, e.prompt_ids) for e in encoded]
+    batches = generate(policy, corpus.table, prompts, settings, max_length=1024, seed=1)
+    responses = dict(itertools.chain.from_iterable(batches))
+    return [[t for t in responses[i] if t != corpus.chat.end_of_turn] for i in range(len(prompts))]
 
 
 def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tuple[Encoded, list[int], bool]]:

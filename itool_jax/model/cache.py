@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from itool_jax.model.sharding import along
+from itool_jax.model.sharding import constrain_axes
 
 Keys = tuple[Float[Array, "B H D K"], ...]
 Values = tuple[Float[Array, "B H K D"], ...]
 
 
 class Prefix(NamedTuple):
-    """What P prompts left behind, read by all the rows that continue them."""
+    """Keys and values of P prompts, read by all the rows that continue them."""
 
     k: Keys
     v: Values
@@ -26,7 +26,7 @@ class Prefix(NamedTuple):
 
 
 class Suffix(NamedTuple):
-    """The continuation of B rows, S slots each; a row's unused slots are not valid."""
+    """Keys and values of the continuations of B rows, S slots each; a row's unused slots are not valid."""
 
     k: Keys
     v: Values
@@ -35,24 +35,29 @@ class Suffix(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=1)
 def empty_prefix(like: Prefix, rows: int) -> Prefix:
-    """Room for as many prompts of the width of those given."""
-    return _spread(jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), like))
+    """Allocates an empty cache for `rows` prompts, shaped like `like`."""
+    return _constrain(jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), like))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def place(prefix: Prefix, new: Prefix, row_P: Int[Array, " P"]) -> Prefix:
-    """`prefix`, which is used up, with other prompts in some of its rows; a row beyond its end is for nothing."""
-    return _spread(jax.tree.map(lambda x, y: x.at[row_P].set(y, mode="drop"), prefix, new))
+    """Replaces rows of `prefix`, which is donated, by new prompts; out-of-range rows are dropped."""
+    return _constrain(jax.tree.map(lambda x, y: x.at[row_P].set(y, mode="drop"), prefix, new))
 
 
-def _spread(prefix: Prefix) -> Prefix:
-    """Rows and heads of a mesh's devices lie where the rows of a model that runs, and its heads, are computed."""
-    return jax.tree.map(lambda x: along(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
+def _constrain(prefix: Prefix) -> Prefix:
+    """Spreads rows and heads over the mesh as a running model computes them."""
+    return jax.tree.map(lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
 
 
 def empty_suffix(prefix: Prefix, rows: int, slots: int) -> Suffix:
-    """An unused cache of `slots` tokens for `rows` rows, shaped and typed like the prefix."""
+    """Allocates an empty cache of `slots` tokens for `rows` rows, shaped and typed like the prefix."""
     _, heads, size, _ = prefix.k[0].shape
     k = tuple(jnp.zeros((rows, heads, size, slots), layer.dtype) for layer in prefix.k)
     v = tuple(jnp.zeros((rows, heads, slots, size), layer.dtype) for layer in prefix.v)
     return Suffix(k, v, jnp.zeros((rows, slots), bool))
+
+
+def as_prefix(suffix: Suffix, length_B: Int[Array, " B"]) -> Prefix:
+    """Makes the first `length_B` slots of rows a prefix that further rows continue."""
+    return Prefix(suffix.k, suffix.v, length_B)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
@@ -124,6 +125,17 @@ def to_devices(batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
+def to_host(tree: Any) -> Any:
+    """Fetches arrays as whole NumPy arrays; where one lies on several hosts, all processes must call this together."""
+
+    def fetch(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(fetch, tree)
+
+
 def spec_of(
     path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, running: bool = False
 ) -> PartitionSpec:
@@ -138,7 +150,7 @@ def spec_of(
 
 
 def fit(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The axes that divide their dimensions."""
+    """Keeps the axes that divide their dimensions; of several for one dimension, the first are dropped first."""
     return PartitionSpec(*(_dividing(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
 
 
@@ -179,8 +191,8 @@ def row_devices(running: bool = False) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
 
-def along(x: Array, *axes: str | tuple[str, ...]) -> Array:
-    """Inside a compiled function: the first dimensions of `x` are spread over these axes of the mesh in use, if any."""
+def constrain_axes(x: Array, *axes: str | tuple[str, ...]) -> Array:
+    """Inside a compiled function, spreads the first dimensions of `x` over these axes of the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

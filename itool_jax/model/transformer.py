@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from itool_jax.model.attention import KeyValues, attend_causally, attend_in_blocks, pick
 from itool_jax.model.cache import Prefix, Suffix
 from itool_jax.model.linear import LINEAR, Linear, LoraSettings
-from itool_jax.model.sharding import ROWS, along
+from itool_jax.model.sharding import ROWS, constrain_axes
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
@@ -80,7 +80,7 @@ class RmsNorm(nnx.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    """Angle (radians) a position of each pair of head dimensions, stretched where the config asks for it.
+    """Computes the angle (radians) a position of each pair of head dimensions, stretched where the config asks for it.
 
     Constants of the compiled program, so float64 until the end: an error would grow with the position.
     """
@@ -95,7 +95,7 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
 
 
 def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
-    """Rotary position embedding in the half-split layout of the Hugging Face checkpoints."""
+    """Applies the rotary position embedding in the half-split layout of the Hugging Face checkpoints."""
     cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -105,6 +105,10 @@ def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
 Keys = Sequence[Array | None]
 NO_KEYS: Keys = (None,) * len(LINEAR)
 """Random keys of a layer's linear parts, for dropout."""
+_LayerOutput = tuple[Array, tuple[Array, Array]]
+"""Hidden states, and the layer's keys and values as a cache holds them."""
+_StackOutput = tuple[Array, tuple[Array, ...], tuple[Array, ...]]
+"""Hidden states after all layers, keys of each layer, values of each layer."""
 
 
 class Layer(nnx.Module):
@@ -130,17 +134,53 @@ class Layer(nnx.Module):
         self.down = linear("down", c.intermediate_size, c.hidden_size)
         self.head_dim = c.head_dim
 
+    def __call__(
+        self,
+        x_BTD: Array,
+        angles_BTF: Array,
+        mask_BTK: Array,
+        keys: Keys = NO_KEYS,
+        at_BR: Array | None = None,
+    ) -> _LayerOutput:
+        """Runs the layer over whole rows; returns its output, only `at_BR` if given, and its keys and values."""
+        q_BTHD, k_BHDK, v_BHKD = self.project(x_BTD, angles_BTF, keys)
+        if at_BR is None:
+            attended_BTD = attend_causally(q_BTHD, KeyValues(k_BHDK, v_BHKD, mask_BTK))
+        else:
+            x_BTD, q_BTHD, mask_BTK = (pick(x, at_BR) for x in (x_BTD, q_BTHD, mask_BTK))
+            attended_BTD = attend_in_blocks(q_BTHD, [KeyValues(k_BHDK, v_BHKD, mask_BTK)])
+        return self.finish(x_BTD, attended_BTD, keys), (k_BHDK, v_BHKD)
+
+    def extend(
+        self,
+        x_BTD: Array,
+        angles_BTF: Array,
+        shared: list[KeyValues],
+        own: KeyValues,
+        slot: Array | int,
+        at_BR: Array | None = None,
+    ) -> _LayerOutput:
+        """Runs the layer over new tokens, writing them to the rows' cache `own` from `slot` on; returns like a call."""
+        q_BTHD, k_new, v_new = self.project(x_BTD, angles_BTF)
+        k_BHDS = jax.lax.dynamic_update_slice_in_dim(own.k_BHDK, k_new, slot, axis=3)
+        v_BHSD = jax.lax.dynamic_update_slice_in_dim(own.v_BHKD, v_new, slot, axis=2)
+        mask_BTS = own.mask_BTK
+        if at_BR is not None:
+            x_BTD, q_BTHD, mask_BTS = (pick(x, at_BR) for x in (x_BTD, q_BTHD, mask_BTS))
+        attended_BTD = attend_in_blocks(q_BTHD, [*shared, KeyValues(k_BHDS, v_BHSD, mask_BTS)])
+        return self.finish(x_BTD, attended_BTD), (k_BHDS, v_BHSD)
+
     def project(self, x_BTD: Array, angles_BTF: Array, keys: Keys = NO_KEYS) -> tuple[Array, Array, Array]:
-        """Queries, keys (both rotated) and values, each [B, T, heads, head_dim]."""
+        """Computes queries [B, T, H, D] and, as caches hold them, keys [B, H, D, T] and values [B, H, T, D]."""
         h = self.attention_norm(x_BTD)
         projections = zip((self.q, self.k, self.v), keys[:3], strict=True)
         q, k, v = (f(h, key).reshape(*h.shape[:2], -1, self.head_dim) for f, key in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles_BTF), rotate(k, angles_BTF), v
+        return rotate(q, angles_BTF), rotate(k, angles_BTF).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
     def finish(self, x_BTD: Array, attended_BTD: Array, keys: Keys = NO_KEYS) -> Array:
-        """The layer's output: `x_BTD` with projected attention and MLP added."""
+        """Adds the projected attention and the MLP to the residual stream `x_BTD`."""
         x = x_BTD + self.o(attended_BTD, keys[3])
         h = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(h, keys[4])) * self.up(h, keys[5]), keys[6])
@@ -167,19 +207,21 @@ class Transformer(nnx.Module):
         self.config = config
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """The output matrix in the computation type."""
+        """Returns the output matrix in the computation type."""
         kernel = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
         return kernel.astype(self.config.dtype)
 
     def logits(self, hidden: Array) -> Array:
-        """Float32 logits of hidden states of any leading shape."""
+        """Computes float32 logits of hidden states of any leading shape."""
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
-    def _start(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
-        # Whole vectors before they are looked up: XLA finds no good way from their parts to rows.
-        embedding = along(self.embedding[...], "tensor")
-        hidden = along(embedding[tokens_BT].astype(self.config.dtype), ROWS if self.config.stacked else "data")
-        return hidden, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
+    def _embed(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
+        """Looks up the tokens' vectors and the rotary angles of their positions."""
+        # The table's rows are made whole before the lookup: XLA finds no good way from parts of vectors to rows.
+        embedding = constrain_axes(self.embedding[...], "tensor")
+        hidden_BTD = embedding[tokens_BT].astype(self.config.dtype)
+        hidden_BTD = constrain_axes(hidden_BTD, ROWS if self.config.stacked else "data")
+        return hidden_BTD, positions_BT[..., None].astype(jnp.float32) * rope_frequencies(self.config)
 
     def __call__(
         self,
@@ -190,62 +232,59 @@ class Transformer(nnx.Module):
         key: Array | None = None,
         at_BR: Int[Array, "B R"] | None = None,
     ) -> tuple[Float[Array, "B T D"] | Float[Array, "B R D"], Prefix]:
-        """Causal pass over right-padded rows; also returns their keys and values as a `Prefix`.
+        """Runs right-padded rows causally; returns hidden states, and keys and values as a `Prefix`.
 
-        `length_B` goes into the returned prefix only: causality already hides the padding. Where `branch_BT` is
-        given, a token sees those before it of branch 0 and of its own, as if no other branch were there; where
-        `segment_BT` is, those of its own segment only, as if it were a row. `key` turns the adapters' dropout on.
-        `at_BR` are the positions whose hidden states are wanted: what is not a target needs no logits, nor most of
-        the last layer.
+        Args:
+            tokens_BT: right-padded; causality hides the padding.
+            length_B: the rows' lengths, for the returned prefix alone.
+            branch_BT: a token sees those before it of branch 0 and of its own branch, as if there were no other.
+            segment_BT: a token sees those before it of its own segment, as if that were a row.
+            key: turns the adapters' dropout on.
+            at_BR: positions whose hidden states are wanted, all if None; spares logits and most of the last layer.
         """
         B, T = tokens_BT.shape
-        seen = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-        if branch_BT is not None:
-            seen &= (branch_BT[:, None] == 0) | (branch_BT[:, None] == branch_BT[:, :, None])
-        if segment_BT is not None:
-            seen &= segment_BT[:, None] == segment_BT[:, :, None]
-        if branch_BT is not None or segment_BT is not None:
-            positions = seen.sum(axis=-1) - 1
-        hidden, angles = self._start(tokens_BT, positions)
+        mask_BTK, positions_BT = _mask_and_positions(B, T, branch_BT, segment_BT)
+        hidden, angles_BTF = self._embed(tokens_BT, positions_BT)
 
-        def one_layer(layer: Layer, number: Array | int, x: Array) -> tuple[Array, tuple[Array, Array]]:
-            keys = NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
-            q, k, v = layer.project(x, angles, keys)
-            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            if at_BR is None or not self._flat or number < self.config.n_layers - 1:
-                return layer.finish(x, attend_causally(q, KeyValues(k, v, seen)), keys), (k, v)
-            own = KeyValues(k, v, pick(seen, at_BR))
-            return layer.finish(pick(x, at_BR), attend_in_blocks(pick(q, at_BR), [own]), keys), (k, v)
+        def run(layer: Layer, number: Array | int, x_BTD: Array, wanted_BR: Array | None) -> _LayerOutput:
+            return layer(x_BTD, angles_BTF, mask_BTK, _dropout_keys(key, number), wanted_BR)
 
-        hidden, keys_and_values = self._through_layers(one_layer, hidden)
-        if at_BR is not None and not self._flat:
-            hidden = pick(hidden, at_BR)
-        length = jnp.full(B, T) if length_B is None else length_B
-        return self.norm(hidden), Prefix(*keys_and_values, length)
+        if self._is_scanned:
+            hidden, k, v = self._scan(run, hidden)
+            hidden = hidden if at_BR is None else pick(hidden, at_BR)
+        else:
+            hidden, k, v = self._unroll(run, hidden, at_BR)
+        return self.norm(hidden), Prefix(k, v, jnp.full(B, T) if length_B is None else length_B)
 
-    def _through_layers(
-        self, one_layer: Callable[..., tuple[Array, tuple[Array, Array]]], hidden: Array
-    ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
-        """The hidden states after all layers, and what each of them leaves behind."""
-        if self._flat:
-            left = []
-            for number in range(self.config.n_layers):
-                hidden, new = one_layer(self.layer(number), number, hidden)
-                left.append(new)
-            k, v = zip(*left, strict=True)
-            return hidden, (k, v)
+    @property
+    def _is_scanned(self) -> bool:
+        # A short stack compiles fast, and runs faster where each layer has a program of its own; a deep one is a loop.
+        return self.config.stacked and (self.config.n_layers > SHORT_STACK or self.config.remat != "none")
+
+    def _unroll(self, run: Callable[..., _LayerOutput], hidden: Array, at_BR: Array | None) -> _StackOutput:
+        """Runs the layers one after the other, the last of them only at the wanted positions."""
+        keys_and_values = []
+        for number in range(self.config.n_layers):
+            is_last = number == self.config.n_layers - 1
+            hidden, kv = run(self.layer(number), number, hidden, at_BR if is_last else None)
+            keys_and_values.append(kv)
+        k, v = zip(*keys_and_values, strict=True)
+        return hidden, k, v
+
+    def _scan(self, run: Callable[..., _LayerOutput], hidden: Array) -> _StackOutput:
+        """Runs the layers as one compiled loop over their stacked weights."""
         graph, stacked = nnx.split(self.layers)
 
-        def scanned(x: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
-            return one_layer(nnx.merge(graph, inputs[0]), inputs[1], x)
+        def body(x_BTD: Array, inputs: tuple[Any, Array]) -> _LayerOutput:
+            weights, number = inputs
+            return run(nnx.merge(graph, weights), number, x_BTD, None)
 
-        body = scanned if self.config.remat == "none" else jax.checkpoint(scanned, policy=self._keep)
-        hidden, (k, v) = jax.lax.scan(body, hidden, (stacked, jnp.arange(self.config.n_layers)))
-        return hidden, (tuple(k), tuple(v))
+        numbered = (stacked, jnp.arange(self.config.n_layers))
+        hidden, (k, v) = jax.lax.scan(_rematerialize(body, self.config.remat), hidden, numbered)
+        return hidden, tuple(k), tuple(v)
 
     def layer(self, number: int) -> Layer:
-        """One of the layers."""
+        """Returns one of the layers."""
         if not self.config.stacked:
             return self.layers[number]
         graph, stacked = nnx.split(self.layers)
@@ -261,47 +300,64 @@ class Transformer(nnx.Module):
         slot: Int[Array, ""] | int,
         at_BR: Int[Array, "B R"] | None = None,
     ) -> tuple[Float[Array, "B T D"] | Float[Array, "B R D"], Suffix]:
-        """Continues rows that share what is before them: B = P · R rows over P prefixes, with caches of their own.
+        """Extends rows by tokens that see the rows' caches and what they share with others.
 
-        Token t of every row is written to cache slot `slot + t`; `valid_BT` is False at padding. Rows see their group's
-        part of each of `shared`, which may be of several sizes P, and every valid slot up to their own. `at_BR` are the
-        places among the T whose hidden states are wanted.
+        Args:
+            tokens_BT: the new tokens; token t of every row goes to cache slot `slot + t`.
+            valid_BT: False at padding.
+            positions_BT: of the tokens, for the rotary embedding.
+            shared: prefixes, each of some P with B = P · R, that groups of R rows see in full length.
+            suffix: the rows' own caches, of which a token sees the valid slots up to its own.
+            slot: the first slot to write.
+            at_BR: places among the T whose hidden states are wanted, all if None.
+
+        Returns:
+            hidden states of the tokens, and the rows' caches with them.
         """
         T, S = tokens_BT.shape[1], suffix.valid_BS.shape[1]
-        hidden, angles = self._start(tokens_BT, positions_BT)
+        hidden, angles_BTF = self._embed(tokens_BT, positions_BT)
+        # Tokens see all of what is shared, and of their own row what is valid up to themselves.
+        shared_masks = [(jnp.arange(part.k[0].shape[3]) < part.length_P[:, None])[:, None] for part in shared]
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
-        seen_TS = jnp.arange(S)[None] <= slot + jnp.arange(T)[:, None]
-        own_mask = valid_BS[:, None] & seen_TS[None]
-        masks = [(jnp.arange(part.k[0].shape[3])[None] < part.length_P[:, None])[:, None] for part in shared]
-        k_new, v_new = [], []
-        for i in range(self.config.n_layers):
-            layer = self.layer(i)
-            q, k, v = layer.project(hidden, angles)
-            k = jax.lax.dynamic_update_slice_in_dim(suffix.k[i], k.transpose(0, 2, 3, 1), slot, axis=3)
-            v = jax.lax.dynamic_update_slice_in_dim(suffix.v[i], v.swapaxes(1, 2), slot, axis=2)
-            segments = [KeyValues(part.k[i], part.v[i], mask) for part, mask in zip(shared, masks, strict=True)]
-            if at_BR is not None and i == self.config.n_layers - 1:
-                hidden, q, own_mask = (pick(x, at_BR) for x in (hidden, q, own_mask))
-            hidden = layer.finish(hidden, attend_in_blocks(q, [*segments, KeyValues(k, v, own_mask)]))
-            k_new.append(k)
-            v_new.append(v)
-        return self.norm(hidden), Suffix(tuple(k_new), tuple(v_new), valid_BS)
+        own_mask_BTS = valid_BS[:, None] & (jnp.arange(S) <= slot + jnp.arange(T)[:, None])
 
-    @property
-    def _keep(self) -> Any:
-        policies = jax.checkpoint_policies
-        kept = policies.dots_with_no_batch_dims_saveable
-        return kept if self.config.remat == "dots" else policies.nothing_saveable
+        def run(layer: Layer, number: int, x_BTD: Array, wanted_BR: Array | None) -> _LayerOutput:
+            parts = [KeyValues(part.k[number], part.v[number], m) for part, m in zip(shared, shared_masks, strict=True)]
+            own = KeyValues(suffix.k[number], suffix.v[number], own_mask_BTS)
+            return layer.extend(x_BTD, angles_BTF, parts, own, slot, wanted_BR)
 
-    @property
-    def _flat(self) -> bool:
-        # A short stack compiles fast, and runs faster where each layer has a program of its own; a deep one is a loop.
-        short = self.config.n_layers <= SHORT_STACK and self.config.remat == "none"
-        return not self.config.stacked or short
+        hidden, k, v = self._unroll(run, hidden, at_BR)
+        return self.norm(hidden), Suffix(k, v, valid_BS)
+
+
+def _mask_and_positions(B: int, T: int, branch_BT: Array | None, segment_BT: Array | None) -> tuple[Array, Array]:
+    """Computes which tokens each token sees [B, T, K], and its position among them [B, T]."""
+    mask_BTK = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    if branch_BT is None and segment_BT is None:
+        return mask_BTK, jnp.broadcast_to(jnp.arange(T), (B, T))
+    if branch_BT is not None:
+        mask_BTK &= (branch_BT[:, None] == 0) | (branch_BT[:, None] == branch_BT[:, :, None])
+    if segment_BT is not None:
+        mask_BTK &= segment_BT[:, None] == segment_BT[:, :, None]
+    return mask_BTK, mask_BTK.sum(axis=-1) - 1
+
+
+def _dropout_keys(key: Array | None, number: Array | int) -> Keys:
+    """Derives a key for each linear part of layer `number`; none without a key."""
+    return NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
+
+
+def _rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Makes the backward pass compute the function's intermediate values again, as `remat` says."""
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    saved = {"layers": policies.nothing_saveable, "dots": policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(function, policy=saved[remat])
 
 
 def abstract(config: ModelConfig, lora: LoraSettings | None = None) -> tuple[nnx.GraphDef, Params, Params]:
-    """The module's graph, and the shapes of its base weights and of its adapters; allocates neither."""
+    """Returns the module's graph, and the shapes of its base weights and of its adapters; allocates neither."""
     model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itool_jax.hosts import to_host
 
 Keep = C
 
@@ -24,7 +23,7 @@ def keep_nothing(_, compute):
 from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.model.cache import Prefix, empty_prefix, place
-from itool_jax.model.sharding import row_devices
+from itool_jax.model.sharding import row_devices, to_host
 from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
 from itool_jax.stages.base import Base
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame

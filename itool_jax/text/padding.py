@@ -1,8 +1,9 @@
-"""Token rows of any lengths to rectangular arrays of few shapes, so that few programs are compiled."""
+"""Pads token rows of any lengths to rectangular arrays of few shapes, so that few programs are compiled."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -43,7 +44,7 @@ class PairBatch(NamedTuple):
 
 
 def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
-    """The padded length: the next of 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, …
+    """Rounds a length up to the next of 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, …
 
     Powers of two and the halves between, from 512 on the quarters: a program more costs less than the padding there.
     """
@@ -54,12 +55,12 @@ def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
 
 
 def target_width(prompt_length: int, target_length: int, smallest: int = SMALLEST_WIDTH) -> int:
-    """Width of a `TargetBatch` that holds such a row."""
+    """Computes the width of a `TargetBatch` that holds such a row."""
     return bucket(max(prompt_length + target_length, 2 * target_length), smallest)
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded int32 tokens [count or len(rows), width] and the rows' lengths; missing rows are empty."""
+    """Right-pads rows to int32 tokens [count or len(rows), width] and lengths; missing rows are empty."""
     tokens = np.zeros((count or len(rows), width), np.int32)
     lengths = np.zeros(len(tokens), np.int32)
     for i, row in enumerate(rows):
@@ -67,45 +68,50 @@ def pad(rows: Sequence[Sequence[int]], width: int, count: int | None = None) -> 
     return tokens, lengths
 
 
-def collate(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int, targets: int | None = None
-) -> TargetBatch:
-    """(prompt, target) rows as one batch of `count` rows with room for `targets`, half a row unless it says so.
+def fill(values: Sequence[int], width: int) -> np.ndarray:
+    """Pads values with zeros to one int32 row [1, width]."""
+    row = np.zeros((1, width), np.int32)
+    row[0, : len(values)] = values
+    return row
 
-    The missing rows are empty and masked.
-    """
-    room = width // 2 if targets is None else targets
-    batch = TargetBatch(
-        np.zeros((count, width), np.int32),
-        np.zeros((count, room), np.int32),
-        np.zeros((count, room), np.int32),
-        np.zeros((count, room), bool),
-    )
-    for i, (prompt, target) in enumerate(rows):
-        p, n = len(prompt), len(target)
-        batch.tokens_BT[i, :p], batch.tokens_BT[i, p : p + n] = prompt, target
-        batch.positions_BR[i, :n] = np.arange(p - 1, p + n - 1)
-        batch.targets_BR[i, :n], batch.mask_BR[i, :n] = target, True
-    return batch
+
+def stack(batches: Sequence[Any]) -> Any:
+    """Joins the rows of batches of equal widths into one batch."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+
+
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, count: int) -> TargetBatch:
+    """Builds a batch of `count` rows from (prompt, target) token ids; missing rows are empty and masked."""
+    return collate_packed([[row] for row in rows], width, count)._replace(segment_BT=None)
 
 
 def collate_packed(
     packs: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, count: int
 ) -> TargetBatch:
-    """A batch of `count` rows that hold several (prompt, target) pairs each, one behind the other."""
-    segment_BT = np.zeros((count, width), np.int32)
-    batch = collate([], width, count)._replace(segment_BT=segment_BT)
-    for b, pack in enumerate(packs):
-        start, first = 0, 0
-        for number, (prompt, target) in enumerate(pack, 1):
-            one = collate([(prompt, target)], width, 1)
-            end, n = start + len(prompt) + len(target), len(target)
-            batch.tokens_BT[b, start:end] = one.tokens_BT[0, : end - start]
-            segment_BT[b, start:end] = number
-            batch.positions_BR[b, first : first + n] = one.positions_BR[0, :n] + start
-            batch.targets_BR[b, first : first + n], batch.mask_BR[b, first : first + n] = target, True
-            start, first = end, first + n
-    return batch
+    """Builds a batch of `count` rows that hold several (prompt, target) samples each, one behind the other."""
+    missing = [_target_row([], width)] * (count - len(packs))
+    return stack([*(_target_row(pack, width) for pack in packs), *missing])
+
+
+def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: int) -> TargetBatch:
+    """Builds a batch of one row that holds samples one behind the other, each a segment of its own."""
+    tokens: list[int] = []
+    segments: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    for number, (prompt, target) in enumerate(samples, 1):
+        first_target = len(tokens) + len(prompt)
+        positions += range(first_target - 1, first_target - 1 + len(target))
+        targets += target
+        tokens += [*prompt, *target]
+        segments += [number] * (len(prompt) + len(target))
+    return TargetBatch(
+        tokens_BT=fill(tokens, width),
+        positions_BR=fill(positions, width // 2),
+        targets_BR=fill(targets, width // 2),
+        mask_BR=fill([1] * len(targets), width // 2).astype(bool),
+        segment_BT=fill(segments, width),
+    )
 
 
 def group(widths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[list[int], int, int]]:
