@@ -6,19 +6,19 @@ In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pai
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.data.records import write_jsonl
-from itool_jax.journal import Keep, keep_nothing
+from itool_jax.journal import Keep
 from itool_jax.mcts.pairs import Pair, preference_pairs
-from itool_jax.mcts.search import Forest
+from itool_jax.mcts.policy import PROMPT_BUCKET, ModelPolicy, Searched
+from itool_jax.mcts.search import FinishedTree, grow
 from itool_jax.metrics import progress, say
 from itool_jax.sampler import Policy
 from itool_jax.stages import folder, manifest, parts
 from itool_jax.stages.folder import Base
-from itool_jax.stages.searcher import PROMPT_BUCKET, Searched, Searcher
 from itool_jax.stages.spread import spread
 from itool_jax.text.chat import Chat
 from itool_jax.text.padding import bucket
@@ -47,7 +47,12 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
 
     def work(items: Sequence[Searched], keep: Keep) -> list[Row]:
         with progress(f"search, iteration {config.iteration}", len(items) * settings.n_simulations) as advance:
-            return trees(policy, base, table, items, config, advance, keep)
+            rows: dict[int, Row] = {}
+            for n_simulations, finished in trees(policy, base, table, items, config):
+                advance(n_simulations)
+                for number, row in finished:
+                    rows[number] = keep(f"tree {items[number].sample.id}", lambda row=row: row)
+            return [rows[number] for number in range(len(items))]
 
     results = spread(config, manifest.working_folder(config, phase, "search"), items, work)
     pairs = [pair for row in results for pair in row["pairs"]]
@@ -59,42 +64,30 @@ def _search(config: Config, phase: str) -> dict[str, Any]:
 
 
 def trees(
-    policy: Policy,
-    base: Base,
-    table: StepTable,
-    items: Sequence[Searched],
-    config: Config,
-    advance: Callable[..., None] = lambda *_: None,
-    keep: Keep = keep_nothing,
-) -> list[Row]:
-    """{tree, pairs, sampled_tokens} of each sample, in their order: a row of trees.jsonl, rows of pairs.jsonl.
+    policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], config: Config
+) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
+    """Searches samples, and yields after each round what is done.
 
-    `advance(n)` is told of every n simulations.
+    That is the number of simulations that ended, and (index into `items`, row) of each tree that is complete. A row is
+    {tree, pairs, sampled_tokens}: a row of trees.jsonl, and rows of pairs.jsonl.
     """
-    found: dict[str, Row] = {}
-    for number, group in enumerate(_groups(items, config.search.seats)):
+    for group in _groups(items, config.search.lanes):
         # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
-        keep_here = functools.partial(_keep_in_group, keep, number)
-        searcher = Searcher(policy, base, table, group, config.search, config.self_eval, config.seed, keep_here)
-        # 3. The best and the worst step at each node are a preference pair.
-        found |= _results(searcher.search(advance), group, base.chat, config)
-    return [found[item.sample.id] for item in items]
+        batch = [items[i] for i in group]
+        max_length = base.config.max_length
+        model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, config.seed)
+        for n_simulations, finished in grow(model.problems, model, config.search):
+            # 3. The best and the worst step at each node are a preference pair.
+            yield n_simulations, [(group[i], _row(tree, batch[i], base.chat, config)) for i, tree in finished]
 
 
-def _keep_in_group(keep: Keep, number: int, key: str, compute: Callable[[], Any]) -> Any:
-    return keep(f"group {number}, {key}", compute)
-
-
-def _results(forest: Forest, group: Sequence[Searched], chat: Chat, config: Config) -> dict[str, Row]:
-    """Tree and pairs of each sample by its id."""
-    decode = chat.tokenizer.decode
-    pairs = preference_pairs(forest.tree, forest.step_tokens_BNS, forest.step_length_BN, decode, config.pairs)
-    found = {}
-    for b, searched in enumerate(group):
-        own = [_pair_row(pair, searched, chat, config.iteration) for pair in pairs if pair.tree == b]
-        tree, tokens = _tree_row(forest, b, searched, chat), int(forest.sampled_tokens_B[b])
-        found[searched.sample.id] = {"tree": tree, "pairs": own, "sampled_tokens": tokens}
-    return found
+def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config) -> Row:
+    pairs = preference_pairs(finished.tree, finished.steps, chat.tokenizer.decode, config.pairs)
+    return {
+        "tree": _tree_row(finished, searched, chat),
+        "pairs": [_pair_row(pair, searched, chat, config.iteration) for pair in pairs],
+        "sampled_tokens": finished.sampled_tokens,
+    }
 
 
 def _remark(phase: str, results: Sequence[Row]) -> None:
@@ -111,15 +104,18 @@ def _remark(phase: str, results: Sequence[Row]) -> None:
         say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
 
 
-def _groups(items: Sequence[Searched], least: int) -> list[list[Searched]]:
-    """Samples of one padded prompt length together, with the next longer ones where they are less than `least`."""
-    rows = sorted(items, key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
-    found: list[list[Searched]] = []
-    for _, same in itertools.groupby(rows, lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET)):
-        if not found or len(found[-1]) >= least:
-            found.append([])
-        found[-1] += same
-    return found
+def _groups(items: Sequence[Searched], least: int) -> list[list[int]]:
+    """Returns indices of samples, grouped by padded prompt length; a group of less than `least` takes in the next."""
+
+    def width(i: int) -> int:
+        return bucket(len(items[i].encoded.prompt_ids), PROMPT_BUCKET)
+
+    groups: list[list[int]] = []
+    for _, same in itertools.groupby(sorted(range(len(items)), key=width), width):
+        if not groups or len(groups[-1]) >= least:
+            groups.append([])
+        groups[-1] += same
+    return groups
 
 
 def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row:
@@ -144,26 +140,24 @@ def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row
     }
 
 
-def _tree_row(forest: Forest, b: int, searched: Searched, chat: Chat) -> Row:
-    t, decode = forest.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
-
-    def node(n: int) -> Row:
-        ids = forest.step_tokens_BNS[b, n, : forest.step_length_BN[b, n]].tolist()
-        return {
+def _tree_row(finished: FinishedTree, searched: Searched, chat: Chat) -> Row:
+    tree, decode = finished.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
+    nodes = [
+        {
             "node": n,
-            "parent": int(t.parent_BN[b, n]),
-            "depth": int(t.depth_BN[b, n]),
-            "text": decode(ids),
-            "token_ids": ids,
-            "visits": int(t.visit_count_BN[b, n]),
-            "q": float(t.q_value_BN[b, n]),
-            "value": float(t.value_BN[b, n]),
-            "prior": float(t.prior_BN[b, n]),
-            "outcome": float(t.outcome_BN[b, n]),
-            "confidence": float(t.confidence_BN[b, n]),
-            "terminal": bool(t.terminal_BN[b, n]),
-            "gold": bool(t.on_gold_BN[b, n]),
+            "parent": int(tree.parent_N[n]),
+            "depth": int(tree.depth_N[n]),
+            "text": decode(token_ids),
+            "token_ids": token_ids,
+            "visits": int(tree.visit_count_N[n]),
+            "q": float(tree.q_value_N[n]),
+            "value": float(tree.value_N[n]),
+            "prior": float(tree.prior_N[n]),
+            "outcome": float(tree.extra.outcome[n]),
+            "confidence": float(tree.extra.confidence[n]),
+            "terminal": bool(tree.terminal_N[n]),
+            "gold": bool(tree.extra.matches_reference[n]),
         }
-
-    nodes = [node(n) for n in range(int(t.n_nodes_B[b]))]
+        for n, token_ids in enumerate(finished.steps)
+    ]
     return {"id": searched.sample.id, "gold": searched.sample.target, "nodes": nodes}
