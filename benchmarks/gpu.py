@@ -32,7 +32,9 @@ from benchmarks.memory import LLAMA
 from itool_jax import memory, roofline, sampler, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
-from itool_jax.mcts.search import SearchSettings
+from itool_jax.mcts.policy import ModelPolicy
+from itool_jax.mcts.search import FinishedTree, SearchSettings
+from itool_jax.mcts.search import search as search_trees
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import forms, hf
 from itool_jax.model.linear import LoraSettings
@@ -41,7 +43,6 @@ from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.roofline import Machine, Work
 from itool_jax.sampler import Policy
 from itool_jax.stages.base import Base
-from itool_jax.stages.searcher import Searcher
 from itool_jax.stages.sizes import search_lengths
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import bucket, collate, pad
@@ -357,15 +358,16 @@ def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -
         base = Base(config, Chat(load_tokenizer(name)))
     table, group = step_table(base, endless=False), [searched(problem) for problem in problems]
 
-    def search() -> Any:
-        return Searcher(policy, base, table, group, s.trees, SelfEvaluationSettings(), 0).search()
+    def search() -> list[FinishedTree]:
+        model = ModelPolicy(policy, base.chat, config.max_length, table, group, s.trees, SelfEvaluationSettings(), 0)
+        return search_trees(model.problems, model, s.trees)
 
     lengths = search_lengths(base.chat, [item.encoded for item in group], s.trees, SelfEvaluationSettings())
     plan = memory.searching(config, LoraSettings(rank=0), s.trees, lengths, s.trees.batch)
     _, used = with_memory(plan, policy.params, search)
     start = time.perf_counter()
-    forest = search()
-    states, taken = float(np.sum(forest.tree.n_nodes_B - 1)), time.perf_counter() - start
+    trees = search()
+    states, taken = float(sum(len(tree.steps) - 1 for tree in trees)), time.perf_counter() - start
     return _row("search", states, "states/s", taken, None, machine, "") | used
 
 

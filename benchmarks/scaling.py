@@ -77,9 +77,9 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
 
     from benchmarks import inputs
     from benchmarks.children import ours
-    from itool_jax.mcts.search import SearchSettings
+    from itool_jax.mcts.policy import ModelPolicy
+    from itool_jax.mcts.search import SearchSettings, search
     from itool_jax.mcts.value import SelfEvaluationSettings
-    from itool_jax.stages.searcher import Searcher
 
     jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
     folder = inputs.checkpoint(work, model)
@@ -96,9 +96,11 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
     before = peak_bytes()
     for _ in range(2):
         start = time.perf_counter()
-        forest = Searcher(policy, base, table, group, settings, SelfEvaluationSettings(), 0).search()
+        max_length = base.config.max_length
+        searched = ModelPolicy(policy, base.chat, max_length, table, group, settings, SelfEvaluationSettings(), 0)
+        trees = search(searched.problems, searched, settings)
         seconds = time.perf_counter() - start
-    states = int(np.sum(forest.tree.n_nodes_B - 1))
+    states = sum(len(tree.steps) - 1 for tree in trees)
     return {"seconds": seconds, "states": states, "megabytes": (peak_bytes() - before) / 1e6}
 
 

@@ -246,19 +246,20 @@ class Model:
         found = from_rows(rows, need_target=True)
         if not found:
             return []
-        # As many seats as there are samples: a tree does not depend on its neighbours.
+        # As many lanes as there are samples: a tree does not depend on its neighbours.
         most = 64 if self.config.search.batch == "auto" else self.config.search.batch
-        seats = min(most, 1 << (len(found) - 1).bit_length())
+        lanes = min(most, 1 << (len(found) - 1).bit_length())
         config = dataclasses.replace(
-            self.config, search=dataclasses.replace(self.config.search, **({"batch": seats} | settings))
+            self.config, search=dataclasses.replace(self.config.search, **({"batch": lanes} | settings))
         )
+        by_number: dict[int, dict[str, Any]] = {}
         with self._working(), progress("search", len(found) * config.search.n_simulations) as advance:
             items = [search.Searched(*row) for row in zip(found, encode(self._base, found), strict=True)]
-            table, results = self._run.step_table(config.search.granularity), {}
-            for n_simulations, finished in search.trees(self._policy, self._base, table, items, config):
-                results |= dict(finished)
+            table = self._run.step_table(config.search.granularity)
+            for n_simulations, finished in search.trees(self._policy, self._base, table, items, config, iteration=1):
                 advance(n_simulations)
-        rows = [results[i] for i in range(len(items))]
+                by_number.update(finished)
+        rows = [by_number[number] for number in range(len(items))]
         trees = [SearchTree(**row["tree"], pairs=row["pairs"]) for row in rows]
         return trees if isinstance(samples, Sequence) else trees[0]
 

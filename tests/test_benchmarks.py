@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from benchmarks import attention, gpu, inputs, peers, run, scaling, serial
 from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
 from itool_jax import roofline, sampler
-from itool_jax.mcts.search import Problem, Proposal, SearchSettings, State, search
+from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step, search
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
 from itool_jax.text.chat import Chat, load_tokenizer
@@ -130,32 +131,35 @@ def test_serial_and_batched_search_build_the_same_tree() -> None:
     )
     root = serial.search(GOLD, [STOP], model, serial.SerialSettings(**SIZES))
 
-    def propose(states: list[State]) -> list[Proposal]:
-        found = []
-        for state in states:
-            steps = [step_of(state.path, state.limit, w) for w in range(SIZES["breadth"])] + [state.gold_step]
-            log_probs = [log_prob(state.path, step) if step else 0.0 for step in steps]
-            found.append(Proposal(steps, log_probs, [STOP in step for step in steps]))
-        return found
+    class Toy:
+        def propose(self, states: Sequence[State]) -> list[list[Step]]:
+            return [[self.step(state, step) for step in self.candidates(state)] for state in states]
 
-    settings = SearchSettings(batch=1, **SIZES)
-    forest = search(
-        [Problem("p", GOLD)],
-        propose,
-        lambda states: [model.judge(path) for _, path in states],
-        lambda _, path, finished: model.grade(path, finished),
-        settings,
-    )
-    assert serial.nodes_below(root) == forest.tree.n_nodes_B[0] - 1 > 20
+        def candidates(self, state: State) -> list[list[int]]:
+            sampled = [step_of(state.response, state.limit, w) for w in range(SIZES["breadth"])]
+            return [*sampled, state.gold_step] if state.gold_step else sampled
+
+        def step(self, state: State, step: list[int]) -> Step:
+            return Step(step, log_prob(state.response, step), STOP in step)
+
+        def judge(self, responses: Sequence[Response]) -> list[float]:
+            return [model.judge(response.token_ids) for response in responses]
+
+        def grade(self, _: int, response: list[int], stopped: bool) -> float:
+            return model.grade(response, stopped)
+
+    (finished,) = search([Problem("p", GOLD)], Toy(), SearchSettings(batch=1, **SIZES))
+    tree = finished.tree
+    assert serial.nodes_below(root) == tree.n_nodes - 1 > 20
 
     def compare(node: serial.Node, n: int) -> None:
-        assert node.visits == forest.tree.visit_count_BN[0, n]
-        assert node.value == pytest.approx(forest.tree.value_BN[0, n], abs=1e-4)
+        assert node.visits == tree.visit_count_N[n]
+        assert node.value == pytest.approx(tree.value_N[n], abs=1e-4)
         if n:  # no edge leads to the root
-            assert node.q == pytest.approx(forest.tree.q_value_BN[0, n], abs=1e-4)
-        ids = [i for i in forest.tree.children_BNW[0, n].tolist() if i >= 0]
+            assert node.q == pytest.approx(tree.q_value_N[n], abs=1e-4)
+        ids = [i for i in tree.children_NW[n].tolist() if i >= 0]
         for child, i in zip(node.children, ids, strict=True):
-            assert child.path[len(node.path) :] == forest.step_tokens_BNS[0, i, : forest.step_length_BN[0, i]].tolist()
+            assert child.path[len(node.path) :] == finished.steps[i]
             compare(child, i)
 
     compare(root, 0)

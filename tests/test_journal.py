@@ -54,9 +54,7 @@ def test_a_journal_cut_anywhere_keeps_what_is_whole(tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("byte", [0, 5, 12])
-def test_a_damaged_line_and_those_behind_it_are_left_out(
-    tmp_path: Path, byte: int, capsys: pytest.CaptureFixture[str]
-):
+def test_a_damaged_line_and_those_behind_it_are_left_out(tmp_path: Path, byte: int, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "journal"
     fill(path)
     lines = path.read_bytes().splitlines(keepends=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,34 +14,25 @@ MAX_NODES, WIDTH, STEP = 8, 3, 3
 SETTINGS = PairSettings()
 
 
-def hand_tree(*batch: list[tuple[int, float, int, bool]]) -> Tree:
-    """Trees from one list each of (parent, Q, visits, terminal) for nodes 1, 2, ...; the root is given."""
-    tree = Tree(*(np.array(array) for array in new_tree(len(batch), MAX_NODES, WIDTH)))
-    for b, nodes in enumerate(batch):
-        tree.n_nodes_B[b] = 1 + len(nodes)
-        for node, (parent, q, visits, terminal) in enumerate(nodes, start=1):
-            tree.parent_BN[b, node] = parent
-            tree.q_value_BN[b, node] = q
-            tree.visit_count_BN[b, node] = visits
-            tree.terminal_BN[b, node] = terminal
-            slots_W = tree.children_BNW[b, parent]
-            slots_W[np.flatnonzero(slots_W == NO_CHILD)[0]] = node
-    return tree
+def hand_tree(nodes: list[tuple[int, float, int, bool]]) -> Tree:
+    """A tree from (parent, Q, visits, terminal) for nodes 1, 2, ...; the root is given."""
+    tree = jax.tree.map(np.array, new_tree(MAX_NODES, WIDTH))
+    for node, (parent, q, visits, terminal) in enumerate(nodes, start=1):
+        tree.parent_N[node] = parent
+        tree.q_value_N[node] = q
+        tree.visit_count_N[node] = visits
+        tree.terminal_N[node] = terminal
+        slots_W = tree.children_NW[parent]
+        slots_W[np.flatnonzero(slots_W == NO_CHILD)[0]] = node
+    return tree._replace(n_nodes=np.int32(1 + len(nodes)))
 
 
-def steps(batch: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The step into node i is [10 i, 10 i + 1] followed by padding; in tree b the ids lie 100 b higher."""
-    tokens_BNS = np.full((batch, MAX_NODES, STEP), -7, np.int32)
-    length_BN = np.full((batch, MAX_NODES), 2, np.int32)
-    length_BN[:, ROOT] = 0
-    for b in range(batch):
-        for node in range(1, MAX_NODES):
-            tokens_BNS[b, node, :2] = [100 * b + 10 * node, 100 * b + 10 * node + 1]
-    return tokens_BNS, length_BN
+STEPS = [[], *([10 * node, 10 * node + 1] for node in range(1, MAX_NODES))]
+"""The step into node i is [10 i, 10 i + 1]."""
 
 
 def pairs_of(tree: Tree, settings: PairSettings = SETTINGS, decode: Callable[[list[int]], str] = str) -> list[Pair]:
-    return preference_pairs(tree, *steps(tree.parent_BN.shape[0]), decode, settings)
+    return preference_pairs(tree, STEPS, decode, settings)
 
 
 def test_exact_pairs_of_a_small_tree():
@@ -56,26 +48,23 @@ def test_exact_pairs_of_a_small_tree():
         ]
     )
     assert pairs_of(tree) == [
-        Pair(0, ROOT, 2, 3, 1.5, -0.5, 3, 1, [], [20, 21], [30, 31]),
-        Pair(0, 2, 5, 4, 1.0, 0.25, 2, 1, [20, 21], [50, 51], [40, 41]),
-        Pair(0, 5, 7, 6, 0.5, -1.0, 2, 0, [20, 21, 50, 51], [70, 71], [60, 61]),
+        Pair(ROOT, 2, 3, 1.5, -0.5, 3, 1, [], [20, 21], [30, 31]),
+        Pair(2, 5, 4, 1.0, 0.25, 2, 1, [20, 21], [50, 51], [40, 41]),
+        Pair(5, 7, 6, 0.5, -1.0, 2, 0, [20, 21, 50, 51], [70, 71], [60, 61]),
     ]
 
 
 def test_device_arrays_give_plain_python_numbers():
-    tree = Tree(*(jnp.asarray(array) for array in hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 0, True)])))
-    tokens_BNS, length_BN = steps()
-    (pair,) = preference_pairs(tree, jnp.asarray(tokens_BNS), jnp.asarray(length_BN), str, SETTINGS)
-    assert pair == Pair(0, ROOT, 1, 2, 1.0, 0.0, 1, 0, [], [10, 11], [20, 21])
-    assert [type(value) for value in pair[:8]] == [int, int, int, int, float, float, int, int]
+    tree = jax.tree.map(jnp.asarray, hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 0, True)]))
+    (pair,) = pairs_of(tree)
+    assert pair == Pair(ROOT, 1, 2, 1.0, 0.0, 1, 0, [], [10, 11], [20, 21])
+    assert [type(value) for value in pair[:7]] == [int, int, int, float, float, int, int]
     assert {type(token) for token in pair.chosen_ids + pair.rejected_ids} == {int}
 
 
-def test_order_is_by_tree_then_node():
-    one = [(ROOT, 1.0, 2, False), (ROOT, 0.0, 1, True), (1, 1.0, 1, True), (1, 0.0, 1, True)]
-    pairs = pairs_of(hand_tree(one, one[:2]))
-    assert [(pair.tree, pair.node) for pair in pairs] == [(0, 0), (0, 1), (1, 0)]
-    assert pairs[2].chosen_ids == [110, 111]
+def test_order_is_by_node():
+    tree = hand_tree([(ROOT, 1.0, 2, False), (ROOT, 0.0, 1, True), (1, 1.0, 1, True), (1, 0.0, 1, True)])
+    assert [pair.node for pair in pairs_of(tree)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +119,9 @@ def test_one_node_is_never_its_own_pair():
 
 
 def test_a_tree_without_siblings_gives_nothing():
-    assert pairs_of(hand_tree([], [(ROOT, 1.0, 1, False), (1, 1.0, 1, True)])) == []
-    assert hand_tree([]).parent_BN[0, ROOT] == NO_PARENT
+    assert pairs_of(hand_tree([])) == []
+    assert pairs_of(hand_tree([(ROOT, 1.0, 1, False), (1, 1.0, 1, True)])) == []
+    assert hand_tree([]).parent_N[ROOT] == NO_PARENT
 
 
 @pytest.mark.parametrize("gap", [-0.1, float("nan")])

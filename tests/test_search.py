@@ -2,13 +2,14 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from itool_jax.mcts.search import Forest, Problem, Proposal, SearchSettings, State, grow, search
+from itool_jax.mcts.search import FinishedTree, Problem, Response, SearchSettings, State, Step, grow, search
 from itool_jax.mcts.tree import NO_CHILD, ROOT
 
 STOP = 0
@@ -35,46 +36,42 @@ OUTCOMES = {(A, A): 1.0, (A, B): -1.0, (B, A): -1.0, (B, B): 1.0}
 CONFIDENCES = {(A,): 0.6, (B,): 0.3, (A, A): 0.9, (A, B): 0.3, (B, A): 0.2, (B, B): 0.8}
 
 
-def known_propose(states: list[State]) -> list[Proposal]:
-    def log_probs(state: State) -> list[float]:
-        return [math.log(PRIORS[*state.path, step]) for step in (A, B)]
+class Known:
+    """The toy tree as a model."""
 
-    return [Proposal([[A], [B]], log_probs(state), [len(state.path) == 1] * 2) for state in states]
+    def propose(self, states: Sequence[State]) -> list[list[Step]]:
+        return [
+            [Step([step], math.log(PRIORS[*state.response, step]), len(state.response) == 1) for step in (A, B)]
+            for state in states
+        ]
+
+    def judge(self, responses: Sequence[Response]) -> list[float]:
+        return [CONFIDENCES[tuple(response.token_ids)] for response in responses]
+
+    def grade(self, _: int, response: list[int], stopped: bool) -> float:
+        assert stopped
+        return OUTCOMES[tuple(response)]
 
 
-def known_judge(states: list[tuple[int, list[int]]]) -> list[float]:
-    return [CONFIDENCES[tuple(response)] for _, response in states]
-
-
-def known_grade(_: int, response: list[int], finished: bool) -> float:
-    assert finished
-    return OUTCOMES[tuple(response)]
-
-
-def known_search(**changes: Any) -> Forest:
+def known_search(**changes: Any) -> FinishedTree:
     toy = settings(breadth=2, max_depth=2, exploration=4.0, batch=1, **changes)
-    return search([Problem("toy", [])], known_propose, known_judge, known_grade, toy)
+    (finished,) = search([Problem("toy", [])], Known(), toy)
+    return finished
 
 
-def by_path(forest: Forest, b: int = 0) -> dict[tuple[int, ...], int]:
+def by_path(finished: FinishedTree) -> dict[tuple[int, ...], int]:
     """Node numbers of a tree by the response so far."""
-    found: dict[tuple[int, ...], int] = {}
-    for node in range(forest.tree.n_nodes_B[b]):
-        found[tuple(response_of(forest, b, node))] = node
-    assert len(found) == forest.tree.n_nodes_B[b], "two nodes of one response"
-    return found
+    nodes = {tuple(response_of(finished, node)): node for node in range(finished.tree.n_nodes)}
+    assert len(nodes) == finished.tree.n_nodes == len(finished.steps), "two nodes of one response"
+    return nodes
 
 
-def response_of(forest: Forest, b: int, node: int) -> list[int]:
+def response_of(finished: FinishedTree, node: int) -> list[int]:
     response: list[int] = []
     while node != ROOT:
-        response = step_of(forest, b, node) + response
-        node = int(forest.tree.parent_BN[b, node])
+        response = finished.steps[node] + response
+        node = int(finished.tree.parent_N[node])
     return response
-
-
-def step_of(forest: Forest, b: int, node: int) -> list[int]:
-    return forest.step_tokens_BNS[b, node, : forest.step_length_BN[b, node]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -88,15 +85,15 @@ def step_of(forest: Forest, b: int, node: int) -> list[int]:
 def test_the_toy_tree_comes_out_as_computed_by_hand(
     value_weight: Any, discount: float, leaves: str, n: tuple[int, int], q: tuple[float, float], v: float
 ) -> None:
-    forests = [known_search(n_simulations=i, value_weight=value_weight, discount=discount) for i in range(1, 9)]
-    tree, node = forests[-1].tree, by_path(forests[-1])
-    assert tuple(tree.visit_count_BN[0, node[step,]] for step in (A, B)) == n
-    assert [tree.q_value_BN[0, node[step,]] for step in (A, B)] == pytest.approx(q, abs=2e-6)
-    assert tree.value_BN[0, ROOT] == pytest.approx(v, abs=2e-6)
-    assert tree.prior_BN[0, node[A, B]] == pytest.approx(0.3)
-    assert tree.state_score_BN[0, node[B, A]] == pytest.approx(-0.8)
+    grown = [known_search(n_simulations=i, value_weight=value_weight, discount=discount) for i in range(1, 9)]
+    tree, node = grown[-1].tree, by_path(grown[-1])
+    assert tuple(tree.visit_count_N[node[step,]] for step in (A, B)) == n
+    assert [tree.q_value_N[node[step,]] for step in (A, B)] == pytest.approx(q, abs=2e-6)
+    assert tree.value_N[ROOT] == pytest.approx(v, abs=2e-6)
+    assert tree.prior_N[node[A, B]] == pytest.approx(0.3)
+    assert tree.state_score_N[node[B, A]] == pytest.approx(-0.8)
     # Each simulation adds a visit to one leaf: the one on its path.
-    counts = [{path: f.tree.visit_count_BN[0, i] for path, i in by_path(f).items()} for f in forests]
+    counts = [{path: one.tree.visit_count_N[i] for path, i in by_path(one).items()} for one in grown]
     visited = [
         next(path for path in OUTCOMES if now.get(path, 0) > before.get(path, 0))
         for before, now in zip([{}, *counts], counts, strict=False)
@@ -122,35 +119,37 @@ class Toy:
     def random(self, problem: int, *parts: Any) -> random.Random:
         return random.Random(f"{self.problems[problem].id}/{parts}")
 
-    def propose(self, states: list[State]) -> list[Proposal]:
+    def propose(self, states: Sequence[State]) -> list[list[Step]]:
         self.calls += 1
         self.states += states
         return [self.proposal(state) for state in states]
 
-    def proposal(self, state: State) -> Proposal:
+    def proposal(self, state: State) -> list[Step]:
         steps = [self.step(state, w) for w in range(self.settings.breadth)]
         self.sampled += sum(map(len, steps))
-        steps += [state.gold_step] if self.settings.inject_gold else []
-        log_probs = [-self.random(state.problem, state.path, step).random() * (len(step) + 1) for step in steps]
-        return Proposal(steps, log_probs, [step[-1:] == [STOP] for step in steps])
+        steps += [state.gold_step] if state.gold_step else []
+        return [Step(step, self.log_prob(state.problem, state.response, step), step[-1] == STOP) for step in steps]
+
+    def log_prob(self, problem: int, response: list[int], step: list[int]) -> float:
+        return -self.random(problem, response, step).random() * (len(step) + 1)
 
     def step(self, state: State, w: int) -> list[int]:
-        rng = self.random(state.problem, state.path, w)
+        rng = self.random(state.problem, state.response, w)
         if state.gold_step and rng.random() < 0.3:
             return state.gold_step  # the policy hits upon the gold by itself
         step = [rng.randint(1, 9) for _ in range(rng.randint(1, self.longest))]
-        ended = rng.random() < (0.7 if state.whole else self.stopping)
+        ended = rng.random() < (0.7 if state.until_stop else self.stopping)
         return [*step, STOP] if ended else step
 
-    def judge(self, states: list[tuple[int, list[int]]]) -> list[float]:
-        return [self.random(problem, "confidence", response).random() for problem, response in states]
+    def judge(self, responses: Sequence[Response]) -> list[float]:
+        return [self.random(response.problem, "confidence", response.token_ids).random() for response in responses]
 
-    def grade(self, problem: int, response: list[int], finished: bool) -> float:
-        self.grades.append((response, finished))
-        return self.random(problem, "grade", response).choice([-1.0, 1.0]) if finished else -1.0
+    def grade(self, problem: int, response: list[int], stopped: bool) -> float:
+        self.grades.append((response, stopped))
+        return self.random(problem, "grade", response).choice([-1.0, 1.0]) if stopped else -1.0
 
-    def run(self, advance: Callable[..., None] = lambda *_: None) -> Forest:
-        return search(self.problems, self.propose, self.judge, self.grade, self.settings, advance)
+    def run(self) -> list[FinishedTree]:
+        return search(self.problems, self, self.settings)
 
 
 GOLDS = [
@@ -163,101 +162,104 @@ GOLDS = [
 PROBLEMS = [Problem(f"problem {i}", gold) for i, gold in enumerate(GOLDS)]
 
 
-def assert_same_trees(one: Forest, two: Forest, rows: Sequence[int]) -> None:
-    """Tree i of `two` is tree rows[i] of `one`, to the last bit."""
-    for name, a, b in zip(one.tree._fields, one.tree, two.tree, strict=True):
-        np.testing.assert_array_equal(a[list(rows)], b, err_msg=name)
-    np.testing.assert_array_equal(one.step_tokens_BNS[list(rows)], two.step_tokens_BNS)
-    np.testing.assert_array_equal(one.step_length_BN[list(rows)], two.step_length_BN)
+def assert_same_tree(one: FinishedTree, two: FinishedTree) -> None:
+    """To the last bit."""
+    jax.tree.map(np.testing.assert_array_equal, one.tree, two.tree)
+    assert one.steps == two.steps
+    assert one.sampled_tokens == two.sampled_tokens
 
 
 @pytest.mark.parametrize("inject_gold", [False, True])
 def test_many_together_are_each_alone_in_any_order(inject_gold: bool) -> None:
     toy = settings(n_simulations=12, inject_gold=inject_gold)
     together = Toy(PROBLEMS, toy).run()
-    assert len({int(n) for n in together.tree.n_nodes_B}) > 1
-    for b, problem in enumerate(PROBLEMS):
-        assert_same_trees(together, Toy([problem], toy).run(), [b])
+    assert len({int(one.tree.n_nodes) for one in together}) > 1
+    for one, problem in zip(together, PROBLEMS, strict=True):
+        (alone,) = Toy([problem], toy).run()
+        assert_same_tree(one, alone)
     order = [3, 0, 4, 2, 1]
-    assert_same_trees(together, Toy([PROBLEMS[b] for b in order], toy).run(), order)
+    for b, one in zip(order, Toy([PROBLEMS[b] for b in order], toy).run(), strict=True):
+        assert_same_tree(together[b], one)
 
 
 @pytest.mark.parametrize("inject_gold", [False, True])
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
 def test_visits_add_up(inject_gold: bool, value_weight: Any) -> None:
     toy = settings(n_simulations=12, inject_gold=inject_gold, value_weight=value_weight)
-    tree = Toy(PROBLEMS, toy).run().tree
-    assert (tree.visit_count_BN[:, ROOT] == 12).all()
     inner = 0
-    for b, n_nodes in enumerate(tree.n_nodes_B):
-        for node in range(n_nodes):
-            children = [child for child in tree.children_BNW[b, node] if child != NO_CHILD]
+    for tree in (one.tree for one in Toy(PROBLEMS, toy).run()):
+        assert tree.visit_count_N[ROOT] == 12
+        for node in range(tree.n_nodes):
+            children = [child for child in tree.children_NW[node] if child != NO_CHILD]
             inner += bool(children)
-            assert bool(children) <= (not tree.terminal_BN[b, node])
+            assert bool(children) <= (not tree.terminal_N[node])
             if children:
-                assert tree.visit_count_BN[b, node] == tree.visit_count_BN[b, children].sum()
-            elif tree.visit_count_BN[b, node]:  # every simulation goes on to a terminal state
-                assert tree.terminal_BN[b, node]
+                assert tree.visit_count_N[node] == tree.visit_count_N[children].sum()
+            elif tree.visit_count_N[node]:  # every simulation goes on to a terminal state
+                assert tree.terminal_N[node]
     assert inner > 20
 
 
 def test_scores_are_outcome_and_confidence_of_the_whole_response() -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=8, prior_exponent=1.25))
-    forest = toy.run()
-    tree = forest.tree
-    for b in range(len(PROBLEMS)):
-        for response, node in by_path(forest, b).items():
+    outcomes: set[float] = set()
+    for b, finished in enumerate(toy.run()):
+        tree = finished.tree
+        outcomes |= set(tree.extra.outcome.tolist())
+        for response, node in by_path(finished).items():
             if node == ROOT:
-                assert tree.state_score_BN[b, ROOT] == 0
+                assert tree.state_score_N[ROOT] == 0
                 continue
-            parent = int(tree.parent_BN[b, node])
+            parent = int(tree.parent_N[node])
             confidence = toy.random(b, "confidence", list(response)).random()
-            assert tree.confidence_BN[b, node] == pytest.approx(confidence)
-            graded = toy.grade(b, list(response), response[-1] == STOP) if tree.terminal_BN[b, node] else 0.0
-            assert tree.outcome_BN[b, node] == graded
-            assert tree.state_score_BN[b, node] == pytest.approx(graded + confidence)
-            reward = tree.state_score_BN[b, node] - tree.state_score_BN[b, parent]
-            assert tree.step_reward_BN[b, node] == pytest.approx(reward)
-            step = step_of(forest, b, node)
-            path = list(response[: -len(step)])
-            log_prob = -toy.random(b, path, step).random() * (len(step) + 1)
-            assert tree.prior_BN[b, node] == pytest.approx(math.exp(log_prob / len(step) ** 1.25), rel=1e-5)
-    assert {float(x) for x in tree.outcome_BN.ravel()} == {-1.0, 0.0, 1.0}
+            assert tree.extra.confidence[node] == pytest.approx(confidence)
+            graded = toy.grade(b, list(response), response[-1] == STOP) if tree.terminal_N[node] else 0.0
+            assert tree.extra.outcome[node] == graded
+            assert tree.state_score_N[node] == pytest.approx(graded + confidence)
+            reward = tree.state_score_N[node] - tree.state_score_N[parent]
+            assert tree.step_reward_N[node] == pytest.approx(reward)
+            step = finished.steps[node]
+            log_prob = toy.log_prob(b, list(response[: -len(step)]), step)
+            assert tree.prior_N[node] == pytest.approx(math.exp(log_prob / len(step) ** 1.25), rel=1e-5)
+    assert outcomes == {-1.0, 0.0, 1.0}
 
 
 @pytest.mark.parametrize(("max_depth", "inject_gold"), [(3, True), (3, False), (1, True)])
 def test_at_full_depth_a_step_is_the_whole_remainder(max_depth: int, inject_gold: bool) -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=10, max_depth=max_depth, inject_gold=inject_gold), longest=6)
-    forest = toy.run()
-    depth_of = {(b, path): int(forest.tree.depth_BN[b, n]) for b in range(5) for path, n in by_path(forest, b).items()}
+    finished = toy.run()
+    depth_of = {
+        (b, path): int(one.tree.depth_N[n]) for b, one in enumerate(finished) for path, n in by_path(one).items()
+    }
     for state in toy.states:
-        depth = depth_of[state.problem, tuple(state.path)]
-        assert state.whole == (depth == max_depth - 1)
-        assert state.limit == (8 if state.whole else 4)
-    assert any(state.whole for state in toy.states)
-    last = forest.tree.depth_BN == max_depth
-    assert last.any()
-    assert forest.tree.terminal_BN[last].all()
-    assert forest.tree.depth_BN.max() == max_depth
+        depth = depth_of[state.problem, tuple(state.response)]
+        assert state.until_stop == (depth == max_depth - 1)
+        assert state.limit == (8 if state.until_stop else 4)
+    assert any(state.until_stop for state in toy.states)
+    last = [one.tree.terminal_N[one.tree.depth_N == max_depth] for one in finished]
+    assert np.concatenate(last).size
+    assert np.concatenate(last).all()
+    assert max(depth_of.values()) == max_depth
     # Below that depth only a stop token ends a response.
     for (b, path), depth in depth_of.items():
         if 0 < depth < max_depth:
-            assert forest.tree.terminal_BN[b, by_path(forest, b)[path]] == (path[-1] == STOP)
+            assert finished[b].tree.terminal_N[by_path(finished[b])[path]] == (path[-1] == STOP)
 
 
 def test_a_truncated_response_gets_minus_one() -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=12))
-    forest = toy.run()
-    truncated = [response for response, finished in toy.grades if not finished]
+    finished = toy.run()
+    truncated = [response for response, stopped in toy.grades if not stopped]
     assert truncated
-    assert all((response[-1] == STOP) == finished for response, finished in toy.grades)
-    found = 0
-    for b in range(len(PROBLEMS)):
-        for response, node in by_path(forest, b).items():
-            if list(response) in truncated and forest.tree.terminal_BN[b, node]:
-                assert forest.tree.outcome_BN[b, node] == -1
-                found += 1
-    assert found
+    assert all((response[-1] == STOP) == stopped for response, stopped in toy.grades)
+    outcomes = [
+        one.tree.extra.outcome[node]
+        for one in finished
+        for response, node in by_path(one).items()
+        if list(response) in truncated and one.tree.terminal_N[node]
+    ]
+    assert outcomes
+    assert set(outcomes) == {-1.0}
 
 
 # Gold --------------------------------------------------------------------------------------------------------
@@ -266,21 +268,20 @@ def test_a_truncated_response_gets_minus_one() -> None:
 @pytest.mark.parametrize("inject_gold", [False, True])
 def test_the_golds_next_step_is_among_the_candidates_where_the_response_is_the_golds(inject_gold: bool) -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=12, inject_gold=inject_gold))
-    forest = toy.run()
+    finished = toy.run()
     expanded = hit = 0
     for state in toy.states:
         gold = [token for step in GOLDS[state.problem] for token in step]
-        on_gold = gold[: len(state.path)] == state.path
-        assert bool(state.gold_step) == (on_gold and inject_gold)
+        matches = gold[: len(state.response)] == state.response
+        assert bool(state.gold_step) == (matches and inject_gold)
         if not state.gold_step:
             continue
         boundaries = np.cumsum([len(step) for step in GOLDS[state.problem]]).tolist()
-        after = next(end for end in boundaries if end > len(state.path))
-        step = gold[len(state.path) : None if state.whole else after]
+        after = next(end for end in boundaries if end > len(state.response))
+        step = gold[len(state.response) : None if state.until_stop else after]
         assert state.gold_step == step
-        nodes = by_path(forest, state.problem)
-        node = nodes[*state.path, *step]
-        assert forest.tree.on_gold_BN[state.problem, node]
+        one = finished[state.problem]
+        assert one.tree.extra.matches_reference[by_path(one)[*state.response, *step]]
         expanded += 1
         hit += toy.step(state, 0) == step
     if not inject_gold:
@@ -294,33 +295,45 @@ def test_a_step_equal_to_the_golds_or_a_siblings_joins_once() -> None:
     """`by_path` fails where two nodes hold one response; here every sampled step is the gold's."""
     toy = Toy(PROBLEMS, settings(n_simulations=6, inject_gold=True))
     toy.step = lambda state, w: state.gold_step or [1 + w // 2, STOP]  # type: ignore[method-assign]
-    forest = toy.run()
-    for b, gold in enumerate(GOLDS):
+    for one, gold in zip(toy.run(), GOLDS, strict=True):
         steps = gold if len(gold) <= 3 else [*gold[:2], [token for step in gold[2:] for token in step]]
-        assert len(by_path(forest, b)) == 1 + len(steps)
-        assert forest.tree.on_gold_BN[b].sum() == 1 + len(steps)
+        assert len(by_path(one)) == 1 + len(steps)
+        assert one.tree.extra.matches_reference.sum() == 1 + len(steps)
     toy = Toy(PROBLEMS, settings(n_simulations=6))
     toy.step = lambda state, w: [1 + w // 2, STOP]  # type: ignore[method-assign]
-    assert [len(by_path(toy.run(), b)) for b in range(5)] == [3] * 5
+    assert [len(by_path(one)) for one in toy.run()] == [3] * 5
+
+
+def test_of_equal_steps_the_first_stays() -> None:
+    """With the log-probability of its own; the gold's step comes last."""
+    toy = Toy([Problem("gold", [[5, STOP]])], settings(n_simulations=1, max_depth=1, inject_gold=True))
+    log_probs = iter([-1.0, -2.0, -3.0, -4.0])
+    toy.step = lambda state, w: [[6, STOP], [5, STOP], [6, STOP]][w]  # type: ignore[method-assign]
+    toy.log_prob = lambda *_: next(log_probs)  # type: ignore[method-assign]
+    (finished,) = toy.run()
+    assert finished.steps == [[], [6, STOP], [5, STOP]]
+    np.testing.assert_allclose(finished.tree.prior_N[1:3], np.exp([-1.0 / 2, -2.0 / 2]), rtol=1e-6)
+    assert finished.tree.extra.matches_reference[:3].tolist() == [True, False, True]
 
 
 def test_the_gold_is_marked_down_to_its_end() -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=40, inject_gold=True))
-    forest = toy.run()
-    for b, gold_steps in enumerate(GOLDS):
+    for one, gold_steps in zip(toy.run(), GOLDS, strict=True):
         gold = tuple(token for step in gold_steps for token in step)
-        marked = {path for path, node in by_path(forest, b).items() if forest.tree.on_gold_BN[b, node]}
+        nodes = by_path(one)
+        marked = {path for path, node in nodes.items() if one.tree.extra.matches_reference[node]}
         assert all(gold[: len(path)] == path for path in marked)
-        assert len({int(forest.tree.depth_BN[b, by_path(forest, b)[path]]) for path in marked}) == len(marked)
+        assert len({int(one.tree.depth_N[nodes[path]]) for path in marked}) == len(marked)
         assert gold in marked
-        assert forest.tree.terminal_BN[b, by_path(forest, b)[gold]]
+        assert one.tree.terminal_N[nodes[gold]]
 
 
 def test_a_gold_step_beyond_the_limit_goes_on_in_the_next_one() -> None:
     problem = Problem("long", [[1, 2, 3, 4, 5, 6], [7, STOP]])
     toy = Toy([problem], settings(n_simulations=60, exploration=20.0, inject_gold=True))
-    by_path(toy.run())
-    golds = {tuple(state.path): state.gold_step for state in toy.states if state.gold_step}
+    (finished,) = toy.run()
+    by_path(finished)
+    golds = {tuple(state.response): state.gold_step for state in toy.states if state.gold_step}
     assert golds == {(): [1, 2, 3, 4], (1, 2, 3, 4): [5, 6], (1, 2, 3, 4, 5, 6): [7, STOP]}
 
 
@@ -332,25 +345,25 @@ def test_a_full_tree_has_forty_nodes_and_needs_the_model_no_more() -> None:
     done = []
     for n_simulations in (150, 300):
         toy = Toy(PROBLEMS[:2], settings(n_simulations=n_simulations, exploration=20.0), stopping=0.0)
-        toy.step = lambda state, w: [w + 1] + [STOP] * state.whole  # type: ignore[method-assign]
-        forest = toy.run()
-        assert forest.tree.n_nodes_B.tolist() == [40, 40]
+        toy.step = lambda state, w: [w + 1] + [STOP] * state.until_stop  # type: ignore[method-assign]
+        finished = toy.run()
+        assert [one.tree.n_nodes for one in finished] == [40, 40]
         assert toy.settings.max_nodes == 40
         assert len(toy.states) == 26
-        assert len({(state.problem, *state.path) for state in toy.states}) == 26
-        assert forest.tree.visit_count_BN[:, ROOT].tolist() == [n_simulations] * 2
+        assert len({(state.problem, *state.response) for state in toy.states}) == 26
+        assert [one.tree.visit_count_N[ROOT] for one in finished] == [n_simulations] * 2
         done.append(toy.calls)
     assert done[0] == done[1] <= 26
 
 
 def test_the_golds_path_takes_one_node_more_at_each_of_its_levels() -> None:
     toy = Toy([PROBLEMS[2]], settings(n_simulations=300, exploration=20.0, inject_gold=True))
-    toy.step = lambda state, w: [w + 6] + [STOP] * state.whole  # type: ignore[method-assign]
-    forest = toy.run()
+    toy.step = lambda state, w: [w + 6] + [STOP] * state.until_stop  # type: ignore[method-assign]
+    (finished,) = toy.run()
     assert toy.settings.max_nodes == 1 + 4 + 13 + 40
-    assert forest.tree.n_nodes_B.tolist() == [58]
+    assert finished.tree.n_nodes == 58
     assert len(toy.states) == 18
-    assert forest.tree.on_gold_BN[0].sum() == 4
+    assert finished.tree.extra.matches_reference.sum() == 4
 
 
 @pytest.mark.parametrize(
@@ -363,40 +376,56 @@ def test_room_for_a_full_tree(breadth: int, max_depth: int, inject_gold: bool, m
     assert toy.slots == breadth + inject_gold
 
 
-def test_sampled_tokens_are_counted_and_progress_is_told() -> None:
-    told: list[int] = []
+def test_sampled_tokens_are_counted() -> None:
     toy = Toy(PROBLEMS[:3], settings(n_simulations=7, inject_gold=True))
-    forest = toy.run(told.append)
-    assert sum(told) == 3 * 7
-    assert forest.sampled_tokens_B.sum() == toy.sampled > 0
-    assert not forest.step_tokens_BNS[np.arange(8) >= forest.step_length_BN[..., None]].any()
-    assert not forest.step_length_BN[:, ROOT].any()
+    finished = toy.run()
+    assert sum(one.sampled_tokens for one in finished) == toy.sampled > 0
+    for one in finished:
+        assert [len(step) > 0 for step in one.steps] == [False] + [True] * int(one.tree.n_nodes - 1)
 
 
-def test_a_problem_takes_the_seat_of_one_that_is_done() -> None:
-    """As many at once as there are seats, each a seat once it is free; the trees are those of all at once."""
+def test_a_round_tells_the_simulations_that_ended_and_the_trees_that_are_complete() -> None:
+    toy = Toy(PROBLEMS, settings(n_simulations=7, batch=2))
+    rounds = list(grow(PROBLEMS, toy, toy.settings))
+    assert len(rounds) == toy.calls
+    assert sum(one.n_simulations for one in rounds) == 7 * len(PROBLEMS)
+    assert sum(bool(one.finished) for one in rounds) > 1
+    assert rounds[-1].finished
+    assert all(tree.tree.visit_count_N[ROOT] == 7 for one in rounds for _, tree in one.finished)
+    assert list(grow([], toy, toy.settings)) == []
+
+
+def test_a_problem_takes_the_lane_of_one_that_is_done() -> None:
+    """As many at once as there are lanes, each in one of its own; the trees are those of all at once."""
     all_at_once = Toy(PROBLEMS, settings(n_simulations=7, batch=len(PROBLEMS))).run()
     toy = Toy(PROBLEMS, settings(n_simulations=7, batch=2))
-    seats: dict[int, int] = {}
-    order: list[int] = []
+    finished: dict[int, FinishedTree] = {}
+    lanes: dict[int, int] = {}
+    started: list[int] = []
 
-    def seat(taken: list[tuple[int, int]]) -> None:
-        seats.update(taken)
-        order.extend(problem for _, problem in taken)
+    class Watched(Toy):
+        def propose(self, states: Sequence[State]) -> list[list[Step]]:
+            assert [state.lane for state in states] == sorted({state.lane for state in states})
+            for state in states:
+                if state.problem not in lanes:
+                    started.append(state.problem)
+                assert lanes.setdefault(state.problem, state.lane) == state.lane < 2
+                assert state.problem not in finished
+            # No lane stands idle while a problem waits.
+            assert len(states) == min(2, len(PROBLEMS) - len(finished))
+            return super().propose(states)
 
-    def propose(states: list[State]) -> list[Proposal]:
-        assert {state.problem for state in states} <= set(seats.values())
-        assert len(states) <= 2
-        return toy.propose(states)
+        def judge(self, responses: Sequence[Response]) -> list[float]:
+            assert all(lanes[response.problem] == response.lane for response in responses)
+            return super().judge(responses)
 
-    found = list(grow(PROBLEMS, propose, toy.judge, toy.grade, toy.settings, seat=seat))
-    assert order == list(range(len(PROBLEMS)))
-    assert sorted(number for number, _ in found) == order
-    for number, forest in found:
-        for one, together in zip(forest.tree, all_at_once.tree, strict=True):
-            np.testing.assert_array_equal(one[0], together[number])
-        np.testing.assert_array_equal(forest.step_tokens_BNS[0], all_at_once.step_tokens_BNS[number])
-    assert sum(forest.sampled_tokens_B for _, forest in found) == all_at_once.sampled_tokens_B.sum()
+    for one_round in grow(PROBLEMS, Watched(PROBLEMS, toy.settings), toy.settings):
+        finished.update(one_round.finished)
+    assert started == list(range(len(PROBLEMS)))
+    assert set(lanes.values()) == {0, 1}
+    assert sorted(finished) == started
+    for number, one in finished.items():
+        assert_same_tree(one, all_at_once[number])
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,23 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from itool_jax.stages.folder import Base
 
 from itool_jax import sampler
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
-from itool_jax.mcts.search import Forest, Proposal, SearchSettings, State, search
+from itool_jax.mcts.policy import OWN_BUCKET, PATH_BUCKET, PROMPT_BUCKET, ModelPolicy, Searched
+from itool_jax.mcts.search import FinishedTree, Response, SearchSettings, State, Step, search
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import Policy, target_log_probs
 from itool_jax.stages import search as stage
-from itool_jax.stages.searcher import PATH_BUCKET, PROMPT_BUCKET, Searched, Searcher
+from itool_jax.stages.base import Base
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample
@@ -42,23 +42,24 @@ SAMPLES = [
 ]
 
 
+AnyModel = TypeVar("AnyModel", bound=ModelPolicy)
+
+
 class Setup(NamedTuple):
     base: Base
     policy: Policy
     table: StepTable
     batch: list[Searched]
 
-    def searcher(
+    def model(
         self,
         rows: Sequence[int] = range(4),
         search_settings: SearchSettings = SMALL,
         self_eval: SelfEvaluationSettings = SelfEvaluationSettings(),  # noqa: B008
         seed: int = 3,
-    ) -> Searcher:
-        batch = [self.batch[i] for i in rows]
-        searcher = Searcher(self.policy, self.base, self.table, batch, search_settings, self_eval, seed)
-        searcher.seat(list(enumerate(range(len(batch)))))
-        return searcher
+    ) -> ModelPolicy:
+        batch, max_length = [self.batch[i] for i in rows], self.base.config.max_length
+        return ModelPolicy(self.policy, self.base.chat, max_length, self.table, batch, search_settings, self_eval, seed)
 
 
 @pytest.fixture(scope="module")
@@ -89,111 +90,116 @@ def uncached(setup: Setup, ids: Sequence[int]) -> np.ndarray:
     return np.asarray(logits_of(*setup.policy, *pad([ids], 768))[0], np.float64)
 
 
+def run(model: ModelPolicy) -> list[FinishedTree]:
+    return search(model.problems, model, model.settings)
+
+
+COMPILED: dict[str, Any] = {
+    "prefill": sampler.prefill,
+    "sample_step": sampler.sample_step,
+    "score_step": sampler.score_step,
+    "answer": sampler.answer,
+}
+"""The programs of the model; what else a search compiles takes no time."""
+
+
+class Shapes(ModelPolicy):
+    """A policy that notes which shapes its requests are padded to, as far as they are known from outside."""
+
+    shapes: dict[str, set[tuple[int, ...]]]
+
+    def propose(self, states: Sequence[State], /) -> list[list[Step]]:
+        def size(some: Sequence[State]) -> int:
+            return 1 if len(some) == 1 else SMALL.lanes
+
+        def path(some: Sequence[State]) -> int:
+            return bucket(max(len(state.response) for state in some), PATH_BUCKET)
+
+        gold = [state for state in states if state.gold_step]
+        room = max(10 if state.until_stop else 6 for state in states)
+        self.shapes["sample_step"].add((self.prompts.width, size(states), path(states), room))
+        if gold:
+            self.shapes["score_step"].add((self.prompts.width, size(gold), path(gold), OWN_BUCKET))
+        return super().propose(states)
+
+
 class Searches(NamedTuple):
-    together: Forest
-    first: Forest
-    last: Forest
-    turned: Forest
+    together: list[FinishedTree]
+    first: list[FinishedTree]
+    last: list[FinishedTree]
+    turned: list[FinishedTree]
     programs: dict[str, int]
-    widths: dict[str, set[int]]
+    shapes: dict[str, set[tuple[int, ...]]]
 
 
 @pytest.fixture(scope="module")
 def searches(setup: Setup) -> Searches:
     """All problems at once, the first and the last of them alone, and in reverse; and what was compiled on the way."""
-    compiled = {"sample_step": sampler.sample_step, "answer": sampler.answer}
-    before = {name: function._cache_size() for name, function in compiled.items()}
-    widths: dict[str, set[int]] = {"propose": set(), "judge": set()}
+    jax.clear_caches()  # no program of another test
+    shapes: dict[str, set[tuple[int, ...]]] = {"sample_step": set(), "score_step": set()}
 
-    def run(rows: Sequence[int]) -> Forest:
-        searcher = setup.searcher(rows)
+    def run_rows(rows: Sequence[int]) -> list[FinishedTree]:
+        model = setup.model(rows, kind=Shapes)
+        model.shapes = shapes
+        return run(model)
 
-        def propose(states: list[State]) -> list[Proposal]:
-            widths["propose"] |= {1 + len(state.path) for state in states}
-            return searcher.propose(states)
-
-        def judge(states: list[tuple[int, list[int]]]) -> list[float]:
-            widths["judge"] |= {1 + len(path) + len(searcher.frames[b].after) for b, path in states}
-            return searcher.judge(states)
-
-        return search(searcher.problems(), propose, judge, searcher.grade, SMALL, seat=searcher.seat)
-
-    together, first, last, turned = run(range(4)), run([0]), run([3]), run([3, 2, 1, 0])
-    programs = {name: function._cache_size() - before[name] for name, function in compiled.items()}
-    return Searches(together, first, last, turned, programs, widths)
+    together, first, last, turned = run_rows(range(4)), run_rows([0]), run_rows([3]), run_rows([3, 2, 1, 0])
+    programs = {name: function._cache_size() for name, function in COMPILED.items()}
+    return Searches(together, first, last, turned, programs, shapes)
 
 
-EXACT = (
-    "parent_BN",
-    "depth_BN",
-    "children_BNW",
-    "visit_count_BN",
-    "outcome_BN",
-    "terminal_BN",
-    "on_gold_BN",
-    "n_nodes_B",
-)
+EXACT = ("n_nodes", "parent_N", "depth_N", "children_NW", "visit_count_N", "terminal_N")
 
 
-def assert_same_decisions(one: Forest, two: Forest, rows: Sequence[int]) -> None:
+def assert_same_decisions(one: FinishedTree, two: FinishedTree) -> None:
     """Every choice is the same; numbers may differ as sums of another order do."""
-    for name, a, b in zip(one.tree._fields, one.tree, two.tree, strict=True):
-        if name in EXACT:
-            np.testing.assert_array_equal(a[list(rows)], b, err_msg=name)
-        else:
-            np.testing.assert_allclose(a[list(rows)], b, atol=2e-4, err_msg=name)
-    np.testing.assert_array_equal(one.step_tokens_BNS[list(rows)], two.step_tokens_BNS)
-    np.testing.assert_array_equal(one.step_length_BN[list(rows)], two.step_length_BN)
+    for name in EXACT:
+        np.testing.assert_array_equal(getattr(one.tree, name), getattr(two.tree, name), err_msg=name)
+    np.testing.assert_array_equal(one.tree.extra.outcome, two.tree.extra.outcome)
+    np.testing.assert_array_equal(one.tree.extra.matches_reference, two.tree.extra.matches_reference)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one.tree, two.tree)
+    assert one.steps == two.steps
 
 
 def test_a_model_searches_many_as_each_alone_in_any_order(searches: Searches) -> None:
     # Alone, the first prompt is padded to another width than beside the last.
-    assert_same_decisions(searches.together, searches.first, [0])
-    assert_same_decisions(searches.together, searches.last, [3])
-    assert_same_decisions(searches.together, searches.turned, [3, 2, 1, 0])
+    assert_same_decisions(searches.together[0], searches.first[0])
+    assert_same_decisions(searches.together[3], searches.last[0])
+    for one, two in zip(searches.together, reversed(searches.turned), strict=True):
+        assert_same_decisions(one, two)
     # The trees are worth comparing: of many shapes, with ends that the policy found itself.
-    tree = searches.together.tree
-    assert len({tuple(row) for row in tree.parent_BN}) > 1
-    assert (tree.terminal_BN & ~tree.on_gold_BN & (tree.outcome_BN > -1.5)).sum() > 8
-    assert (tree.terminal_BN & (tree.depth_BN < SMALL.max_depth) & ~tree.on_gold_BN).any()
+    trees = [one.tree for one in searches.together]
+    assert len({tuple(tree.parent_N) for tree in trees}) > 1
+    own_ends = [tree.terminal_N & ~tree.extra.matches_reference for tree in trees]
+    assert np.sum(own_ends) > 8
+    assert any((ends & (tree.depth_N < SMALL.max_depth)).any() for ends, tree in zip(own_ends, trees, strict=True))
 
 
-def test_those_that_wait_for_a_seat_become_what_they_become_at_once(setup: Setup, searches: Searches) -> None:
-    settings = dataclasses.replace(SMALL, batch=2)
-    searcher = Searcher(setup.policy, setup.base, setup.table, setup.batch, settings, SelfEvaluationSettings(), 3)
-    told: list[int] = []
-    assert_same_decisions(searches.together, searcher.search(told.append), range(4))
-    assert sum(told) == 4 * SMALL.n_simulations
+def test_those_that_wait_for_a_lane_become_what_they_become_at_once(setup: Setup, searches: Searches) -> None:
+    waiting = run(setup.model(search_settings=dataclasses.replace(SMALL, batch=2)))
+    for one, two in zip(searches.together, waiting, strict=True):
+        assert_same_decisions(one, two)
 
 
-def test_programs_are_as_few_as_the_buckets(setup: Setup, searches: Searches) -> None:
+def test_a_search_compiles_exactly_these_programs(setup: Setup, searches: Searches) -> None:
     lengths = [len(row.encoded.prompt_ids) for row in setup.batch]
-    prompts = {bucket(n, PROMPT_BUCKET) for n in lengths}
-    sizes, rooms = 2, 2  # all problems or a quarter of them; a step or the whole remainder
-    paths = {kind: {bucket(n, PATH_BUCKET) for n in found} for kind, found in searches.widths.items()}
     assert len(set(lengths)) == 4
-    assert len(prompts) == 2
-    assert all(len(searches.widths[kind]) > len(found) + 1 for kind, found in paths.items())
-    rows = 2  # candidates, and the gold by itself
-    most = {
-        "sample_step": len(prompts) * sizes * rooms * len(paths["propose"]),
-        "answer": len(prompts) * sizes * rows * len(paths["propose"]) * len(paths["judge"]),
-    }
-    assert searches.programs.keys() == most.keys()
-    for name, count in searches.programs.items():
-        assert 1 <= count <= most[name], name
+    assert len({bucket(n, PROMPT_BUCKET) for n in lengths}) == 2
+    # A program for each shape: of the prompts, of all of them or a quarter, of the path, of the step.
+    for name, shapes in searches.shapes.items():
+        assert searches.programs[name] == len(shapes), name
+    assert searches.programs == {"prefill": 2, "sample_step": 6, "score_step": 3, "answer": 6}
 
 
 def test_gold_is_found_and_rewarded(setup: Setup) -> None:
     settings = dataclasses.replace(SMALL, max_depth=1, max_last_step_tokens=20)
-    searcher = setup.searcher([1, 2], settings)
-    forest = searcher.search()
-    for b, row in enumerate(searcher.batch):
-        gold = by_path(forest, b)[tuple(row.encoded.target_ids)]
-        assert forest.tree.outcome_BN[b, gold] == 1
-        assert forest.tree.terminal_BN[b, gold]
-        assert forest.tree.on_gold_BN[b, gold]
-        assert (forest.tree.outcome_BN[b] == 1).sum() == 1  # nothing else that is so long could be right by chance
+    model = setup.model([1, 2], settings)
+    for one, row in zip(run(model), model.batch, strict=True):
+        gold = by_path(one)[tuple(row.encoded.target_ids)]
+        assert one.tree.extra.outcome[gold] == 1
+        assert one.tree.terminal_N[gold]
+        assert one.tree.extra.matches_reference[gold]
+        assert (one.tree.extra.outcome == 1).sum() == 1  # nothing else that is so long could be right by chance
 
 
 @pytest.mark.parametrize("reference", ["gold", "none"])
@@ -202,7 +208,8 @@ def test_a_judgement_is_that_of_the_uncached_model(setup: Setup, reference: Any,
     chat, self_eval = setup.base.chat, SelfEvaluationSettings(reference=reference, scale=scale)
     candidates = [(2, chat.encode("No.")), (0, chat.encode('[f(a="x"')), (0, setup.batch[0].encoded.target_ids)]
     candidates += [(0, chat.encode("[g")), (3, setup.batch[3].encoded.target_ids)]
-    found = setup.searcher(self_eval=self_eval).judge(candidates)
+    responses = [Response(problem, problem, ids) for problem, ids in candidates]
+    confidences = setup.model(self_eval=self_eval).judge(responses)
     letters = answer_ids(chat, self_eval.letters)
     expected = []
     for problem, response in candidates:
@@ -214,72 +221,88 @@ def test_a_judgement_is_that_of_the_uncached_model(setup: Setup, reference: Any,
         shares_A = np.exp(logits_A) / np.exp(logits_A).sum()
         grades = [1.0, 0.0] if scale == "binary" else [0.25, 0.025, -0.25, -0.5]
         expected.append(float(shares_A @ grades))
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert confidences == pytest.approx(expected, abs=1e-4)
     assert np.ptp(expected) > 0.02
 
 
 def test_a_proposal_scores_the_gold_as_the_model_does(setup: Setup) -> None:
-    searcher = setup.searcher()
-    gold = [problem.gold_steps for problem in searcher.problems()]
+    model = setup.model()
+    gold = [problem.gold_steps for problem in model.problems]
     assert [[token for step in steps for token in step] for steps in gold] == [
         row.encoded.target_ids for row in setup.batch
     ]
     assert [len(steps) for steps in gold] == [3, 2, 2, 2]  # the last is the end of turn
-    states = [
-        State(b, [], SMALL.max_step_tokens, False, steps[0][: SMALL.max_step_tokens]) for b, steps in enumerate(gold)
-    ]
-    proposals = searcher.propose(states)
+    limit = SMALL.max_step_tokens
+    states = [State(b, b, [], limit, False, steps[0][:limit]) for b, steps in enumerate(gold)]
+    proposals = model.propose(states)
     rows = [(setup.batch[s.problem].encoded.prompt_ids, s.gold_step) for s in states]
     expected = tiny.in_order(target_log_probs(setup.policy, rows, 1024))
-    assert [p.steps[-1] for p in proposals] == [state.gold_step for state in states]
-    assert [p.log_probs[-1] for p in proposals] == pytest.approx(expected, abs=1e-3)
-    sampled = [(setup.batch[s.problem].encoded.prompt_ids, p.steps[0]) for s, p in zip(states, proposals, strict=True)]
-    expected = tiny.in_order(target_log_probs(setup.policy, sampled, 1024))
-    assert [p.log_probs[0] for p in proposals] == pytest.approx(expected, abs=1e-3)
-    assert [p.stopped[0] for p in proposals] == [step[-1] == setup.base.chat.end_of_turn for _, step in sampled]
+    assert [len(steps) for steps in proposals] == [SMALL.breadth + 1] * 4
+    assert [steps[-1].token_ids for steps in proposals] == [state.gold_step for state in states]
+    assert [steps[-1].log_prob for steps in proposals] == pytest.approx(expected, abs=1e-3)
+    first = [steps[0] for steps in proposals]
+    rows = [(setup.batch[s.problem].encoded.prompt_ids, step.token_ids) for s, step in zip(states, first, strict=True)]
+    expected = tiny.in_order(target_log_probs(setup.policy, rows, 1024))
+    assert [step.log_prob for step in first] == pytest.approx(expected, abs=1e-3)
+    assert [step.stopped for step in first] == [step.token_ids[-1] == setup.base.chat.end_of_turn for step in first]
 
 
 def test_no_gold_step_is_no_candidate_and_the_last_step_may_be_longer(setup: Setup) -> None:
-    searcher = setup.searcher()
-    states = [State(1, [], 10, True, []), State(0, [], 6, False, [])]
-    proposals = searcher.propose(states)
-    assert [proposal.steps[-1] for proposal in proposals] == [[], []]
-    assert all(1 <= len(step) <= 6 for step in proposals[1].steps[:-1])
-    whole = [step for seed in range(6) for step in setup.searcher(seed=seed).propose(states)[0].steps[:-1]]
-    assert max(map(len, whole)) > 6
-    assert all(len(step) == 10 or step[-1] == setup.base.chat.end_of_turn for step in whole)
+    states = [State(1, 1, [], 10, True, []), State(0, 0, [], 6, False, [])]
+    proposals = setup.model().propose(states)
+    assert [len(steps) for steps in proposals] == [SMALL.breadth] * 2
+    assert all(1 <= len(step.token_ids) <= 6 for step in proposals[1])
+    last = [step for seed in range(6) for step in setup.model(seed=seed).propose(states)[0]]
+    assert max(len(step.token_ids) for step in last) > 6
+    assert all(len(step.token_ids) == 10 or step.token_ids[-1] == setup.base.chat.end_of_turn for step in last)
 
 
 def test_a_step_ends_where_the_context_does(setup: Setup) -> None:
     _, prompt, gold = setup.batch[0].encoded
-    frame = setup.searcher([0]).frames[0]  # the question about a response, the gold one at least, must fit as well
+    frame = setup.model([0]).frames[0]  # the question about a response, the gold one at least, must fit as well
     length = len(prompt) + len(frame.before) + len(gold) + len(frame.after)
     config = dataclasses.replace(setup.base.config, max_length=length)
     short = setup._replace(base=setup.base._replace(config=config))
-    for path, room in ((gold[:-3], 3), (gold[:-1], 1)):
+    for path, budget in ((gold[:-3], 3), (gold[:-1], 1)):
         steps = [
-            step
+            step.token_ids
             for seed in range(4)
-            for step in short.searcher([0], seed=seed).propose([State(0, path, 6, False, [])])[0].steps[:-1]
+            for step in short.model([0], seed=seed).propose([State(0, 0, path, 6, False, [])])[0]
         ]
-        assert max(map(len, steps)) == room
+        assert max(map(len, steps)) == budget
     none = setup.base._replace(config=dataclasses.replace(config, max_length=length - 1))
     with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: the question about its answers"):
-        setup._replace(base=none).searcher([0])
+        setup._replace(base=none).model([0])
 
 
 def test_samples_depend_on_seed_id_path_and_candidate(setup: Setup) -> None:
-    state = State(0, [], 6, False, [])
-    first = setup.searcher([0]).propose([state])[0].steps
+    state = State(0, 0, [], 6, False, [])
+
+    def steps_of(model: ModelPolicy, state: State = state) -> list[list[int]]:
+        return [step.token_ids for step in model.propose([state])[0]]
+
+    first = steps_of(setup.model([0]))
     assert first[0] != first[1]
-    assert setup.searcher([1, 0]).propose([state._replace(problem=1)])[0].steps == first
-    assert setup.searcher([0], seed=4).propose([state])[0].steps != first
+    assert steps_of(setup.model([1, 0]), state._replace(lane=3, problem=1)) == first
+    assert steps_of(setup.model([0], seed=4)) != first
     other = setup.batch[0]._replace(sample=dataclasses.replace(SAMPLES[0], id="another"))
-    assert setup._replace(batch=[other]).searcher([0]).propose([state])[0].steps != first
-    cold = dataclasses.replace(SMALL, temperature=0.0)
-    greedy = setup.searcher([0], cold).propose([state])[0].steps
+    assert steps_of(setup._replace(batch=[other]).model([0])) != first
+    greedy = steps_of(setup.model([0], dataclasses.replace(SMALL, temperature=0.0)))
     assert greedy[0] == greedy[1]
     assert greedy[0][0] == int(uncached(setup, setup.batch[0].encoded.prompt_ids).argmax())
+
+
+def test_a_lane_may_go_to_another_problem(setup: Setup) -> None:
+    """What is cached by lane is computed again."""
+    model = setup.model()
+    state = State(2, 0, [], 6, False, [])
+    response = Response(2, 0, setup.base.chat.encode("[f"))
+    for problem in (0, 1, 0):
+        fresh = setup.model()
+        other, judged = state._replace(problem=problem), response._replace(problem=problem)
+        steps, expected = model.propose([other])[0], fresh.propose([other])[0]
+        assert [step.token_ids for step in steps] == [step.token_ids for step in expected]
+        assert model.judge([judged]) == pytest.approx(fresh.judge([judged]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -294,38 +317,35 @@ def test_samples_depend_on_seed_id_path_and_candidate(setup: Setup) -> None:
 )
 def test_a_response_is_graded_as_text(setup: Setup, response: str, finished: bool, expected: float) -> None:
     ids = setup.base.chat.encode(response) + [setup.base.chat.end_of_turn] * finished
-    assert setup.searcher().grade(0, ids, finished) == expected
+    assert setup.model().grade(0, ids, finished) == expected
 
 
 # What is written ---------------------------------------------------------------------------------------------
 
 
 def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setup) -> None:
-    forest, chat = searches.together, setup.base.chat
+    chat, pairs = setup.base.chat, 0
     decode = functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
-    rows = [stage._tree_row(forest, b, row, chat) for b, row in enumerate(setup.batch)]
-    assert json.loads(json.dumps(rows)) == rows
-    for b, tree in enumerate(rows):
-        assert (tree["id"], tree["gold"]) == (SAMPLES[b].id, SAMPLES[b].target)
-        assert [node["node"] for node in tree["nodes"]] == list(range(forest.tree.n_nodes_B[b]))
+    for searched, sample, one in zip(setup.batch, SAMPLES, searches.together, strict=True):
+        tree = stage._tree_row(one, searched, chat)
+        assert json.loads(json.dumps(tree)) == tree
+        assert (tree["id"], tree["gold"]) == (sample.id, sample.target)
+        assert [node["node"] for node in tree["nodes"]] == list(range(one.tree.n_nodes))
         assert all(node["text"] == decode(node["token_ids"]) for node in tree["nodes"])
         assert tree["nodes"][0]["visits"] == SMALL.n_simulations
-    pairs = preference_pairs(
-        forest.tree, forest.step_tokens_BNS, forest.step_length_BN, chat.tokenizer.decode, PairSettings()
-    )
+        for pair in preference_pairs(one.tree, one.steps, chat.tokenizer.decode, PairSettings()):
+            row, nodes = stage._pair_row(pair, searched, chat, 2), tree["nodes"]
+            assert json.loads(json.dumps(row)) == row
+            assert row["id"] == f"{row['tree']}/2/{row['node']}"
+            assert row["chosen_ids"] == nodes[row["chosen_node"]]["token_ids"]
+            assert row["rejected_ids"] == nodes[row["rejected_node"]]["token_ids"]
+            assert row["visits_chosen"] == nodes[row["chosen_node"]]["visits"]
+            assert row["prompt_ids"] == searched.encoded.prompt_ids + response_of(one, pair.node)
+            for side in ("prompt", "chosen", "rejected"):
+                assert row[side] == decode(row[f"{side}_ids"])
+            assert row["q_chosen"] >= row["q_rejected"] + 0.1 - 1e-5
+            pairs += 1
     assert pairs
-    for pair in pairs:
-        row, nodes = stage._pair_row(pair, setup.batch[pair.tree], chat, 2), rows[pair.tree]["nodes"]
-        assert json.loads(json.dumps(row)) == row
-        assert row["id"] == f"{row['tree']}/2/{row['node']}"
-        assert row["chosen_ids"] == nodes[row["chosen_node"]]["token_ids"]
-        assert row["rejected_ids"] == nodes[row["rejected_node"]]["token_ids"]
-        assert row["visits_chosen"] == nodes[row["chosen_node"]]["visits"]
-        path = response_of(forest, pair.tree, pair.node)
-        assert row["prompt_ids"] == setup.batch[pair.tree].encoded.prompt_ids + path
-        for side in ("prompt", "chosen", "rejected"):
-            assert row[side] == decode(row[f"{side}_ids"])
-        assert row["q_chosen"] >= row["q_rejected"] + 0.1 - 1e-5
 
 
 def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
@@ -336,7 +356,7 @@ def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
         items = [Searched(*row) for row in zip(samples, encoded, strict=True)]
         groups = stage._groups(items, least)
         assert [len(group) for group in groups] == sizes
-        rows = [row for group in groups for row in group]
+        rows = [items[i] for group in groups for i in group]
         assert {row.sample.id for row in rows} == {sample.id for sample in samples}
         assert all(row.sample.id == row.encoded.id for row in rows)
         widths = [bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET) for row in rows]

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from itool_jax import checkpoint, train
 from itool_jax.data.batches import PairRow, collate_pairs
 from itool_jax.losses import LossSettings
-from itool_jax.mcts.search import SearchSettings
+from itool_jax.mcts.policy import ModelPolicy, Searched
+from itool_jax.mcts.search import SearchSettings, search
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import forms, hf, sharding
 from itool_jax.model.linear import LoraSettings
@@ -21,8 +22,6 @@ from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
 from itool_jax.sampler import GenerateSettings, Policy, generate, target_log_probs
-from itool_jax.stages.base import Base
-from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed
 from itool_jax.text.sample import Sample
@@ -87,10 +86,10 @@ def everything(folder: Path) -> dict[str, Any]:
         Searched(sample, encode_sample(chat, sample))
         for sample in (Sample(id=str(i), messages=(tiny.USER,), target=f"[f(a={i})]") for i in range(4))
     ]
-    searcher = Searcher(
-        Policy(policy.graph, base), Base(config, chat), table, batch, settings, SelfEvaluationSettings(), 0
+    model = ModelPolicy(
+        Policy(policy.graph, base), chat, config.max_length, table, batch, settings, SelfEvaluationSettings(), 0
     )
-    found["forest"] = searcher.search()
+    found["trees"] = search(model.problems, model, settings)
     return found
 
 
@@ -105,9 +104,11 @@ def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any],
     with use_mesh(settings_of(shape)):
         found = everything(folder)
     worst = {kind: max(abs(np.divide(found[kind], alone[kind]) - 1)) for kind in (*KINDS, "scores")}
-    trees, expected = found["forest"].tree, alone["forest"].tree
+    pairs = list(zip(found["trees"], alone["trees"], strict=True))
     worst["search"] = max(
-        np.abs(getattr(trees, name) - getattr(expected, name)).max() for name in ("q_value_BN", "prior_BN")
+        np.abs(getattr(one.tree, name) - getattr(expected.tree, name)).max()
+        for name in ("q_value_N", "prior_N")
+        for one, expected in pairs
     )
     print(f"\n{shape}: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     assert max(worst.values()) < 1e-5
@@ -116,10 +117,11 @@ def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any],
     # The same decisions: whole responses, and in trees every step and visit.
     for temperature in (0.0, 1.0):
         assert found[f"responses at {temperature}"] == alone[f"responses at {temperature}"]
-    for name in ("children_BNW", "visit_count_BN", "terminal_BN"):
-        np.testing.assert_array_equal(getattr(trees, name), getattr(expected, name))
-    np.testing.assert_array_equal(found["forest"].step_tokens_BNS, alone["forest"].step_tokens_BNS)
-    assert expected.n_nodes_B.min() > 4
+    for one, expected in pairs:
+        for name in ("children_NW", "visit_count_N", "terminal_N"):
+            np.testing.assert_array_equal(getattr(one.tree, name), getattr(expected.tree, name))
+        assert one.steps == expected.steps
+        assert len(expected.steps) > 4
     jax.clear_caches()  # programs for eight devices map much memory, and a process may only map so much
 
 

@@ -15,9 +15,8 @@ from itool_jax import config as settings
 from itool_jax import memory, train
 from itool_jax.config import Config
 from itool_jax.model.sharding import MeshSettings, use_mesh
-from itool_jax.stages import score, sizes
+from itool_jax.stages import score, search, sizes
 from itool_jax.stages.run import Run
-from itool_jax.stages.searcher import Searcher
 from tests.conftest import read
 from tests.runs import Made, again, copy_run, rewrite_config
 
@@ -214,7 +213,7 @@ def exhaust(*_: Any, **__: Any) -> Any:
         (
             "search",
             "iteration_1/search",
-            (Searcher, "search"),
+            (search, "trees"),
             "lower search.batch, now 4 GB, to 2 GB, in another --run",
         ),
         (

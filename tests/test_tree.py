@@ -1,9 +1,10 @@
 """The search tree against golden toy trees, a plain float64 search, and the invariants of the backup."""
 
+import functools
 import math
 import random
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from itool_jax.mcts import tree as trees
-from itool_jax.mcts.tree import NO_CHILD, NO_PARENT, ROOT, Candidates, Tree, ValueWeight
+from itool_jax.mcts.tree import NO_CHILD, NO_PARENT, ROOT, Candidates, NodeExtra, Tree, ValueWeight
 
 MAX_NODES, WIDTH = 48, 3
 
@@ -26,7 +27,7 @@ class State(NamedTuple):
 
 
 class Search(NamedTuple):
-    """One finished toy search: the tree's arrays as numpy, node ids by name, the leaf's name a simulation."""
+    """One finished toy search: the tree as numpy arrays, node ids by name, the leaf's name a simulation."""
 
     tree: Tree
     ids: dict[str, int]
@@ -34,8 +35,8 @@ class Search(NamedTuple):
     root_values: list[float]
 
     def of(self, name: str) -> dict[str, float]:
-        arrays = {"n": self.tree.visit_count_BN, "q": self.tree.q_value_BN, "v": self.tree.value_BN}
-        return {key: array[0, self.ids[name]].item() for key, array in arrays.items()}
+        arrays = {"n": self.tree.visit_count_N, "q": self.tree.q_value_N, "v": self.tree.value_N}
+        return {key: array[self.ids[name]].item() for key, array in arrays.items()}
 
 
 TOY = State(
@@ -49,29 +50,40 @@ TOY = State(
 
 # --- drivers: the arrays under test, and the reference ---
 
-descend = jax.jit(trees.descend)
 select_child = jax.jit(trees.select_child)
 expand = jax.jit(trees.expand)
 backup = jax.jit(trees.backup, static_argnames="value_weight")
+descend = jax.jit(trees.descend)
+# The same over a batch of trees.
+descend_all = jax.jit(jax.vmap(trees.descend, (0, None)))
+select_child_all = jax.jit(jax.vmap(trees.select_child, (0, 0, None)))
+expand_all = jax.jit(jax.vmap(trees.expand))
 
 
-def candidates_of(states: list[State], width: int = WIDTH) -> Candidates:
-    """The children of one state a tree, padded to the tree's slots."""
+@functools.partial(jax.jit, static_argnames="value_weight")
+def backup_all(tree: Tree, leaf_B: jax.Array, discount: float, value_weight: ValueWeight) -> Tree:
+    return jax.vmap(lambda one, leaf: trees.backup(one, leaf, discount, value_weight))(tree, leaf_B)
 
-    def rows(value: Callable[[State], object], padding: object) -> jax.Array:
-        padded = [[value(c) for c in s.children] + [padding] * (width - len(s.children)) for s in states]
-        return jnp.asarray(padded)
 
-    terminal_BW = rows(lambda c: not c.children, False)
-    score_BW = rows(lambda c: c.score, 0.0)
+def stacked(rows: Sequence[Any]) -> Any:
+    """Pytrees as one with a dimension more in front."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def candidates_of(state: State, width: int = WIDTH) -> Candidates:
+    """The children of a state, padded to the tree's slots; none of a terminal one."""
+
+    def column(value: Callable[[State], object], padding: object) -> jax.Array:
+        return jnp.asarray([value(c) for c in state.children] + [padding] * (width - len(state.children)))
+
+    terminal_W = column(lambda c: not c.children, False)
+    score_W = column(lambda c: c.score, 0.0)
     return Candidates(
-        valid_BW=rows(lambda c: True, False),
-        prior_BW=rows(lambda c: c.prior, 0.0),
-        state_score_BW=score_BW,
-        confidence_BW=score_BW,
-        outcome_BW=jnp.zeros_like(score_BW),
-        terminal_BW=terminal_BW,
-        on_gold_BW=jnp.zeros_like(terminal_BW),
+        valid_W=column(lambda c: True, False),
+        prior_W=column(lambda c: c.prior, 0.0),
+        state_score_W=score_W,
+        terminal_W=terminal_W,
+        extra=NodeExtra(jnp.zeros_like(score_W), score_W, jnp.zeros_like(terminal_W)),
     )
 
 
@@ -83,30 +95,29 @@ def run_search(
     value_weight: ValueWeight = "visits",
 ) -> list[Search]:
     """Searches a batch of toy problems with the arrays under test."""
-    tree = trees.new_tree(len(roots), MAX_NODES, WIDTH)
+    tree = stacked([trees.new_tree(MAX_NODES, WIDTH)] * len(roots))
     states: list[dict[int, State]] = [{ROOT: root} for root in roots]
     leaves: list[list[str]] = [[] for _ in roots]
     root_values: list[list[float]] = [[] for _ in roots]
-    everywhere_B = jnp.ones(len(roots), bool)
     for _ in range(n_simulations):
-        node_B = descend(tree, exploration)
+        node_B = descend_all(tree, exploration)
         while True:
             here = [known[int(node)] for known, node in zip(states, node_B, strict=True)]
             if not any(state.children for state in here):
                 break
-            active_B = jnp.asarray([bool(state.children) for state in here])
-            tree, child_BW = expand(tree, node_B, candidates_of(here), active_B)
+            tree, child_BW = expand_all(tree, node_B, stacked([candidates_of(state) for state in here]))
             for known, state, child_W in zip(states, here, np.asarray(child_BW), strict=True):
                 known.update({int(i): c for i, c in zip(child_W, state.children, strict=False) if i != NO_CHILD})
-            node_B = jnp.where(active_B, select_child(tree, node_B, exploration), node_B)
-        tree = backup(tree, node_B, everywhere_B, discount, value_weight=value_weight)
+            inner_B = jnp.asarray([bool(state.children) for state in here])
+            node_B = jnp.where(inner_B, select_child_all(tree, node_B, exploration), node_B)
+        tree = backup_all(tree, node_B, discount, value_weight)
         for b, state in enumerate(here):
             leaves[b].append(state.name)
-            root_values[b].append(float(tree.value_BN[b, ROOT]))
+            root_values[b].append(float(tree.value_N[b, ROOT]))
     arrays = jax.device_get(tree)
     return [
         Search(
-            tree=Tree(*(array[b : b + 1] for array in arrays)),
+            tree=jax.tree.map(lambda array, b=b: array[b], arrays),
             ids={state.name: node for node, state in states[b].items()},
             leaves=leaves[b],
             root_values=root_values[b],
@@ -186,9 +197,8 @@ def test_golden_toy_tree(value_weight, discount, leaves, n, q, v, first_v):
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
 def test_a_new_edge_starts_at_its_step_reward(value_weight):
     """And has to: from zero, the search takes other paths than the golden ones."""
-    tree = trees.new_tree(1, MAX_NODES, WIDTH)
-    tree, child_BW = expand(tree, jnp.array([ROOT]), candidates_of([TOY]), jnp.array([True]))
-    np.testing.assert_allclose(tree.q_value_BN[0, child_BW[0, :2]], [0.6, 0.3], rtol=1e-6)
+    tree, child_W = expand(trees.new_tree(MAX_NODES, WIDTH), ROOT, candidates_of(TOY))
+    np.testing.assert_allclose(tree.q_value_N[child_W[:2]], [0.6, 0.3], rtol=1e-6)
 
     from_reward, from_zero = Reference(TOY), Reference(TOY)
     for node in from_zero.walk():
@@ -206,7 +216,7 @@ def test_random_trees_equal_the_plain_search(value_weight, exploration, discount
         reference = Reference(root)
         assert search.leaves == [reference.simulate(exploration, discount, value_weight) for _ in range(20)]
         nodes = [node for node in reference.walk() if node.state.name in search.ids]
-        assert len(nodes) == search.tree.n_nodes_B[0]
+        assert len(nodes) == search.tree.n_nodes
         for node in nodes:
             got = search.of(node.state.name)
             assert got["n"] == node.n
@@ -219,7 +229,7 @@ def test_random_trees_equal_the_plain_search(value_weight, exploration, discount
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
 def test_visits_add_up(value_weight):
     for search in run_search(random_states(seed=1, count=6), 16, value_weight=value_weight):
-        children_NW, visits_N = search.tree.children_BNW[0], search.tree.visit_count_BN[0]
+        children_NW, visits_N = search.tree.children_NW, search.tree.visit_count_N
         assert visits_N[ROOT] == 16
         inner = [node for node in search.ids.values() if (children_NW[node] != NO_CHILD).any()]
         assert ROOT in inner
@@ -241,19 +251,19 @@ def test_undiscounted_q_is_the_mean_terminal_score_below():
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
 def test_discount_zero_leaves_the_step_reward(value_weight):
     for search in run_search(random_states(seed=3, count=6), 16, discount=0.0, value_weight=value_weight):
-        np.testing.assert_array_equal(search.tree.q_value_BN, search.tree.step_reward_BN)
-        assert np.ptp(search.tree.q_value_BN) > 0
+        np.testing.assert_array_equal(search.tree.q_value_N, search.tree.step_reward_N)
+        assert np.ptp(search.tree.q_value_N) > 0
 
 
 def test_exploration_zero_is_greedy():
     (search,) = run_search([TOY], 8, exploration=0.0)
     assert search.leaves == ["aa"] * 8
-    tree = Tree(*map(jnp.asarray, search.tree))
+    tree = jax.tree.map(jnp.asarray, search.tree)
     q_a, q_b = search.of("a")["q"], search.of("b")["q"]
     assert q_a > q_b
-    assert select_child(tree, jnp.array([ROOT]), 0.0)[0] == search.ids["a"]
-    swapped = tree._replace(q_value_BN=tree.q_value_BN.at[0, search.ids["b"]].set(q_a + 1))
-    assert select_child(swapped, jnp.array([ROOT]), 0.0)[0] == search.ids["b"]
+    assert select_child(tree, ROOT, 0.0) == search.ids["a"]
+    swapped = tree._replace(q_value_N=tree.q_value_N.at[search.ids["b"]].set(q_a + 1))
+    assert select_child(swapped, ROOT, 0.0) == search.ids["b"]
 
 
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
@@ -279,97 +289,85 @@ def test_a_batch_equals_each_tree_alone_exactly(value_weight):
     for root, search in zip(roots, together, strict=True):
         (alone,) = run_search([root], 12, discount=0.9, value_weight=value_weight)
         assert alone.leaves == search.leaves
-        for name, array, other in zip(Tree._fields, alone.tree, search.tree, strict=True):
-            np.testing.assert_array_equal(array, other, err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, alone.tree, search.tree)
 
 
 # --- one operation at a time ---
 
 
-def children_of(scores, terminal, valid=None, on_gold=None, priors=None) -> Candidates:
-    """Candidates of one tree."""
+def children_of(scores, terminal, valid=None, matches_reference=None, priors=None) -> Candidates:
+    """Candidates of a node."""
     width = len(scores)
-    score_BW = jnp.asarray([scores])
-    outcome_BW = jnp.asarray([[1.0 if end else 0.0 for end in terminal]])
+    score_W = jnp.asarray(scores)
+    outcome_W = jnp.asarray([1.0 if end else 0.0 for end in terminal])
     return Candidates(
-        valid_BW=jnp.asarray([valid or [True] * width]),
-        prior_BW=jnp.asarray([priors or [0.5] * width]),
-        state_score_BW=score_BW,
-        confidence_BW=score_BW - outcome_BW,
-        outcome_BW=outcome_BW,
-        terminal_BW=jnp.asarray([terminal]),
-        on_gold_BW=jnp.asarray([on_gold or [False] * width]),
+        valid_W=jnp.asarray(valid or [True] * width),
+        prior_W=jnp.asarray(priors or [0.5] * width),
+        state_score_W=score_W,
+        terminal_W=jnp.asarray(terminal),
+        extra=NodeExtra(outcome_W, score_W - outcome_W, jnp.asarray(matches_reference or [False] * width)),
     )
 
 
 def test_new_tree_is_a_root():
-    tree = trees.new_tree(2, 5, 3)
-    assert tree.children_BNW.shape == (2, 5, 3)
-    assert (tree.children_BNW == NO_CHILD).all()
-    assert tree.parent_BN.shape == (2, 5)
-    assert (tree.parent_BN == NO_PARENT).all()
-    assert tree.n_nodes_B.tolist() == [1, 1]
-    assert tree.on_gold_BN.tolist() == [[True] + [False] * 4] * 2
-    assert tree.state_score_BN[0, ROOT] == 0
-    assert descend(tree, 1.0).tolist() == [ROOT, ROOT]
-    assert select_child(tree, jnp.array([ROOT, ROOT]), 1.0).tolist() == [NO_CHILD, NO_CHILD]
+    tree = trees.new_tree(5, 3)
+    assert tree.children_NW.shape == (5, 3)
+    assert (tree.children_NW == NO_CHILD).all()
+    assert tree.parent_N.shape == (5,)
+    assert (tree.parent_N == NO_PARENT).all()
+    assert tree.n_nodes == 1
+    assert tree.extra.matches_reference.tolist() == [True] + [False] * 4
+    assert tree.state_score_N[ROOT] == 0
+    assert descend(tree, 1.0) == ROOT
+    assert select_child(tree, ROOT, 1.0) == NO_CHILD
 
 
 def test_expand_writes_valid_candidates_contiguously():
-    tree = trees.new_tree(1, 8, 3)
-    root_B, yes_B = jnp.array([ROOT]), jnp.array([True])
+    tree = trees.new_tree(8, 3)
     first = children_of([0.25, 9.0, 0.75], [False] * 3, [True, False, True], [False, False, True], [0.2, 0.9, 0.4])
-    tree, child_BW = expand(tree, root_B, first, yes_B)
-    assert child_BW.tolist() == [[1, NO_CHILD, 2]]
+    tree, child_W = expand(tree, ROOT, first)
+    assert child_W.tolist() == [1, NO_CHILD, 2]
     second = children_of([1.5, 9.0, 9.0], [True, False, False], [True, False, False])
-    tree, child_BW = expand(tree, jnp.array([2]), second, yes_B)
-    assert child_BW.tolist() == [[3, NO_CHILD, NO_CHILD]]
+    tree, child_W = expand(tree, 2, second)
+    assert child_W.tolist() == [3, NO_CHILD, NO_CHILD]
 
-    used = slice(0, 4)
-    assert tree.n_nodes_B.tolist() == [4]
-    assert tree.children_BNW[0, used].tolist() == [[1, -1, 2], [-1] * 3, [3, -1, -1], [-1] * 3]
-    assert tree.parent_BN[0, used].tolist() == [NO_PARENT, 0, 0, 2]
-    assert tree.depth_BN[0, used].tolist() == [0, 1, 1, 2]
-    assert tree.state_score_BN[0, used].tolist() == [0.0, 0.25, 0.75, 1.5]
-    assert tree.step_reward_BN[0, used].tolist() == [0.0, 0.25, 0.75, 0.75]
-    assert tree.q_value_BN[0, used].tolist() == [0.0, 0.25, 0.75, 0.75]
-    assert tree.confidence_BN[0, used].tolist() == [0.0, 0.25, 0.75, 0.5]
-    assert tree.outcome_BN[0, used].tolist() == [0.0, 0.0, 0.0, 1.0]
-    assert tree.terminal_BN[0, used].tolist() == [False, False, False, True]
-    assert tree.on_gold_BN[0, used].tolist() == [True, False, True, False]
-    np.testing.assert_allclose(tree.prior_BN[0, used], [0.0, 0.2, 0.4, 0.5], rtol=1e-6)
-    assert not any(np.asarray(array)[0, 4:].any() for array in (tree.state_score_BN, tree.q_value_BN, tree.depth_BN))
+    assert tree.n_nodes == 4
+    assert tree.children_NW[:4].tolist() == [[1, -1, 2], [-1] * 3, [3, -1, -1], [-1] * 3]
+    assert tree.parent_N[:4].tolist() == [NO_PARENT, 0, 0, 2]
+    assert tree.depth_N[:4].tolist() == [0, 1, 1, 2]
+    assert tree.state_score_N[:4].tolist() == [0.0, 0.25, 0.75, 1.5]
+    assert tree.step_reward_N[:4].tolist() == [0.0, 0.25, 0.75, 0.75]
+    assert tree.q_value_N[:4].tolist() == [0.0, 0.25, 0.75, 0.75]
+    assert tree.extra.confidence[:4].tolist() == [0.0, 0.25, 0.75, 0.5]
+    assert tree.extra.outcome[:4].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert tree.terminal_N[:4].tolist() == [False, False, False, True]
+    assert tree.extra.matches_reference[:4].tolist() == [True, False, True, False]
+    np.testing.assert_allclose(tree.prior_N[:4], [0.0, 0.2, 0.4, 0.5], rtol=1e-6)
+    assert not any(np.asarray(array)[4:].any() for array in (tree.state_score_N, tree.q_value_N, tree.depth_N))
 
 
 def test_expand_leaves_alone_what_it_must_not_touch():
-    """Inactive trees, terminal nodes and nodes that have children."""
-    tree = trees.new_tree(1, 12, 2)
-    grown, _ = expand(tree, jnp.array([ROOT]), children_of([1.5, 0.5], [True, False]), jnp.array([True]))
-    more = children_of([0.1, 0.2], [False, False])
-    for before, node, active in [
-        (tree, ROOT, False),
-        (grown, ROOT, True),
-        (grown, 1, True),
-        (grown, 2, False),
-    ]:
-        after, child_BW = expand(before, jnp.array([node]), more, jnp.array([active]))
-        assert child_BW.tolist() == [[NO_CHILD, NO_CHILD]]
+    """Nodes without a valid candidate, terminal nodes and nodes that have children."""
+    tree = trees.new_tree(12, 2)
+    grown, _ = expand(tree, ROOT, children_of([1.5, 0.5], [True, False]))
+    more, none = (children_of([0.1, 0.2], [False, False], [valid] * 2) for valid in (True, False))
+    for before, node, candidates in [(tree, ROOT, none), (grown, ROOT, more), (grown, 1, more), (grown, 2, none)]:
+        after, child_W = expand(before, node, candidates)
+        assert child_W.tolist() == [NO_CHILD, NO_CHILD]
         jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert expand(grown, jnp.array([2]), more, jnp.array([True]))[1].tolist() == [[3, 4]]
+    assert expand(grown, 2, more)[1].tolist() == [3, 4]
 
 
 def test_expand_drops_what_does_not_fit():
-    tree = trees.new_tree(1, 3, 3)
-    tree, child_BW = expand(tree, jnp.array([ROOT]), children_of([0.1, 0.2, 0.3], [True] * 3), jnp.array([True]))
-    assert child_BW.tolist() == [[1, 2, NO_CHILD]]
-    assert tree.n_nodes_B.tolist() == [3]
-    np.testing.assert_allclose(tree.state_score_BN, [[0.0, 0.1, 0.2]], rtol=1e-6)
+    tree, child_W = expand(trees.new_tree(3, 3), ROOT, children_of([0.1, 0.2, 0.3], [True] * 3))
+    assert child_W.tolist() == [1, 2, NO_CHILD]
+    assert tree.n_nodes == 3
+    np.testing.assert_allclose(tree.state_score_N, [0.0, 0.1, 0.2], rtol=1e-6)
 
 
 def test_expand_refuses_another_width():
-    tree = trees.new_tree(1, 8, 3)
     with pytest.raises(ValueError, match="3 child slots, got 2 candidates"):
-        trees.expand(tree, jnp.array([ROOT]), children_of([0.1, 0.2], [True] * 2), jnp.array([True]))
+        expand(trees.new_tree(8, 3), ROOT, children_of([0.1, 0.2], [True] * 2))
 
 
 @pytest.mark.parametrize(
@@ -381,26 +379,21 @@ def test_expand_refuses_another_width():
     ],
 )
 def test_select_child_takes_the_first_of_the_best(scores, valid, slot):
-    tree = trees.new_tree(1, 8, 3)
-    root_B = jnp.array([ROOT])
-    tree, child_BW = expand(tree, root_B, children_of(scores, [False] * 3, valid), jnp.array([True]))
-    assert select_child(tree, root_B, 1.0)[0] == child_BW[0, slot]
+    tree, child_W = expand(trees.new_tree(8, 3), ROOT, children_of(scores, [False] * 3, valid))
+    assert select_child(tree, ROOT, 1.0) == child_W[slot]
 
 
 def test_descend_stops_at_each_trees_own_leaf():
-    tree = trees.new_tree(2, 12, 3)
-    deep_shallow = candidates_of([TOY, TOY])
-    tree, child_BW = expand(tree, jnp.array([ROOT, ROOT]), deep_shallow, jnp.array([True, True]))
-    below = candidates_of([TOY.children[0]] * 2)
-    tree, below_BW = expand(tree, child_BW[:, 0], below, jnp.array([True, False]))
-    assert descend(tree, 1.0).tolist() == [below_BW[0, 0], child_BW[1, 0]]
+    shallow, child_W = expand(trees.new_tree(12, 3), ROOT, candidates_of(TOY))
+    deep, below_W = expand(shallow, child_W[0], candidates_of(TOY.children[0]))
+    assert descend_all(stacked([deep, shallow]), 1.0).tolist() == [below_W[0], child_W[0]]
 
 
-def test_backup_counts_active_trees_only():
-    tree = trees.new_tree(2, 6, 3)
-    node_B = jnp.array([ROOT, ROOT])
-    tree, child_BW = expand(tree, node_B, candidates_of([TOY, TOY]), jnp.array([True, True]))
-    after = backup(tree, child_BW[:, 1], jnp.array([True, False]), 1.0, value_weight="visits")
-    assert after.visit_count_BN[:, :3].tolist() == [[1, 0, 1], [0, 0, 0]]
-    assert after.value_BN[0, ROOT] == pytest.approx(0.3)
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one[1], other[1]), tree, after)
+def test_backup_of_no_leaf_changes_nothing():
+    """Alone, and in a batch in which another tree is backed up."""
+    tree, child_W = expand(trees.new_tree(6, 3), ROOT, candidates_of(TOY))
+    jax.tree.map(np.testing.assert_array_equal, tree, backup(tree, NO_PARENT, 1.0, value_weight="visits"))
+    after = backup_all(stacked([tree, tree]), jnp.array([child_W[1], NO_PARENT]), 1.0, value_weight="visits")
+    assert after.visit_count_N[:, :3].tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert after.value_N[0, ROOT] == pytest.approx(0.3)
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other[1]), tree, after)

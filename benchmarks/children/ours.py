@@ -16,7 +16,8 @@ from benchmarks.protocol import Task, Work, cpu, serve, timed
 from itool_jax import train
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
 from itool_jax.losses import LossSettings
-from itool_jax.mcts.search import SearchSettings, State
+from itool_jax.mcts.policy import ModelPolicy, Searched
+from itool_jax.mcts.search import Response, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.metrics import Metrics
 from itool_jax.model import hf
@@ -27,13 +28,12 @@ from itool_jax.sampler import GenerateSettings, Policy, prefill, row_keys, sampl
 from itool_jax.sampler import generate as sample
 from itool_jax.stages import training
 from itool_jax.stages.base import Base
-from itool_jax.stages.searcher import Searched, Searcher
 from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, build_step_table
 
-SEATS = 16
+LANES = 16
 """Prompts searched together: two cores are full then."""
 
 
@@ -113,16 +113,19 @@ def search_trees(task: Task) -> Work:
     base, policy = load(task)
     table = step_table(base, endless=False)
     batch = [searched(problem) for problem in task["problems"]]
-    settings = SearchSettings(batch=min(len(batch), SEATS), **task["sizes"]["settings"])
+    settings = SearchSettings(batch=min(len(batch), LANES), **task["sizes"]["settings"])
 
-    def searcher() -> Searcher:
-        return Searcher(policy, base, table, batch, settings, SelfEvaluationSettings(), task["seed"])
+    def new_model() -> ModelPolicy:
+        max_length, self_eval = base.config.max_length, SelfEvaluationSettings()
+        return ModelPolicy(policy, base.chat, max_length, table, batch, settings, self_eval, task["seed"])
 
     def work() -> float:
-        return float(np.sum(searcher().search().tree.n_nodes_B - 1))  # every node but the roots was judged
+        model = new_model()
+        trees = search(model.problems, model, settings)
+        return float(sum(len(tree.steps) - 1 for tree in trees))  # every node but the roots was judged
 
     work()
-    return Work({"values": _first_gold_steps(searcher())}, timed(work))
+    return Work({"values": _first_gold_steps(new_model())}, timed(work))
 
 
 def searched(problem: dict[str, Any]) -> Searched:
@@ -132,14 +135,13 @@ def searched(problem: dict[str, Any]) -> Searched:
     return Searched(sample, Encoded(sample.id, problem["prompt_ids"], problem["target_ids"]))
 
 
-def _first_gold_steps(searcher: Searcher) -> list[float]:
+def _first_gold_steps(model: ModelPolicy) -> list[float]:
     """For each problem: log-probability and self-evaluation of the gold's first step."""
-    limit = searcher.settings.max_step_tokens
-    steps = [problem.gold_steps[0][:limit] for problem in searcher.problems()[: searcher.settings.batch]]
-    searcher.seat(list(enumerate(range(len(steps)))))
-    proposals = searcher.propose([State(b, [], limit, False, step) for b, step in enumerate(steps)])
-    confidences = searcher.judge(list(enumerate(steps)))
-    return [x for p, c in zip(proposals, confidences, strict=True) for x in (p.log_probs[-1], c)]
+    limit = model.settings.max_step_tokens
+    steps = [problem.gold_steps[0][:limit] for problem in model.problems[: model.settings.lanes]]
+    proposals = model.propose([State(b, b, [], limit, False, step) for b, step in enumerate(steps)])
+    confidences = model.judge([Response(b, b, step) for b, step in enumerate(steps)])
+    return [x for p, c in zip(proposals, confidences, strict=True) for x in (p[-1].log_prob, c)]
 
 
 def sft(task: Task) -> Work:

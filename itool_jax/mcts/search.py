@@ -1,23 +1,35 @@
 """Step-level Monte Carlo tree search over many prompts in lock-step (section 4.3 of the paper).
 
-In: problems, and the model as functions: `propose` steps, `judge` states, `grade` responses. Out: a `Forest`, from
-which `mcts.pairs` takes preferences. The bookkeeping of `mcts.tree` runs compiled on all trees at once; this module
-keeps their tokens and decides which states need the model.
+In: problems, and a `Model` that proposes steps, judges states and grades responses. Out: a `FinishedTree` for each
+problem, from which `mcts.pairs` takes preferences. The trees grow in the lanes of a batch: `mcts.tree` runs compiled
+on all lanes at once; this module keeps the tokens of their nodes and asks the model about the states to expand.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from itool_jax import losses
-from itool_jax.mcts import tree as trees
-from itool_jax.mcts.tree import ROOT, Candidates, Tree, ValueWeight
+from itool_jax.mcts.tree import (
+    NO_PARENT,
+    ROOT,
+    Candidates,
+    NodeExtra,
+    Tree,
+    ValueWeight,
+    backup,
+    descend,
+    expand,
+    new_tree,
+    select_child,
+)
 from itool_jax.text.steps import Granularity
+from itool_jax.types import IntB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +77,7 @@ class SearchSettings:
             raise ValueError(f"search.discount must be in [0, 1], got {self.discount}")
 
     @property
-    def seats(self) -> int:
+    def lanes(self) -> int:
         """Prompts searched together, once that is known."""
         assert self.batch != "auto", "search.batch was not resolved"
         return self.batch
@@ -93,257 +105,323 @@ class Problem(NamedTuple):
     gold_steps: list[list[int]]
 
 
-class State(NamedTuple):
-    """A state to expand: which problem, its response so far, and what the next step may be."""
+# What the search asks of a model ----------------------------------------------------------------------------
 
+
+class State(NamedTuple):
+    """A state to expand, and what its next step may be."""
+
+    lane: int
     problem: int
-    path: list[int]
+    response: list[int]
+    """Tokens after the prompt."""
     limit: int
-    whole: bool
-    """Whether the step is the whole remainder."""
+    """The most tokens that the step may have."""
+    until_stop: bool
+    """Whether the step is the whole remainder, up to a stop token."""
     gold_step: list[int]
     """The gold's next step where it joins the candidates, else empty."""
 
 
-class Proposal(NamedTuple):
-    """Candidate steps of one state; an empty step is no candidate."""
+class Step(NamedTuple):
+    """A candidate step of one token or more."""
 
-    steps: list[list[int]]
-    log_probs: list[float]
+    token_ids: list[int]
+    log_prob: float
     """Sum of log π at temperature 1."""
-    stopped: list[bool]
-    """Whether the step ends the response with a stop token."""
+    stopped: bool
+    """Whether a stop token ends it, and with it the response."""
 
 
-Propose = Callable[[list[State]], list[Proposal]]
-Judge = Callable[[list[tuple[int, list[int]]]], list[float]]
-"""Confidence C of (problem, response so far) states (eq 7)."""
-Grade = Callable[[int, list[int], bool], float]
-"""Outcome O of a terminal state: (problem, response, whether it ended by a stop token)."""
-Seat = Callable[[list[tuple[int, int]]], None]
-"""Is told of (seat, problem) before the model is asked about that problem; another one had the seat till then."""
+class Response(NamedTuple):
+    """A response to judge, complete or not."""
+
+    lane: int
+    problem: int
+    token_ids: list[int]
 
 
-class Forest(NamedTuple):
-    """Finished trees of some problems and the tokens of the step into each node."""
+@runtime_checkable
+class Model(Protocol):
+    """The three functions that a search calls.
+
+    A problem keeps its lane until its tree is complete; then the lane's requests name another problem. A model may
+    cache by lane what it computes of a problem.
+    """
+
+    def propose(self, states: Sequence[State], /) -> list[list[Step]]:
+        """Returns the candidates of each state: `breadth` sampled steps, then the gold step if the state has one."""
+        ...
+
+    def judge(self, responses: Sequence[Response], /) -> list[float]:
+        """Returns the confidence C in each response (eq 7); the responses of a lane are adjacent."""
+        ...
+
+    def grade(self, problem: int, response: list[int], stopped: bool, /) -> float:
+        """Returns the outcome O of a terminal state; `stopped` is false where a length limit ended the response."""
+        ...
+
+
+# What it yields ---------------------------------------------------------------------------------------------
+
+
+class FinishedTree(NamedTuple):
+    """The tree of one problem after its last simulation, as NumPy arrays, and the tokens of its nodes."""
 
     tree: Tree
-    step_tokens_BNS: np.ndarray
-    step_length_BN: np.ndarray
-    sampled_tokens_B: np.ndarray
+    steps: list[list[int]]
+    """Token ids of the step into each node; none for the root."""
+    sampled_tokens: int
 
 
-class _Seats(NamedTuple):
-    """What grows at each seat: a problem's number, NOBODY where there is none, what is left to do, and its tokens."""
+class Round(NamedTuple):
+    """What came of expanding a leaf of every growing tree."""
 
-    problem_B: np.ndarray
-    left_B: np.ndarray
-    """Simulations still to make."""
-    leaf_B: np.ndarray
-    sampled_B: np.ndarray
-    tokens_BNS: np.ndarray
-    """Of the step into each node."""
-    length_BN: np.ndarray
-    paths: list[dict[int, list[int]]]
-    """The whole response up to each node."""
+    n_simulations: int
+    """Simulations that ended, over all trees."""
+    finished: list[tuple[int, FinishedTree]]
+    """The trees that are complete now, each with the number of its problem."""
 
 
-NOBODY = -1
-
-_descend = jax.jit(trees.descend)
-_select = jax.jit(trees.select_child)
-_expand = jax.jit(trees.expand)
-_backup = functools.partial(jax.jit, static_argnames="value_weight")(trees.backup)
-
-
-@jax.jit
-def _renew(tree: Tree, chosen_B: jax.Array) -> Tree:
-    """The trees with those chosen as they begin."""
-    new = trees.new_tree(*tree.children_BNW.shape)
-    return jax.tree.map(lambda x, y: jnp.where(chosen_B.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, tree)
+def search(problems: Sequence[Problem], model: Model, settings: SearchSettings) -> list[FinishedTree]:
+    """Returns the trees of all problems, in their order; see `grow`."""
+    finished: dict[int, FinishedTree] = {}
+    for one_round in grow(problems, model, settings):
+        finished.update(one_round.finished)
+    return [finished[number] for number in range(len(problems))]
 
 
-def search(
-    problems: Sequence[Problem],
-    propose: Propose,
-    judge: Judge,
-    grade: Grade,
-    settings: SearchSettings,
-    advance: Callable[..., None] = lambda *_: None,
-    seat: Seat = lambda _: None,
-) -> Forest:
-    """The trees of all problems, in their order; see `grow`."""
-    found = dict(grow(problems, propose, judge, grade, settings, advance, seat))
-    parts = [found[number] for number in sorted(found)]
-    tree, tokens, lengths, sampled = zip(*parts, strict=True)
-    return Forest(
-        jax.tree.map(lambda *rows: np.concatenate(rows), *tree),
-        np.concatenate(tokens),
-        np.concatenate(lengths),
-        np.concatenate(sampled),
-    )
+def grow(problems: Sequence[Problem], model: Model, settings: SearchSettings) -> Iterator[Round]:
+    """Searches `settings.batch` problems at a time, and yields each tree in the round that completes it.
 
-
-def grow(
-    problems: Sequence[Problem],
-    propose: Propose,
-    judge: Judge,
-    grade: Grade,
-    settings: SearchSettings,
-    advance: Callable[..., None] = lambda *_: None,
-    seat: Seat = lambda _: None,
-) -> Iterator[tuple[int, Forest]]:
-    """Searches `settings.batch` problems at a time; gives each one's number and tree as soon as it is done.
-
-    A problem that waits takes the seat of one that is done, so that the model's calls stay full. What a tree becomes
-    does not depend on the others.
+    A waiting problem takes the lane of one that is done, so that the model's calls stay full. What a tree becomes does
+    not depend on the others.
     """
-    s, size = settings, (settings.seats, settings.max_nodes)
-    tree = trees.new_tree(*size, s.slots)
-    seats = _Seats(
-        np.full(s.seats, NOBODY),
-        np.zeros(s.seats, np.int32),
-        np.zeros(s.seats, np.int32),
-        np.zeros(s.seats, np.int32),
-        np.zeros((*size, max(s.max_step_tokens, s.max_last_step_tokens)), np.int32),
-        np.zeros(size, np.int32),
-        [{} for _ in range(s.seats)],
-    )
+    trees = _new_trees(settings)
+    lanes: dict[int, _Lane] = {}
     waiting = iter(range(len(problems)))
     while True:
-        for b in np.flatnonzero((seats.problem_B != NOBODY) & (seats.left_B == 0)).tolist():
-            yield int(seats.problem_B[b]), _finished(tree, seats, b)
-            seats.problem_B[b] = NOBODY
-        free = np.flatnonzero(seats.problem_B == NOBODY).tolist()
-        if taken := list(zip(free, waiting, strict=False)):
-            seat(taken)
-            _sit_down(seats, taken, s.n_simulations)
-            tree = _renew(tree, np.isin(np.arange(s.seats), free))
-        if not seats.left_B.any():
+        free = [b for b in range(settings.lanes) if b not in lanes]
+        if new := {b: _new_lane(number, settings) for b, number in zip(free, waiting, strict=False)}:
+            trees = _reset(trees, np.isin(np.arange(settings.lanes), list(new)))
+            lanes = dict(sorted((lanes | new).items()))
+        if not lanes:
             return
-        tree = _grow_once(tree, seats, problems, (propose, judge, grade), s, advance)
+        trees, lanes = _expand_leaves(trees, lanes, problems, model, settings)
+        trees, lanes, n_simulations = _end_simulations(trees, lanes, settings)
+        done = {b: lane for b, lane in lanes.items() if lane.simulations_left == 0}
+        yield Round(n_simulations, _finished(trees, done))
+        lanes = {b: lane for b, lane in lanes.items() if b not in done}
 
 
-def _grow_once(
-    tree: Tree,
-    seats: _Seats,
-    problems: Sequence[Problem],
-    model: tuple[Propose, Judge, Grade],
-    s: SearchSettings,
-    advance: Callable[..., None],
-) -> Tree:
-    """Expands a leaf of every unfinished tree, and ends the simulations that reach a terminal state on the way.
+# One round --------------------------------------------------------------------------------------------------
 
-    A tree whose simulation has ended begins its next one while others still expand theirs: every call of the model
-    serves all unfinished trees, and a tree that is full is walked without the model.
-    """
-    propose, judge, grade = model
-    while (ended_B := (seats.left_B > 0) & _of(tree.terminal_BN, seats.leaf_B)).any():
-        tree = _backup(tree, seats.leaf_B, ended_B, s.discount, s.value_weight)
-        seats.leaf_B[ended_B] = np.asarray(_descend(tree, s.exploration))[ended_B]
-        seats.left_B[ended_B] -= 1
-        advance(int(ended_B.sum()))
-    active_B = seats.left_B > 0
-    rows = np.flatnonzero(active_B).tolist()
-    if not rows:
-        return tree
-    depth_B, on_gold_B = _of(tree.depth_BN, seats.leaf_B), _of(tree.on_gold_BN, seats.leaf_B)
-    states = [
-        _state(problems, int(seats.problem_B[b]), _path(seats, b), int(depth_B[b]), bool(on_gold_B[b]), s) for b in rows
+
+class _Node(NamedTuple):
+    """A node's tokens, and what is known of it when it joins the tree."""
+
+    step: list[int]
+    response: list[int]
+    depth: int
+    log_prob: float
+    terminal: bool
+    outcome: float
+    confidence: float
+    matches_reference: bool
+
+
+class _Lane(NamedTuple):
+    """The problem whose tree grows in a lane of the batch, and where its simulation stands."""
+
+    problem: int
+    simulations_left: int
+    leaf: int
+    nodes: list[_Node]
+    sampled_tokens: int
+
+    @property
+    def leaf_node(self) -> _Node:
+        return self.nodes[self.leaf]
+
+
+_Lanes = Mapping[int, _Lane]
+
+
+def _new_lane(problem: int, s: SearchSettings) -> _Lane:
+    root = _Node([], [], 0, 0.0, terminal=False, outcome=0.0, confidence=0.0, matches_reference=True)
+    return _Lane(problem, s.n_simulations, ROOT, [root], 0)
+
+
+def _expand_leaves(
+    trees: Tree, lanes: _Lanes, problems: Sequence[Problem], model: Model, s: SearchSettings
+) -> tuple[Tree, dict[int, _Lane]]:
+    """Gives the leaf of every lane its candidates as children, and moves on to the best of them (PUCT)."""
+    states = [_state(b, lane, problems[lane.problem], s) for b, lane in lanes.items()]
+    proposals = model.propose(states)
+    candidates = [_distinct(steps) for steps in proposals]
+    confidences = _judge(states, candidates, model)
+    children = {
+        b: _children(lane.leaf_node, problems[lane.problem], state, steps, scores, model)
+        for (b, lane), state, steps, scores in zip(lanes.items(), states, candidates, confidences, strict=True)
+    }
+    leaf_B = _per_lane({b: lane.leaf for b, lane in lanes.items()}, ROOT, s)
+    trees, _ = _expand(trees, leaf_B, _stack(children, s))
+    best_B = np.asarray(_select_child(trees, leaf_B, s.exploration))
+    expanded = {}
+    for (b, lane), steps in zip(lanes.items(), proposals, strict=True):
+        sampled = lane.sampled_tokens + sum(len(step.token_ids) for step in steps[: s.breadth])
+        expanded[b] = lane._replace(leaf=int(best_B[b]), nodes=lane.nodes + children[b], sampled_tokens=sampled)
+    return trees, expanded
+
+
+def _judge(states: Sequence[State], candidates: Sequence[Sequence[Step]], model: Model) -> list[list[float]]:
+    """Returns the confidence in each candidate of each state, from one call of the model."""
+    responses = [
+        Response(state.lane, state.problem, state.response + step.token_ids)
+        for state, steps in zip(states, candidates, strict=True)
+        for step in steps
     ]
-    proposals = propose(states)
-    seats.sampled_B[rows] += [sum(map(len, proposal.steps[: s.breadth])) for proposal in proposals]
-    candidates = _candidates(rows, states, proposals, problems, judge, grade, s)
-    tree, child_BW = _expand(tree, seats.leaf_B, candidates, active_B)
-    _keep(seats, rows, proposals, np.asarray(child_BW))
-    seats.leaf_B[rows] = np.asarray(_select(tree, seats.leaf_B, s.exploration))[rows]
-    return tree
+    confidences = iter(model.judge(responses))
+    return [[next(confidences) for _ in steps] for steps in candidates]
 
 
-def _sit_down(seats: _Seats, taken: list[tuple[int, int]], n_simulations: int) -> None:
-    for b, problem in taken:
-        seats.problem_B[b], seats.left_B[b], seats.leaf_B[b], seats.sampled_B[b] = problem, n_simulations, ROOT, 0
-        seats.tokens_BNS[b], seats.length_BN[b], seats.paths[b] = 0, 0, {ROOT: []}
+def _end_simulations(trees: Tree, lanes: _Lanes, s: SearchSettings) -> tuple[Tree, dict[int, _Lane], int]:
+    """Backs up the simulations that reached a terminal state, and starts the next ones at the root.
+
+    Those may reach a terminal state without the model, in a full tree all of them do. In the end every lane with
+    simulations left stands at a state to expand. Also returns how many simulations ended.
+    """
+    lanes, n_simulations = dict(lanes), 0
+    while ended := {b: lane for b, lane in lanes.items() if lane.simulations_left and lane.leaf_node.terminal}:
+        leaf_B = _per_lane({b: lane.leaf for b, lane in ended.items()}, NO_PARENT, s)
+        trees = _backup(trees, leaf_B, s.discount, s.value_weight)
+        next_B = np.asarray(_descend(trees, s.exploration))
+        for b, lane in ended.items():
+            lanes[b] = lane._replace(leaf=int(next_B[b]), simulations_left=lane.simulations_left - 1)
+        n_simulations += len(ended)
+    return trees, lanes, n_simulations
 
 
-def _path(seats: _Seats, b: int) -> list[int]:
-    """The response up to the leaf of a tree."""
-    return seats.paths[b][int(seats.leaf_B[b])]
+def _finished(trees: Tree, done: _Lanes) -> list[tuple[int, FinishedTree]]:
+    if not done:
+        return []
+    arrays = jax.device_get(trees)
+    finished = []
+    for b, lane in done.items():
+        tree = jax.tree.map(lambda x, b=b: x[b], arrays)
+        finished.append((lane.problem, FinishedTree(tree, [node.step for node in lane.nodes], lane.sampled_tokens)))
+    return finished
 
 
-def _finished(tree: Tree, seats: _Seats, b: int) -> Forest:
-    """A tree by itself."""
-    own = jax.tree.map(lambda x: np.asarray(x)[b : b + 1], tree)
-    return Forest(own, seats.tokens_BNS[[b]], seats.length_BN[[b]], seats.sampled_B[[b]])
+# One state --------------------------------------------------------------------------------------------------
 
 
-def _of(array_BN: jax.Array, node_B: np.ndarray) -> np.ndarray:
-    return np.asarray(array_BN)[np.arange(len(node_B)), node_B]
+def _state(lane_number: int, lane: _Lane, problem: Problem, s: SearchSettings) -> State:
+    """Returns the state at the leaf of a lane."""
+    node = lane.leaf_node
+    until_stop = node.depth + 1 >= s.max_depth
+    limit = s.max_last_step_tokens if until_stop else s.max_step_tokens
+    gold: list[int] = []
+    if s.inject_gold and node.matches_reference:
+        gold = _next_gold_step(problem.gold_steps, len(node.response), until_stop)
+    return State(lane_number, lane.problem, node.response, limit, until_stop, gold[:limit])
 
 
-def _state(
-    problems: Sequence[Problem], problem: int, path: list[int], depth: int, on_gold: bool, s: SearchSettings
-) -> State:
-    whole = depth + 1 >= s.max_depth
-    limit = s.max_last_step_tokens if whole else s.max_step_tokens
-    gold = _next_gold_step(problems[problem].gold_steps, len(path), whole) if on_gold and s.inject_gold else []
-    return State(problem, path, limit, whole, gold[:limit])
-
-
-def _next_gold_step(gold_steps: list[list[int]], done: int, whole: bool) -> list[int]:
-    """What the gold says next after `done` tokens: up to its next step boundary, or all of it."""
+def _next_gold_step(gold_steps: list[list[int]], done: int, until_stop: bool) -> list[int]:
+    """Returns the gold's tokens after the first `done`: up to its next step boundary, or all of them."""
     for i, step in enumerate(gold_steps):
         if done < len(step):
-            return [*step[done:], *(t for later in gold_steps[i + 1 :] for t in later)] if whole else step[done:]
+            return _joined([step[done:], *gold_steps[i + 1 :]]) if until_stop else step[done:]
         done -= len(step)
     return []
 
 
-def _candidates(
-    rows: list[int],
-    states: list[State],
-    proposals: list[Proposal],
-    problems: Sequence[Problem],
-    judge: Judge,
-    grade: Grade,
-    s: SearchSettings,
-) -> Candidates:
-    """Scores of all new states, as arrays over all seats; `rows` are those of the states."""
-    shape = (s.seats, s.slots)
-    new = Candidates(*(np.zeros(shape, bool if f in _FLAGS else np.float32) for f in Candidates._fields))
-    log_prob_BW, length_BW = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    asked: list[tuple[int, int]] = []
-    responses: list[tuple[int, list[int]]] = []
-    for b, state, proposal in zip(rows, states, proposals, strict=True):
-        gold = [t for step in problems[state.problem].gold_steps for t in step]
-        for w, step in enumerate(proposal.steps):
-            if not step or step in proposal.steps[:w]:
-                continue
-            response, stopped = state.path + step, proposal.stopped[w]
-            new.valid_BW[b, w] = True
-            log_prob_BW[b, w], length_BW[b, w] = proposal.log_probs[w], len(step)
-            new.terminal_BW[b, w] = stopped or state.whole
-            new.on_gold_BW[b, w] = response == gold[: len(response)]
-            if new.terminal_BW[b, w]:
-                new.outcome_BW[b, w] = grade(state.problem, response, stopped)
-            asked.append((b, w))
-            responses.append((state.problem, response))
-    for place, confidence in zip(asked, judge(responses), strict=True):
-        new.confidence_BW[place] = confidence
-    return new._replace(
-        prior_BW=np.asarray(losses.step_prior(log_prob_BW, length_BW, s.prior_exponent)),
-        state_score_BW=new.outcome_BW + new.confidence_BW,  # eq 6
+def _joined(steps: Sequence[list[int]]) -> list[int]:
+    return [token for step in steps for token in step]
+
+
+def _distinct(steps: Sequence[Step]) -> list[Step]:
+    """Drops repeated steps; the first of equals stays."""
+    distinct: dict[tuple[int, ...], Step] = {}
+    for step in steps:
+        distinct.setdefault(tuple(step.token_ids), step)
+    return list(distinct.values())
+
+
+def _children(
+    parent: _Node, problem: Problem, state: State, steps: Sequence[Step], confidences: Sequence[float], model: Model
+) -> list[_Node]:
+    """Returns the nodes that the candidates of a state lead to, with their scores."""
+    gold = _joined(problem.gold_steps)
+    children = []
+    for step, confidence in zip(steps, confidences, strict=True):
+        response = state.response + step.token_ids
+        terminal = step.stopped or state.until_stop
+        children.append(
+            _Node(
+                step=step.token_ids,
+                response=response,
+                depth=parent.depth + 1,
+                log_prob=step.log_prob,
+                terminal=terminal,
+                outcome=model.grade(state.problem, response, step.stopped) if terminal else 0.0,
+                confidence=confidence,
+                matches_reference=response == gold[: len(response)],
+            )
+        )
+    return children
+
+
+# All lanes at once ------------------------------------------------------------------------------------------
+
+_descend = jax.jit(jax.vmap(descend, in_axes=(0, None)))
+_select_child = jax.jit(jax.vmap(select_child, in_axes=(0, 0, None)))
+_expand = jax.jit(jax.vmap(expand))
+
+
+@functools.partial(jax.jit, static_argnames="value_weight")
+def _backup(trees: Tree, leaf_B: IntB, discount: float | jax.Array, value_weight: ValueWeight) -> Tree:
+    return jax.vmap(lambda tree, leaf: backup(tree, leaf, discount, value_weight))(trees, leaf_B)
+
+
+def _new_trees(s: SearchSettings) -> Tree:
+    return jax.vmap(lambda _: new_tree(s.max_nodes, s.slots))(jnp.arange(s.lanes))
+
+
+@jax.jit
+def _reset(trees: Tree, chosen_B: jax.Array) -> Tree:
+    """Resets the chosen trees to a bare root."""
+
+    def reset(tree: Tree, chosen: jax.Array) -> Tree:
+        return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new_tree(*tree.children_NW.shape), tree)
+
+    return jax.vmap(reset)(trees, chosen_B)
+
+
+def _per_lane(values: Mapping[int, int], empty: int, s: SearchSettings) -> np.ndarray:
+    """Returns the values of some lanes as an array over all of them."""
+    array_B = np.full(s.lanes, empty, np.int32)
+    array_B[list(values)] = list(values.values())
+    return array_B
+
+
+def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings) -> Candidates:
+    """Returns the children of some lanes' leaves as arrays over all lanes and child slots."""
+
+    def column(value: Callable[[_Node], Any], dtype: Any = np.float32) -> np.ndarray:
+        array_BW = np.zeros((s.lanes, s.slots), dtype)
+        for b, nodes in children.items():
+            array_BW[b, : len(nodes)] = [value(node) for node in nodes]
+        return array_BW
+
+    outcome_BW = column(lambda node: node.outcome)
+    confidence_BW = column(lambda node: node.confidence)
+    length_BW = column(lambda node: len(node.step))
+    prior_BW = losses.step_prior(column(lambda node: node.log_prob), length_BW, s.prior_exponent)
+    return Candidates(
+        valid_W=column(lambda _: True, bool),
+        prior_W=np.asarray(prior_BW),
+        state_score_W=outcome_BW + confidence_BW,  # eq 6
+        terminal_W=column(lambda node: node.terminal, bool),
+        extra=NodeExtra(outcome_BW, confidence_BW, column(lambda node: node.matches_reference, bool)),
     )
-
-
-_FLAGS = ("valid_BW", "terminal_BW", "on_gold_BW")
-
-
-def _keep(seats: _Seats, rows: list[int], proposals: list[Proposal], child_BW: np.ndarray) -> None:
-    """Files the tokens of the new nodes."""
-    for b, proposal in zip(rows, proposals, strict=True):
-        path = _path(seats, b)
-        for w, step in enumerate(proposal.steps):
-            if (child := int(child_BW[b, w])) != trees.NO_CHILD:
-                seats.tokens_BNS[b, child, : len(step)], seats.length_BN[b, child] = step, len(step)
-                seats.paths[b][child] = path + step

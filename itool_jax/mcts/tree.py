@@ -1,11 +1,11 @@
-"""A batch of search trees as preallocated arrays: PUCT selection, expansion and backup; it knows no model.
+"""One search tree as preallocated arrays: PUCT selection, expansion and backup; it knows no model.
 
 In: what a model and a judge say of new states (`Candidates`). Out: the `Tree` with visit counts, Q and V.
-Every function is pure, works on all trees of the batch at once and has static shapes, so that it compiles.
-Trees do not see each other: a batch gives what each tree gives alone. The tokens of the nodes stay with the
-caller, in arrays indexed by node id.
+Every function is pure, has static shapes, and works on ONE tree: `jax.vmap` makes it one over a batch, whose arrays
+have a dimension B in front. Trees do not see each other, so a batch gives what each tree gives alone. The tokens of
+the nodes stay with the caller, by node id.
 
-Letters: B trees, N nodes (the capacity), W child slots (the breadth, plus one if the gold's step may join).
+Letters: N nodes (the capacity), W child slots (the breadth, plus one if the gold's step may join).
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from itool_jax.types import AnyArray, IntB
+from itool_jax.types import AnyArray
 
 ROOT = 0
 NO_PARENT = -1
@@ -22,64 +22,65 @@ NO_CHILD = -1
 
 ValueWeight = Literal["visits", "max1"]
 
-IntBW = Int[AnyArray, "B W"]
-FloatBW = Float[AnyArray, "B W"]
-BoolB = Bool[AnyArray, "B"]
-BoolBW = Bool[AnyArray, "B W"]
+NodeId = Int[AnyArray, ""]
+IntW = Int[AnyArray, " W"]
+FloatW = Float[AnyArray, " W"]
+BoolW = Bool[AnyArray, " W"]
+
+
+class NodeExtra(NamedTuple):
+    """What is kept for each node, or candidate, and never read here."""
+
+    outcome: Float[AnyArray, " N"]  # O: 0 where not terminal
+    confidence: Float[AnyArray, " N"]  # C (eq 7)
+    matches_reference: Bool[AnyArray, " N"]  # the response so far is a prefix of the gold's
 
 
 class Tree(NamedTuple):
-    """B trees of at most N nodes; a column is a node and the edge into it, free from `n_nodes_B` on."""
+    """A tree of at most N nodes; an entry is a node and the edge into it, unused from `n_nodes` on."""
 
-    parent_BN: Int[Array, "B N"]  # NO_PARENT at the root
-    depth_BN: Int[Array, "B N"]  # 0 at the root
-    children_BNW: Int[Array, "B N W"]  # node ids or NO_CHILD
-    prior_BN: Float[Array, "B N"]  # p of the edge into the node
-    state_score_BN: Float[Array, "B N"]  # R = outcome + confidence (eq 6); 0 at the root
-    confidence_BN: Float[Array, "B N"]  # C (eq 7)
-    outcome_BN: Float[Array, "B N"]  # O: 0 where not terminal
-    step_reward_BN: Float[Array, "B N"]  # r = R(s') - R(s)
-    visit_count_BN: Int[Array, "B N"]  # N
-    q_value_BN: Float[Array, "B N"]  # Q of the edge into the node; the step reward until the first visit
-    value_BN: Float[Array, "B N"]  # V; 0 without children and before the first visit
-    terminal_BN: Bool[Array, "B N"]
-    on_gold_BN: Bool[Array, "B N"]  # the response so far is a prefix of the gold's
-    n_nodes_B: IntB  # nodes in use
+    n_nodes: Int[Array, ""]
+    parent_N: Int[Array, " N"]  # NO_PARENT at the root
+    depth_N: Int[Array, " N"]  # 0 at the root
+    children_NW: Int[Array, "N W"]  # node ids or NO_CHILD
+    prior_N: Float[Array, " N"]  # p of the edge into the node
+    state_score_N: Float[Array, " N"]  # R = outcome + confidence (eq 6); 0 at the root
+    step_reward_N: Float[Array, " N"]  # r = R(s') - R(s)
+    visit_count_N: Int[Array, " N"]  # N
+    q_value_N: Float[Array, " N"]  # Q of the edge into the node; the step reward until the first visit
+    value_N: Float[Array, " N"]  # V; 0 without children and before the first visit
+    terminal_N: Bool[Array, " N"]
+    extra: NodeExtra
 
 
 class Candidates(NamedTuple):
-    """W candidate steps a tree and the scores of the states they lead to; slots not valid are ignored."""
+    """W candidate steps from one node, and the states that they lead to; slots not valid are ignored."""
 
-    valid_BW: BoolBW
-    prior_BW: FloatBW
-    state_score_BW: FloatBW
-    confidence_BW: FloatBW
-    outcome_BW: FloatBW
-    terminal_BW: BoolBW
-    on_gold_BW: BoolBW
+    valid_W: BoolW
+    prior_W: FloatW
+    state_score_W: FloatW
+    terminal_W: BoolW
+    extra: NodeExtra
 
 
-def new_tree(batch: int, max_nodes: int, max_children: int) -> Tree:
-    """Returns `batch` trees that hold a root only, with R(root) = 0 and the empty prefix on the gold."""
-    ids_BN = jnp.full((batch, max_nodes), NO_PARENT, jnp.int32)
-    zeros_BN = jnp.zeros((batch, max_nodes), jnp.float32)
-    counts_BN = jnp.zeros((batch, max_nodes), jnp.int32)
-    flags_BN = jnp.zeros((batch, max_nodes), bool)
+def new_tree(max_nodes: int, max_children: int) -> Tree:
+    """Returns a tree that holds a root only: R(root) = 0, and the empty response matches the reference."""
+    zeros_N = jnp.zeros(max_nodes, jnp.float32)
+    counts_N = jnp.zeros(max_nodes, jnp.int32)
+    flags_N = jnp.zeros(max_nodes, bool)
     return Tree(
-        parent_BN=ids_BN,
-        depth_BN=counts_BN,
-        children_BNW=jnp.full((batch, max_nodes, max_children), NO_CHILD, jnp.int32),
-        prior_BN=zeros_BN,
-        state_score_BN=zeros_BN,
-        confidence_BN=zeros_BN,
-        outcome_BN=zeros_BN,
-        step_reward_BN=zeros_BN,
-        visit_count_BN=counts_BN,
-        q_value_BN=zeros_BN,
-        value_BN=zeros_BN,
-        terminal_BN=flags_BN,
-        on_gold_BN=flags_BN.at[:, ROOT].set(True),
-        n_nodes_B=jnp.ones(batch, jnp.int32),
+        n_nodes=jnp.int32(1),
+        parent_N=jnp.full(max_nodes, NO_PARENT, jnp.int32),
+        depth_N=counts_N,
+        children_NW=jnp.full((max_nodes, max_children), NO_CHILD, jnp.int32),
+        prior_N=zeros_N,
+        state_score_N=zeros_N,
+        step_reward_N=zeros_N,
+        visit_count_N=counts_N,
+        q_value_N=zeros_N,
+        value_N=zeros_N,
+        terminal_N=flags_N,
+        extra=NodeExtra(zeros_N, zeros_N, flags_N.at[ROOT].set(True)),
     )
 
 
@@ -97,145 +98,99 @@ def puct(
     return q + exploration * prior * jnp.sqrt(jnp.asarray(parent_visits, jnp.float32)) / (1 + child_visits)
 
 
-def select_child(tree: Tree, node_B: IntB, exploration: float | Array) -> IntB:
+def select_child(tree: Tree, node: NodeId, exploration: float | Array) -> NodeId:
     """Returns the child of highest PUCT, the first slot where tied; NO_CHILD where the node has none."""
-    child_BW = _children(tree, node_B)
-    score_BW = puct(
-        _gather(tree.q_value_BN, child_BW),
-        _gather(tree.prior_BN, child_BW),
-        _pick(tree.visit_count_BN, node_B)[:, None],
-        _gather(tree.visit_count_BN, child_BW),
+    child_W = tree.children_NW[node]
+    score_W = puct(
+        tree.q_value_N[child_W],
+        tree.prior_N[child_W],
+        tree.visit_count_N[node],
+        tree.visit_count_N[child_W],
         exploration,
     )
-    score_BW = jnp.where(child_BW == NO_CHILD, -jnp.inf, score_BW)
-    return _pick(child_BW, jnp.argmax(score_BW, axis=1))
+    return child_W[jnp.argmax(jnp.where(child_W == NO_CHILD, -jnp.inf, score_W))]
 
 
-def is_leaf(tree: Tree, node_B: IntB) -> BoolB:
+def is_leaf(tree: Tree, node: NodeId) -> Bool[AnyArray, ""]:
     """Returns whether the node has no children."""
-    return jnp.all(_children(tree, node_B) == NO_CHILD, axis=1)
+    return jnp.all(tree.children_NW[node] == NO_CHILD)
 
 
-def descend(tree: Tree, exploration: float | Array) -> IntB:
-    """Returns the node without children that PUCT leads to from each root."""
-
-    def any_inner(node_B: IntB) -> jax.Array:
-        return ~jnp.all(is_leaf(tree, node_B))
-
-    def step(node_B: IntB) -> jax.Array:
-        child_B = select_child(tree, node_B, exploration)
-        return jnp.where(child_B == NO_CHILD, node_B, child_B)
-
-    return jax.lax.while_loop(any_inner, step, jnp.full(tree.n_nodes_B.shape, ROOT, jnp.int32))
+def descend(tree: Tree, exploration: float | Array) -> NodeId:
+    """Returns the node without children that PUCT leads to from the root."""
+    return jax.lax.while_loop(
+        lambda node: ~is_leaf(tree, node),
+        lambda node: select_child(tree, node, exploration),
+        jnp.int32(ROOT),
+    )
 
 
-def expand(tree: Tree, node_B: IntB, candidates: Candidates, active_B: BoolB) -> tuple[Tree, IntBW]:
-    """Writes the valid candidates as children of `node_B`; returns the tree and the ids, NO_CHILD where none.
+def expand(tree: Tree, node: NodeId, candidates: Candidates) -> tuple[Tree, IntW]:
+    """Adds the valid candidates as children of a leaf; returns the tree, and the new ids, NO_CHILD where none.
 
-    Ids are given out in slot order. Trees not active, terminal nodes and nodes with children are left alone.
-    Candidates beyond the capacity of a tree are dropped, so the caller allocates enough nodes.
+    Ids are given out in slot order. Terminal nodes and nodes with children are left alone. Candidates beyond the
+    capacity of the tree are dropped, so the caller allocates enough nodes.
     The Q of a new edge is its step reward: with 0, the golden toy trees of the tests take other paths.
 
     Raises:
         ValueError: the candidates do not fill the tree's child slots.
     """
-    max_children = tree.children_BNW.shape[2]
-    if candidates.valid_BW.shape[1] != max_children:
-        raise ValueError(f"the tree has {max_children} child slots, got {candidates.valid_BW.shape[1]} candidates")
-    active_B = active_B & is_leaf(tree, node_B) & ~_pick(tree.terminal_BN, node_B)
-    child_BW = _allocate(tree, candidates.valid_BW & active_B[:, None])
-    old_children_BW = _children(tree, node_B)
-    children_BW = jnp.where(active_B[:, None], child_BW, old_children_BW)
-    row_B = jnp.arange(node_B.shape[0])
+    max_nodes, max_children = tree.children_NW.shape
+    if len(candidates.valid_W) != max_children:
+        raise ValueError(f"the tree has {max_children} child slots, got {len(candidates.valid_W)} candidates")
+    wanted_W = candidates.valid_W & is_leaf(tree, node) & ~tree.terminal_N[node]
+    next_id_W = tree.n_nodes + jnp.cumsum(wanted_W, dtype=jnp.int32) - 1
+    child_W = jnp.where(wanted_W & (next_id_W < max_nodes), next_id_W, NO_CHILD)
+
+    # For each node of the tree: whether it is new, and from which candidate.
+    is_from_NW = jnp.arange(max_nodes)[:, None] == child_W
+    is_new_N, slot_N = is_from_NW.any(axis=1), is_from_NW.argmax(axis=1)
+    is_node_N = jnp.arange(max_nodes) == node
+
+    def write(array_N: Array, value_W: AnyArray) -> Array:
+        return jnp.where(is_new_N, jnp.asarray(value_W)[slot_N], array_N)
+
+    step_reward_W = candidates.state_score_W - tree.state_score_N[node]
     tree = tree._replace(
-        children_BNW=tree.children_BNW.at[row_B, node_B].set(children_BW),
-        n_nodes_B=tree.n_nodes_B + jnp.sum(child_BW != NO_CHILD, axis=1, dtype=jnp.int32),
+        n_nodes=tree.n_nodes + jnp.sum(child_W != NO_CHILD, dtype=jnp.int32),
+        parent_N=jnp.where(is_new_N, node, tree.parent_N),
+        depth_N=jnp.where(is_new_N, tree.depth_N[node] + 1, tree.depth_N),
+        children_NW=jnp.where(is_node_N[:, None] & wanted_W, child_W, tree.children_NW),
+        prior_N=write(tree.prior_N, candidates.prior_W),
+        state_score_N=write(tree.state_score_N, candidates.state_score_W),
+        step_reward_N=write(tree.step_reward_N, step_reward_W),
+        q_value_N=write(tree.q_value_N, step_reward_W),
+        terminal_N=write(tree.terminal_N, candidates.terminal_W),
+        extra=jax.tree.map(write, tree.extra, candidates.extra),
     )
-    return _write_nodes(tree, node_B, child_BW, candidates), child_BW
+    return tree, child_W
 
 
-def backup(tree: Tree, leaf_B: IntB, active_B: BoolB, discount: float | Array, value_weight: ValueWeight) -> Tree:
-    """Counts one simulation that ended at `leaf_B` and renews V and Q from there up to the root, if active.
+def backup(tree: Tree, leaf: NodeId, discount: float | Array, value_weight: ValueWeight) -> Tree:
+    """Counts one simulation that ended at `leaf`, and updates V and Q from there up to the root.
 
     N += 1; V(s) = sum(w Q) / sum(w) over the children (eq 9); Q(s, a) = r + discount * V(s') (eq 8).
     A child's weight w is N(s') for "visits", so that unvisited children take no part; for "max1" (the public
     code of arXiv 2405.00451) it is max(1, N(s')), so that they do, with their step reward as Q.
+    A leaf of NO_PARENT is above the root: nothing changes.
     """
 
-    def any_left(carry: tuple[Tree, jax.Array]) -> jax.Array:
-        return jnp.any(carry[1] != NO_PARENT)
+    def update(carry: tuple[NodeId, Array, Array, Array]) -> tuple[NodeId, Array, Array, Array]:
+        node, visit_count_N, q_value_N, value_N = carry
+        child_W = tree.children_NW[node]
+        weight_W = visit_count_N[child_W] if value_weight == "visits" else jnp.maximum(visit_count_N[child_W], 1)
+        weight_W = jnp.where(child_W == NO_CHILD, 0, weight_W)
+        value = jnp.sum(weight_W * q_value_N[child_W]) / jnp.maximum(jnp.sum(weight_W), 1)
+        # No edge leads into the root.
+        q_value = jnp.where(node == ROOT, 0.0, tree.step_reward_N[node] + discount * value)
+        is_node_N = jnp.arange(len(visit_count_N)) == node
+        return (
+            tree.parent_N[node],
+            visit_count_N + is_node_N,
+            jnp.where(is_node_N, q_value, q_value_N),
+            jnp.where(is_node_N, value, value_N),
+        )
 
-    def step(carry: tuple[Tree, jax.Array]) -> tuple[Tree, jax.Array]:
-        tree, node_B = carry
-        tree = _update_node(tree, node_B, discount, value_weight)
-        return tree, jnp.where(node_B == NO_PARENT, NO_PARENT, _pick(tree.parent_BN, node_B))
-
-    start_B = jnp.where(active_B, leaf_B, NO_PARENT)
-    return jax.lax.while_loop(any_left, step, (tree, start_B))[0]
-
-
-def _update_node(tree: Tree, node_B: IntB, discount: float | Array, value_weight: ValueWeight) -> Tree:
-    """One step of the backup; a node that is NO_PARENT stands for a tree that is done."""
-    row_B = jnp.arange(node_B.shape[0])
-    # A negative index would wrap round to the last node; one beyond the end is dropped.
-    slot_B = jnp.where(node_B == NO_PARENT, tree.parent_BN.shape[1], node_B)
-    value_B = _children_mean(tree, node_B, value_weight)
-    q_value_B = jnp.where(node_B == ROOT, 0.0, _pick(tree.step_reward_BN, node_B) + discount * value_B)
-    return tree._replace(
-        visit_count_BN=tree.visit_count_BN.at[row_B, slot_B].add(1, mode="drop"),
-        value_BN=tree.value_BN.at[row_B, slot_B].set(value_B, mode="drop"),
-        q_value_BN=tree.q_value_BN.at[row_B, slot_B].set(q_value_B, mode="drop"),
-    )
-
-
-def _children_mean(tree: Tree, node_B: IntB, value_weight: ValueWeight) -> jax.Array:
-    """Eq 9: the weighted mean of the children's Q; 0 where all weights are 0."""
-    child_BW = _children(tree, node_B)
-    visits_BW = _gather(tree.visit_count_BN, child_BW)
-    weight_BW = visits_BW if value_weight == "visits" else jnp.maximum(visits_BW, 1)
-    weight_BW = jnp.where(child_BW == NO_CHILD, 0, weight_BW)
-    total_B = jnp.sum(weight_BW, axis=1)
-    return jnp.sum(weight_BW * _gather(tree.q_value_BN, child_BW), axis=1) / jnp.maximum(total_B, 1)
-
-
-def _allocate(tree: Tree, wanted_BW: BoolBW) -> jax.Array:
-    """Returns the next free ids, in slot order, where wanted and within the capacity; else NO_CHILD."""
-    next_BW = tree.n_nodes_B[:, None] + jnp.cumsum(wanted_BW, axis=1, dtype=jnp.int32) - 1
-    return jnp.where(wanted_BW & (next_BW < tree.parent_BN.shape[1]), next_BW, NO_CHILD)
-
-
-def _write_nodes(tree: Tree, node_B: IntB, child_BW: IntBW, candidates: Candidates) -> Tree:
-    """Fills the rows of the new nodes `child_BW`, children of `node_B`."""
-    row_B1 = jnp.arange(node_B.shape[0])[:, None]
-    slot_BW = jnp.where(child_BW == NO_CHILD, tree.parent_BN.shape[1], child_BW)
-    step_reward_BW = candidates.state_score_BW - _pick(tree.state_score_BN, node_B)[:, None]
-    depth_B = _pick(tree.depth_BN, node_B) + 1
-
-    def write(array_BN: Array, value_BW: AnyArray) -> Array:
-        return array_BN.at[row_B1, slot_BW].set(value_BW, mode="drop")
-
-    return tree._replace(
-        parent_BN=write(tree.parent_BN, node_B[:, None]),
-        depth_BN=write(tree.depth_BN, depth_B[:, None]),
-        prior_BN=write(tree.prior_BN, candidates.prior_BW),
-        state_score_BN=write(tree.state_score_BN, candidates.state_score_BW),
-        confidence_BN=write(tree.confidence_BN, candidates.confidence_BW),
-        outcome_BN=write(tree.outcome_BN, candidates.outcome_BW),
-        step_reward_BN=write(tree.step_reward_BN, step_reward_BW),
-        q_value_BN=write(tree.q_value_BN, step_reward_BW),
-        terminal_BN=write(tree.terminal_BN, candidates.terminal_BW),
-        on_gold_BN=write(tree.on_gold_BN, candidates.on_gold_BW),
-    )
-
-
-def _children(tree: Tree, node_B: IntB) -> jax.Array:
-    return tree.children_BNW[jnp.arange(node_B.shape[0]), node_B]
-
-
-def _pick(array_BN: Array, index_B: IntB) -> Array:
-    return array_BN[jnp.arange(index_B.shape[0]), index_B]
-
-
-def _gather(array_BN: Array, index_BW: IntBW) -> Array:
-    """Looks up one row's entries; for NO_CHILD it gives the root's, which callers mask."""
-    return jnp.take_along_axis(array_BN, jnp.maximum(index_BW, ROOT), axis=1)
+    start = jnp.int32(leaf), tree.visit_count_N, tree.q_value_N, tree.value_N
+    _, visit_count_N, q_value_N, value_N = jax.lax.while_loop(lambda carry: carry[0] != NO_PARENT, update, start)
+    return tree._replace(visit_count_N=visit_count_N, q_value_N=q_value_N, value_N=value_N)

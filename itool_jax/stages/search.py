@@ -12,18 +12,22 @@ from typing import Any, NamedTuple
 from itool_jax.config import Config
 from itool_jax.files import write_jsonl
 from itool_jax.mcts.pairs import Pair, preference_pairs
-from itool_jax.mcts.search import Forest
+from itool_jax.mcts.policy import PROMPT_BUCKET, ModelPolicy, Searched
+from itool_jax.mcts.search import FinishedTree
+from itool_jax.mcts.search import grow as grow_trees
 from itool_jax.messages import say
+from itool_jax.sampler import Policy
 from itool_jax.stages import score
+from itool_jax.stages.base import Base
 from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
 from itool_jax.stages.paths import command, phase_name
 from itool_jax.stages.run import Run
-from itool_jax.stages.searcher import PROMPT_BUCKET, Searched, Searcher
 from itool_jax.stages.splits import Samples, split_replay
 from itool_jax.stages.spread import Advance
 from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.chat import Chat
 from itool_jax.text.padding import bucket
+from itool_jax.text.steps import StepTable
 
 Row = dict[str, Any]
 
@@ -72,26 +76,34 @@ PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", 
 TREES = Step("search", ["trees.jsonl", "pairs.jsonl"], grow, _read)
 
 
-def trees(policy, base, table, items, config, iteration=1):
-    places = {item.sample.id: i for i, item in enumerate(items)}
-    for group in _groups(items, config.search.seats):
+def trees(
+    policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], config: Config, iteration: int
+) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
+    """Searches samples, and yields after each round what is done.
+
+    That is the number of simulations that ended, and (index into `items`, row) of each tree that is complete. A row is
+    {tree, pairs, sampled_tokens}: a row of trees.jsonl, and rows of pairs.jsonl.
+    """
+    for group in _groups(items, config.search.lanes):
         # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
-        searcher = Searcher(policy, base, table, group, config.search, config.self_eval, config.seed)
-        # 3. The best and the worst step at each node are a preference pair.
-        results = _results(searcher.search(), group, base.chat, config, iteration)
-        yield len(group) * config.search.n_simulations, [(places[name], row) for name, row in results.items()]
+        batch = [items[i] for i in group]
+        max_length = base.config.max_length
+        model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, config.seed)
+        for n_simulations, finished in grow_trees(model.problems, model, config.search):
+            # 3. The best and the worst step at each node are a preference pair.
+            yield (
+                n_simulations,
+                [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished],
+            )
 
 
-def _results(forest: Forest, group: Sequence[Searched], chat: Chat, config: Config, iteration: int) -> dict[str, Row]:
-    """Tree and pairs of each sample by its id."""
-    decode = chat.tokenizer.decode
-    pairs = preference_pairs(forest.tree, forest.step_tokens_BNS, forest.step_length_BN, decode, config.pairs)
-    found = {}
-    for b, searched in enumerate(group):
-        own = [_pair_row(pair, searched, chat, iteration) for pair in pairs if pair.tree == b]
-        tree, tokens = _tree_row(forest, b, searched, chat), int(forest.sampled_tokens_B[b])
-        found[searched.sample.id] = {"tree": tree, "pairs": own, "sampled_tokens": tokens}
-    return found
+def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
+    pairs = preference_pairs(finished.tree, finished.steps, chat.tokenizer.decode, config.pairs)
+    return {
+        "tree": _tree_row(finished, searched, chat),
+        "pairs": [_pair_row(pair, searched, chat, iteration) for pair in pairs],
+        "sampled_tokens": finished.sampled_tokens,
+    }
 
 
 def _remark(phase: str, results: Sequence[Row]) -> None:
@@ -108,15 +120,18 @@ def _remark(phase: str, results: Sequence[Row]) -> None:
         say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
 
 
-def _groups(items: Sequence[Searched], least: int) -> list[list[Searched]]:
-    """Samples of one padded prompt length together, with the next longer ones where they are less than `least`."""
-    rows = sorted(items, key=lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET))
-    found: list[list[Searched]] = []
-    for _, same in itertools.groupby(rows, lambda row: bucket(len(row.encoded.prompt_ids), PROMPT_BUCKET)):
-        if not found or len(found[-1]) >= least:
-            found.append([])
-        found[-1] += same
-    return found
+def _groups(items: Sequence[Searched], least: int) -> list[list[int]]:
+    """Returns indices of samples, grouped by padded prompt length; a group of less than `least` takes in the next."""
+
+    def width(i: int) -> int:
+        return bucket(len(items[i].encoded.prompt_ids), PROMPT_BUCKET)
+
+    groups: list[list[int]] = []
+    for _, same in itertools.groupby(sorted(range(len(items)), key=width), width):
+        if not groups or len(groups[-1]) >= least:
+            groups.append([])
+        groups[-1] += same
+    return groups
 
 
 def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row:
@@ -141,26 +156,24 @@ def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row
     }
 
 
-def _tree_row(forest: Forest, b: int, searched: Searched, chat: Chat) -> Row:
-    t, decode = forest.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
-
-    def node(n: int) -> Row:
-        ids = forest.step_tokens_BNS[b, n, : forest.step_length_BN[b, n]].tolist()
-        return {
+def _tree_row(finished: FinishedTree, searched: Searched, chat: Chat) -> Row:
+    tree, decode = finished.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
+    nodes = [
+        {
             "node": n,
-            "parent": int(t.parent_BN[b, n]),
-            "depth": int(t.depth_BN[b, n]),
-            "text": decode(ids),
-            "token_ids": ids,
-            "visits": int(t.visit_count_BN[b, n]),
-            "q": float(t.q_value_BN[b, n]),
-            "value": float(t.value_BN[b, n]),
-            "prior": float(t.prior_BN[b, n]),
-            "outcome": float(t.outcome_BN[b, n]),
-            "confidence": float(t.confidence_BN[b, n]),
-            "terminal": bool(t.terminal_BN[b, n]),
-            "gold": bool(t.on_gold_BN[b, n]),
+            "parent": int(tree.parent_N[n]),
+            "depth": int(tree.depth_N[n]),
+            "text": decode(token_ids),
+            "token_ids": token_ids,
+            "visits": int(tree.visit_count_N[n]),
+            "q": float(tree.q_value_N[n]),
+            "value": float(tree.value_N[n]),
+            "prior": float(tree.prior_N[n]),
+            "outcome": float(tree.extra.outcome[n]),
+            "confidence": float(tree.extra.confidence[n]),
+            "terminal": bool(tree.terminal_N[n]),
+            "gold": bool(tree.extra.matches_reference[n]),
         }
-
-    nodes = [node(n) for n in range(int(t.n_nodes_B[b]))]
+        for n, token_ids in enumerate(finished.steps)
+    ]
     return {"id": searched.sample.id, "gold": searched.sample.target, "nodes": nodes}

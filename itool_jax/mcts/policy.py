@@ -1,0 +1,273 @@
+"""The policy as the `Model` of a search: it proposes steps and judges itself; its responses are graded by rule.
+
+In: a policy and samples of similar length. Out: what `mcts.search` asks for, each call one compiled program over all
+trees that still grow. Of `mcts`, only this module sees the sampler and the model.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from itool_jax.data.records import Sample
+from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step
+from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
+from itool_jax.model.cache import Prefix, empty_prefix, place
+from itool_jax.model.sharding import row_devices, to_host
+from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
+from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
+from itool_jax.text.padding import bucket, pad
+from itool_jax.text.steps import StepTable, split_steps
+from itool_jax.types import AnyArray
+
+PROMPT_BUCKET, PATH_BUCKET, OWN_BUCKET = 256, 64, 64  # smallest padded widths: few programs matter more than tight ones
+FEW = 4
+"""Where 1/FEW of the lanes or less are asked about, a program of that size runs."""
+
+
+class Searched(NamedTuple):
+    """A sample under search."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+class ModelPolicy:
+    """The policy as the `Model` of a search over samples of similar length.
+
+    Prompts, and prompts with the reference answer behind them, are computed once; every node reads those caches.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        chat: Chat,
+        max_length: int,
+        table: StepTable,
+        batch: Sequence[Searched],
+        settings: SearchSettings,
+        self_eval: SelfEvaluationSettings,
+        seed: int,
+    ):
+        self.policy, self.chat, self.table, self.batch = policy, chat, table, batch
+        self.settings, self.key = settings, jax.random.key(seed)
+        self.letters = np.array(answer_ids(chat, self_eval.letters), np.int32)
+        self.problems = [Problem(row.sample.id, split_steps(table, row.encoded.target_ids)) for row in batch]
+        self.frames = [self._frame(row.encoded, self_eval) for row in batch]
+        prompts = [row.encoded.prompt_ids for row in batch]
+        questions = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
+        self.token_budgets = [
+            max_length - len(question) - len(frame.after)
+            for question, frame in zip(questions, self.frames, strict=True)
+        ]
+        """How long a response may be, the gold one too, so that the question about it fits the context."""
+        for row, budget in zip(batch, self.token_budgets, strict=True):
+            if budget < len(row.encoded.target_ids):
+                raise ValueError(
+                    f"sample {row.sample.id}: the question about its answers does not fit the model's context of "
+                    f"{max_length} tokens; remove the sample, or take a model with a longer context"
+                )
+        self.prompts = _ContextCache(policy, prompts, settings.lanes)
+        self.questions = _ContextCache(policy, questions, settings.lanes)
+
+    def _frame(self, encoded: Encoded, self_eval: SelfEvaluationSettings) -> EvaluationFrame:
+        gold = self.chat.content_ids(encoded.target_ids)
+        return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
+
+    def propose(self, states: Sequence[State], /) -> list[list[Step]]:
+        """Samples `breadth` steps for each state in one compiled loop, and scores the gold step of those with one."""
+        s, (cache, rows) = self.settings, self.prompts.read(states)
+        until_stop = any(state.until_stop for state in states)
+        max_tokens = max(s.max_last_step_tokens, s.max_step_tokens) if until_stop else s.max_step_tokens
+        steps = sample_step(
+            self.policy.graph,
+            max_tokens,
+            self.policy.params,
+            self.table,
+            cache,
+            *self._paths(states, rows),
+            self._keys(states, rows),
+            np.repeat(rows.column([self._limit(state) for state in states]), s.breadth),
+            np.repeat(rows.column([state.until_stop for state in states], bool), s.breadth),
+            np.float32(s.temperature),
+        )
+        gold = self._gold_steps(states)
+        steps = to_host(steps)
+        proposals = []
+        for state, place_of_state in zip(states, rows.taken, strict=True):
+            sampled = range(place_of_state * s.breadth, (place_of_state + 1) * s.breadth)
+            proposals.append([_step(steps, row) for row in sampled] + gold.get(state.lane, []))
+        return proposals
+
+    def _gold_steps(self, states: Sequence[State]) -> dict[int, list[Step]]:
+        """Returns the gold step by lane, with its log π, of the states that have one."""
+        with_gold = [state for state in states if state.gold_step]
+        if not with_gold:
+            return {}
+        cache, rows = self.prompts.read(with_gold)
+        gold = [state.gold_step for state in with_gold]
+        steps = rows.pad(gold, bucket(max(map(len, gold)), OWN_BUCKET))
+        log_prob_P = to_host(score_step(*self.policy, cache, *self._paths(with_gold, rows), *steps))
+        return {
+            state.lane: [Step(state.gold_step, float(log_prob_P[row]), state.gold_step[-1] in self.chat.stop_ids)]
+            for state, row in zip(with_gold, rows.taken, strict=True)
+        }
+
+    def _paths(self, states: Sequence[State], rows: "_Rows") -> tuple[np.ndarray, np.ndarray]:
+        paths = [[self.prompts.last_token(state.problem), *state.response] for state in states]
+        return rows.pad(paths, _path_width(paths))
+
+    def _limit(self, state: State) -> int:
+        return max(1, min(state.limit, self.token_budgets[state.problem] - len(state.response)))
+
+    def _keys(self, states: Sequence[State], rows: "_Rows") -> jax.Array:
+        """Returns a key a row from the prompt's id, the path of the node and the candidate: never from the row."""
+        breadth = self.settings.breadth
+        ids = rows.column([text_key(self.batch[state.problem].sample.id) for state in states], np.uint32)
+        paths = rows.column([text_key(" ".join(map(str, state.response))) for state in states], np.uint32)
+        candidates = np.tile(np.arange(breadth, dtype=np.uint32), rows.size)
+        return row_keys(self.key, np.repeat(ids, breadth), np.repeat(paths, breadth), candidates)
+
+    def judge(self, responses: Sequence[Response], /) -> list[float]:
+        """Asks the policy about each response, which it answers with one token (eq 7).
+
+        Most states have `breadth` candidates. The injected gold step of the others is judged in a second pass, so that
+        no lane carries a padding row for it.
+        """
+        breadth = self.settings.breadth
+        by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
+        first = self._ask([same[:breadth] for same in by_problem], breadth)
+        second = self._ask([same[breadth:] for same in by_problem if len(same) > breadth], 1)
+        sampled, injected = iter(first), iter(second)
+        return [next(sampled if i < breadth else injected) for same in by_problem for i in range(len(same))]
+
+    def _ask(self, groups: Sequence[Sequence[Response]], most: int) -> list[float]:
+        """Returns the confidence in every response of the groups, in one forward pass.
+
+        A group is at most `most` responses to one problem; the beginning that they share is computed once.
+        """
+        if not groups:
+            return []
+        cache, rows = self.questions.read([group[0] for group in groups])
+        shared, own = [], []
+        for group in groups:
+            problem = group[0].problem
+            shown = [self.chat.content_ids(response.token_ids) for response in group]
+            n = _n_common(shown)
+            shared.append([self.questions.last_token(problem), *shown[0][:n]])
+            own += [[*ids[n:], *self.frames[problem].after] for ids in shown]
+        own_rows = rows.split([len(group) for group in groups], most)
+        logits_BA = answer(
+            *self.policy,
+            cache,
+            *rows.pad(shared, _path_width(shared)),
+            *own_rows.pad(own, bucket(max(map(len, own)), OWN_BUCKET)),
+            self.letters,
+        )
+        return to_host(_confidences(logits_BA))[own_rows.taken].tolist()
+
+    def grade(self, problem: int, response: list[int], stopped: bool, /) -> float:
+        """Returns the outcome of a whole response against the gold (O of eq 6)."""
+        sample = self.batch[problem].sample
+        text = self.chat.tokenizer.decode(self.chat.content_ids(response))
+        grading = self.settings.outcome
+        return outcome(sample.target, text, finished=stopped, tools=sample.tools, grading=grading)
+
+
+class _ContextCache:
+    """Keys and values of one context a lane: a prompt, or a prompt and the beginning of the question about it.
+
+    A lane's part is computed when it is first asked about a problem. The last token of a context is left out: it opens
+    what a request adds, so that there is a token whose pass gives the first logits.
+    """
+
+    def __init__(self, policy: Policy, contexts: Sequence[list[int]], lanes: int):
+        self.policy, self.contexts, self.lanes = policy, contexts, lanes
+        self.width = bucket(max(map(len, contexts)), PROMPT_BUCKET)
+        self.problem_of: dict[int, int] = {}
+        self.cache: Prefix | None = None
+
+    def last_token(self, problem: int) -> int:
+        return self.contexts[problem][-1]
+
+    def read(self, requests: Sequence[State | Response]) -> tuple[Prefix, "_Rows"]:
+        """Returns a cache, and the rows in it of the requests, which are of different lanes.
+
+        It has a row a lane; or, where few trees still grow, a quarter as many.
+        """
+        wanted = {request.lane: request.problem for request in requests}
+        self._compute({lane: problem for lane, problem in wanted.items() if self.problem_of.get(lane) != problem})
+        assert self.cache is not None
+        lanes, few = list(wanted), max(1, self.lanes // FEW)
+        if len(lanes) > few:
+            return self.cache, _Rows(lanes, self.lanes)
+        rows = _Rows(list(range(len(lanes))), few)
+        return _take(self.cache, rows.column(lanes)), rows
+
+    def _compute(self, problem_of: dict[int, int]) -> None:
+        """Computes the contexts of some lanes, as many at a time as the mesh spreads over its devices."""
+        lanes, count = list(problem_of), row_devices(running=True)
+        for start in range(0, len(lanes), count):
+            chosen = lanes[start : start + count]
+            contexts = [self.contexts[problem_of[lane]][:-1] for lane in chosen]
+            new = prefill(*self.policy, *pad(contexts, self.width, count))
+            unused = [self.lanes] * (count - len(chosen))  # out-of-range rows are dropped
+            cache = empty_prefix(new, self.lanes) if self.cache is None else self.cache
+            self.cache = place(cache, new, np.array(chosen + unused, np.int32))
+        self.problem_of |= problem_of
+
+
+class _Rows(NamedTuple):
+    """The rows that requests take in a batch of `size`; the others are padding."""
+
+    taken: list[int]
+    size: int
+
+    def column(self, values: Sequence[int], dtype: Any = np.int32) -> np.ndarray:
+        """Returns one value a row [size], 0 in padding."""
+        column = np.zeros(self.size, dtype)
+        column[self.taken] = values
+        return column
+
+    def pad(self, token_ids: Sequence[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns right-padded tokens [size, width] and their lengths [size]; padding rows have one token."""
+        rows = [[0]] * self.size
+        for row, ids in zip(self.taken, token_ids, strict=True):
+            rows[row] = ids
+        return pad(rows, width)
+
+    def split(self, counts: Sequence[int], most: int) -> "_Rows":
+        """Returns the rows of a batch with `most` rows for each of these, of which the first `counts` are taken."""
+        assert max(counts) <= most
+        taken = [row * most + i for row, count in zip(self.taken, counts, strict=True) for i in range(count)]
+        return _Rows(taken, self.size * most)
+
+
+@jax.jit
+def _take(prefix: Prefix, index_P: jax.Array) -> Prefix:
+    return jax.tree.map(lambda x: x[index_P], prefix)
+
+
+@jax.jit
+def _confidences(logits_BA: jax.Array) -> AnyArray:
+    if logits_BA.shape[1] == 2:
+        return confidence(logits_BA[:, 0], logits_BA[:, 1])
+    return four_grade_confidence(logits_BA)
+
+
+def _step(steps: Any, row: int) -> Step:
+    token_ids = steps.tokens_BT[row, : steps.length_B[row]].tolist()
+    return Step(token_ids, float(steps.log_prob_B[row]), bool(steps.stopped_B[row]))
+
+
+def _path_width(paths: Sequence[list[int]]) -> int:
+    """Returns the padded width of paths: the context's last token, then a response, padded by itself."""
+    return 1 + bucket(max(map(len, paths)) - 1, PATH_BUCKET)
+
+
+def _n_common(rows: Sequence[list[int]]) -> int:
+    """Returns how many tokens all rows begin with alike."""
+    alike = (len(set(column)) == 1 for column in zip(*rows, strict=False))
+    return sum(itertools.takewhile(bool, alike))
