@@ -15,6 +15,27 @@ from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
+BINDING = {
+    "": ("model", "data", "skip_bad_rows", "seed", "dtype", "quantize", "deterministic"),
+    "lora.": ("rank", "alpha", "dropout", "targets"),
+    "generated.": ("train", "validation", "test"),
+    "warmup.": ("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm", "order", "pack"),
+    "replay.": ("replay_fraction", "hardest_fraction", "skip_fraction"),
+    "search.": (
+        *("n_simulations", "breadth", "max_depth", "exploration", "discount", "value_weight"),
+        *("temperature", "prior_exponent", "granularity", "max_step_tokens", "max_last_step_tokens"),
+        *("outcome", "inject_gold", "batch"),
+    ),
+    "self_eval.": ("reference", "scale"),
+    "pairs.": ("min_q_gap",),
+    "preference.": (
+        *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
+        *("loss", "beta", "margin", "orpo_lambda", "sft_weight", "control"),
+    ),
+    "generate.": ("max_tokens",),
+}
+"""The settings that bind a run directory, by section."""
+
 
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
@@ -234,6 +255,11 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     ):
         run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
+
+
+def test_exactly_the_settings_that_define_a_run_bind_its_directory(tmp_path: Path):
+    binding = run_directory.binding_settings(started(tmp_path))
+    assert list(binding) == [section + name for section, names in BINDING.items() for name in names]
 
 
 def test_the_config_of_a_run_that_was_moved_names_its_new_place(tmp_path: Path):
