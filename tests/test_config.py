@@ -10,7 +10,9 @@ import yaml
 
 from itool_jax import config as settings
 from itool_jax import run_directory
-from itool_jax.config import Config
+from itool_jax.config import Config, Recipe, Runtime
+from itool_jax.sampler import GenerateRuntime
+from itool_jax.train import PreferenceRecipe, TrainingRuntime, WarmupRecipe
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -255,6 +257,26 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     ):
         run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
+
+
+def test_a_setting_belongs_to_the_recipe_or_to_the_runtime():
+    config = Config(stage="iterate")
+    recipe, runtime = config.flat(Recipe), config.flat(Runtime)
+    assert recipe.keys() & runtime.keys() == set()
+    assert recipe | runtime == config.flat()
+
+
+@pytest.mark.parametrize("part", [TrainingRuntime(), GenerateRuntime(), WarmupRecipe(), PreferenceRecipe(), Recipe()])
+def test_a_part_of_the_settings_checks_itself(part: Recipe):
+    name, bad = {
+        TrainingRuntime: ("checkpoint_every", -1),
+        GenerateRuntime: ("temperature", -1.0),
+        WarmupRecipe: ("pack", -1),
+        PreferenceRecipe: ("beta", -1.0),
+        Recipe: ("seed", -1),
+    }[type(part)]
+    with pytest.raises(ValueError, match=rf"{name} must .*, got {bad}"):
+        dataclasses.replace(part, **{name: bad})
 
 
 def test_exactly_the_settings_that_define_a_run_bind_its_directory(tmp_path: Path):
