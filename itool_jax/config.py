@@ -1,6 +1,8 @@
 """All settings of a run: the dataclasses that live beside the code they steer, composed; YAML and command line in.
 
-A YAML file holds differences from the defaults only; the command line wins over it.
+`Recipe` declares the settings that define a run, and `Runtime` those that say what one command does, where and how.
+`Config` is both; its sections warmup, preference and generate hold settings of both kinds. A YAML file holds only what
+differs from the defaults; the command line wins over it.
 """
 
 import contextlib
@@ -25,9 +27,9 @@ from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
 from itool_jax.replay import ReplaySettings
-from itool_jax.sampler import GenerateSettings
+from itool_jax.sampler import GenerateRecipe, GenerateRuntime, GenerateSettings
 from itool_jax.trackers import LogSettings
-from itool_jax.train import PreferenceSettings, WarmupSettings
+from itool_jax.train import PreferenceRecipe, PreferenceSettings, TrainingRuntime, WarmupRecipe, WarmupSettings
 
 Stage = Literal[
     "iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report", "plan", "doctor"
@@ -88,15 +90,9 @@ class ExportSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
+class Recipe:
+    """What a run is: the settings that its results depend on. They bind the run directory."""
 
-    stage: Stage
-    """What to run: iterate is the whole loop, of which warmup, score, search, dpo and evaluate are parts; plan and
-    doctor come before a run, report, export and generate after it."""
-    config: str | None = None
-    """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
-    config of your own it is demo."""
     model: str = "embedded"
     """Model folder in Hugging Face layout, a hub name, or the embedded checkpoint."""
     data: str = "generated"
@@ -104,6 +100,43 @@ class Config:
     answers when a benchmark is evaluated."""
     skip_bad_rows: bool = False
     """Leave out training rows that are wrong or too long for the model, and list them; else the first ends the run."""
+    seed: int = 0
+    """Seed of everything random, but for the generated corpus, which is always the same."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and matrix products; adapters, optimizer, softmax and losses are float32 always."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4 keeps the layers' weights in four bits and trains adapters beside them (QLoRA)."""
+    deterministic: bool = False
+    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
+    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
+    refused; what it costs here was not measured. Elsewhere it changes nothing."""
+    lora: LoraSettings = LoraSettings()
+    generated: GeneratedSettings = GeneratedSettings()
+    warmup: WarmupRecipe = WarmupRecipe()
+    replay: ReplaySettings = ReplaySettings()
+    search: SearchSettings = SearchSettings()
+    self_eval: SelfEvaluationSettings = SelfEvaluationSettings()
+    pairs: PairSettings = PairSettings()
+    preference: PreferenceRecipe = PreferenceRecipe()
+    generate: GenerateRecipe = GenerateRecipe()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if self.quantize == "nf4" and self.lora.rank == 0:
+            raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What one command does, where and how. Commands on one run directory may differ in these."""
+
+    stage: Stage
+    """What to run: iterate is the whole loop, of which warmup, score, search, dpo and evaluate are parts; plan and
+    doctor come before a run, report, export and generate after it."""
+    config: str | None = None
+    """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
+    config of your own it is demo."""
     run_dir: Path = Path("runs/default")
     """Where a run keeps everything; finished work found there is not done again."""
     output: Path | None = None
@@ -132,35 +165,19 @@ class Config:
     """Rounds of score, search, preference training."""
     iteration: int = 1
     """Which round the stages score, search and dpo work on when run alone."""
-    seed: int = 0
-    """Seed of everything random, but for the generated corpus, which is always the same."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and matrix products; adapters, optimizer, softmax and losses are float32 always."""
-    quantize: Literal["none", "nf4"] = "none"
-    """nf4 keeps the layers' weights in four bits and trains adapters beside them (QLoRA)."""
     remat: Literal["auto", "none", "layers", "dots"] = "auto"
     """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
     layers for models of more than eight."""
-    deterministic: bool = False
-    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
-    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
-    refused; what it costs here was not measured. Elsewhere it changes nothing."""
     profile: bool = False
     """Trace a few steps of each kind of work, once it is warm, into profile/ in the run directory, for Perfetto and
     XProf."""
     log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
-    lora: LoraSettings = LoraSettings()
-    generated: GeneratedSettings = GeneratedSettings()
-    warmup: WarmupSettings = WarmupSettings()
-    replay: ReplaySettings = ReplaySettings()
-    search: SearchSettings = SearchSettings()
-    self_eval: SelfEvaluationSettings = SelfEvaluationSettings()
-    pairs: PairSettings = PairSettings()
-    preference: PreferenceSettings = PreferenceSettings()
+    warmup: TrainingRuntime = TrainingRuntime()
+    preference: TrainingRuntime = TrainingRuntime()
     evaluate: EvaluateSettings = EvaluateSettings()
-    generate: GenerateSettings = GenerateSettings()
+    generate: GenerateRuntime = GenerateRuntime()
     export: ExportSettings = ExportSettings()
     plan: PlanSettings = PlanSettings()
 
@@ -169,10 +186,6 @@ class Config:
             raise ValueError(f"iterations must not be negative, got {self.iterations}")
         if self.iteration < 1:
             raise ValueError(f"iteration must be positive, got {self.iteration}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
-        if self.quantize == "nf4" and self.lora.rank == 0:
-            raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
         if (
             self.output is not None
             and self.stage not in ("score", "generate", "export", "plan")
@@ -191,11 +204,6 @@ class Config:
         if self.overwrite and self.stage != "export":
             raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
         self._check_chat()
-        for name, value in self.flat().items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-            if isinstance(value, str) and untrusted.redacted(value) != value:
-                raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
 
     def _check_chat(self) -> None:
         if self.chat and self.stage != "generate":
@@ -235,9 +243,27 @@ class Config:
         writes = self.stage not in ("generate", "report") and not self.looks_only
         return writes and self.results is None and not alone
 
-    def flat(self) -> dict[str, Any]:
-        """All settings by their command-line names, as plain values."""
-        return dict(_flatten(dataclasses.asdict(self)))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Runtime, Recipe):
+    """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
+
+    warmup: WarmupSettings = WarmupSettings()
+    preference: PreferenceSettings = PreferenceSettings()
+    generate: GenerateSettings = GenerateSettings()
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        Runtime.__post_init__(self)
+        for name, value in self.flat().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+            if isinstance(value, str) and untrusted.redacted(value) != value:
+                raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
+
+    def flat(self, kind: type[Recipe] | type[Runtime] | None = None) -> dict[str, Any]:
+        """Returns all settings, or those of one kind, by their command-line names, as plain values."""
+        return dict(_leaves(self, kind or Config))
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -338,8 +364,7 @@ def _file_arguments(path: Path, stage: str | None) -> list[str]:
         path.name == "config.yaml" and (path.parent / "environment.json").is_file()
     ):  # that of a run, which may have been moved or copied since
         flat["run_dir"] = str(path.parent)
-    known = {name for name, _ in _flatten(_defaults())}
-    if unknown := sorted(set(flat) - known):
+    if unknown := sorted(set(flat) - set(Config(stage="iterate").flat())):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
     if stage not in BENCHMARK_STAGES:
         flat = {name: value for name, value in flat.items() if name not in ("benchmark", "categories")}
@@ -361,16 +386,23 @@ def _argument(name: str, value: Any) -> list[str]:
 
 
 def _flatten(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested sections, each with its dotted name."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{head}{key}.")
         else:
+            yield f"{head}{key}", value
+
+
+def _leaves(settings: Any, kind: type, head: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the settings that the dataclass `kind` and its sections declare, each with its dotted name."""
+    for field in dataclasses.fields(kind):
+        value = getattr(settings, field.name)
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _leaves(value, field.type, f"{head}{field.name}.")
+        else:
             plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            yield f"{head}{key}", plain
-
-
-def _defaults() -> dict[str, Any]:
-    return dataclasses.asdict(Config(stage="iterate"))
+            yield f"{head}{field.name}", plain
 
 
 MEMORY_SETTINGS = (

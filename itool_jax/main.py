@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from itool_jax.allocator import keep_freed_memory
 
@@ -20,17 +21,20 @@ USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code: 0, 2 for what the user can mend, 75 where it was asked to stop."""
-    where = config = None
+    """Runs a command line and returns its exit code; raises if the program itself is at fault.
+
+    The code is 0, or 2 for an error that the user can fix, 75 after a request to stop, 130 after Ctrl-C, and 141 if
+    nothing reads the output any more.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = None
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
         config = settings.parse(arguments)
-        where = config.output or config.run_dir
         run(config, arguments)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # whoever read the output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
@@ -39,16 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         hosts.leave("interrupted")
-        kept = config is not None and config.resumes
-        messages.fail("interrupted; the same command goes on where it was" if kept else "interrupted")
+        resumes = config is not None and config.resumes
+        messages.fail("interrupted; the same command goes on where it was" if resumes else "interrupted")
         return INTERRUPTED
     except Exception as error:
-        fault = not (isinstance(error, ValueError | OSError | MemoryError) or settings.is_out_of_memory(error))
-        line = settings.describe_error(error, where)
-        if fault and isinstance(error, RuntimeError):  # of an exchange with the others, perhaps
-            hosts.await_verdict()
-        hosts.leave(line)
-        if fault or os.environ.get("ITOOL_TRACEBACK"):
+        line = settings.describe_error(error, config and (config.output or config.run_dir))
+        _tell_other_processes(error, line)
+        if not _user_can_fix(error) or os.environ.get("ITOOL_TRACEBACK"):
             messages.note("error", line)
             raise
         messages.fail(line)
@@ -58,22 +59,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hosts.leave()
 
 
+def _user_can_fix(error: Exception) -> bool:
+    return isinstance(error, ValueError | OSError | MemoryError) or settings.is_out_of_memory(error)
+
+
+def _tell_other_processes(error: Exception, line: str) -> None:
+    """Leaves with the error, unless the error only follows from that of another process, which then ends this one."""
+    if isinstance(error, RuntimeError) and not _user_can_fix(error):  # perhaps a collective that another one left
+        hosts.await_verdict()
+    hosts.leave(line)
+
+
 def run(config: Config, arguments: Sequence[str] = ()) -> None:
-    """Runs the stage of `config`, in its run directory, with compiled programs kept for the next time."""
-    if config.stage == "report":  # beside a run that goes on: it must not take a device
-        importlib.import_module("itool_jax.stages.report").run(config)
+    """Runs the stage of `config`, in its run directory if it has one."""
+    if config.stage == "report":  # follows a run that holds the devices, so it must not start JAX
+        _stage(config).run(config)
         return
+    _configure_jax(config)
+    if config.looks_only:  # chooses its devices itself
+        _stage(config).run(config)
+        return
+    _join_processes(config)
+    _run_in_directory(_on_devices_here(config), arguments)
+
+
+def _stage(config: Config) -> Any:
+    return importlib.import_module(f"itool_jax.stages.{config.stage}")
+
+
+def _configure_jax(config: Config) -> None:
+    """Keeps compiled programs between commands, and multiplies float32 matrices in full precision."""
     import jax  # slow to import; --help and errors of the command line come without it
 
     from itool_jax import environment
-    from itool_jax.model.sharding import mesh_here, use_mesh
 
     environment.keep_programs()
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    if config.looks_only:  # it decides itself which devices are used
-        importlib.import_module(f"itool_jax.stages.{config.stage}").run(config)
-        return
+
+
+def _join_processes(config: Config) -> None:
+    """Joins the other processes of the command, and listens to requests to stop if the command can be resumed."""
+    from itool_jax import environment
+
     trackers.require(config.log)
     if config.deterministic:
         environment.make_deterministic()
@@ -81,23 +109,37 @@ def run(config: Config, arguments: Sequence[str] = ()) -> None:
     if config.resumes:
         preemption.listen()
     messages.console_out.quiet = not hosts.is_first()
-    if config.stage in ("generate", "export"):
-        mesh = mesh_here(config.mesh)
-        if mesh != config.mesh:
-            messages.say("the mesh needs more devices than are here; one is used")
-        config = dataclasses.replace(config, mesh=mesh)
+
+
+def _on_devices_here(config: Config) -> Config:
+    """Shrinks the mesh to the devices here, for stages that use a trained model on any machine."""
+    from itool_jax.model.sharding import mesh_here
+
+    if config.stage not in ("generate", "export"):
+        return config
+    mesh = mesh_here(config.mesh)
+    if mesh != config.mesh:
+        messages.say("the mesh needs more devices than are here; one is used")
+    return dataclasses.replace(config, mesh=mesh)
+
+
+def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
+    """Runs a stage while no other command writes to the run directory or output, under the settings kept there."""
+    from itool_jax import environment
+    from itool_jax.model.sharding import use_mesh
+
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.by_first("settings", lambda: run_directory.save_or_check(config))
         if config.keeps_run:
             open_log(config)
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
                 messages.say(line)
-        from itool_jax.stages import sizes
+        from itool_jax.stages import sizes  # slow to import; wrong settings are refused before it
         from itool_jax.stages.run import Run
 
-        run = sizes.resolved(Run(config))
-        with sizes.explained(run):
-            importlib.import_module(f"itool_jax.stages.{config.stage}").run(run)
+        directory_run = sizes.resolved(Run(config))
+        with sizes.explained(directory_run):
+            _stage(config).run(directory_run)
 
 
 def open_log(config: Config) -> None:

@@ -15,36 +15,25 @@ from typing import Any
 import yaml
 
 from itool_jax import untrusted
-from itool_jax.config import Config
+from itool_jax.config import Config, Recipe, Runtime
 from itool_jax.files import remove_unfinished, whole_file
 from itool_jax.hosts import DistributedSettings, is_first
 
-# What may differ between two commands on one run directory: it does not change what an earlier one computed.
-FREE = (
-    *("stage", "config", "run_dir", "output", "overwrite", "watch", "chat", "tools", "iterations", "iteration"),
-    *("benchmark", "categories", "results", "against", "official"),
-    *("evaluate.", "export.", "plan.", "generate.temperature", "generate.tokens_per_batch", "generate.phase"),
-    *("mesh.", "remat"),
-    *("warmup.micro_batch", "preference.micro_batch", "warmup.checkpoint_every", "preference.checkpoint_every"),
-    *("profile", "log.", "distributed."),
-)
 LOCK = ".lock"
 NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "report.html", "profile", "tensorboard", "wandb")
 """What a run directory may hold before anything was computed."""
 
 
 def binding_settings(config: Config) -> dict[str, Any]:
-    """The settings by which a run directory tells one run from another."""
-    benchmark = _evaluates_benchmark(config)
-    return {
-        name: value
-        for name, value in config.flat().items()
-        if not name.startswith(FREE) and not (name == "data" and benchmark)
-    }
+    """Returns the settings that commands on one run directory must share."""
+    settings = config.flat(Recipe)
+    if _evaluates_benchmark(config):
+        del settings["data"]  # the benchmark's, not the run's
+    return settings
 
 
 @contextlib.contextmanager
-def lock(config: Config) -> Iterator[None]:
+def lock(config: Runtime) -> Iterator[None]:
     """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
 
     The system lets go of it when the process ends, however it ends.
@@ -157,6 +146,6 @@ def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> N
             )
 
 
-def _evaluates_benchmark(config: Config) -> bool:
+def _evaluates_benchmark(config: Runtime) -> bool:
     """Whether --data is a benchmark's."""
     return config.stage == "evaluate" and config.benchmark is not None

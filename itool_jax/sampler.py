@@ -250,13 +250,23 @@ def sample_step(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """Sampling of whole responses."""
+class GenerateRecipe:
+    """Which responses of a model count."""
+
+    max_tokens: int = 512
+    """Longest response, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"generate.max_tokens must be positive, got {self.max_tokens}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateRuntime:
+    """How the responses of one command are sampled."""
 
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
-    max_tokens: int = 512
-    """Longest response, in tokens."""
     tokens_per_batch: int = 16384
     """Prompt tokens in a batch, padding included; smaller needs less memory."""
     phase: str | None = None
@@ -266,10 +276,17 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"generate.temperature must not be negative, got {self.temperature}")
-        if self.max_tokens < 1:
-            raise ValueError(f"generate.max_tokens must be positive, got {self.max_tokens}")
         if self.tokens_per_batch < 1:
             raise ValueError(f"generate.tokens_per_batch must be positive, got {self.tokens_per_batch}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateSettings(GenerateRuntime, GenerateRecipe):
+    """Sampling of whole responses."""
+
+    def __post_init__(self) -> None:
+        GenerateRecipe.__post_init__(self)
+        GenerateRuntime.__post_init__(self)
 
 
 def text_key(text: str) -> int:

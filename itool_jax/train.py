@@ -31,7 +31,7 @@ and the step divides once by the weight of all. The key is for dropout."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingRecipe:
     """AdamW with a cosine schedule, over some epochs of batches."""
 
     section: ClassVar[str] = "training"
@@ -48,11 +48,6 @@ class TrainingSettings:
     """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
     clip_norm: float = 1.0
     """Largest norm of a gradient; larger ones are scaled down."""
-    micro_batch: int | Literal["auto"] = 0
-    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
-    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
-    checkpoint_every: int = 0
-    """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
@@ -60,15 +55,46 @@ class TrainingSettings:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"{self.section}.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
+        rise = self.warmup_ratio * n_steps
+        if step < rise:
+            return self.learning_rate * (step + 1) / (rise + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRuntime:
+    """How a training is computed: in which parts, and saved how often."""
+
+    section: ClassVar[str] = "training"
+
+    micro_batch: int | Literal["auto"] = 0
+    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
+    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 0:
+            raise ValueError(f"{self.section}.checkpoint_every must not be negative, got {self.checkpoint_every}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings(TrainingRuntime, TrainingRecipe):
+    """All settings of a training."""
+
+    def __post_init__(self) -> None:
+        TrainingRecipe.__post_init__(self)
+        TrainingRuntime.__post_init__(self)
         if self.micro_batch != "auto" and (self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch)):
             raise ValueError(
                 f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
                 f"got {self.micro_batch}"
             )
-        if self.checkpoint_every < 0:
-            raise ValueError(f"{self.section}.checkpoint_every must not be negative, got {self.checkpoint_every}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
 
     def n_micro(self) -> int:
         """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
@@ -87,16 +113,9 @@ class TrainingSettings:
             raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
         return share
 
-    def rate(self, step: int, n_steps: int) -> float:
-        """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
-        rise = self.warmup_ratio * n_steps
-        if step < rise:
-            return self.learning_rate * (step + 1) / (rise + 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WarmupSettings(TrainingSettings):
+class WarmupRecipe(TrainingRecipe):
     """Warm-up: supervised fine-tuning from easy to hard (section 4.2)."""
 
     section: ClassVar[str] = "warmup"
@@ -114,13 +133,22 @@ class WarmupSettings(TrainingSettings):
     0 gives each sample a row."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainingRecipe.__post_init__(self)
         if self.pack < 0:
             raise ValueError(f"warmup.pack must not be negative, got {self.pack}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(LossSettings, TrainingSettings):
+class WarmupSettings(WarmupRecipe, TrainingSettings):
+    """Warm-up: supervised fine-tuning from easy to hard (section 4.2)."""
+
+    def __post_init__(self) -> None:
+        WarmupRecipe.__post_init__(self)
+        TrainingSettings.__post_init__(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe(LossSettings, TrainingRecipe):
     """Preference training on the searched pairs (section 4.3, eq 10 and 11)."""
 
     section: ClassVar[str] = "preference"
@@ -136,12 +164,21 @@ class PreferenceSettings(LossSettings, TrainingSettings):
 
     def __post_init__(self) -> None:
         LossSettings.__post_init__(self)
-        TrainingSettings.__post_init__(self)
+        TrainingRecipe.__post_init__(self)
 
     @property
     def loss_settings(self) -> LossSettings:
         """What the loss alone depends on."""
         return LossSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossSettings)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(PreferenceRecipe, TrainingSettings):
+    """Preference training on the searched pairs (section 4.3, eq 10 and 11)."""
+
+    def __post_init__(self) -> None:
+        PreferenceRecipe.__post_init__(self)
+        TrainingSettings.__post_init__(self)
 
 
 class TrainState(NamedTuple):

@@ -3,17 +3,40 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from itool_jax import config as settings
 from itool_jax import run_directory
-from itool_jax.config import Config
+from itool_jax.config import Config, Recipe, Runtime
+from itool_jax.sampler import GenerateRuntime
+from itool_jax.train import PreferenceRecipe, TrainingRuntime, WarmupRecipe
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+BINDING = {
+    "": ("model", "data", "skip_bad_rows", "seed", "dtype", "quantize", "deterministic"),
+    "lora.": ("rank", "alpha", "dropout", "targets"),
+    "generated.": ("train", "validation", "test"),
+    "warmup.": ("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm", "order", "pack"),
+    "replay.": ("replay_fraction", "hardest_fraction", "skip_fraction"),
+    "search.": (
+        *("n_simulations", "breadth", "max_depth", "exploration", "discount", "value_weight"),
+        *("temperature", "prior_exponent", "granularity", "max_step_tokens", "max_last_step_tokens"),
+        *("outcome", "inject_gold", "batch"),
+    ),
+    "self_eval.": ("reference", "scale"),
+    "pairs.": ("min_q_gap",),
+    "preference.": (
+        *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
+        *("loss", "beta", "margin", "orpo_lambda", "sft_weight", "control"),
+    ),
+    "generate.": ("max_tokens",),
+}
+"""The settings that bind a run directory, by section."""
 
 
 def write(path: Path, text: str) -> Path:
@@ -234,6 +257,31 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     ):
         run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
+
+
+def test_a_setting_belongs_to_the_recipe_or_to_the_runtime():
+    config = Config(stage="iterate")
+    recipe, runtime = config.flat(Recipe), config.flat(Runtime)
+    assert recipe.keys() & runtime.keys() == set()
+    assert recipe | runtime == config.flat()
+
+
+@pytest.mark.parametrize("part", [TrainingRuntime(), GenerateRuntime(), WarmupRecipe(), PreferenceRecipe(), Recipe()])
+def test_a_part_of_the_settings_checks_itself(part: Any):
+    name, bad = {
+        TrainingRuntime: ("checkpoint_every", -1),
+        GenerateRuntime: ("temperature", -1.0),
+        WarmupRecipe: ("pack", -1),
+        PreferenceRecipe: ("beta", -1.0),
+        Recipe: ("seed", -1),
+    }[type(part)]
+    with pytest.raises(ValueError, match=rf"{name} must .*, got {bad}"):
+        dataclasses.replace(part, **{name: bad})
+
+
+def test_exactly_the_settings_that_define_a_run_bind_its_directory(tmp_path: Path):
+    binding = run_directory.binding_settings(started(tmp_path))
+    assert list(binding) == [section + name for section, names in BINDING.items() for name in names]
 
 
 def test_the_config_of_a_run_that_was_moved_names_its_new_place(tmp_path: Path):

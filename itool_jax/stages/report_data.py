@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import environment, untrusted
-from itool_jax.config import Config
+from itool_jax.config import Config, Runtime
 from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.files import read_json
-from itool_jax.run_directory import FREE
 from itool_jax.stages import columns, evaluate, report_trees
 from itool_jax.stages.cache import read_figures
 from itool_jax.stages.paths import done_file, phase_name
@@ -140,9 +139,10 @@ def _settings(path: Path) -> list[Row]:
         raise ValueError(f"{path} is damaged ({error})") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
-    default = Config(stage="iterate").flat()
+    defaults = Config(stage="iterate")
+    default, runtime = defaults.flat(), defaults.flat(Runtime)
     kept = ("iterations", "benchmark", "evaluate.", "generate.", "mesh.")
-    known = {name: value for name, value in saved.items() if not str(name).startswith(FREE) or name.startswith(kept)}
+    known = {name: value for name, value in saved.items() if name not in runtime or name.startswith(kept)}
     return [
         {"name": name, "value": value, "default": default.get(name), "differs": value != default.get(name)}
         for name, value in known.items()
