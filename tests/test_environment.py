@@ -22,6 +22,7 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / environment.FILE).read_text())["sessions"]
 
 
+@pytest.mark.processes
 def test_the_same_command_gives_the_same_files(made: Made, tmp_path: Path):
     """Two new processes, and the one that tests, at work at the same time."""
     folders = [tmp_path / name / "run" for name in "ab"]
