@@ -1,7 +1,8 @@
-"""What all tests share: the compilation cache, checks of array shapes, and the folder of public data.
+"""What all tests share: the compilation cache, checks of array shapes, the folder of public data, and a finished run.
 
-In: the environment variables ITOOL_SHARED (public data, default `../shared`) and JAX_COMPILATION_CACHE_DIR.
-Out: `shared_path`, which finds a file of the public data or skips the test.
+In: the environment variables ITOOL_SHARED (public data, default `../shared`), JAX_COMPILATION_CACHE_DIR, and
+ITOOL_TYPECHECK=1, which checks every annotation of the package while tests run.
+Out: `shared_path`, which finds a file of the public data or skips the test, and the fixtures.
 """
 
 import contextlib
@@ -14,16 +15,16 @@ from typing import Any
 
 import jax
 import pytest
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
+from filelock import FileLock
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-# As pyright does, and PEP 484 asks, an int passes for a float.
-typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
+if os.environ.get("ITOOL_TYPECHECK") == "1":  # slow; it must come before the first import of the package
+    from beartype import BeartypeConf, beartype
+    from jaxtyping import install_import_hook
 
-# Every annotation of the package is checked while tests run. The hook must come before its first import.
-install_import_hook("itool_jax", "tests.conftest.typecheck")
+    typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int passes for a float, as in PEP 484
+    install_import_hook("itool_jax", "tests.conftest.typecheck")
 
 # Tests compile much and compute little.
 FAST_COMPILER = "--xla_backend_optimization_level=0"
@@ -102,9 +103,14 @@ def restored_jax_settings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: pathlib.Path) -> Any:
-    """A finished run of the tiny model, and what it was made from; tests change copies only."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run of a tiny model, and what it was made from; tests change copies only.
+
+    The first worker that needs it makes it for all.
+    """
     from tests import runs
 
-    with keep_jax_settings():
-        return runs.make_run(tmp_path_factory.mktemp("iterate"), tiny_folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made"
+    with FileLock(f"{folder}.lock"), keep_jax_settings():
+        return runs.make_or_read(folder)

@@ -1,4 +1,4 @@
-"""A whole run of `iterate` of a tiny model, made once, and what tests do with copies of it."""
+"""A whole run of `iterate` of a tiny model, made once for all workers, and what tests do with copies of it."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ import yaml
 from itool_jax.files import write_jsonl
 from itool_jax.main import main
 from itool_jax.text.chat import Chat, load_tokenizer
+from tests import tiny
 
 Row = dict[str, Any]
 
@@ -45,28 +46,23 @@ def make_samples(n: int = 120) -> list[Row]:
     return rows
 
 
-def make_run(folder: Path, tiny_folder: Path) -> Made:
-    """Runs `iterate` of the tiny model in a new folder."""
-    samples = make_samples()
-    data = folder / "d.jsonl"
-    write_jsonl(data, samples)
+def make_or_read(folder: Path) -> Made:
+    """Runs `iterate` of a tiny model in a new folder, or returns the run that is already there."""
+    model, data, output = folder / "model", folder / "d.jsonl", folder / "output.txt"
     settings = [
-        *(
-            f"--model={tiny_folder}",
-            f"--data={data}",
-            f"--iterations={ITERATIONS}",
-            "--lora.rank=2",
-            "--evaluate.limit=0",
-        ),
+        *(f"--model={model}", f"--data={data}", f"--iterations={ITERATIONS}", "--lora.rank=2", "--evaluate.limit=0"),
         *("--replay.replay_fraction=0.2", "--replay.hardest_fraction=0.4", "--warmup.batch_size=8"),
         *(f"--search.n_simulations={SIMULATIONS}", f"--search.breadth={BREADTH}", f"--search.max_depth={DEPTH}"),
         *("--search.max_step_tokens=8", "--search.max_last_step_tokens=12", "--search.batch=4"),
         *("--preference.learning_rate=1e-3", *SMALL),
     ]
-    chat = Chat(load_tokenizer(str(tiny_folder)))
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["--stage=iterate", f"--run_dir={folder / 'run'}", *settings]) == 0
-    return Made(folder / "run", settings, samples, chat, out.getvalue())
+    if not output.exists():
+        tiny.tiny_checkpoint(model)
+        write_jsonl(data, make_samples())
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(["--stage=iterate", f"--run_dir={folder / 'run'}", *settings]) == 0
+        output.write_text(out.getvalue())
+    return Made(folder / "run", settings, make_samples(), Chat(load_tokenizer(str(model))), output.read_text())
 
 
 def again(made: Made, folder: Path, *changes: str, stage: str = "iterate") -> int:
@@ -75,7 +71,7 @@ def again(made: Made, folder: Path, *changes: str, stage: str = "iterate") -> in
 
 
 def copy_run(made: Made, folder: Path) -> Path:
-    return Path(shutil.copytree(made.folder, folder / "run"))
+    return Path(shutil.copytree(made.folder, folder / "run", dirs_exist_ok=True))
 
 
 def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:

@@ -268,6 +268,7 @@ def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
     ]
 
 
+@pytest.mark.benchmark
 def test_all_single_turn_categories_with_the_published_files(
     tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +284,7 @@ def test_all_single_turn_categories_with_the_published_files(
     assert "do not fit" not in capsys.readouterr().err
 
 
+@pytest.mark.simulator
 def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
     tmp_path: Path, long_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[run.Row]:
     return found
 
 
+@pytest.mark.benchmark
 def test_each_suite_has_a_row_and_the_search_one_for_each_number_of_prompts(rows: list[run.Row]) -> None:
     assert [row["name"] for row in rows] == ["score", "search_1", "search"]
     keys = "name peer ours theirs ratio unit median spread device shapes agree rounds"
@@ -60,6 +61,7 @@ def test_each_suite_has_a_row_and_the_search_one_for_each_number_of_prompts(rows
         assert run.line(row).split()[0] == row["name"]
 
 
+@pytest.mark.benchmark
 def test_peers_agree_before_they_are_timed(rows: list[run.Row]) -> None:
     pytest.importorskip("torch")
     compared = {row["name"]: row for row in rows if row["peer"]}

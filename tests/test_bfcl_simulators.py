@@ -25,6 +25,8 @@ from itool_jax.evaluation.bfcl_simulators import (
 )
 from tests.conftest import shared_path
 
+pytestmark = pytest.mark.simulator
+
 FILES = {"root": {"a": {"type": "directory", "contents": {"f.txt": {"type": "file", "content": "x"}}}}}
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests.conftest import shared_path
 
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
 QWEN = ["<|unused|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-TEMPLATES = ["llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507"]
+GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -48,6 +49,88 @@ CONVERSATIONS = {
 ANSWER = '[get_weather(city="Paris", n=[1, 2])]'
 
 
+class Family(NamedTuple):
+    """A chat template and what is true of the prompts it writes."""
+
+    special: list[str]
+    end_of_turn: str
+    template: str | None = None  # None: that of the public data
+    starts: bool = False  # writes a start token
+    dated: bool = False
+    thinks: bool = False  # thinking can be switched off, and earlier turns lose their thinking marks
+    system: bool = True  # takes system messages, where tools also go that it does not know of
+
+
+TRIMS = """\
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+    {%- set system = messages[0].content | trim %}{%- set messages = messages[1:] %}
+{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + date_string + '\n\n' + (system or '') + '<|eot_id|>' }}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message.role == 'tool' else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}
+    {%- if tools and loop.first %}{{- 'Functions: ' + tools | tojson + '\n\n' }}{%- endif %}
+    {{- message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+"""
+TOOL_ROLE = """\
+{%- for message in messages %}
+    {%- if loop.first and (tools or message.role == 'system') %}
+        {{- '<|im_start|>system\n' + (message.content if message.role == 'system' else 'You help.') }}
+        {%- for tool in tools or [] %}{{- '\n' + tool | tojson }}{%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
+    {%- elif message.role != 'system' %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+THINKS = """\
+{%- set last = namespace(user=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- if tools %}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' and loop.last and loop.index0 > last.user %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n\n') }}
+{%- endif %}
+"""
+REJECTS_SYSTEM = """\
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
+{%- for message in messages %}
+    {%- set role = 'model' if message.role == 'assistant' else 'user' %}
+    {{- '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}
+"""
+FAMILIES = {
+    "trims": Family(LLAMA, "<|eot_id|>", TRIMS, starts=True, dated=True),
+    "tool role": Family(QWEN, "<|im_end|>", TOOL_ROLE),
+    "thinks": Family(QWEN, "<|im_end|>", THINKS, thinks=True),
+    "rejects system": Family(GEMMA, "<end_of_turn>", REJECTS_SYSTEM, starts=True, system=False),
+    "llama3": Family(LLAMA, "<|eot_id|>", starts=True),
+    "llama3_1": Family(LLAMA, "<|eot_id|>", starts=True, dated=True),
+    "llama3_2": Family(LLAMA, "<|eot_id|>", starts=True, dated=True),
+    "qwen2_5": Family(QWEN, "<|im_end|>"),
+    "qwen3": Family(QWEN, "<|im_end|>", thinks=True),
+    "qwen3_instruct_2507": Family(QWEN, "<|im_end|>"),
+}
+"""Short templates in the manner of Llama, Qwen and Gemma; and those of released models, where public data is."""
+
+
 def byte_tokenizer(special: list[str], merged: Sequence[str] = (), template: str | None = None):
     """A tokenizer of bytes, `merged` texts (one token each) and special tokens (BOS first, EOS last)."""
     import tokenizers
@@ -68,11 +151,15 @@ def byte_tokenizer(special: list[str], merged: Sequence[str] = (), template: str
     return tokenizer
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
-def real(request) -> tuple[str, Chat]:
-    template = shared_path(f"tokenizers/chat_templates/{request.param}.jinja").read_text()
-    special = LLAMA if request.param.startswith("llama") else QWEN
-    return request.param, Chat(byte_tokenizer(special, template=template))
+@pytest.fixture(scope="module", params=FAMILIES)
+def real(request) -> tuple[Family, Chat]:
+    family = FAMILIES[request.param]
+    template = family.template or shared_path(f"tokenizers/chat_templates/{request.param}.jinja").read_text()
+    return family, Chat(byte_tokenizer(family.special, template=template))
+
+
+def tools_for(family: Family) -> list[dict]:
+    return [TOOL] if family.system else []
 
 
 def marks(chat: Chat) -> set[int]:
@@ -82,9 +169,8 @@ def marks(chat: Chat) -> set[int]:
 
 
 def test_end_of_turn_is_the_templates_not_the_end_of_sequence(real):
-    name, chat = real
-    expected = "<|eot_id|>" if name.startswith("llama") else "<|im_end|>"
-    assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == expected
+    family, chat = real
+    assert chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn) == family.end_of_turn
     assert chat.stop_ids == (chat.end_of_turn, chat.tokenizer.eos_token_id)
     assert chat.end_of_turn != chat.tokenizer.eos_token_id
 
@@ -93,9 +179,13 @@ def test_end_of_turn_is_the_templates_not_the_end_of_sequence(real):
 @pytest.mark.parametrize("tools", [(), (TOOL,)], ids=["no tools", "tools"])
 def test_prompt_and_target_are_the_whole_conversation_of_the_template(real, turns, tools):
     """What is trained on is what the template writes for the finished conversation, ids and all."""
-    _, chat = real
+    family, chat = real
     messages = CONVERSATIONS[turns]
     sample = Sample(id="s", messages=tuple(messages), tools=tools, target=ANSWER)
+    if not family.system and (tools or turns == "system"):
+        with pytest.raises(ValueError, match=r"sample s: .* refuses the conversation: System role not supported"):
+            encode_sample(chat, sample)
+        return
     encoded = encode_sample(chat, sample)
     whole = chat.encode(
         chat.render([*messages, {"role": "assistant", "content": ANSWER}], tools, add_generation_prompt=False)
@@ -114,36 +204,34 @@ def test_empty_target_still_has_a_mask(real):
 
 
 def test_the_template_alone_writes_the_start_token(real):
-    name, chat = real
+    family, chat = real
     ids = chat.prompt_ids([QUESTION])
-    assert ids.count(chat.tokenizer.bos_token_id) == (1 if name.startswith("llama") else 0)
+    assert ids.count(chat.tokenizer.bos_token_id) == family.starts
 
 
 def test_no_date_of_today_in_a_prompt(real):
-    name, chat = real
-    text = chat.tokenizer.decode(chat.prompt_ids([QUESTION], [TOOL]))
-    assert ("26 Jul 2024" in text) == (name in ("llama3_1", "llama3_2"))
+    family, chat = real
+    text = chat.tokenizer.decode(chat.prompt_ids([QUESTION], tools_for(family)))
+    assert ("26 Jul 2024" in text) == family.dated
 
 
 def test_thinking_is_switched_off_where_it_is_optional(real):
-    name, chat = real
-    assert ("<think>\n\n</think>" in chat.tokenizer.decode(chat.prompt_ids([QUESTION]))) == (name == "qwen3")
+    family, chat = real
+    assert ("<think>\n\n</think>" in chat.tokenizer.decode(chat.prompt_ids([QUESTION]))) == family.thinks
 
 
 @pytest.mark.parametrize("scale", ["binary", "four_grades"])
 def test_evaluation_continues_the_prompt_as_the_template_would(real, scale):
-    name, chat = real
-    reference, candidate = "[a(x=1)]", "[a(x="
-    prompt = chat.prompt_ids([QUESTION], [TOOL])
+    family, chat = real
+    tools, reference, candidate = tools_for(family), "[a(x=1)]", "[a(x="
+    prompt = chat.prompt_ids([QUESTION], tools)
     frame = evaluation_frame(chat, chat.encode(reference), scale)
     reply = chats.REPLY_BINARY if scale == "binary" else chats.REPLY_FOUR_GRADES
     question = chats.QUESTION_WITH_REFERENCE.format(candidate=candidate, reply=reply)
     turns = [QUESTION, {"role": "assistant", "content": reference}, {"role": "user", "content": question}]
-    whole = chat.encode(chat.render(turns, [TOOL], add_generation_prompt=True))
+    whole = chat.encode(chat.render(turns, tools, add_generation_prompt=True))
     found = prompt + frame.before + chat.encode(candidate) + frame.after
-    if (
-        name == "qwen3"
-    ):  # thinking marks leave the prompt when turns follow: only what comes after the reference can agree
+    if family.thinks:  # its marks leave the prompt when turns follow: only what comes after the reference can agree
         n = len(found) - len(prompt) - len(chat.encode(reference))
         assert found[-n:] == whole[-n:]
     else:
@@ -151,13 +239,14 @@ def test_evaluation_continues_the_prompt_as_the_template_would(real, scale):
 
 
 def test_evaluation_alone_asks_about_the_assistants_own_answer(real):
-    _, chat = real
+    family, chat = real
     frame = evaluation_frame(chat, None)
     text = chat.tokenizer.decode(frame.after)
     assert frame.before == []
     assert frame.after[0] == chat.end_of_turn
     assert chats.QUESTION_ALONE.format(reply=chats.REPLY_BINARY) in text
-    assert chat.tokenizer.decode(chat.prompt_ids([QUESTION])).endswith(text[text.rindex("assistant") :])
+    opening = text.rindex(family.special[1])
+    assert chat.tokenizer.decode(chat.prompt_ids([QUESTION])).endswith(text[opening:])
 
 
 def test_reference_ids_are_never_tokenised_again():
@@ -209,13 +298,14 @@ def test_raw_samples_are_used_as_given(real):
     assert encode_sample(chat, RawSample(id="r", prompt_ids=())) == ("r", [], [])
 
 
-def test_no_template_matters_only_once_a_chat_is_rendered():
-    chat = Chat(load_tokenizer(str(shared_path("checkpoints/stories260K"))))
-    assert chat.stop_ids == (2,)
+def test_no_template_matters_only_once_a_chat_is_rendered(tmp_path):
+    byte_tokenizer(QWEN).save_pretrained(tmp_path)
+    chat = Chat(load_tokenizer(str(tmp_path)))
+    assert chat.stop_ids == (chat.tokenizer.eos_token_id,)
     assert encode_sample(chat, RawSample(id="r", prompt_ids=(1,))).prompt_ids == [1]
     with pytest.raises(
         ValueError,
-        match=r"sample s: tokenizer of .*stories260K has no chat template; add chat_template.jinja",
+        match=rf"sample s: tokenizer of {tmp_path} has no chat template; add chat_template.jinja",
     ):
         encode_sample(chat, Sample(id="s", messages=(QUESTION,), target="x"))
 

@@ -22,7 +22,7 @@ from itool_jax.streaming import Stream, as_text
 from itool_jax.text.calls import Call, read_calls
 from itool_jax.text.remarks import faults, signature, stub
 from itool_jax.untrusted import harmless
-from tests.runs import Made
+from tests.runs import Made, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -242,10 +242,11 @@ def test_a_bare_function_keeps_what_its_results_look_like(tmp_path: Path) -> Non
     assert "response" not in tools[0]["function"]
 
 
-def test_a_run_answers_with_the_phase_that_is_asked_for(chat: Chat, made: Made) -> None:
+def test_a_run_answers_with_the_phase_that_is_asked_for(chat: Chat, made: Made, tmp_path: Path) -> None:
+    folder = copy_run(made, tmp_path)
     settings = tuple(s for s in made.settings if not s.startswith("--data"))
-    shown = chat("f1 7", tools=[WEATHER], settings=(f"--run_dir={made.folder}", "--generate.phase=last", *settings))
-    assert shown.startswith(f"iteration_2 of {made.folder}, 1 tools")
+    shown = chat("f1 7", tools=[WEATHER], settings=(f"--run_dir={folder}", "--generate.phase=last", *settings))
+    assert shown.startswith(f"iteration_2 of {folder}, 1 tools")
     model = itool_jax.load(made.folder)
     assert f"model> {harmless(model.generate('f1 7', [WEATHER]))}\n" in shown
 

@@ -25,13 +25,14 @@ import itool_jax
 from itool_jax.main import main
 from itool_jax.text.calls import read_calls
 from tests.conftest import REPOSITORY, read
-from tests.runs import Made
+from tests.runs import Made, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 
 def exported(made: Made, target: Path, *changes: str) -> Path:
-    assert main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes]) == 0
+    folder = copy_run(made, target.parent / "exported")
+    assert main(["--stage=export", f"--run_dir={folder}", f"--output={target}", *made.settings, *changes]) == 0
     return target
 
 

@@ -22,6 +22,7 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / environment.FILE).read_text())["sessions"]
 
 
+@pytest.mark.processes
 def test_the_same_command_gives_the_same_files(made: Made, tmp_path: Path):
     """Two new processes, and the one that tests, at work at the same time."""
     folders = [tmp_path / name / "run" for name in "ab"]
@@ -38,14 +39,14 @@ def test_the_same_command_gives_the_same_files(made: Made, tmp_path: Path):
     assert len(first) > 30
     assert first["warmup/warmup.json"].count(b'"weights": "') == 1
     assert first == second
-    # The process of the tests has another command line, and says more: it checks types.
+    # The process of the tests has another command line.
     for name in (environment.FILE, "log.jsonl"):
         del first[name], ours[name]
     assert first == ours
 
 
 def test_the_environment_of_a_run(made: Made):
-    session = sessions(made.folder)[0]  # exports of other tests may come behind it
+    session = sessions(made.folder)[0]
     assert session["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"jax", "flax", "numpy", "orbax-checkpoint"} <= session["packages"].keys()
     assert session["devices"] == {"cpu": 8}

@@ -18,7 +18,7 @@ from itool_jax.sampler import Policy
 from itool_jax.stages.run import Run
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
-from tests.runs import Made, make_samples
+from tests.runs import Made, copy_run, make_samples
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -39,7 +39,8 @@ def policy_of(made: Made, phase: str, *changes: str) -> Policy:
 
 
 def exported(made: Made, target: Path, *changes: str) -> int:
-    return main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes])
+    folder = copy_run(made, target.parent / "exported")
+    return main(["--stage=export", f"--run_dir={folder}", f"--output={target}", *made.settings, *changes])
 
 
 def torch_logits(model: Any) -> np.ndarray:

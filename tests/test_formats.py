@@ -395,6 +395,14 @@ def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
         load(unknown)
 
 
+def test_seal_tools_hides_the_gold_tool_among_the_distractors():
+    tools = [SEAL_TOOL | {"api_name": f"f{i}"} for i in range(4)]
+    catalogue = seal_tools_catalogue(map(seal_tools_entry, tools))
+    rows = [{"id": f"r{i}", "query": "q", "calling": [{"api": "f0", "parameters": {}}]} for i in range(40)]
+    names = [[tool["function"]["name"] for tool in from_seal_tools(row, catalogue)[0].tools] for row in rows]
+    assert {found.index("f0") for found in names} == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("key", ["api_name", "api_description", "field", "parameters", "required"])
 def test_a_wrong_row_among_the_tools_of_seal_tools_is_named(file, tmp_path, key):
     for wrong in ({k: v for k, v in SEAL_TOOL.items() if k != key}, SEAL_TOOL | {key: 5}):

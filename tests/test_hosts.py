@@ -100,6 +100,7 @@ def assert_equal(made: Made, folder: Path) -> None:
         pytest.param(4, "--mesh.tensor=4", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.processes
 def test_several_processes_come_to_what_one_does(
     made: Made, tmp_path: Path, processes: list[Processes], count: int, mesh: str
 ):
@@ -114,6 +115,7 @@ def test_several_processes_come_to_what_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_of_four_processes_goes_on_with_two(made: Made, tmp_path: Path, processes: list[Processes]):
     four = iterate(processes, 4, made, tmp_path / "run", "--mesh.data=0", "--warmup.checkpoint_every=1")
     four.await_line("warm-up, easy_to_hard")
@@ -136,6 +138,7 @@ def test_a_run_of_four_processes_goes_on_with_two(made: Made, tmp_path: Path, pr
         pytest.param(0, signal.SIGSTOP, "process 0", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.processes
 def test_a_process_that_dies_or_hangs_is_named(
     made: Made, tmp_path: Path, processes: list[Processes], victim: int, number: signal.Signals, said: str
 ):
@@ -162,6 +165,7 @@ hosts.end(0)
 """
 
 
+@pytest.mark.processes
 def test_processes_that_end_well_are_not_torn_out_of_a_call(tmp_path: Path, processes: list[Processes]):
     processes.append(Processes(2, tmp_path, code=ENDING))
     assert [code for code, *_ in processes[-1].end()] == [0, 0]
@@ -198,6 +202,7 @@ hosts.end(main.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.processes
 def test_who_stops_at_once_tells_the_others_first(tmp_path: Path, processes: list[Processes]):
     processes.append(Processes(2, tmp_path, code=ASKED))
     found = processes[-1].end()
@@ -205,6 +210,7 @@ def test_who_stops_at_once_tells_the_others_first(tmp_path: Path, processes: lis
     assert time.monotonic() - processes[-1].started < 100  # JAX itself finds it after two minutes
 
 
+@pytest.mark.processes
 def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_path: Path, processes: list[Processes]):
     processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=WRONG))
     found = processes[-1].end()
@@ -232,6 +238,7 @@ hosts.end(main.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: Path, processes: list[Processes]):
     """Its other threads go on giving signs of life."""
     processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=HANGING))
@@ -241,6 +248,7 @@ def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: P
     assert "has been at one training step for" in err.splitlines()[-1]
 
 
+@pytest.mark.processes
 def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
     found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
     assert {code for code, *_ in found} <= {2, hosts.LOST}  # each says its own line, or is faster to hear the other's

@@ -16,6 +16,8 @@ from itool_jax.hosts import LOST
 from itool_jax.main import PREEMPTED
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.launch
+
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 SBATCH = sorted(LAUNCH.glob("slurm*.sh"))

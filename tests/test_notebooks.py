@@ -85,6 +85,7 @@ def test_an_install_that_keeps_it_does_not(device: str):
     assert names["platform"] == device.split(" | ")[0]
 
 
+@pytest.mark.notebook
 def test_the_results_browser_shows_a_run(made: Made, tmp_path: Path):
     folder = copy_run(made, tmp_path)
     outputs = execute(FOLDER / "results.ipynb", tmp_path, ITOOL_RUN=str(folder))
@@ -95,6 +96,7 @@ def test_the_results_browser_shows_a_run(made: Made, tmp_path: Path):
     assert len(images(outputs)) == 4  # accuracy, curves, a tree, the pairs
 
 
+@pytest.mark.notebook
 def test_the_results_browser_shows_a_run_that_has_only_begun(made: Made, tmp_path: Path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -113,6 +115,7 @@ SMALLEST = (
 )
 
 
+@pytest.mark.notebook
 def test_the_walkthrough_runs_on_the_embedded_model(tmp_path: Path):
     text = printed(execute(FOLDER / "walkthrough.ipynb", tmp_path, ITOOL_SIZE=SMALLEST))
     for line in (

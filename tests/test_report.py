@@ -361,9 +361,9 @@ def test_the_server_answers_this_machine_alone(served: tuple[str, Path]):
         assert get(f"{address}/tree?at={at}")[0] == 404
 
 
-def test_watching_ends_with_the_user(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_watching_ends_with_the_user(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(server.ThreadingHTTPServer, "serve_forever", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(["--stage=report", "--watch", f"--run_dir={made.folder}"]) == 0
+    assert main(["--stage=report", "--watch", f"--run_dir={copy_run(made, tmp_path)}"]) == 0
     assert "http://127.0.0.1:" in capsys.readouterr().out
 
 

@@ -23,16 +23,17 @@ from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 
-def test_a_finished_run_does_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]):
-    files = [path for path in made.folder.rglob("*") if path.is_file()]
-    log = made.folder / "log.jsonl"
+def test_a_finished_run_does_nothing_again(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = copy_run(made, tmp_path)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    log = folder / "log.jsonl"
     lines = log.read_text()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-    assert again(made, made.folder) == 0
-    assert sorted(path for path in made.folder.rglob("*") if path.is_file()) == sorted(files)
+    assert again(made, folder) == 0
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(files)
     assert log.read_text().startswith(lines)
     for path, (content, time) in before.items():
-        if path.name in (log.name, "environment.json", "report.html"):  # exports in between stand there too
+        if path.name in (log.name, "environment.json", "report.html"):
             continue
         assert path.read_bytes() == content, path
         assert path.stat().st_mtime_ns == time or path.name in ("summary.json", ".lock")
@@ -236,10 +237,10 @@ def test_missing_scores_and_pairs_are_named_with_the_stage_that_writes_them(
 
 
 def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    before = contents(made.folder)
-    line = refused(capsys, made, made.folder, "--search.breadth=3")
-    assert line.startswith(f"run directory {made.folder} was made with search.breadth={BREADTH}, now it is 3; choose")
-    assert contents(made.folder) == before
+    folder, before = copy_run(made, tmp_path), contents(made.folder)
+    line = refused(capsys, made, folder, "--search.breadth=3")
+    assert line.startswith(f"run directory {folder} was made with search.breadth={BREADTH}, now it is 3; choose")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(

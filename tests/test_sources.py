@@ -136,6 +136,14 @@ def test_a_sample_to_train_on_knows_its_place_which_is_no_part_of_it(file):
     assert "place" not in sample_row(sample)
 
 
+def test_a_row_that_is_skipped_says_nothing_about_the_form_of_the_others(file):
+    wrong, right = {"query": "q", "tools": "[", "answers": "[]"}, {"id": "a", "messages": [USER], "target": "t"}
+    skipped: list[str] = []
+    assert [sample.id for sample in load(file(wrong, right), skipped)] == ["a"]
+    assert len(skipped) == 1
+    assert "line 1" in skipped[0]
+
+
 BFCL = {"id": "s", "question": [[USER]], "function": [{"name": "f", "parameters": {"type": "dict", "properties": {}}}]}
 
 

@@ -1,6 +1,6 @@
 """The stages through the command line: a whole run of a tiny model, end to end.
 
-The run is that of `runs.make_run`; the tests read it, or go on from a copy.
+The run is that of `runs.make_or_read`; the tests read it, or go on from a copy.
 """
 
 import gc

@@ -1,5 +1,4 @@
-"""What the package's own code never does: run text as code, unpickle, start a shell, trust a model's code; and that
-its modules and functions stay short."""
+"""What the package's own code never does: run text as code, unpickle, start a shell, trust a model's code."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ WORKER = "itool_jax/evaluation/bfcl_worker.py"
 """The confined child, which runs the official scorer, and that evaluates."""
 
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")
-LONGEST_MODULE, LONGEST_FUNCTION = 400, 50
 FORBIDDEN_CALLS = ("eval", "exec", "os.system", "os.popen")
 
 
@@ -54,15 +52,6 @@ MODULES = sorted((REPOSITORY / "itool_jax").rglob("*.py"))
 def test_a_module_runs_nothing_that_it_reads(path: Path):
     if str(path.relative_to(REPOSITORY)) != WORKER:
         assert list(offences(ast.parse(path.read_text()))) == []
-
-
-@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(REPOSITORY)) for path in MODULES])
-def test_a_module_and_its_functions_are_short(path: Path):
-    text = path.read_text()
-    assert len(text.splitlines()) < LONGEST_MODULE
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
-    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION} == {}
 
 
 @pytest.mark.parametrize(

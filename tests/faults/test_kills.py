@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.runs import Made
 
+pytestmark = pytest.mark.processes
+
 
 def disturbed(folder: Path, kills: int, signals: str, arguments: list[str]) -> dict[str, Any]:
     """The sum of `tests.faults.kills`."""
