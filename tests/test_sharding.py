@@ -22,7 +22,6 @@ from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
 from itool_jax.sampler import GenerateSettings, Policy, respond, target_log_probs
-from itool_jax.stages.folder import Base
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed
 from itool_jax.text.steps import build_step_table
