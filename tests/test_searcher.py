@@ -57,9 +57,10 @@ class Setup(NamedTuple):
         search_settings: SearchSettings = SMALL,
         self_eval: SelfEvaluationSettings = SelfEvaluationSettings(),  # noqa: B008
         seed: int = 3,
-    ) -> ModelPolicy:
+        kind: type[AnyModel] = ModelPolicy,
+    ) -> AnyModel:
         batch, max_length = [self.batch[i] for i in rows], self.base.config.max_length
-        return ModelPolicy(self.policy, self.base.chat, max_length, self.table, batch, search_settings, self_eval, seed)
+        return kind(self.policy, self.base.chat, max_length, self.table, batch, search_settings, self_eval, seed)
 
 
 @pytest.fixture(scope="module")

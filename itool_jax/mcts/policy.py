@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itool_jax.data.records import Sample
 from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.model.cache import Prefix, empty_prefix, place
@@ -19,6 +18,7 @@ from itool_jax.model.sharding import row_devices, to_host
 from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
+from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, split_steps
 from itool_jax.types import AnyArray
 
