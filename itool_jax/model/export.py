@@ -25,7 +25,6 @@ def save(
     raw_config: dict[str, Any],
     leaf: Leaf = lambda _, x: x,
     shard_bytes: float = 5e9,
-    advance: Callable[..., None] = lambda *_: None,
 ) -> None:
     """Writes config.json and the weights, as one file or, where they are more than `shard_bytes`, as several.
 
@@ -40,7 +39,6 @@ def save(
         names, stacked, transposed = stored_as(path, len(value))
         for name, part in zip(names, value if stacked else value[None], strict=True):
             shards.add(name, np.ascontiguousarray(part.T if transposed else part))
-        advance(1)
     shards.finish()
     text = json.dumps(raw_config | dict.fromkeys(("dtype", "torch_dtype"), leaves[0][1].dtype.name), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -87,6 +87,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
         """One weight, made when it is written."""
+        advance(1)
         keys = [part.key for part in path]
         if config.lora.rank == 0:
             return _at(trained, keys).astype(shape.dtype)
@@ -99,7 +100,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
 
     raw = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
     with progress("export", len(jax.tree.leaves(shapes))) as advance:
-        export.save(target, shapes, raw, leaf, config.export.shard_gigabytes * 1e9, advance)
+        export.save(target, shapes, raw, leaf, config.export.shard_gigabytes * 1e9)
     _copy_tokenizer(config, target)
     _write_generation_config(config, target)
 

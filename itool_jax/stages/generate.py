@@ -15,7 +15,7 @@ from itool_jax.sampler import generate
 from itool_jax.stages import cache, chat
 from itool_jax.stages.encoding import check_ids, check_room
 from itool_jax.stages.run import Run
-from itool_jax.stages.score import data_file
+from itool_jax.stages.splits import data_file
 from itool_jax.stages.spread import by_row, map_across_hosts
 from itool_jax.text.chat import Encoded, encode_sample
 

@@ -44,7 +44,7 @@ def run(run: Run) -> Table | None:
 
 def _score_file(run: Run, output: Path) -> None:
     config, base = run.config, run.base
-    samples = read_samples(data_file(config), need_target=True)
+    samples = read_samples(splits.data_file(config), need_target=True)
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     check_ids(encoded, base.config.vocab_size)
     check_lengths(encoded, base.config.max_length)
@@ -55,13 +55,6 @@ def _score_file(run: Run, output: Path) -> None:
         )
         write_jsonl(output, rows)
     say(f"wrote {len(rows)} scores to {output}")
-
-
-def data_file(config: Config) -> str:
-    """The data file of a stage that reads one of its own."""
-    if config.data == "generated":
-        raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or of raw prompts")
-    return config.data
 
 
 def score_buffer(task: Task, policy: PhasePolicy, buffer: Samples) -> Figures:

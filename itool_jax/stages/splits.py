@@ -122,6 +122,13 @@ def divide_replay(config: Config, samples: list[Sample]) -> tuple[list[Sample], 
     return warmup, buffer
 
 
+def data_file(config: Config) -> str:
+    """The data file of a stage that reads one of its own; ValueError if none is given."""
+    if config.data == "generated":
+        raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or of raw prompts")
+    return config.data
+
+
 def _path(config: Config, name: str) -> Path:
     return config.run_dir / "data" / f"{name}.jsonl"
 
