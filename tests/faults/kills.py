@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -56,13 +57,39 @@ def stage_of(folder: Path) -> str:
     return "start"
 
 
-def results(folder: Path) -> dict[str, bytes]:
-    """All that must be equal: every file but the log and the environment."""
-    return {
-        name: content
-        for name, content in lasting(folder).items()
-        if not name.endswith(("log.jsonl", "environment.json"))
-    }
+COMPUTED_TOGETHER = ("scores.jsonl", "trees.jsonl", "pairs.jsonl")
+"""Files of numbers whose last bits depend on which rows were computed together: a resumed step computes the others."""
+TOLERANCE = 1e-5
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that must be equal: every file but the log and the environment.
+
+    Bytes, but for the files of numbers computed together, whose rows are parsed, and for steps' figures, whose hashes
+    of those files are left out.
+    """
+    lasts: dict[str, Any] = dict(lasting(folder))
+    for name in list(lasts):
+        path = folder / name
+        if name.endswith(("log.jsonl", "environment.json")):
+            del lasts[name]
+        elif name.endswith(COMPUTED_TOGETHER):
+            lasts[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        elif name.endswith(".json") and "after" in (figures := json.loads(path.read_text())):
+            hashes = {n: value for n, value in figures["outputs"].items() if n not in COMPUTED_TOGETHER}
+            lasts[name] = figures | {"outputs": hashes, "after": sorted(figures["after"]), "seconds": None}
+    return lasts
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two results are equal, numbers with fractions within `TOLERANCE`."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
 
 
 def kill_until_done(
@@ -131,7 +158,8 @@ def compare(
         here = folder / f"killed_{runs}"
         stages = kill_until_done(arguments, here, kills - met.total(), rng, asked, changes / a_run)
         found = results(here)
-        differing += [f"{here.name}/{n}" for n in sorted(wanted.keys() | found) if wanted.get(n) != found.get(n)]
+        names = sorted(wanted.keys() | found)
+        differing += [f"{here.name}/{n}" for n in names if not equal(wanted.get(n), found.get(n))]
         met.update(stages)
         runs += 1
         print(json.dumps({"run": runs, "kills": stages, "differing": differing}), flush=True)
