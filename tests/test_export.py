@@ -33,14 +33,19 @@ def logits(policy: Policy) -> np.ndarray:
     return np.asarray(jax.jit(run)(policy.params, TOKENS_BT))
 
 
+@pytest.fixture(scope="module")
+def made(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A copy of the run: exports write to its log."""
+    return made._replace(folder=copy_run(made, tmp_path_factory.mktemp("exported")))
+
+
 def policy_of(made: Made, phase: str, *changes: str) -> Policy:
     config = settings.parse(["--stage=evaluate", f"--run_dir={made.folder}", *made.settings, *changes])
     return folder.load_policy(config, phase)
 
 
 def exported(made: Made, target: Path, *changes: str) -> int:
-    folder = copy_run(made, target.parent / "exported")
-    return main(["--stage=export", f"--run_dir={folder}", f"--output={target}", *made.settings, *changes])
+    return main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes])
 
 
 def torch_logits(model: Any) -> np.ndarray:
