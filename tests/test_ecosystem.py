@@ -42,6 +42,7 @@ def exported(made: Made, target: Path, *changes: str) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch and TRL
+@pytest.mark.parity
 def test_trl_reads_the_pairs_and_finds_the_log_probs_that_we_find(made: Made, tmp_path: Path):
     pytest.importorskip("torch")
     trl = pytest.importorskip("trl")

@@ -55,6 +55,7 @@ def torch_logits(model: Any) -> np.ndarray:
         return model(torch.tensor(TOKENS_BT, dtype=torch.long)).logits.float().numpy()
 
 
+@pytest.mark.parity
 def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     import transformers
@@ -85,6 +86,7 @@ def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, in PEFT
+@pytest.mark.parity
 def test_peft_opens_an_adapter(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     peft = pytest.importorskip("peft")

@@ -18,6 +18,8 @@ from itool_jax.sampler import GenerateSettings, Policy, prefill, respond, sample
 from itool_jax.text.padding import pad
 from itool_jax.text.steps import StepTable
 
+pytestmark = pytest.mark.parity
+
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 N_MODELS, N_QUICK = 40, 6
 NEW, CONTEXT = 6, 128
