@@ -71,7 +71,7 @@ def again(made: Made, folder: Path, *changes: str, stage: str = "iterate") -> in
 
 
 def copy_run(made: Made, folder: Path) -> Path:
-    return Path(shutil.copytree(made.folder, folder / "run", dirs_exist_ok=True))
+    return Path(shutil.copytree(made.folder, folder / "run"))
 
 
 def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:

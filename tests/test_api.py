@@ -37,6 +37,7 @@ def test_importing_it_is_fast_and_names_what_there_is() -> None:
     assert (REPOSITORY / "itool_jax" / "py.typed").is_file()
 
 
+@pytest.mark.embedded
 def test_three_lines_search_with_the_shipped_model() -> None:
     model = itool_jax.load()
     tree = model.search(make_sample("validation", 40, 0), n_simulations=2, breadth=2)

@@ -31,6 +31,7 @@ def test_hugging_face_reads_the_shipped_checkpoint() -> None:
     assert tokenizer.decode(tokenizer.encode("[f(a=1)] é", add_special_tokens=False)) == "[f(a=1)] é"
 
 
+@pytest.mark.embedded
 def test_the_shipped_checkpoint_answers_easy_held_out_samples_of_its_own_domains() -> None:
     config = parse(["--stage=generate"])
     run = Run(config)

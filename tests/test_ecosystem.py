@@ -30,13 +30,19 @@ from tests.runs import Made, copy_run
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
 
+@pytest.fixture(scope="module")
+def made(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A copy of the run: exports write to its log."""
+    return made._replace(folder=copy_run(made, tmp_path_factory.mktemp("exported")))
+
+
 def exported(made: Made, target: Path, *changes: str) -> Path:
-    folder = copy_run(made, target.parent / "exported")
-    assert main(["--stage=export", f"--run_dir={folder}", f"--output={target}", *made.settings, *changes]) == 0
+    assert main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes]) == 0
     return target
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch and TRL
+@pytest.mark.parity
 def test_trl_reads_the_pairs_and_finds_the_log_probs_that_we_find(made: Made, tmp_path: Path):
     pytest.importorskip("torch")
     trl = pytest.importorskip("trl")

@@ -345,6 +345,7 @@ def test_held_out_samples_are_not_those_of_training(chat: Chat) -> None:
     assert all(sample.id.startswith("pretraining_test-") for sample in samples)
 
 
+@pytest.mark.embedded
 def test_training_writes_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole script, on a smaller model and one batch of samples, its measurements left out."""
 

@@ -33,14 +33,19 @@ def logits(policy: Policy) -> np.ndarray:
     return np.asarray(jax.jit(run)(policy.params, TOKENS_BT))
 
 
+@pytest.fixture(scope="module")
+def made(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A copy of the run: exports write to its log."""
+    return made._replace(folder=copy_run(made, tmp_path_factory.mktemp("exported")))
+
+
 def policy_of(made: Made, phase: str, *changes: str) -> Policy:
     config = settings.parse(["--stage=evaluate", f"--run_dir={made.folder}", *made.settings, *changes])
     return Run(config).policy(phase).running()
 
 
 def exported(made: Made, target: Path, *changes: str) -> int:
-    folder = copy_run(made, target.parent / "exported")
-    return main(["--stage=export", f"--run_dir={folder}", f"--output={target}", *made.settings, *changes])
+    return main(["--stage=export", f"--run_dir={made.folder}", f"--output={target}", *made.settings, *changes])
 
 
 def torch_logits(model: Any) -> np.ndarray:
@@ -50,6 +55,7 @@ def torch_logits(model: Any) -> np.ndarray:
         return model(torch.tensor(TOKENS_BT, dtype=torch.long)).logits.float().numpy()
 
 
+@pytest.mark.parity
 def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     import transformers
@@ -80,6 +86,7 @@ def test_transformers_opens_a_merged_model(made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, in PEFT
+@pytest.mark.parity
 def test_peft_opens_an_adapter(made: Made, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     peft = pytest.importorskip("peft")

@@ -224,6 +224,7 @@ print(json.dumps({tag: [[e.step, e.value] for e in events.Scalars(tag)] for tag 
 
 
 @pytest.mark.skipif(not EXTRAS["tensorboard"], reason="needs tensorboardX")
+@pytest.mark.processes
 def test_tensorboard_reads_the_run(observed: Path):
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip("needs tensorboard")
@@ -239,6 +240,7 @@ def test_tensorboard_reads_the_run(observed: Path):
 
 
 @pytest.mark.skipif(not EXTRAS["wandb"], reason="needs wandb")
+@pytest.mark.processes
 def test_wandb_keeps_the_run_offline(observed: Path):
     runs = list((observed / "wandb").glob("offline-run-*"))
     name = (observed / "wandb/id").read_text()
@@ -248,6 +250,7 @@ def test_wandb_keeps_the_run_offline(observed: Path):
         assert word in content
 
 
+@pytest.mark.processes
 def test_no_secret_is_in_any_file_of_a_run(observed: Path):
     files = [path for path in observed.rglob("*") if path.is_file()]
     assert len(files) > 10
@@ -279,6 +282,7 @@ def test_what_looks_like_a_secret_is_hidden(text: str, shown: str, monkeypatch: 
 # Traces -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_the_trace_of_a_run_opens(observed: Path):
     (path,) = observed.glob("profile/warm-up/plugins/profile/*/perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -19,6 +19,8 @@ from itool_jax.text.padding import pad
 from itool_jax.text.steps import StepTable
 from tests import tiny
 
+pytestmark = pytest.mark.parity
+
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")
 N_MODELS, N_QUICK = 40, 6
 NEW, CONTEXT = 6, 128

@@ -33,6 +33,7 @@ def test_the_sixteen_values_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), SHAPES)
+@pytest.mark.parity
 def test_codes_and_error_are_those_of_bitsandbytes(n_in: int, n_out: int) -> None:
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")

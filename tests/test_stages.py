@@ -231,6 +231,7 @@ def test_the_control_takes_as_many_steps_on_the_gold_of_the_same_prompts(made: M
     assert "reward_margin" not in steps[0]
 
 
+@pytest.mark.processes
 def test_a_run_on_a_mesh_is_the_run_on_one_device(made: Made, tmp_path: Path):
     """Search, scores, training and responses: the same decisions, and numbers that differ by rounding alone."""
     folder = tmp_path / "run"
@@ -290,7 +291,8 @@ def test_training_all_weights_holds_them_once(made: Made, tmp_path: Path, monkey
 )
 def test_other_kinds_of_weights_go_all_the_way(made: Made, tmp_path: Path, changes: tuple[str, ...]):
     folder = tmp_path / "run"
-    assert again(made, folder, *changes, "--iterations=1") == 0
+    for stage in ("warmup", "score", "search", "dpo"):
+        assert again(made, folder, *changes, stage=stage) == 0
     steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_1"]
     # The policy that the reference was scored with is the one that training starts from, whatever its weights are.
     tolerance = 1e-2 if "--dtype=bfloat16" in changes else 1e-4

@@ -383,6 +383,7 @@ def torch_model(request: pytest.FixtureRequest, tmp_path: Path):
     return model
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("torch_model", PARITY.values(), ids=PARITY, indirect=True)
 def test_parity_with_hugging_face(torch_model: Any, tmp_path: Path) -> None:
     import torch
@@ -399,6 +400,7 @@ def test_parity_with_hugging_face(torch_model: Any, tmp_path: Path) -> None:
         assert worst(logits_TV[:length], expected) < 1e-4
 
 
+@pytest.mark.parity
 def test_hugging_face_reads_what_is_saved(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import transformers
