@@ -2,7 +2,7 @@
 
 In: a `Policy` and token ids. Out: sampled steps with their log-probabilities, log-probabilities of given
 targets, and answers to one-letter questions. Prompts are computed once (`prefill`); rows that continue them
-keep only their own tokens. Shapes are bucketed, so that a data set of any lengths compiles a handful of
+cache only their own tokens. Shapes are bucketed, so that a data set of any lengths compiles a handful of
 programs.
 """
 
@@ -162,18 +162,8 @@ class _Decoding(NamedTuple):
     """The last of them, which is not in the cache yet."""
     suffix: Suffix
     automaton: StepState
-    done_B: Bool[Array, " B"]
     steps: Steps
-
-
-def _append(steps: Steps, t: Array, live_B: Array, token_B: Array, log_prob_B: Array, stopped_B: Array) -> Steps:
-    """Adds token t to the steps of the live rows."""
-    return Steps(
-        steps.tokens_BT.at[:, t].set(jnp.where(live_B, token_B, 0)),
-        steps.length_B + live_B,
-        steps.log_prob_B + jnp.where(live_B, log_prob_B, 0.0),
-        steps.stopped_B | (live_B & stopped_B),
-    )
+    done_B: Bool[Array, " B"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -209,44 +199,50 @@ def sample_step(
     (P, S), B = path_PS.shape, len(limit_B)
     to_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
 
-    # 1. Prefill the path. A group of rows shares its cache; a single row goes on in it.
+    # 1. Prefill of the paths. Rows share the cache of their path; a row that has a path to itself writes on in it.
     path = _extend(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
     if P == B:
         shared, suffix, first_slot = [prefix], path.suffix, S
     else:
-        shared, first_slot = [prefix, as_prefix(path.suffix, path_length_P)], 0
-        suffix = empty_suffix(prefix, B, max_tokens)
-    end_B = to_rows(path.end_B)
-
-    def extend(state: _Decoding) -> tuple[Array, _Decoding]:
-        """Writes the last token to the cache and computes the logits after it."""
-        last = state.t - 1
-        live_B1, position_B1 = ~state.done_B[:, None], (end_B + last)[:, None]
-        hidden_B1D, suffix = model.extend(
-            state.token_B[:, None], live_B1, position_B1, shared, state.suffix, first_slot + last
-        )
-        return model.logits(hidden_B1D[:, 0]), state._replace(suffix=suffix)
+        shared = [prefix, as_prefix(path.suffix, path_length_P)]
+        suffix, first_slot = empty_suffix(prefix, B, max_tokens), 0
+    first_logits_BV = to_rows(model.logits(path.hidden_BRD[:, 0]))
+    first_position_B = to_rows(path.end_B)
 
     def sample(logits_BV: Array, state: _Decoding) -> _Decoding:
-        """Samples a token of each live row and finds the rows whose step it ends."""
-        t, live_B = state.t, ~state.done_B
+        """Samples the next token of each row that is not done."""
+        t, live_B, steps = state.t, ~state.done_B, state.steps
         token_B = jnp.where(live_B, sample_token(logits_BV, keys_B, t, temperature), 0)
         log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
         automaton, boundary_B = advance(table, state.automaton, token_B)
         stopped_B = table.is_stop_V[token_B]
         ended_B = stopped_B | (boundary_B & ~whole_B) | (t + 1 >= limit_B)
-        steps = _append(state.steps, t, live_B, token_B, log_prob_B, stopped_B)
-        return _Decoding(t + 1, token_B, state.suffix, automaton, state.done_B | ended_B, steps)
+        steps = Steps(
+            tokens_BT=steps.tokens_BT.at[:, t].set(token_B),
+            length_B=steps.length_B + live_B,
+            log_prob_B=steps.log_prob_B + jnp.where(live_B, log_prob_B, 0.0),
+            stopped_B=steps.stopped_B | (live_B & stopped_B),
+        )
+        return _Decoding(t + 1, token_B, state.suffix, automaton, steps, state.done_B | ended_B)
 
-    # 2. The first token comes from the path's logits, each later one from the cache extended by the one before.
+    def decode(state: _Decoding) -> _Decoding:
+        """Extends the cache by the last token and samples the next one."""
+        last = state.t - 1
+        live_B1, position_B1 = ~state.done_B[:, None], (first_position_B + last)[:, None]
+        cached = (shared, state.suffix, first_slot + last)
+        hidden_B1D, suffix = model.extend(state.token_B[:, None], live_B1, position_B1, *cached)
+        return sample(model.logits(hidden_B1D[:, 0]), state._replace(suffix=suffix))
+
+    def is_unfinished(state: _Decoding) -> Array:
+        return ~state.done_B.all() & (state.t < max_tokens)
+
+    # 2. The first token, from the logits behind the path. 3. The others, in a loop.
+    zeros_B = jnp.zeros(B, jnp.int32)
+    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), jnp.zeros(B, bool))
     automaton = jax.tree.map(to_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
-    none_B = jnp.zeros(B, jnp.int32)
-    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), none_B, jnp.zeros(B), jnp.zeros(B, bool))
-    start = _Decoding(jnp.int32(0), none_B, suffix, automaton, limit_B <= 0, empty)
-    first = sample(to_rows(model.logits(path.hidden_BRD[:, 0])), start)
-    return jax.lax.while_loop(
-        lambda state: ~state.done_B.all() & (state.t < max_tokens), lambda state: sample(*extend(state)), first
-    ).steps
+    state = _Decoding(jnp.int32(0), zeros_B, suffix, automaton, empty, limit_B <= 0)
+    state = sample(first_logits_BV, state)
+    return jax.lax.while_loop(is_unfinished, decode, state).steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

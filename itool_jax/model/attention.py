@@ -28,7 +28,7 @@ class KeyValues(NamedTuple):
 
 
 def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
-    """Attention over several segments under one softmax; a segment may be shared by a group of rows.
+    """Attends over several segments under one softmax; a segment may be shared by a group of rows.
 
     A segment with fewer rows than the queries (a prompt shared by its candidates) is read in place: the
     queries of a group are folded into one long row, so that nothing is copied. The softmax is normalised
@@ -58,9 +58,9 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 
 
 def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
-    """What `attend` gives, where there are many scores one block of queries after the other.
+    """Computes `attend`; where there are many scores, one block of queries after the other.
 
-    Only a block's scores are in memory, in the backward pass too: they grow with the rows, not with their square.
+    Only one block's scores are in memory, also in the backward pass: memory grows with T, not with its square.
     """
     B, T, H, _ = q_BTHD.shape
     n_scores = B * T * H * sum(segment.k_BHDK.shape[-1] for segment in segments)
@@ -84,7 +84,7 @@ def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 
 
 def attend_causally(q_BTHD: Array, own: KeyValues) -> Array:
-    """What `attend` gives where no query sees a later key: the keys behind a part of the queries are left out."""
+    """Computes `attend` where no query sees a later key, leaving out the keys behind each part of the queries."""
     T = q_BTHD.shape[1]
     n = min(CAUSAL_PARTS, max(1, T // SMALLEST_PART))
     ends = [T * (i + 1) // n for i in range(n)]
@@ -99,7 +99,7 @@ def attend_causally(q_BTHD: Array, own: KeyValues) -> Array:
 
 
 def _segment_scores(q: Array, segment: KeyValues) -> Array:
-    """Masked float32 scores [rows, kv heads, group, row's share of B · T, K]."""
+    """Computes masked float32 scores [rows, kv heads, group, B / rows · T, K]."""
     k, _, mask = segment
     folded = _fold(q, len(k))
     rows, heads, group, length, D = folded.shape
@@ -109,7 +109,7 @@ def _segment_scores(q: Array, segment: KeyValues) -> Array:
 
 
 def _fold(x: Array, rows: int) -> Array:
-    """[B, heads, group, T, …] to [rows, heads, group, B / rows · T, …]: a group of rows becomes one."""
+    """Folds each group of rows into one: [B, heads, group, T, …] to [rows, heads, group, B / rows · T, …]."""
     B, heads, group, T = x.shape[:4]
     if rows == B:
         return x
@@ -118,7 +118,7 @@ def _fold(x: Array, rows: int) -> Array:
 
 
 def _unfold(x: Array, B: int) -> Array:
-    """The inverse of `_fold`."""
+    """Inverts `_fold`."""
     rows, heads, group, length = x.shape[:4]
     if rows == B:
         return x
@@ -127,5 +127,5 @@ def _unfold(x: Array, B: int) -> Array:
 
 
 def pick(x_BT: Array, at_BR: Array) -> Array:
-    """[B, T, …] to [B, R, …]: each row at its own places."""
+    """Picks each row's own places: [B, T, …] to [B, R, …]."""
     return jnp.take_along_axis(x_BT, at_BR.reshape(*at_BR.shape, *(1,) * (x_BT.ndim - 2)), axis=1)

@@ -1,7 +1,7 @@
 """Keys and values kept between calls: prompts once (`Prefix`), their continuations a row each (`Suffix`).
 
-A layer's part is an array of its own, heads before slots and keys as columns: a decode loop then writes in place, and
-its products read the caches as they lie, without slices or transposed copies.
+Each layer has arrays of its own, heads before slots and keys as columns, so that a decode loop writes in place and its
+products read the caches without slices or transposed copies.
 """
 
 import functools

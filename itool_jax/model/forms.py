@@ -1,8 +1,8 @@
-"""The two forms of a model's weights: layers stacked along a leading axis, to train, and each by itself, to run.
+"""The two layouts of a model's weights: layers stacked along a leading axis, to train, and each by itself, to run.
 
-A scan over stacked layers compiles fast and keeps little in memory, its backward pass too; a decode loop wants arrays
-that it can read where they lie. On a mesh the two are also laid out differently (see `model.sharding`). Either function
-goes from one form to the other a leaf at a time and empties what it is given: a model is never there twice.
+A scan over stacked layers compiles fast and needs little memory, also in its backward pass; a decode loop wants arrays
+that it can read in place. On a mesh the two are also sharded differently (see `model.sharding`). Either function
+converts one leaf at a time and empties its argument, so that memory never holds a second copy of the model.
 """
 
 import functools
@@ -20,34 +20,35 @@ Name = tuple[Any, ...]
 
 
 def to_run(params: Params) -> Params:
-    """Stacked weights as those of single layers, `layers` by number; `params` is emptied."""
-    leaves, found = _taken(params), {}
+    """Unstacks the layers' weights, `layers` by number; `params` is emptied."""
+    leaves, single = _take_leaves(params), {}
     while leaves:
         name, x = leaves.popitem()
         if name[0] == "layers":
             names = [(name[0], number, *name[1:]) for number in range(len(x))]
-            found |= zip(names, _compiled(tuple, _where(name, x.shape[1:], running=True))(x), strict=True)
+            single |= zip(names, _compiled(tuple, _where(name, x.shape[1:], running=True))(x), strict=True)
         else:
-            found[name] = jax.device_put(x, _where(name, x.shape, running=True))
-    return unflatten_dict(found)
+            single[name] = jax.device_put(x, _where(name, x.shape, running=True))
+    return unflatten_dict(single)
 
 
 def to_train(params: Params) -> Params:
-    """The weights of single layers as stacked ones; `params` is emptied."""
-    leaves, found = _taken(params), {}
+    """Stacks the weights of single layers; `params` is emptied."""
+    leaves, stacked = _take_leaves(params), {}
     n_layers = 1 + max((name[1] for name in leaves if name[0] == "layers"), default=-1)
     while leaves:
         name, x = next(iter(leaves.items()))
         if name[0] == "layers":
             inner = name[2:]
             parts, name = [leaves.pop((name[0], i, *inner)) for i in range(n_layers)], (name[0], *inner)
-            found[name] = _compiled(jnp.stack, _where(name, (n_layers, *x.shape), running=False))(parts)
+            stacked[name] = _compiled(jnp.stack, _where(name, (n_layers, *x.shape), running=False))(parts)
         else:
-            found[name] = jax.device_put(leaves.pop(name), _where(name, x.shape, running=False))
-    return unflatten_dict(found)
+            stacked[name] = jax.device_put(leaves.pop(name), _where(name, x.shape, running=False))
+    return unflatten_dict(stacked)
 
 
-def _taken(params: Params) -> dict[Name, jax.Array]:
+def _take_leaves(params: Params) -> dict[Name, jax.Array]:
+    """Moves the leaves out of `params`, which is emptied, by their paths."""
     leaves = cast(dict[Name, jax.Array], flatten_dict(params))
     params.clear()
     return leaves

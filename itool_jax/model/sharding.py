@@ -1,10 +1,9 @@
 """How weights and activations lie on a mesh of devices: one table from parameter names to axes.
 
 Axes: `data` (rows of a batch), `fsdp` (rows too, and weights along their other dimension) and `tensor` (heads, the
-inner width of the MLP, the vocabulary). A model that runs and is not trained takes `fsdp` as more of `tensor`: decoding
-would else move all weights to every device for each token. What the table names is a wish: an axis that does not divide
-a dimension is left out there, and XLA moves what must be moved (GSPMD, arXiv 2105.04663): every mesh gives one device's
-results.
+inner width of the MLP, the vocabulary). A model that only runs uses `fsdp` as more of `tensor`, because decoding would
+otherwise move all weights to every device for each token. An axis that does not divide a dimension is dropped there,
+and XLA inserts the communication (GSPMD, arXiv 2105.04663), so every mesh gives the results of one device.
 """
 
 import contextlib
@@ -56,13 +55,13 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings) -> Mesh:
-    """The mesh; ValueError where there are fewer devices than it needs, or a process would have none of it."""
+    """Makes the mesh; ValueError if there are fewer devices than it needs, or a process would have none of it."""
     shape = checked_shape(settings, jax.device_count(), jax.process_count())
     return _mesh(shape, jax.devices()[: math.prod(shape)])
 
 
 def checked_shape(settings: MeshSettings, count: int, processes: int) -> tuple[int, int, int]:
-    """`mesh_shape` on `count` devices of so many processes; ValueError where they cannot be laid out so."""
+    """Computes `mesh_shape` on `count` devices of several processes; ValueError if they do not fit it."""
     data, fsdp, tensor = shape = mesh_shape(settings, count)
     if (needed := math.prod(shape)) > count:
         raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
@@ -75,13 +74,13 @@ def checked_shape(settings: MeshSettings, count: int, processes: int) -> tuple[i
 
 
 def mesh_shape(settings: MeshSettings, count: int | None = None) -> tuple[int, int, int]:
-    """Sizes of the three axes on `count` devices, or those that are here."""
+    """Computes the sizes of the three axes on `count` devices, by default all devices."""
     data, fsdp, tensor = settings.data, settings.fsdp, settings.tensor
     return data or max(1, (count or jax.device_count()) // (fsdp * tensor)), fsdp, tensor
 
 
 def mesh_here(settings: MeshSettings) -> MeshSettings:
-    """A run's mesh for its weights to be used with; of one device where the run was made on more than are here."""
+    """Returns a run's mesh, or one device if the run was made on more devices than there are here."""
     return settings if math.prod(mesh_shape(settings)) <= jax.device_count() else MeshSettings()
 
 
@@ -90,19 +89,19 @@ def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
 
 
 def use_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
-    """Inside, compiled functions spread their work over the mesh; on one device there is none."""
+    """Spreads the work of compiled functions inside the context over the mesh; on one device there is none."""
     mesh = make_mesh(settings)
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def runs_apart(settings: MeshSettings) -> bool:
-    """Whether each of several processes runs the model by itself: a copy of it fits the devices of one host."""
+    """Says if each of several processes runs the model by itself, a copy of it on the devices of its host."""
     processes, (data, fsdp, tensor) = jax.process_count(), mesh_shape(settings)
     return processes > 1 and data % processes == 0 and jax.local_device_count() % (fsdp * tensor) == 0
 
 
 def use_own_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
-    """Inside, a process that runs the model by itself spreads its work over its own devices alone.
+    """Restricts the work inside the context to a process's own devices, if each runs the model by itself.
 
     One process, or several that run the model together, stay on the whole mesh.
     """
@@ -113,7 +112,7 @@ def use_own_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[An
 
 
 def to_devices(batch: Any) -> Any:
-    """The rows of a batch, arrays of the host, on the mesh in use; each process gives those of its own devices."""
+    """Puts the rows of a batch of host arrays on the mesh in use; each process provides those of its own devices."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return batch
@@ -139,7 +138,7 @@ def to_host(tree: Any) -> Any:
 def spec_of(
     path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, running: bool = False
 ) -> PartitionSpec:
-    """Axes of one weight, by its path in the parameters (or in an optimizer's state)."""
+    """Looks up the axes of one weight, by its path in the parameters (or in an optimizer's state)."""
     keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
     axes: tuple[Any, ...] = next((SPECS[name] for n in (3, 2, 1) if (name := ".".join(keys[-n:])) in SPECS), ())
     if running:
@@ -162,7 +161,7 @@ def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...], running: bool = False) -> jax.sharding.Sharding:
-    """Where one weight lies: on the mesh in use, or whole on the first device."""
+    """Returns where one weight lies: on the mesh in use, or whole on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return SingleDeviceSharding(jax.local_devices()[0])
@@ -170,7 +169,7 @@ def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...], running: bool = F
 
 
 def placed(shapes: Any, running: bool = False) -> Any:
-    """Shapes of weights, or of an optimizer's state, with where each of them lies."""
+    """Adds to shapes of weights, or of an optimizer's state, where each of them lies."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         where = sharding_of(path, leaf.shape, running)
@@ -180,13 +179,13 @@ def placed(shapes: Any, running: bool = False) -> Any:
 
 
 def n_devices() -> int:
-    """Inside a compiled function: how many devices the mesh in use has."""
+    """Counts the devices of the mesh in use, inside a compiled function."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
 def row_devices(running: bool = False) -> int:
-    """How many devices the rows of a batch are spread over, on the mesh in use."""
+    """Counts the devices that the rows of a batch are spread over, on the mesh in use."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
@@ -200,7 +199,7 @@ def constrain_axes(x: Array, *axes: str | tuple[str, ...]) -> Array:
 
 
 def constrain(tree: Any, running: bool = False) -> Any:
-    """Inside a compiled function: weights, or an optimizer's state, are laid out on the mesh in use, if any."""
+    """Inside a compiled function, lays out weights, or an optimizer's state, on the mesh in use, if any."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
