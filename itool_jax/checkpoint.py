@@ -56,7 +56,7 @@ def save(folder: Path, tree: Any) -> str:
     finally:
         for left in folder.parent.glob(f"{partial.name}*") if hosts.is_first() else ():
             shutil.rmtree(left, ignore_errors=True)
-    hosts.meet(f"{folder} is there")
+    hosts.barrier(f"{folder} is there")
     return digest(tree)
 
 
@@ -151,7 +151,7 @@ class Training:
         self.kept, self.next, self.time = 0, every or 1, 0.0
         self.thread = ThreadPoolExecutor(1)
         self.sealing: Future[None] | None = None
-        hosts.by_first(f"checkpoints of {folder}", self._drop_damaged)
+        hosts.broadcast_from_primary(f"checkpoints of {folder}", self._drop_damaged)
         with _quiet():
             self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 

@@ -155,7 +155,7 @@ def join(settings: DistributedSettings, stage: Callable[[], str | None] = lambda
 # Deciding the same ------------------------------------------------------------------------------------------
 
 
-def by_first(name: str, compute: Callable[[], T]) -> T:
+def broadcast_from_primary(name: str, compute: Callable[[], T]) -> T:
     """What the first process computes, plain JSON, on all of them; its ValueError too. Once for each name.
 
     Of one process it is `compute()`, each time.
@@ -179,7 +179,7 @@ def by_first(name: str, compute: Callable[[], T]) -> T:
     return _run.agreed[name]["value"]
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until all processes are here; once for each name.
 
     Raises:

@@ -129,7 +129,7 @@ def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
     from itool_jax.model.sharding import use_mesh
 
     with run_directory.lock(config), use_mesh(config.mesh):
-        hosts.by_first("settings", lambda: run_directory.save_or_check(config))
+        hosts.broadcast_from_primary("settings", lambda: run_directory.save_or_check(config))
         if config.keeps_run:
             open_log(config)
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):

@@ -213,7 +213,9 @@ def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengt
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
-    ask = sampler.answer.lower(graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2))
+    ask = sampler.choice_logits.lower(
+        graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2)
+    )
     return _need(ask, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
 
 

@@ -98,7 +98,7 @@ def _extend(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer(
+def choice_logits(
     graph: nnx.GraphDef,
     params: Params,
     prefix: Prefix,
@@ -285,7 +285,7 @@ class GenerateSettings(GenerateRuntime, GenerateRecipe):
         GenerateRuntime.__post_init__(self)
 
 
-def text_key(text: str) -> int:
+def stable_hash(text: str) -> int:
     """Hashes a text to a number to fold into a random key, the same in every process."""
     return zlib.crc32(text.encode())
 
@@ -345,7 +345,7 @@ def _generate_batch(
     n_missing = count - len(prompts)
     padded = [*prompts, *[prompts[0]] * n_missing]
     limits = [min(settings.max_tokens, max_length - len(ids)) for _, ids in prompts] + [0] * n_missing
-    names_B = np.array([text_key(name) for name, _ in padded], np.uint32)
+    names_B = np.array([stable_hash(name) for name, _ in padded], np.uint32)
     # The prompt's last token is the path, whose prefill gives the first logits.
     prefix = prefill(*policy, *pad([ids[:-1] for _, ids in padded], width))
     path_PS, path_length_P = pad([ids[-1:] for _, ids in padded], 1)

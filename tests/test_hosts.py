@@ -159,7 +159,7 @@ import sys
 from itool_jax import config, hosts
 hosts.BEAT = 0.001  # always in a call to the store
 hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
-hosts.meet("all")
+hosts.barrier("all")
 hosts.leave()
 hosts.end(0)
 """
@@ -175,13 +175,13 @@ ASKED = """
 import sys, threading
 from itool_jax import config, hosts, preemption
 hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
-hosts.meet("all")
+hosts.barrier("all")
 if hosts.index() == 1:
     preemption.ask_to_stop()  # and gone before the next sign of life
     hosts.leave()
     hosts.end(75)
 try:
-    hosts.meet("never")
+    hosts.barrier("never")
 except preemption.PreemptionError:
     hosts.leave()
     hosts.end(75)
@@ -195,7 +195,7 @@ def fail(*_):
     raise TypeError("a mistake of ours")
 
 def wait(*_):
-    hosts.meet("never")
+    hosts.barrier("never")
 
 iterate.iterate = fail if "--distributed.process_id=1" in sys.argv else wait
 hosts.end(main.main(sys.argv[1:]))
@@ -289,7 +289,7 @@ def test_settings_that_do_not_go_together(arguments: list[str], line: str, capsy
 
 def test_one_process_meets_nobody():
     numbers = iter(range(2))
-    assert [hosts.by_first("x", lambda: next(numbers)) for _ in range(2)] == [0, 1]
-    hosts.meet("x")
+    assert [hosts.broadcast_from_primary("x", lambda: next(numbers)) for _ in range(2)] == [0, 1]
+    hosts.barrier("x")
     assert hosts.decided(hosts.vote(stop=False, save=True)) == hosts.Vote(False, True)
     assert (hosts.index(), hosts.count(), hosts.is_first()) == (0, 1, True)

@@ -15,7 +15,7 @@ from flax import nnx
 from itool_jax import sampler
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, Steps, generate, row_keys, target_log_probs, text_key
+from itool_jax.sampler import GenerateSettings, Policy, Steps, generate, row_keys, stable_hash, target_log_probs
 from itool_jax.text.chat import load_tokenizer
 from itool_jax.text.padding import bucket, group, pad, target_width
 from itool_jax.text.steps import StepTable, build_step_table, split_steps
@@ -297,7 +297,7 @@ def test_an_answer_is_the_uncached_models(setup: Setup) -> None:
     ids = np.array([ONE, NAME, 14], np.int32)
     params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
     own = [[NAME], [ONE, CLOSE_ALL, NAME], [STOP, ONE]]  # three rows to a prompt and path
-    logits_BA = sampler.answer(setup.policy.graph, params, prefix, path_PS, length_P, *pad(own * B, 4), ids)
+    logits_BA = sampler.choice_logits(setup.policy.graph, params, prefix, path_PS, length_P, *pad(own * B, 4), ids)
     rows = [row + x for row in ROWS for x in own]
     expected = np.concatenate([uncached(setup.policy, rows[i : i + B]) for i in range(0, len(rows), B)])[:, ids]
     assert expected.std() > 0.5
@@ -412,8 +412,8 @@ def test_row_keys_fold_every_number_in_turn() -> None:
     assert len(np.unique(data, axis=0)) == 3
     one = jax.random.fold_in(jax.random.fold_in(key, 2), 5)
     assert np.array_equal(data[1], jax.random.key_data(one))
-    assert text_key("a") != text_key("b")
-    assert text_key("123456789") == 0xCBF43926  # as CRC-32 is specified: the same in every process
+    assert stable_hash("a") != stable_hash("b")
+    assert stable_hash("123456789") == 0xCBF43926  # as CRC-32 is specified: the same in every process
 
 
 def test_groups_hold_every_row_once_within_the_budget() -> None:

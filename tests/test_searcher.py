@@ -99,7 +99,7 @@ COMPILED: dict[str, Any] = {
     "prefill": sampler.prefill,
     "sample_step": sampler.sample_step,
     "score_step": sampler.score_step,
-    "answer": sampler.answer,
+    "answer": sampler.choice_logits,
 }
 """The programs of the model; what else a search compiles takes no time."""
 

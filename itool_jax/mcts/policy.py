@@ -15,7 +15,7 @@ from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.model.cache import Prefix, empty_prefix, place
 from itool_jax.model.sharding import row_devices, to_host
-from itool_jax.sampler import Policy, answer, prefill, row_keys, sample_step, score_step, text_key
+from itool_jax.sampler import Policy, choice_logits, prefill, row_keys, sample_step, score_step, stable_hash
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample
@@ -125,8 +125,8 @@ class ModelPolicy:
     def _keys(self, states: Sequence[State], rows: "_Rows") -> jax.Array:
         """Returns a key a row from the prompt's id, the path of the node and the candidate: never from the row."""
         breadth = self.settings.breadth
-        ids = rows.column([text_key(self.batch[state.problem].sample.id) for state in states], np.uint32)
-        paths = rows.column([text_key(" ".join(map(str, state.response))) for state in states], np.uint32)
+        ids = rows.column([stable_hash(self.batch[state.problem].sample.id) for state in states], np.uint32)
+        paths = rows.column([stable_hash(" ".join(map(str, state.response))) for state in states], np.uint32)
         candidates = np.tile(np.arange(breadth, dtype=np.uint32), rows.size)
         return row_keys(self.key, np.repeat(ids, breadth), np.repeat(paths, breadth), candidates)
 
@@ -159,7 +159,7 @@ class ModelPolicy:
             shared.append([self.questions.last_token(problem), *shown[0][:n]])
             own += [[*ids[n:], *self.frames[problem].after] for ids in shown]
         own_rows = rows.split([len(group) for group in groups], most)
-        logits_BA = answer(
+        logits_BA = choice_logits(
             *self.policy,
             cache,
             *rows.pad(shared, _path_width(shared)),

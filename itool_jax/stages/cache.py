@@ -157,7 +157,7 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
         PreemptionError: the run was asked to stop.
     """
     task = Task(run, phase, step.name)
-    state = _State(*hosts.by_first(f"begin {phase}/{step.name}", lambda: _begin(task, step, inputs)))
+    state = _State(*hosts.broadcast_from_primary(f"begin {phase}/{step.name}", lambda: _begin(task, step, inputs)))
     if state.stop:
         raise PreemptionError
     if state.done:
@@ -169,7 +169,9 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
         figures = step.compute(task, *inputs)
         track_results(phase, step.name, figures)
     seconds = round(state.seconds + time.monotonic() - start, 2)
-    hosts.by_first(f"end {phase}/{step.name}", lambda: _end(task, step, figures | {"seconds": seconds}, state.basis))
+    hosts.broadcast_from_primary(
+        f"end {phase}/{step.name}", lambda: _end(task, step, figures | {"seconds": seconds}, state.basis)
+    )
 
 
 class _State(NamedTuple):
@@ -316,6 +318,6 @@ def resumed(config: Config, output: Path) -> Iterator[Path]:
     checksums = weights_folder(config.run_dir, phase) / CHECKSUMS
     weights = _digest(checksums) if phase != BASE and checksums.exists() else None
     basis = {"settings": hash_of(settings), "sources": fingerprints(config), "weights": weights}
-    hosts.by_first(f"begin {output}", lambda: open_working(working, basis))
+    hosts.broadcast_from_primary(f"begin {output}", lambda: open_working(working, basis))
     yield working
-    hosts.by_first(f"end {output}", lambda: shutil.rmtree(working))
+    hosts.broadcast_from_primary(f"end {output}", lambda: shutil.rmtree(working))

@@ -26,7 +26,7 @@ from itool_jax.data.schemas import tool_schemas
 from itool_jax.files import write_jsonl
 from itool_jax.messages import console_out
 from itool_jax.model.sharding import use_own_mesh
-from itool_jax.sampler import row_keys, text_key
+from itool_jax.sampler import row_keys, stable_hash
 from itool_jax.stages.paths import BASE
 from itool_jax.stages.run import Run
 from itool_jax.streaming import Stream, as_text
@@ -160,7 +160,7 @@ class Session:
                 "/reset begins a new one"
             )
         limit = min(settings.max_tokens, room)
-        fold = np.array([text_key(f"{len(self.messages)} {self.messages[-1]['content']}")], np.uint32)
+        fold = np.array([stable_hash(f"{len(self.messages)} {self.messages[-1]['content']}")], np.uint32)
         key_1 = row_keys(jax.random.key(self.config.seed), fold)
         found: list[int] = []
         decode = functools.partial(chat.tokenizer.decode, clean_up_tokenization_spaces=False)

@@ -14,7 +14,7 @@ from itool_jax.stages.run import Run
 
 def check(run: Run) -> None:
     """Adds to the data card what of the benchmarks stands among the training samples, unless it says so already."""
-    hosts.by_first("benchmarks", functools.partial(_check, run))
+    hosts.broadcast_from_primary("benchmarks", functools.partial(_check, run))
 
 
 def _check(run: Run) -> None:

@@ -39,7 +39,7 @@ def resolved(run: Run) -> Run:
     """The settings with a number for each size that is `auto` and that the stage needs, the same on all processes."""
     config, flat = run.config, run.config.flat()
     names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
-    known = hosts.by_first("sizes", lambda: _known(config)) if names else {}
+    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if names else {}
     for name in names:
         candidates = _candidates(run, name)
         value = known.get(name, 0)
@@ -47,7 +47,7 @@ def resolved(run: Run) -> Run:
             name != "search.batch" and value not in candidates
         ):  # a mesh that shares batches out otherwise
             size = _find(run, name, candidates)
-            known[name] = value = hosts.by_first(f"size {name}", lambda size=size: size)
+            known[name] = value = hosts.broadcast_from_primary(f"size {name}", lambda size=size: size)
             write_json(config.run_dir / FILE, known)
         run = run.with_settings(with_size(run.config, name, value))
     return run

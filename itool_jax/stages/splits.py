@@ -90,7 +90,7 @@ class Part(NamedTuple):
 def load_splits(config: Config) -> Splits:
     """The splits of a run, made, described and written down if one is missing."""
     made: dict[str, Part] = {}
-    hosts.by_first("data", lambda: made.update(_make(config)))
+    hosts.broadcast_from_primary("data", lambda: made.update(_make(config)))
 
     def encode_all(samples: list[Sample]) -> list[Encoded]:
         return encode(load_base(config), samples)

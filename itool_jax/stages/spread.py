@@ -51,7 +51,7 @@ def map_across_hosts(
     apart = runs_apart(config.mesh)
     index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
     rows = _read_all(working)
-    hosts.meet(f"{working} was read")
+    hosts.barrier(f"{working} was read")
     missing = [i for i in range(len(items)) if i not in rows]
     own = missing[index::count]
     path = working / (f"rows_{index}.journal" if index else "rows.journal")
@@ -71,9 +71,9 @@ def map_across_hosts(
             advance(step.units)
             stop()
     if count > 1:
-        hosts.meet(f"{working} is complete")
+        hosts.barrier(f"{working} is complete")
         rows = _read_all(working)
-        hosts.meet(f"{working} was read to the end")
+        hosts.barrier(f"{working} was read to the end")
     return [rows[i] for i in range(len(items))]
 
 
