@@ -105,8 +105,9 @@ def measure(where: Path, rank: int, s: Settings) -> dict[str, Any]:
             start = time.monotonic()
             path = Metrics(Path(scratch) / "metrics.jsonl", "warmup")
             frozen = base if rank else {}
-            start_from = adapters, frozen
-            training.run(loss, settings, start_from, batches, seed=0, what="train", metrics=path, checkpoints=kept)
+            training.train_resumably(
+                loss, settings, start_from, batches, seed=0, what="train", metrics=path, checkpoints=kept
+            )
             if number:
                 seconds[kept is not None].append(time.monotonic() - start)
     assert kept is not None

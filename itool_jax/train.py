@@ -265,22 +265,22 @@ def fit(
     n_steps: int,
     *,
     seed: int,
-    first: int = 0,
+    steps_done: int = 0,
 ) -> Iterator[Update]:
     """Trains on one batch after the other, and yields after each.
 
     Args:
         loss_fn: the sum of losses over a batch.
         settings: learning rate, weight decay, micro-batches.
-        state: parameters and optimizer after `first` steps; used up.
+        state: parameters and optimizer after `steps_done` steps; used up.
         frozen: parameters that stay.
         batches: those that follow, arrays of the host.
         n_steps: length of the whole training, which the learning rate's schedule spans.
         seed: of the dropout; step n folds n in.
-        first: steps done before.
+        steps_done: steps of earlier commands.
     """
     optimizer, key, n_micro = adamw(settings.weight_decay, settings.clip_norm), jax.random.key(seed), settings.n_micro()
-    for step, batch in enumerate(batches, first):
+    for step, batch in enumerate(batches, steps_done):
         rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
         rows = sharding.to_devices(batch)
         state, metrics = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
@@ -327,5 +327,7 @@ def _log_probs(
     branch_BT: AnyArray | None = None,
 ) -> AnyArray:
     model = nnx.merge(graph, trainable, frozen)
-    hidden_BRD, _ = model(batch.tokens_BT, None, branch_BT, batch.segment_BT, key, batch.positions_BR)
+    hidden_BRD, _ = model(
+        batch.tokens_BT, branch_BT=branch_BT, segment_BT=batch.segment_BT, key=key, at_BR=batch.positions_BR
+    )
     return losses.token_log_probs(hidden_BRD, model.unembedding(), batch.targets_BR)

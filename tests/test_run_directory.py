@@ -15,7 +15,7 @@ import pytest
 from itool_jax import config, files, preemption, run_directory
 from itool_jax.main import PREEMPTED
 from itool_jax.preemption import PreemptionError
-from itool_jax.stages import cache, generate, score
+from itool_jax.stages import generate, outputs, score
 from itool_jax.stages.sources import fingerprints
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_to_more_iterations_is_not_finished(
         raise PreemptionError
 
     folder = copy_run(made, tmp_path)
-    monkeypatch.setattr(score, "hardest", stop)
+    monkeypatch.setattr(score, "ranked_hardest", stop)
     assert again(made, folder, f"--iterations={ITERATIONS + 1}") == PREEMPTED
     assert not (folder / "summary.json").exists()
     assert config.parse(["--stage=iterate", f"--config={folder / 'config.yaml'}"]).iterations == ITERATIONS + 1
@@ -101,7 +101,7 @@ def test_answers_of_other_weights_are_not_gone_on_with(made: Made, tmp_path: Pat
     command = ["--stage=generate", *made.settings, "--generate.phase=last", f"--run_dir={folder}", f"--output={output}"]
 
     def killed() -> None:
-        with contextlib.suppress(KeyboardInterrupt), cache.resumed(config.parse(command), output) as working:
+        with contextlib.suppress(KeyboardInterrupt), outputs.resumed(config.parse(command), output) as working:
             (working / "kept").touch()
             raise KeyboardInterrupt
 

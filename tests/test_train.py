@@ -253,7 +253,7 @@ def run(
     metrics = Metrics(path / "metrics.jsonl", "warmup")
     adapters = jax.tree.map(jnp.copy, model.adapters)  # training uses them up
     base = jax.device_put(model.base, jax.devices()[0])  # tied to a device, as one that was loaded is
-    trained = training.run(loss, settings, (adapters, base), batches, seed=0, what="test", metrics=metrics)
+    trained = training.train_resumably(loss, settings, (adapters, base), batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]
 
 
@@ -349,7 +349,7 @@ def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
     loss = train.sft_loss(model.graph)
     none = grain.MapDataset.source([])
     start = model.adapters, model.base
-    same = training.run(loss, WarmupSettings(), start, none, seed=0, what="none", metrics=metrics)
+    same = training.train_resumably(loss, WarmupSettings(), start, none, seed=0, what="none", metrics=metrics)
     jax.tree.map(np.testing.assert_array_equal, same, model.adapters)
     assert not metrics.path.exists()
 
@@ -370,8 +370,10 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
     def fit_on(batches: grain.MapDataset, kept: checkpoint.Training | None) -> Params:
         adapters = jax.tree.map(jnp.copy, model.adapters)
         base = jax.device_put(model.base, jax.devices()[0])
-        start = adapters, base
-        return training.run(loss, settings, start, batches, seed=0, what="test", metrics=metrics, checkpoints=kept)
+        given = loss, settings, (adapters, base), batches
+        return training.train_resumably(*given, seed=0, what="test", metrics=metrics, checkpoints=kept)
+            loss, settings, start, batches, seed=0, what="test", metrics=metrics, checkpoints=kept
+        )
 
     def lines() -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]
@@ -431,5 +433,5 @@ def run_with(model: Model, folder: Path, wrong: tuple[int, ...], n_steps: int) -
     batches, metrics = grain.MapDataset.source(range(n_steps)).map(make), Metrics(folder / "metrics.jsonl", "warmup")
     adapters, base = jax.tree.map(jnp.copy, model.adapters), jax.device_put(model.base, jax.devices()[0])
     start = adapters, base
-    trained = training.run(loss, WarmupSettings(), start, batches, seed=0, what="test", metrics=metrics)
+    trained = training.train_resumably(loss, WarmupSettings(), start, batches, seed=0, what="test", metrics=metrics)
     return trained, [json.loads(line) for line in metrics.path.read_text().splitlines()]

@@ -192,7 +192,7 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
     path = Path(tempfile.mkdtemp(dir=task["out"])) / "metrics.jsonl"
 
     def work() -> float:
-        trained = training.run(
+        trained = training.train_resumably(
             loss(graph),
             settings,
             (jax.tree.map(jnp.copy, trainable), frozen),  # training uses them up

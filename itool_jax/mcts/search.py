@@ -202,6 +202,7 @@ def grow(problems: Sequence[Problem], model: Model, settings: SearchSettings) ->
     waiting = iter(range(len(problems)))
     while True:
         free = [b for b in range(settings.lanes) if b not in lanes]
+        # `free` comes first: zip would else take a problem that no lane is free for.
         if new := {b: _new_lane(number, settings) for b, number in zip(free, waiting, strict=False)}:
             trees = _reset(trees, np.isin(np.arange(settings.lanes), list(new)))
             lanes = dict(sorted((lanes | new).items()))

@@ -130,7 +130,7 @@ def expand(tree: Tree, node: NodeId, candidates: Candidates) -> tuple[Tree, IntW
 
     Ids are given out in slot order. Terminal nodes and nodes with children are left alone. Candidates beyond the
     capacity of the tree are dropped, so the caller allocates enough nodes.
-    The Q of a new edge is its step reward: with 0, the golden toy trees of the tests take other paths.
+    The Q of a new edge is its step reward, so that siblings are told apart before their first visit.
 
     Raises:
         ValueError: the candidates do not fill the tree's child slots.

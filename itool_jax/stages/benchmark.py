@@ -165,9 +165,9 @@ def _category(run: Run, phase: str, category: str) -> Figures:
     file, questions = _response_file(config, phase, category), _load(config, category)
     name = f"{results_folder(config, phase).name}/{category}"
     work = functools.partial(_answer_category, category, questions, file)
-    reads = {"questions": cache.hash_of(repr(questions))}
+    hashes = {"questions": cache.hash_of(repr(questions))}
     outputs = [str(file.relative_to(config.run_dir / phase))]
-    step: Step[Figures] = Step(name, outputs, work, lambda phase: phase.figures(name), reads)
+    step: Step[Figures] = Step(name, outputs, work, lambda phase: phase.figures(name), hashes)
     return run.phase(phase).cached(step, run.policy(phase))
 
 

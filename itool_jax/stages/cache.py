@@ -4,20 +4,18 @@ In: a step, and the values it is computed from. Out: its value, read from its fi
 with hashes of its inputs and outputs; until it is done, a folder `<step>.working` holds finished rows and checkpoints.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from itool_jax import hosts
-from itool_jax.checkpoint import CHECKSUMS, damage
+from itool_jax.checkpoint import damage
 from itool_jax.config import Config
 from itool_jax.files import read_json, write_json
 from itool_jax.messages import say, working_on
@@ -25,10 +23,9 @@ from itool_jax.metrics import track_results
 from itool_jax.preemption import PreemptionError, asked_to_stop
 from itool_jax.run_directory import binding_settings
 from itool_jax.stages import columns
-from itool_jax.stages.paths import BASE, StepId, done_file, iteration_of, weights_folder, working_folder
-from itool_jax.stages.sources import check_sources, fingerprints
+from itool_jax.stages.paths import StepId, done_file, iteration_of, working_folder
+from itool_jax.stages.sources import check_sources
 from itool_jax.stages.spread import Work, map_across_hosts
-from itool_jax.stages.weights import answering_phase
 
 if TYPE_CHECKING:
     from itool_jax.stages.run import Run
@@ -62,8 +59,8 @@ class Step(Generic[T]):
     """compute(task, *inputs) writes the outputs and returns the step's figures, plain JSON."""
     read: Callable[["Phase"], T]
     """Gives the value: a handle that reads the outputs when they are needed."""
-    reads: Mapping[str, str] | None = None
-    """Hashes of what the step reads in place of the run's data, by name."""
+    data_hashes: Mapping[str, str] | None = None
+    """Hashes by name of what the step reads in place of the run's data; None if it reads that."""
 
 
 class Task(NamedTuple):
@@ -114,8 +111,8 @@ class Phase(NamedTuple):
         compute_once(self.run, self.name, step, inputs)
         return step.read(self)
 
-    def made(self, step: Step[T]) -> T:
-        """The value that an earlier command computed; its first use names the step to run if it did not."""
+    def read(self, step: Step[T]) -> T:
+        """The value that an earlier command computed; its first use names the step to run if none did."""
         return step.read(self)
 
     def figures(self, step: str) -> Figures:
@@ -190,7 +187,7 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
     if asked_to_stop():
         return _State(stop=True)
     config = task.config
-    check_sources(config, ("model", "data") if step.reads is None else ("model",))
+    check_sources(config, ("model", "data") if step.data_hashes is None else ("model",))
     basis = _basis(config, step, inputs)
     stale = _staleness(task, step, basis)
     if stale is None:
@@ -229,13 +226,13 @@ def _edited(task: Task, step: Step[Any]) -> str:
     """Names an output whose content is not what the step wrote."""
     written = (read_figures(task.config.run_dir, task.phase, step.name) or {})["outputs"]
     paths = {name: task.folder / name for name in step.outputs}
-    edited = [path for name, path in paths.items() if _digest(path) != written.get(name)]
+    edited = [path for name, path in paths.items() if file_hash(path) != written.get(name)]
     return f", {edited[0]} has been changed since" if edited else ""
 
 
 def _end(task: Task, step: Step[Any], figures: Figures, basis: Mapping[str, Any]) -> None:
     """Marks a step as done and removes the folder of its work."""
-    outputs = {name: _digest(task.folder / name) for name in step.outputs}
+    outputs = {name: file_hash(task.folder / name) for name in step.outputs}
     write_json(done_file(task.config.run_dir, task.phase, step.name), figures | {"after": basis, "outputs": outputs})
     shutil.rmtree(task.working)
 
@@ -246,9 +243,9 @@ def _basis(config: Config, step: Step[Any], inputs: Sequence[Value]) -> dict[str
     The model's files are checked apart, by `check_sources`.
     """
     settings = {name: value for name, value in binding_settings(config).items() if name != "data"}
-    data = step.reads
+    data = step.data_hashes
     if data is None:
-        data = {f"data/{path.name}": _digest(path) for path in sorted((config.run_dir / "data").glob("*.jsonl"))}
+        data = {f"data/{path.name}": file_hash(path) for path in sorted((config.run_dir / "data").glob("*.jsonl"))}
     origins = [value.origin for value in inputs if value.origin is not None]
     results = {f"{phase}/{name}": _result_digest(config, phase, name) for phase, name in origins}
     return {"settings": hash_of(settings), **data, **results}
@@ -261,7 +258,7 @@ def _result_digest(config: Config, phase: str, step: str) -> str | None:
         return None
     lasting = {name: value for name, value in figures.items() if name != "seconds"}
     files = [config.run_dir / phase / name for name in figures["outputs"]]
-    return hash_of([lasting, *(_digest(path) for path in files if path.is_file())])
+    return hash_of([lasting, *(file_hash(path) for path in files if path.is_file())])
 
 
 def hash_of(content: Any) -> str:
@@ -269,7 +266,7 @@ def hash_of(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _digest(path: Path) -> str | None:
+def file_hash(path: Path) -> str | None:
     """A hash of a file's content; None for a folder, whose files have checksums of their own."""
     return None if path.is_dir() else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -301,23 +298,3 @@ def open_working(working: Path, basis: Mapping[str, Any]) -> float:
         shutil.rmtree(working)
     write_json(path, {"after": basis, "seconds": seconds, "time": time.time()})
     return seconds
-
-
-@contextlib.contextmanager
-def resumed(config: Config, output: Path) -> Iterator[Path]:
-    """A folder beside an output file for its finished rows, gone when the file is written; elsewhere for a pipe."""
-    if output.exists() and not output.is_file():
-        if hosts.count() > 1:
-            raise ValueError(f"output {output} must be a file, which {hosts.count()} processes can meet through")
-        with tempfile.TemporaryDirectory() as elsewhere:
-            yield Path(elsewhere)
-        return
-    working = output.with_name(f"{output.name}.working")
-    settings = {name: value for name, value in config.flat().items() if not name.startswith("distributed.")}
-    phase = answering_phase(config)
-    checksums = weights_folder(config.run_dir, phase) / CHECKSUMS
-    weights = _digest(checksums) if phase != BASE and checksums.exists() else None
-    basis = {"settings": hash_of(settings), "sources": fingerprints(config), "weights": weights}
-    hosts.broadcast_from_primary(f"begin {output}", lambda: open_working(working, basis))
-    yield working
-    hosts.broadcast_from_primary(f"end {output}", lambda: shutil.rmtree(working))

@@ -29,7 +29,7 @@ def run(run: Run) -> PhasePolicy:
     """Trains on an iteration's pairs unless that is done; returns the new policy."""
     run.config.preference.n_micro()
     phase, policy = run.phase(phase_name(run.config.iteration)), run.policy(phase_name(run.config.iteration - 1))
-    return phase.cached(POLICY, policy, phase.made(search.TREES).pairs)
+    return phase.cached(TRAIN, policy, phase.read(search.SEARCH).pairs)
 
 
 def fit(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
@@ -46,11 +46,11 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
         loss, batches = _preferences(task, rows, _by_pair(rows, reference))
     what = f"{'control' if config.preference.control else config.preference.loss}, {task.phase}"
     seed = config.seed + task.iteration
-    digest = training.train(task, loss, config.preference, policy.trainable(), batches, seed=seed, what=what)
+    digest = training.train_and_save(task, loss, config.preference, policy.trainable(), batches, seed=seed, what=what)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
-POLICY = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
+TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 
 def _preferences(

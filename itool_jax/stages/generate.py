@@ -12,7 +12,7 @@ from itool_jax.files import write_jsonl
 from itool_jax.messages import say
 from itool_jax.progress import progress
 from itool_jax.sampler import generate
-from itool_jax.stages import cache, chat
+from itool_jax.stages import chat, outputs
 from itool_jax.stages.encoding import check_ids, check_room
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import data_file
@@ -52,7 +52,7 @@ def run(run: Run) -> dict[str, Any]:
         for _, row in sorted(answered.items()):
             print(f"{row['id']}\t{row['text']}")
     else:
-        with cache.resumed(config, config.output) as working:
+        with outputs.resumed(config, config.output) as working:
             rows = map_across_hosts(config, working, encoded, lambda rows: by_row(answer(rows)), WHAT)
             write_jsonl(config.output, rows)
         say(f"wrote {len(encoded)} responses to {config.output}")

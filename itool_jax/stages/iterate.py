@@ -35,23 +35,25 @@ def run(run: Run) -> dict[str, Any]:
 def iterate(run: Run) -> PhasePolicy:
     """The paper's loop (figure 2); returns the last policy. Equations are the paper's, see docs/method.md.
 
-    `phase.cached(step, *inputs)` computes a step from its inputs, or reads what an earlier command computed.
+    `phase.cached(step, *inputs)` computes a step from its inputs, or reads what an earlier command computed; each step
+    is the function of the same stage's file that its `Step` names.
     """
     config, data = run.config, run.splits
     warmup_set, buffer = split_replay(data.train, config)
     held_out = data.test if config.evaluate.split == "test" else data.validation
 
     policy = run.policy(BASE)
-    _evaluate(run, policy, held_out)
+    _evaluate(run, policy, held_out)  # what the warm-up is compared with
 
-    policy = run.phase(WARMUP).cached(warmup.POLICY, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
+    policy = run.phase(WARMUP).cached(warmup.TRAIN, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
     _evaluate(run, policy, held_out)
 
     for phase in run.iterations():
-        scores = phase.cached(score.PERPLEXITIES, policy, buffer)  # eq 4
-        hard = score.hardest(buffer, scores)
-        forest = phase.cached(search.TREES, policy, hard)  # PUCT, outcome and self-evaluation, backup: eq 5 to 9
-        policy = phase.cached(dpo.POLICY, policy, forest.pairs)  # best against worst step at each node: eq 10 and 11
+        scores = phase.cached(score.SCORE, policy, buffer)  # perplexity of the gold responses, eq 4
+        hard = score.ranked_hardest(buffer, scores)  # the share α of highest perplexity
+        forest = phase.cached(search.SEARCH, policy, hard)  # trees: PUCT, outcome, self-evaluation, backup; eq 5 to 9
+        pairs = forest.pairs  # the best against the worst child of each node
+        policy = phase.cached(dpo.TRAIN, policy, pairs)  # DPO, the policy passed in is π_ref too; eq 10 and 11
         _evaluate(run, policy, held_out)
     return policy
 

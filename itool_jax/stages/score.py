@@ -17,7 +17,7 @@ from itool_jax.data.sources import read_samples
 from itool_jax.files import write_jsonl
 from itool_jax.messages import say
 from itool_jax.sampler import Policy, target_log_probs
-from itool_jax.stages import cache, splits
+from itool_jax.stages import cache, outputs, splits
 from itool_jax.stages.cache import Figures, Step, Table, Task
 from itool_jax.stages.encoding import check_ids, check_lengths
 from itool_jax.stages.paths import BASE, command, phase_name
@@ -39,7 +39,7 @@ def run(run: Run) -> Table | None:
         return None
     _, buffer = splits.split_replay(run.splits.train, config)
     policy = run.policy(phase_name(config.iteration - 1))
-    return run.phase(phase_name(config.iteration)).cached(PERPLEXITIES, policy, buffer)
+    return run.phase(phase_name(config.iteration)).cached(SCORE, policy, buffer)
 
 
 def _score_file(run: Run, output: Path) -> None:
@@ -49,7 +49,7 @@ def _score_file(run: Run, output: Path) -> None:
     check_ids(encoded, base.config.vocab_size)
     check_lengths(encoded, base.config.max_length)
     policy = run.policy(BASE).running()
-    with cache.resumed(config, output) as working:
+    with outputs.resumed(config, output) as working:
         rows = map_across_hosts(
             config, working, encoded, lambda rows: by_row(perplexities(policy, rows, config)), "perplexity"
         )
@@ -79,10 +79,10 @@ def _read(phase: cache.Phase) -> Table:
     return Table(phase.folder / SCORES, ["id", "rank"], origin, command(origin))
 
 
-PERPLEXITIES = Step("score", [SCORES], score_buffer, _read)
+SCORE = Step("score", [SCORES], score_buffer, _read)
 
 
-def hardest(buffer: Samples, scores: Table) -> Samples:
+def ranked_hardest(buffer: Samples, scores: Table) -> Samples:
     """The samples of the buffer that were ranked, hardest first."""
 
     def ranked(samples: Sequence[Any]) -> list[Any]:

@@ -32,19 +32,19 @@ from itool_jax.text.steps import StepTable
 Row = dict[str, Any]
 
 
-class Search(NamedTuple):
-    """What the search of an iteration came to."""
+class Forest(NamedTuple):
+    """The trees of an iteration, and the preference pairs made of them."""
 
     trees: Table
     pairs: Table
 
 
-def run(run: Run) -> Search:
+def run(run: Run) -> Forest:
     """Searches the hardest samples of an iteration unless that is done."""
     config = run.config
     phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
     _, buffer = split_replay(run.splits.train, config)
-    return phase.cached(TREES, policy, score.hardest(buffer, phase.made(score.PERPLEXITIES)))
+    return phase.cached(SEARCH, policy, score.ranked_hardest(buffer, phase.read(score.SCORE)))
 
 
 def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
@@ -66,14 +66,14 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
     return {"prompts": len(items), "trees": len(results), "pairs": len(pairs), "generated_tokens": tokens}
 
 
-def _read(phase: Phase) -> Search:
+def _read(phase: Phase) -> Forest:
     origin = (phase.name, "search")
     trees = Table(phase.folder / "trees.jsonl", ["id", "gold", "nodes"], origin, command(origin))
-    return Search(trees, Table(phase.folder / "pairs.jsonl", PAIR_KEYS, origin, command(origin)))
+    return Forest(trees, Table(phase.folder / "pairs.jsonl", PAIR_KEYS, origin, command(origin)))
 
 
 PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
-TREES = Step("search", ["trees.jsonl", "pairs.jsonl"], grow, _read)
+SEARCH = Step("search", ["trees.jsonl", "pairs.jsonl"], grow, _read)
 
 
 def trees(
@@ -85,12 +85,12 @@ def trees(
     {tree, pairs, sampled_tokens}: a row of trees.jsonl, and rows of pairs.jsonl.
     """
     for group in _groups(items, config.search.lanes):
-        # 2. Search them in lock-step, `search.batch` at a time (eq 5 to 9).
+        # Search them in lock-step, `search.batch` at a time (eq 5 to 9).
         batch = [items[i] for i in group]
         max_length = base.config.max_length
         model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, config.seed)
         for n_simulations, finished in grow_trees(model.problems, model, config.search):
-            # 3. The best and the worst step at each node are a preference pair.
+            # The best and the worst step at each node are a preference pair.
             yield (
                 n_simulations,
                 [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished],

@@ -48,7 +48,7 @@ def map_across_hosts(
     """
     if not items:
         return []
-    apart = runs_apart(config.mesh)
+    apart = runs_apart(config.mesh)  # else all processes compute all items together, and the first writes them down
     index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
     rows = _read_all(working)
     hosts.barrier(f"{working} was read")
@@ -63,12 +63,12 @@ def map_across_hosts(
         progress(what, units * (done + len(own)), units * done) as advance,
     ):
         stop()
-        for step in work([items[i] for i in own]) if own else ():
-            finished = {own[place]: result for place, result in step.results}
+        for part in work([items[i] for i in own]) if own else ():
+            finished = {own[place]: result for place, result in part.results}
             if finished:
                 kept.append(finished)
                 rows |= finished
-            advance(step.units)
+            advance(part.units)
             stop()
     if count > 1:
         hosts.barrier(f"{working} is complete")

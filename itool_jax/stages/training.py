@@ -29,7 +29,7 @@ PATIENCE = 3
 """Steps in a row without a finite loss and gradient that end a training."""
 
 
-def train(
+def train_and_save(
     task: Task,
     loss: LossFn,
     settings: TrainingSettings,
@@ -40,7 +40,7 @@ def train(
     what: str,
 ) -> str:
     """Trains from `start`, (trainable, frozen), and saves the phase's weights; returns their digest."""
-    trained = run(
+    trained = train_resumably(
         loss,
         settings,
         start,
@@ -53,7 +53,7 @@ def train(
     return checkpoint.save(task.folder / WEIGHTS, trained)
 
 
-def run(
+def train_resumably(
     loss: LossFn,
     settings: TrainingSettings,
     start: tuple[Params, Params],
@@ -82,7 +82,7 @@ def run(
     metrics.drop_after(first)
     with progress(what, n_steps, first) as advance:
         reports = _Reports(metrics, settings.section, advance)
-        updates = fit(loss, settings, state, frozen, reports.watch(data), n_steps, seed=seed, first=first)
+        updates = fit(loss, settings, state, frozen, reports.watch(data), n_steps, seed=seed, steps_done=first)
         for update in updates:
             state = update.state
             due = checkpoints is not None and checkpoints.due(update.step)
@@ -100,7 +100,10 @@ def run(
 
 
 class _Reports:
-    """Reports each step when the next one has been dispatched, so that the device never waits for the host."""
+    """Reports each step when the next one has been dispatched, so that the device never waits for the host.
+
+    What processes vote in a step, to save or to stop, is therefore decided one step later.
+    """
 
     def __init__(self, metrics: Metrics, section: str, advance: Callable[..., None]):
         self.metrics, self.section, self.advance = metrics, section, advance
@@ -126,7 +129,7 @@ class _Reports:
 
     def add(self, update: Update, vote: hosts.Vote) -> hosts.Vote:
         """Reports the step before this one; returns what was voted in it."""
-        decided, self.decided = self.decided or self.flush(), None
+        decided, self.decided = self.flush() if self.decided is None else self.decided, None
         self.pending = update.step, update.metrics, self.batch, vote
         return decided
 

@@ -22,7 +22,7 @@ def run(run: Run) -> PhasePolicy:
     run.config.warmup.n_micro()
     leakage.check(run)
     warmup_set, _ = splits.split_replay(run.splits.train, run.config)
-    return run.phase(WARMUP).cached(POLICY, run.policy(BASE), warmup_set)
+    return run.phase(WARMUP).cached(TRAIN, run.policy(BASE), warmup_set)
 
 
 def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
@@ -36,11 +36,11 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     parts = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(thirds) if part]
     batches, loss = grain.MapDataset.concatenate(parts), train.sft_loss(training_graph(config))
     what = f"warm-up, {settings.order}"
-    digest = training.train(task, loss, settings, base.trainable(), batches, seed=config.seed, what=what)
+    digest = training.train_and_save(task, loss, settings, base.trainable(), batches, seed=config.seed, what=what)
     return {"samples": len(samples.samples), "steps": len(batches), "weights": digest}
 
 
-POLICY = Step("warmup", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
+TRAIN = Step("warmup", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 
 def _batches(settings: WarmupSettings, rows: list[Encoded], seed: int) -> grain.MapDataset:
