@@ -105,9 +105,8 @@ def measure(where: Path, rank: int, s: Settings) -> dict[str, Any]:
             start = time.monotonic()
             path = Metrics(Path(scratch) / "metrics.jsonl", "warmup")
             frozen = base if rank else {}
-            training.train_resumably(
-                loss, settings, start_from, batches, seed=0, what="train", metrics=path, checkpoints=kept
-            )
+            given = loss, settings, (adapters, frozen), batches
+            training.train_resumably(*given, seed=0, what="train", metrics=path, checkpoints=kept)
             if number:
                 seconds[kept is not None].append(time.monotonic() - start)
     assert kept is not None

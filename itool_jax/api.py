@@ -256,7 +256,9 @@ class Model:
         with self._working(), progress("search", len(found) * config.search.n_simulations) as advance:
             items = [search.Searched(*row) for row in zip(found, encode(self._base, found), strict=True)]
             table = self._run.step_table(config.search.granularity)
-            for n_simulations, finished in search.trees(self._policy, self._base, table, items, config, iteration=1):
+            for n_simulations, finished in search.trees(
+                self._policy, self._base, table, items, config, config.iteration
+            ):
                 advance(n_simulations)
                 by_number.update(finished)
         rows = [by_number[number] for number in range(len(items))]

@@ -184,7 +184,7 @@ def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
     base = placed(_stored(base, model.dtype), running=True)
     if not lora.rank:
         return _Running(graph, base, Held(_bytes(base)), 0)
-    # Adapters are merged into a copy of a small model, and stand beside the weights of others (`folder.load_policy`).
+    # Adapters are merged into a copy of a small model, and stand beside the weights of others (`stages.weights`).
     if model.dtype == "float32" and not model.nf4:
         graph = abstract(dataclasses.replace(model, stacked=False))[0]
         return _Running(graph, base, Held(2 * _bytes(base)), _bytes(base))

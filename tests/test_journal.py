@@ -1,5 +1,6 @@
 """Finished rows kept as they come: read again after a kill, up to where the file is whole."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from itool_jax import config, journal, preemption
 from itool_jax.journal import Journal
+from itool_jax.stages.cache import _State
 from itool_jax.stages.spread import Advance, by_row, map_across_hosts
 from tests.conftest import REPOSITORY
 
@@ -159,3 +161,8 @@ def test_who_is_asked_to_stop_does_so_after_the_batch_and_keeps_it(tmp_path: Pat
     seen: list[int] = []
     assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
     assert seen == [14, 13, 12, 11]
+
+
+def test_the_state_of_a_step_is_plain_json_for_the_other_processes():
+    for state in (_State(stop=True), _State(stop=False, done=True), _State(stop=False, basis={"settings": "x"})):
+        assert _State(*json.loads(json.dumps(state))) == state

@@ -372,8 +372,6 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
         base = jax.device_put(model.base, jax.devices()[0])
         given = loss, settings, (adapters, base), batches
         return training.train_resumably(*given, seed=0, what="test", metrics=metrics, checkpoints=kept)
-            loss, settings, start, batches, seed=0, what="test", metrics=metrics, checkpoints=kept
-        )
 
     def lines() -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in metrics.path.read_text().splitlines()]

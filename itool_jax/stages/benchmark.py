@@ -26,7 +26,7 @@ from itool_jax.stages.cache import Step, Task
 from itool_jax.stages.comparison import compare, fallen, read_scores
 from itool_jax.stages.paths import trained_phases
 from itool_jax.stages.run import Run
-from itool_jax.stages.spread import Advance, by_row
+from itool_jax.stages.spread import Advance, by_row, stop_if_any_asked
 from itool_jax.stages.weights import PhasePolicy
 
 Figures = dict[str, Any]
@@ -174,6 +174,7 @@ def _category(run: Run, phase: str, category: str) -> Figures:
 def _answer_category(category: str, questions: Sequence[Any], file: Path, task: Task, policy: PhasePolicy) -> Figures:
     config = task.config
     asked = questions[: config.evaluate.benchmark_limit or None]
+    policy.running()  # by every process, whether it has questions or not
     work = functools.partial(_answer, task.run, policy, category)
     answers = task.map(asked, work, f"{config.benchmark} {category}")
     if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
@@ -225,7 +226,10 @@ def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[An
         return
 
     def next_step(conversations: Conversations) -> list[str]:
-        texts = dict(row for batch in _texts(run, policy, conversations) for row in batch)
+        texts: dict[int, str] = {}
+        for batch in _texts(run, policy, conversations):
+            texts |= dict(batch)
+            stop_if_any_asked(run.config)
         return [texts[i] for i in range(len(conversations))]
 
     with Simulators() as simulators:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -176,8 +175,8 @@ class _State(NamedTuple):
 
     stop: bool
     done: bool = False
-    basis: Mapping[str, Any] = types.MappingProxyType({})
-    """Hashes of its inputs by name."""
+    basis: dict[str, Any] | None = None
+    """Hashes of its inputs by name, if it is to be done."""
     seconds: float = 0.0
     """Spent on it by earlier commands."""
 
@@ -289,7 +288,7 @@ def open_working(working: Path, basis: Mapping[str, Any]) -> float:
     """Makes the folder of unfinished work, empty unless the work there has the same inputs; seconds spent on it."""
     path = working / "started.json"
     begun, seconds = read_json(path) if path.exists() else {}, 0.0
-    if begun.get("after") == basis:
+    if _unchanged(begun.get("after"), basis):
         last = max(file.stat().st_mtime for file in working.rglob("*"))
         if not columns.fault(begun, ["seconds", "time"]):
             seconds = begun["seconds"] + max(0.0, last - begun["time"])

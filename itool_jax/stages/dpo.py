@@ -89,10 +89,8 @@ def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
     """Log-probabilities of both steps of each pair under the policy as it stands (π_ref of eq 11)."""
     rows = pairs.rows
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-    tokens = task.config.generate.tokens_per_batch
-    sums = task.map(
-        steps, lambda steps: by_row(target_log_probs(policy.running(), steps, tokens)), "reference log-probs"
-    )
+    tokens, running = task.config.generate.tokens_per_batch, policy.running()
+    sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), "reference log-probs")
     scored = zip(rows, sums[::2], sums[1::2], strict=True)
     write_jsonl(task.folder / FILE, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in scored))
     return {"pairs": len(rows)}

@@ -62,10 +62,11 @@ def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
     table = run.step_table("sentence")
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     prompts = [(row.id, row.prompt_ids) for row in chosen.encoded]
+    running = policy.running()
 
     def answer(prompts: Sequence[tuple[str, list[int]]]) -> Iterator[Advance]:
         limit = run.base.config.max_length
-        return by_row(generate(policy.running(), table, prompts, greedy, limit, config.seed))
+        return by_row(generate(running, table, prompts, greedy, limit, config.seed))
 
     responses = task.map(prompts, answer, f"evaluate {task.phase}")
     rows = [

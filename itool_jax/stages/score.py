@@ -61,7 +61,8 @@ def score_buffer(task: Task, policy: PhasePolicy, buffer: Samples) -> Figures:
     """Scores the whole buffer with the policy as it is now, and ranks the hardest."""
     config = task.config
     # 1. Perplexities of the gold responses (eq 4).
-    rows = task.map(buffer.encoded, lambda rows: by_row(perplexities(policy.running(), rows, config)), "perplexity")
+    running, encoded = policy.running(), buffer.encoded
+    rows = task.map(encoded, lambda rows: by_row(perplexities(running, rows, config)), "perplexity")
     # 2. Take the hardest share, calls and texts apart.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer.samples}
     scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]

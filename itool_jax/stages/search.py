@@ -52,9 +52,10 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
     items = [Searched(*row) for row in zip(hard.samples, hard.encoded, strict=True)]
+    running = policy.running()
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
-        for n_simulations, finished in trees(policy.running(), run.base, table, items, config, task.iteration):
+        for n_simulations, finished in trees(running, run.base, table, items, config, task.iteration):
             yield Advance(n_simulations, finished)
 
     results = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)

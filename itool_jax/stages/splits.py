@@ -96,10 +96,15 @@ def load_splits(config: Config) -> Splits:
         return encode(load_base(config), samples)
 
     def split(name: str) -> Samples:
-        if name in made:  # by this process, just now
-            part = made[name]
-            return Samples(lambda: part.samples, encode_all, {row.id: row for row in part.encoded})
-        return Samples(lambda: sources.load(_path(config, name)), encode_all)
+        known: dict[str, Encoded] = {}
+
+        def load() -> list[Sample]:
+            samples, part = sources.load(_path(config, name)), made.pop(name, None)
+            if part is not None and samples == part.samples:  # made by this process, just now
+                known.update((row.id, row) for row in part.encoded)
+            return samples
+
+        return Samples(load, encode_all, known)
 
     return Splits(*map(split, NAMES))
 

@@ -55,26 +55,33 @@ def map_across_hosts(
     missing = [i for i in range(len(items)) if i not in rows]
     own = missing[index::count]
     path = working / (f"rows_{index}.journal" if index else "rows.journal")
-    stop = stop_if_asked if apart else hosts.stop_together
     done = (len(items) - len(missing)) // count
     with (
         use_own_mesh(config.mesh),
         Journal(path, writes=apart or hosts.is_first()) as kept,
         progress(what, units * (done + len(own)), units * done) as advance,
     ):
-        stop()
+        stop_if_any_asked(config)
         for part in work([items[i] for i in own]) if own else ():
             finished = {own[place]: result for place, result in part.results}
             if finished:
                 kept.append(finished)
                 rows |= finished
             advance(part.units)
-            stop()
+            stop_if_any_asked(config)
     if count > 1:
         hosts.barrier(f"{working} is complete")
         rows = _read_all(working)
         hosts.barrier(f"{working} was read to the end")
     return [rows[i] for i in range(len(items))]
+
+
+def stop_if_any_asked(config: Config) -> None:
+    """Raises PreemptionError if the run was asked to stop; processes that compute together all raise, or none does."""
+    if runs_apart(config.mesh):
+        stop_if_asked()
+    else:
+        hosts.stop_together()
 
 
 def _read_all(working: Path) -> dict[int, Any]:

@@ -105,7 +105,10 @@ class PhasePolicy:
             raise ValueError(f"{run_dir} has no weights of {self.phase} yet; run {command(self.origin)} first")
 
     def running(self) -> Policy:
-        """Its graph and parameters, to run."""
+        """Its graph and parameters, to run.
+
+        Restoring them is a collective: every process of a run calls this, whether it has work for the model or not.
+        """
         return self._weights.policy(self.phase)
 
     def trainable(self) -> tuple[Params, Params]:
