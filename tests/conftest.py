@@ -39,6 +39,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts a file that needs the finished run first and the other such files last, so that no worker waits for it."""
+    files = list(dict.fromkeys(item.path for item in items if "made" in getattr(item, "fixturenames", ())))
+    items.sort(key=lambda item: (item.path in files) - 2 * (item.path in files[:1]))
+
+
 def shared_path(relative: str) -> pathlib.Path:
     """The path of `relative` in the folder of public data; skips the calling test where it is absent."""
     folder = pathlib.Path(os.environ.get("ITOOL_SHARED") or REPOSITORY.parent / "shared")
