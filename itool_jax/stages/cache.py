@@ -166,7 +166,7 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
         track_results(phase, step.name, figures)
     seconds = round(state.seconds + time.monotonic() - start, 2)
     hosts.broadcast_from_primary(
-        f"end {phase}/{step.name}", lambda: _end(task, step, figures | {"seconds": seconds}, state.basis)
+        f"end {phase}/{step.name}", lambda: _end(task, step, figures | {"seconds": seconds}, state.basis or {})
     )
 
 
