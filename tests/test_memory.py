@@ -25,7 +25,7 @@ MACHINES = (
 )
 
 
-@pytest.mark.benchmark
+@pytest.mark.memory
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(memory, "MACHINES", MACHINES)
     memory.main(memory.Settings(model=SMALL, length=64, kinds=("sft", "search"), json=tmp_path / "memory.json"))

@@ -79,6 +79,7 @@ def test_a_training_step_takes_what_is_planned(made: Made):
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+@pytest.mark.memory
 def test_a_deep_model_is_planned_from_shallow_ones(tmp_path: Path):
     model = tiny.model_config(tmp_path, num_hidden_layers=24)
     model = dataclasses.replace(model, remat="layers")
@@ -96,6 +97,7 @@ def test_a_deep_search_is_planned_from_shallow_ones(tmp_path: Path):
         assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
 
 
+@pytest.mark.memory
 def test_nf4_kernels_are_decoded_one_layer_after_the_other(tmp_path: Path):
     """In a process of its own: the flags with which the host stands for another device are read once."""
     code = f"""
@@ -177,6 +179,7 @@ def test_the_largest_sizes_fit_where_there_is_room(made: Made, roomy: Row):
         assert need["total"] == sum(value for name, value in need.items() if name != "total")
 
 
+@pytest.mark.memory
 def test_what_is_proposed_does_fit(made: Made, roomy: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A device with half of what the run needs: another plan with the proposed settings says that it fits."""
     most = max(row["bytes_a_device"]["total"] for row in roomy["stages"])
