@@ -41,14 +41,6 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path):
     assert path.read_bytes() == content
 
 
-def test_an_answer_is_on_disk_before_the_next_one_is_computed(tmp_path: Path):
-    path = tmp_path / "journal"
-    with Journal(path, 0) as journal:
-        for n in range(3):
-            journal.keep(f"k{n}", lambda n=n: f"value {n}")
-            assert f"value {n}".encode() in path.read_bytes()
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cut=st.integers(min_value=0, max_value=400))
 def test_a_journal_cut_anywhere_keeps_what_is_whole(tmp_path_factory: pytest.TempPathFactory, cut: int):

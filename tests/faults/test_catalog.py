@@ -12,7 +12,7 @@ from tests.faults.catalog import FAULTS
 from tests.faults.place import Fault, Place, set_up
 from tests.runs import Made
 
-pytestmark = pytest.mark.usefixtures("restored_jax_settings")
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("restored_jax_settings")]
 
 PREFIX = "python -m itool_jax.main: error: "
 
