@@ -34,11 +34,28 @@ class ReplaySettings:
     skip_fraction: float = 0.0
     """Share of the very highest perplexities passed over first: samples too hard for any search to solve."""
 
+    select: Literal["perplexity", "mixed"] = "perplexity"
+    """What makes a sample worth a search: the highest perplexity of its gold response (eq 4); or mixed, that the model
+    answers it right sometimes and sometimes not, the more evenly the better."""
+
+    pool: Literal["buffer", "all"] = "buffer"
+    """Where the searched samples come from: the replay buffer, or all training samples, those of the warm-up too."""
+
+    samples: int = 8
+    """K: answers sampled to each prompt: those of the pool for mixed, else those that are searched."""
+
+    temperature: float = 1.0
+    """Sampling temperature of these answers."""
+
     def __post_init__(self) -> None:
         if not 0 < self.replay_fraction < 1:
             raise ValueError(f"replay.replay_fraction must be in (0, 1), got {self.replay_fraction}")
         if not 0 < self.hardest_fraction <= 1:
             raise ValueError(f"replay.hardest_fraction must be in (0, 1], got {self.hardest_fraction}")
+        if self.samples < 1:
+            raise ValueError(f"replay.samples must be positive, got {self.samples}")
+        if not self.temperature > 0:
+            raise ValueError(f"replay.temperature must be positive, got {self.temperature}")
         if not 0 <= self.skip_fraction < 1:
             raise ValueError(f"replay.skip_fraction must be in [0, 1), got {self.skip_fraction}")
         if self.skip_fraction + self.hardest_fraction > 1 + 1e-9:
@@ -54,6 +71,8 @@ class ScoredSample(NamedTuple):
     id: str
     perplexity: float
     is_call: bool
+    right: float = 0.0
+    """Share of the model's sampled answers that are right."""
 
 
 class DifficultyFeatures(NamedTuple):
@@ -81,7 +100,7 @@ def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
     samples = sorted(samples, key=lambda sample: sample.id)
     _reject_duplicates(sample.id for sample in samples)
-    place = {sample.id: _uniform(purpose, seed, sample.conversation or sample.id) for sample in samples}
+    place = {sample.id: uniform(purpose, seed, sample.conversation or sample.id) for sample in samples}
     samples.sort(key=lambda sample: place[sample.id])
     return [s for s in samples if place[s.id] < fraction], [s for s in samples if place[s.id] >= fraction]
 
@@ -99,6 +118,21 @@ def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> 
         skip = min(round(settings.skip_fraction * len(group)), max(len(group) - 1, 0))
         taken += group[skip : skip + max(1, round(settings.hardest_fraction * len(group)))]
     return [score.id for score in sorted(taken, key=_hardest_first)]
+
+
+def select_mixed(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
+    """Ids of the samples that the model gets right sometimes (0 < p < 1 over its K answers), highest p (1 - p) first.
+
+    Ties go to the higher perplexity, then by id. At most the share α of the calls and of the texts is taken; there may
+    be fewer.
+    """
+    _reject_duplicates(score.id for score in scores)
+    taken: list[ScoredSample] = []
+    for is_call in (True, False):
+        group = [score for score in scores if score.is_call == is_call]
+        mixed = sorted((score for score in group if 0 < score.right < 1), key=_most_mixed_first)
+        taken += mixed[: max(1, round(settings.hardest_fraction * len(group)))]
+    return [score.id for score in sorted(taken, key=_most_mixed_first)]
 
 
 def difficulty(features: Sequence[DifficultyFeatures]) -> list[float]:
@@ -123,7 +157,7 @@ def curriculum(features: Sequence[DifficultyFeatures], order: CurriculumOrder, s
     """
     ids = [feature.id for feature in features]
     _reject_duplicates(ids)
-    keys = [_uniform("curriculum", seed, id_) for id_ in ids] if order == "mixed" else difficulty(features)
+    keys = [uniform("curriculum", seed, id_) for id_ in ids] if order == "mixed" else difficulty(features)
     ids = [id_ for _, id_ in sorted(zip(keys, ids, strict=True))]
     bounds = [math.ceil(len(ids) * part / N_PARTS) for part in range(N_PARTS + 1)]
     parts = [ids[start:stop] for start, stop in pairwise(bounds)]
@@ -134,7 +168,12 @@ def _hardest_first(score: ScoredSample) -> tuple[float, str]:
     return (-score.perplexity if math.isfinite(score.perplexity) else -math.inf, score.id)
 
 
-def _uniform(purpose: str, seed: int, id_: str) -> float:
+def _most_mixed_first(score: ScoredSample) -> tuple[float, float, str]:
+    # Rounded: p and 1 - p are equally mixed, and their products differ in the last bit.
+    return -round(score.right * (1 - score.right), 9), *_hardest_first(score)
+
+
+def uniform(purpose: str, seed: int, id_: str) -> float:
     """A number in [0, 1) from a hash, the same on every machine; purposes are independent of each other."""
     digest = hashlib.blake2b(f"{purpose}:{seed}:{id_}".encode(errors="surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53  # 53 bits: what a float holds, so that 1.0 never comes out

@@ -43,6 +43,8 @@ class Steps(NamedTuple):
     """Sum of the tokens' log-probabilities at temperature 1."""
     stopped_B: Bool[Array, " B"]
     """Whether the step ends the response with a stop token."""
+    complete_B: Bool[Array, " B"]
+    """Whether it ends where a step ends; else the limit cut it off."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -140,13 +142,27 @@ def score_step(
     return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
-def sample_token(logits_BV: Array, keys_B: Array, t: Array, temperature: Array) -> Array:
-    """Samples token t of each row by inverse transform of one uniform number a row; temperature 0 takes the best."""
+def sample_token(
+    logits_BV: Array, keys_B: Array, t: Array, temperature: Array, top_p: Array | float = 1.0
+) -> Array:
+    """Samples token t of each row by inverse transform of one uniform number a row; temperature 0 takes the best.
+
+    Where `top_p` is below 1, it is one of the likeliest tokens whose probabilities, at that temperature, add up to
+    that much (https://arxiv.org/abs/1904.09751).
+    """
+
+    def nucleus(weight_BV: Array) -> Array:
+        falling_BV = -jnp.sort(-weight_BV, axis=-1)
+        before_BV = jnp.cumsum(falling_BV, axis=-1) - falling_BV
+        inside_BV = before_BV < top_p * weight_BV.sum(axis=-1, keepdims=True)
+        least_B1 = jnp.where(inside_BV, falling_BV, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(weight_BV >= least_B1, weight_BV, 0.0)
 
     def sampled() -> Array:
         uniform_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys_B)
-        shifted = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature
-        mass_BV = jnp.cumsum(jnp.exp(shifted), axis=-1)
+        weight_BV = jnp.exp((logits_BV - logits_BV.max(axis=-1, keepdims=True)) / temperature)
+        weight_BV = jax.lax.cond(jnp.asarray(top_p) < 1, nucleus, lambda weight_BV: weight_BV, weight_BV)
+        mass_BV = jnp.cumsum(weight_BV, axis=-1)
         return jnp.argmax(mass_BV > uniform_B[:, None] * mass_BV[:, -1:], axis=-1)
 
     best = functools.partial(jnp.argmax, logits_BV, axis=-1)
@@ -179,6 +195,8 @@ def sample_step(
     limit_B: Int[Array, " B"],
     whole_B: Bool[Array, " B"],
     temperature: Float[Array, ""],
+    top_p: Float[Array, ""] | float = 1.0,
+    turn_start_P: Int[Array, " P"] | int = 0,
 ) -> Steps:
     """Samples one step for every row, in one compiled loop that ends when the last row does.
 
@@ -194,6 +212,8 @@ def sample_step(
         limit_B: tokens a row may take, at most `max_tokens`; a row with limit 0 takes none.
         whole_B: rows whose step is the whole remainder, up to a stop token.
         temperature: of the sampling; log-probabilities are those at temperature 1. 0 is greedy.
+        top_p: share of the probability that is sampled from, the likeliest tokens first.
+        turn_start_P: how many tokens of each response so far belong to earlier turns, whose steps do not count.
     """
     model = nnx.merge(graph, params)
     (P, S), B = path_PS.shape, len(limit_B)
@@ -212,16 +232,18 @@ def sample_step(
     def sample(logits_BV: Array, state: _Decoding) -> _Decoding:
         """Samples the next token of each row that is not done."""
         t, live_B, steps = state.t, ~state.done_B, state.steps
-        token_B = jnp.where(live_B, sample_token(logits_BV, keys_B, t, temperature), 0)
+        token_B = jnp.where(live_B, sample_token(logits_BV, keys_B, t, temperature, top_p), 0)
         log_prob_B = losses.token_log_probs_from_logits(logits_BV, token_B)
         automaton, boundary_B = advance(table, state.automaton, token_B)
         stopped_B = table.is_stop_V[token_B]
-        ended_B = stopped_B | (boundary_B & ~whole_B) | (t + 1 >= limit_B)
+        complete_B = stopped_B | (boundary_B & ~whole_B)
+        ended_B = complete_B | (t + 1 >= limit_B)
         steps = Steps(
             tokens_BT=steps.tokens_BT.at[:, t].set(token_B),
             length_B=steps.length_B + live_B,
             log_prob_B=steps.log_prob_B + jnp.where(live_B, log_prob_B, 0.0),
             stopped_B=steps.stopped_B | (live_B & stopped_B),
+            complete_B=steps.complete_B | (live_B & complete_B),
         )
         return _Decoding(t + 1, token_B, state.suffix, automaton, steps, state.done_B | ended_B)
 
@@ -238,8 +260,9 @@ def sample_step(
 
     # 2. The first token, from the logits behind the path. 3. The others, in a loop.
     zeros_B = jnp.zeros(B, jnp.int32)
-    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), jnp.zeros(B, bool))
-    automaton = jax.tree.map(to_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1))
+    none_B = jnp.zeros(B, bool)
+    empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), none_B, none_B)
+    automaton = jax.tree.map(to_rows, advance_path(table, path_PS[:, 1:], path_length_P - 1, turn_start_P))
     state = _Decoding(jnp.int32(0), zeros_B, suffix, automaton, empty, limit_B <= 0)
     state = sample(first_logits_BV, state)
     return jax.lax.while_loop(is_unfinished, decode, state).steps

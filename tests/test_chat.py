@@ -226,7 +226,7 @@ def test_evaluation_continues_the_prompt_as_the_template_would(real, scale):
     tools, reference, candidate = tools_for(family), "[a(x=1)]", "[a(x="
     prompt = chat.prompt_ids([QUESTION], tools)
     frame = evaluation_frame(chat, chat.encode(reference), scale)
-    reply = chats.REPLY_BINARY if scale == "binary" else chats.REPLY_FOUR_GRADES
+    reply = (chats.REPLY_BINARY if scale == "binary" else chats.REPLY_FOUR_GRADES).format(*"ABCD")
     question = chats.QUESTION_WITH_REFERENCE.format(candidate=candidate, reply=reply)
     turns = [QUESTION, {"role": "assistant", "content": reference}, {"role": "user", "content": question}]
     whole = chat.encode(chat.render(turns, tools, add_generation_prompt=True))
@@ -244,7 +244,7 @@ def test_evaluation_alone_asks_about_the_assistants_own_answer(real):
     text = chat.tokenizer.decode(frame.after)
     assert frame.before == []
     assert frame.after[0] == chat.end_of_turn
-    assert chats.QUESTION_ALONE.format(reply=chats.REPLY_BINARY) in text
+    assert chats.QUESTION_ALONE.format(reply=chats.REPLY_BINARY.format(*"AB")) in text
     opening = text.rindex(family.special[1])
     assert chat.tokenizer.decode(chat.prompt_ids([QUESTION])).endswith(text[opening:])
 

@@ -149,7 +149,8 @@ def test_one_end_token_and_single_letters_for_self_evaluation(chat: Chat) -> Non
     assert len(set(answer_ids(chat, "ABCD"))) == 4
     frame = evaluation_frame(chat, chat.encode("[f()]"))
     shown = chat.tokenizer.decode([*frame.before, *chat.encode("[g()]"), *frame.after])
-    assert shown.startswith("[f()]<|end|><|user|>Candidate answer so far: [g()]\n")
+    assert shown.startswith("[f()]<|end|><|user|>That answer is the reference.")
+    assert "\nCandidate answer so far: [g()]\nIs it correct? Reply A for correct or B for incorrect." in shown
     assert shown.endswith("<|end|><|assistant|>")
     assert chat.tokenizer.unk_token_id not in [*frame.before, *frame.after]
 
@@ -270,7 +271,8 @@ def parts_of(corpus: Corpus, row: tuple[list[int], list[int]]) -> tuple[str, str
     text = corpus.chat.tokenizer.decode(row[0])
     if "Candidate answer so far: " not in text:
         return None
-    before, _, after = text.rpartition("<|end|><|user|>Candidate answer so far: ")
+    before, _, after = text.rpartition("Candidate answer so far: ")
+    before, _, _ = before.rpartition("<|end|><|user|>")
     candidate, _, question = after.partition("\nIs it correct?")
     assert question == " Reply A for correct or B for incorrect.<|end|><|assistant|>"
     letter, end = row[1]

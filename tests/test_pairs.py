@@ -14,9 +14,12 @@ MAX_NODES, WIDTH, STEP = 8, 3, 3
 SETTINGS = PairSettings()
 
 
-def hand_tree(nodes: list[tuple[int, float, int, bool]]) -> Tree:
+def hand_tree(nodes: list[tuple[int, float, int, bool]], outcomes: dict[int, float] | None = None) -> Tree:
     """A tree from (parent, Q, visits, terminal) for nodes 1, 2, ...; the root is given."""
     tree = jax.tree.map(np.array, new_tree(MAX_NODES, WIDTH))
+    tree.extra.complete[:] = tree.extra.sampled[:] = True
+    for node, outcome in (outcomes or {}).items():
+        tree.extra.outcome[node] = outcome
     for node, (parent, q, visits, terminal) in enumerate(nodes, start=1):
         tree.parent_N[node] = parent
         tree.q_value_N[node] = q
@@ -47,18 +50,19 @@ def test_exact_pairs_of_a_small_tree():
             (5, 0.5, 2, True),  # 7
         ]
     )
-    assert pairs_of(tree) == [
-        Pair(ROOT, 2, 3, 1.5, -0.5, 3, 1, [], [20, 21], [30, 31]),
-        Pair(2, 5, 4, 1.0, 0.25, 2, 1, [20, 21], [50, 51], [40, 41]),
-        Pair(5, 7, 6, 0.5, -1.0, 2, 0, [20, 21, 50, 51], [70, 71], [60, 61]),
+    assert [pair[:10] for pair in pairs_of(tree)] == [
+        (ROOT, 2, 3, 1.5, -0.5, 3, 1, [], [20, 21], [30, 31]),
+        (2, 5, 4, 1.0, 0.25, 2, 1, [20, 21], [50, 51], [40, 41]),
+        (5, 7, 6, 0.5, -1.0, 2, 0, [20, 21, 50, 51], [70, 71], [60, 61]),
     ]
 
 
 def test_device_arrays_give_plain_python_numbers():
     tree = jax.tree.map(jnp.asarray, hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 0, True)]))
     (pair,) = pairs_of(tree)
-    assert pair == Pair(ROOT, 1, 2, 1.0, 0.0, 1, 0, [], [10, 11], [20, 21])
+    assert pair == Pair(ROOT, 1, 2, 1.0, 0.0, 1, 0, [], [10, 11], [20, 21], 0.0, 0.0, True, False)
     assert [type(value) for value in pair[:7]] == [int, int, int, float, float, int, int]
+    assert [type(value) for value in pair[10:]] == [float, float, bool, bool]
     assert {type(token) for token in pair.chosen_ids + pair.rejected_ids} == {int}
 
 
@@ -89,6 +93,49 @@ def test_a_child_not_eligible_is_passed_over():
 )
 def test_gap_boundary(high, low, count):
     assert len(pairs_of(hand_tree([(ROOT, high, 1, True), (ROOT, low, 1, True)]))) == count
+
+
+def test_a_step_that_was_cut_off_makes_no_pair():
+    nodes = [(ROOT, 1.0, 1, True), (ROOT, 0.5, 1, True), (ROOT, -1.0, 1, True)]
+    tree = hand_tree(nodes)
+    tree.extra.complete[3] = False
+    assert [(pair.chosen_node, pair.rejected_node) for pair in pairs_of(tree)] == [(1, 2)]
+    tree.extra.complete[1] = False
+    assert pairs_of(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "best", "accepted"),
+    [
+        ({2: -1.0, 3: -1.0, 4: 1.0, 5: -1.0}, (1.0, -1.0), True),
+        ({2: -1.0, 3: 1.0, 4: 1.0, 5: -1.0}, (1.0, 1.0), False),  # two right endings
+        ({2: -1.0, 3: -1.0, 4: -1.0, 5: -1.0}, (-1.0, -1.0), False),  # two wrong ones
+        ({2: -1.0, 3: 1.0, 4: -1.0, 5: -1.0}, (-1.0, 1.0), False),  # Q says the contrary of the outcomes
+        ({2: -1.0, 3: 0.0, 4: 0.1, 5: -1.0}, (0.1, 0.0), True),  # near misses: as far apart as the least gap
+        ({2: -1.0, 3: 0.0, 4: 0.05, 5: -1.0}, (0.05, 0.0), False),
+    ],
+)
+def test_the_best_ending_below_the_chosen_step_must_beat_that_below_the_other(outcomes, best, accepted):
+    """Node 1 leads to 4 and 5; 3 ends at once; 2 is between them in Q."""
+    nodes = [(ROOT, 1.5, 2, False), (ROOT, 0.5, 1, True), (ROOT, 0.0, 1, True), (1, 1.0, 1, True), (1, 0.95, 1, True)]
+    (pair,) = pairs_of(hand_tree(nodes, outcomes))
+    assert (pair.chosen_node, pair.rejected_node) == (1, 3)
+    assert (pair.best_ending_chosen, pair.best_ending_rejected) == pytest.approx(best)
+    assert PairSettings().accepts(pair) == PairSettings().is_valid(pair) == accepted
+    assert PairSettings(require="gap").accepts(pair)
+
+
+def test_pairs_say_whether_the_chosen_step_was_sampled_and_whether_it_is_the_golds():
+    tree = hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 1, True)])
+    tree.extra.sampled[1], tree.extra.matches_reference[1] = False, True
+    (pair,) = pairs_of(tree)
+    assert (pair.chosen_sampled, pair.chosen_is_gold) == (False, True)
+
+
+def test_recorded_tokens_stand_in_the_path_and_in_no_step():
+    tree = hand_tree([(ROOT, 1.0, 2, False), (1, 1.0, 1, True), (1, 0.0, 1, True)])
+    (pair,) = preference_pairs(tree, STEPS, str, SETTINGS, {1: [7, 8]})
+    assert (pair.path, pair.chosen_ids, pair.rejected_ids) == ([10, 11, 7, 8], [20, 21], [30, 31])
 
 
 def test_gap_comes_from_the_settings():

@@ -40,6 +40,28 @@ def random_features(n: int, seed: int = 0) -> list[DifficultyFeatures]:
     return [DifficultyFeatures(f"s{i}", rng.randint(1, 5), rng.randint(10, 40), rng.randint(0, 3)) for i in range(n)]
 
 
+# Mixed answers ----------------------------------------------------------------------------------------------
+
+
+def test_the_most_evenly_mixed_come_first_and_what_is_always_or_never_right_not_at_all() -> None:
+    rights = {"never": 0.0, "always": 1.0, "few": 0.125, "half": 0.5, "many": 0.75, "quarter": 0.25, "b": 0.5}
+    perplexities = {"half": 1.5, "b": 1.5, "quarter": 9.0}
+    scores = [ScoredSample(name, perplexities.get(name, 2.0), True, right) for name, right in rights.items()]
+    # p (1 - p): b and half .25, by id; quarter and many .1875, by perplexity; few .109375.
+    every = ReplaySettings(hardest_fraction=1.0)
+    assert replay.select_mixed(shuffled(scores), every) == ["b", "half", "quarter", "many", "few"]
+    # The share is of the pool: three of seven.
+    assert replay.select_mixed(shuffled(scores), ReplaySettings(hardest_fraction=3 / 7)) == ["b", "half", "quarter"]
+    assert replay.select_mixed([score._replace(right=0.0) for score in scores], every) == []
+
+
+def test_mixed_texts_are_taken_apart_from_mixed_calls() -> None:
+    calls = [ScoredSample(f"call {i}", 1.0, True, 0.5) for i in range(20)]
+    texts = [ScoredSample(f"text {i}", 1.0, False, 0.25) for i in range(10)]
+    taken = replay.select_mixed(calls + texts, ReplaySettings(hardest_fraction=0.2))
+    assert [sum(name.startswith(kind) for name in taken) for kind in ("call", "text")] == [4, 2]
+
+
 # Split ------------------------------------------------------------------------------------------------------
 
 

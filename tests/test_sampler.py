@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -280,6 +281,28 @@ def test_frequencies_match_the_softmax(setup: Setup, many: Callable, temperature
     assert second_V.sum() > 400
     logits_V = uncached(setup.policy, [[*ROWS[0], common]])[0]
     assert misfit(second_V, log_softmax(logits_V / temperature)) < 4
+
+
+def test_a_nucleus_is_the_likeliest_tokens_that_make_up_the_share(setup: Setup) -> None:
+    """The tokens' log-probabilities stay those of the whole distribution; a share of 1 changes nothing."""
+    logits_V = uncached(setup.policy, ROWS[:1])[0]
+    log_probs_V = log_softmax(logits_V)
+    order_V = np.argsort(-log_probs_V)
+    cumulative_V = np.cumsum(np.exp(log_probs_V[order_V]))
+    n = 2048
+    keys_B = jax.random.split(jax.random.key(5), n)
+    logits_BV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32), (n, V))
+    draw = functools.partial(sampler.sample_token, logits_BV, keys_B, jnp.int32(0), jnp.float32(1.0))
+    for top_p in (0.3, 0.7):
+        kept = order_V[: int(np.searchsorted(cumulative_V, top_p)) + 1]
+        token_B = np.asarray(draw(top_p))
+        assert set(token_B.tolist()) <= set(kept.tolist())
+        within_V = np.full(V, -np.inf)
+        within_V[kept] = log_softmax(logits_V[kept])
+        counts_V = np.bincount(token_B, minlength=V)
+        assert counts_V[kept[0]] / n == pytest.approx(np.exp(within_V[kept[0]]), abs=0.06)
+    np.testing.assert_array_equal(draw(1.0), draw())
+    assert (np.asarray(draw(1e-6)) == order_V[0]).all()
 
 
 def test_log_probs_are_those_of_temperature_one(setup: Setup, many: Callable) -> None:

@@ -9,7 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from itool_jax.mcts.search import FinishedTree, Problem, Response, SearchSettings, State, Step, grow, search
+from itool_jax.mcts.pairs import PairSettings, preference_pairs
+from itool_jax.mcts.search import (
+    FinishedTree,
+    Problem,
+    Response,
+    SearchSettings,
+    State,
+    Step,
+    Turn,
+    grow,
+    is_reachable,
+    search,
+)
 from itool_jax.mcts.tree import NO_CHILD, ROOT
 
 STOP = 0
@@ -22,7 +34,8 @@ def settings(**changes: Any) -> SearchSettings:
         "max_depth": 3,
         "max_step_tokens": 4,
         "max_last_step_tokens": 8,
-        "inject_gold": False,
+        "inject_gold": "never",
+        "exploration": 1.0,
         "batch": 5,
     }
     return SearchSettings(**(small | changes))
@@ -48,8 +61,9 @@ class Known:
     def judge(self, responses: Sequence[Response]) -> list[float]:
         return [CONFIDENCES[tuple(response.token_ids)] for response in responses]
 
-    def grade(self, _: int, response: list[int], stopped: bool) -> float:
+    def grade(self, _: int, turn: int, response: list[int], stopped: bool) -> float:
         assert stopped
+        assert turn == 0
         return OUTCOMES[tuple(response)]
 
 
@@ -127,8 +141,11 @@ class Toy:
     def proposal(self, state: State) -> list[Step]:
         steps = [self.step(state, w) for w in range(self.settings.breadth)]
         self.sampled += sum(map(len, steps))
-        steps += [state.gold_step] if state.gold_step else []
-        return [Step(step, self.log_prob(state.problem, state.response, step), step[-1] == STOP) for step in steps]
+        found = [
+            Step(step, self.log_prob(state.problem, state.response, step), step[-1] == STOP, len(step) < state.limit)
+            for step in [*steps, *([state.gold_step] if state.gold_step else [])]
+        ]
+        return [step._replace(sampled=i < len(steps)) for i, step in enumerate(found)]
 
     def log_prob(self, problem: int, response: list[int], step: list[int]) -> float:
         return -self.random(problem, response, step).random() * (len(step) + 1)
@@ -144,7 +161,7 @@ class Toy:
     def judge(self, responses: Sequence[Response]) -> list[float]:
         return [self.random(response.problem, "confidence", response.token_ids).random() for response in responses]
 
-    def grade(self, problem: int, response: list[int], stopped: bool) -> float:
+    def grade(self, problem: int, turn: int, response: list[int], stopped: bool) -> float:
         self.grades.append((response, stopped))
         return self.random(problem, "grade", response).choice([-1.0, 1.0]) if stopped else -1.0
 
@@ -169,8 +186,8 @@ def assert_same_tree(one: FinishedTree, two: FinishedTree) -> None:
     assert one.sampled_tokens == two.sampled_tokens
 
 
-@pytest.mark.parametrize("inject_gold", [False, True])
-def test_many_together_are_each_alone_in_any_order(inject_gold: bool) -> None:
+@pytest.mark.parametrize("inject_gold", ["never", "always"])
+def test_many_together_are_each_alone_in_any_order(inject_gold: Any) -> None:
     toy = settings(n_simulations=12, inject_gold=inject_gold)
     together = Toy(PROBLEMS, toy).run()
     assert len({int(one.tree.n_nodes) for one in together}) > 1
@@ -182,13 +199,13 @@ def test_many_together_are_each_alone_in_any_order(inject_gold: bool) -> None:
         assert_same_tree(together[b], one)
 
 
-@pytest.mark.parametrize("inject_gold", [False, True])
+@pytest.mark.parametrize("inject_gold", ["never", "always"])
 @pytest.mark.parametrize("value_weight", ["visits", "max1"])
-def test_visits_add_up(inject_gold: bool, value_weight: Any) -> None:
+def test_visits_add_up(inject_gold: Any, value_weight: Any) -> None:
     toy = settings(n_simulations=12, inject_gold=inject_gold, value_weight=value_weight)
     inner = 0
     for tree in (one.tree for one in Toy(PROBLEMS, toy).run()):
-        assert tree.visit_count_N[ROOT] == 12
+        assert tree.visit_count_N[ROOT] == 12 + (inject_gold == "always")  # the walk down the gold comes first
         for node in range(tree.n_nodes):
             children = [child for child in tree.children_NW[node] if child != NO_CHILD]
             inner += bool(children)
@@ -213,7 +230,7 @@ def test_scores_are_outcome_and_confidence_of_the_whole_response() -> None:
             parent = int(tree.parent_N[node])
             confidence = toy.random(b, "confidence", list(response)).random()
             assert tree.extra.confidence[node] == pytest.approx(confidence)
-            graded = toy.grade(b, list(response), response[-1] == STOP) if tree.terminal_N[node] else 0.0
+            graded = toy.grade(b, 0, list(response), response[-1] == STOP) if tree.terminal_N[node] else 0.0
             assert tree.extra.outcome[node] == graded
             assert tree.state_score_N[node] == pytest.approx(graded + confidence)
             reward = tree.state_score_N[node] - tree.state_score_N[parent]
@@ -224,8 +241,8 @@ def test_scores_are_outcome_and_confidence_of_the_whole_response() -> None:
     assert outcomes == {-1.0, 0.0, 1.0}
 
 
-@pytest.mark.parametrize(("max_depth", "inject_gold"), [(3, True), (3, False), (1, True)])
-def test_at_full_depth_a_step_is_the_whole_remainder(max_depth: int, inject_gold: bool) -> None:
+@pytest.mark.parametrize(("max_depth", "inject_gold"), [(3, "always"), (3, "never"), (1, "always")])
+def test_at_full_depth_a_step_is_the_whole_remainder(max_depth: int, inject_gold: Any) -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=10, max_depth=max_depth, inject_gold=inject_gold), longest=6)
     finished = toy.run()
     depth_of = {
@@ -265,15 +282,15 @@ def test_a_truncated_response_gets_minus_one() -> None:
 # Gold --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inject_gold", [False, True])
-def test_the_golds_next_step_is_among_the_candidates_where_the_response_is_the_golds(inject_gold: bool) -> None:
+@pytest.mark.parametrize("inject_gold", ["never", "always"])
+def test_the_golds_next_step_is_among_the_candidates_where_the_response_is_the_golds(inject_gold: Any) -> None:
     toy = Toy(PROBLEMS, settings(n_simulations=12, inject_gold=inject_gold))
     finished = toy.run()
     expanded = hit = 0
     for state in toy.states:
         gold = [token for step in GOLDS[state.problem] for token in step]
         matches = gold[: len(state.response)] == state.response
-        assert bool(state.gold_step) == (matches and inject_gold)
+        assert bool(state.gold_step) == (matches and inject_gold == "always")
         if not state.gold_step:
             continue
         boundaries = np.cumsum([len(step) for step in GOLDS[state.problem]]).tolist()
@@ -284,7 +301,7 @@ def test_the_golds_next_step_is_among_the_candidates_where_the_response_is_the_g
         assert one.tree.extra.matches_reference[by_path(one)[*state.response, *step]]
         expanded += 1
         hit += toy.step(state, 0) == step
-    if not inject_gold:
+    if inject_gold == "never":
         assert {len(state.gold_step) for state in toy.states} == {0}
         return
     assert expanded > len(PROBLEMS)
@@ -293,7 +310,7 @@ def test_the_golds_next_step_is_among_the_candidates_where_the_response_is_the_g
 
 def test_a_step_equal_to_the_golds_or_a_siblings_joins_once() -> None:
     """`by_path` fails where two nodes hold one response; here every sampled step is the gold's."""
-    toy = Toy(PROBLEMS, settings(n_simulations=6, inject_gold=True))
+    toy = Toy(PROBLEMS, settings(n_simulations=6, inject_gold="always"))
     toy.step = lambda state, w: state.gold_step or [1 + w // 2, STOP]  # type: ignore[method-assign]
     for one, gold in zip(toy.run(), GOLDS, strict=True):
         steps = gold if len(gold) <= 3 else [*gold[:2], [token for step in gold[2:] for token in step]]
@@ -306,7 +323,7 @@ def test_a_step_equal_to_the_golds_or_a_siblings_joins_once() -> None:
 
 def test_of_equal_steps_the_first_stays() -> None:
     """With the log-probability of its own; the gold's step comes last."""
-    toy = Toy([Problem("gold", [[5, STOP]])], settings(n_simulations=1, max_depth=1, inject_gold=True))
+    toy = Toy([Problem("gold", [[5, STOP]])], settings(n_simulations=1, max_depth=1, inject_gold="always"))
     log_probs = iter([-1.0, -2.0, -3.0, -4.0])
     toy.step = lambda state, w: [[6, STOP], [5, STOP], [6, STOP]][w]  # type: ignore[method-assign]
     toy.log_prob = lambda *_: next(log_probs)  # type: ignore[method-assign]
@@ -317,7 +334,7 @@ def test_of_equal_steps_the_first_stays() -> None:
 
 
 def test_the_gold_is_marked_down_to_its_end() -> None:
-    toy = Toy(PROBLEMS, settings(n_simulations=40, inject_gold=True))
+    toy = Toy(PROBLEMS, settings(n_simulations=40, inject_gold="always"))
     for one, gold_steps in zip(toy.run(), GOLDS, strict=True):
         gold = tuple(token for step in gold_steps for token in step)
         nodes = by_path(one)
@@ -330,11 +347,104 @@ def test_the_gold_is_marked_down_to_its_end() -> None:
 
 def test_a_gold_step_beyond_the_limit_goes_on_in_the_next_one() -> None:
     problem = Problem("long", [[1, 2, 3, 4, 5, 6], [7, STOP]])
-    toy = Toy([problem], settings(n_simulations=60, exploration=20.0, inject_gold=True))
+    toy = Toy([problem], settings(n_simulations=60, exploration=20.0, inject_gold="always"))
     (finished,) = toy.run()
     by_path(finished)
     golds = {tuple(state.response): state.gold_step for state in toy.states if state.gold_step}
     assert golds == {(): [1, 2, 3, 4], (1, 2, 3, 4): [5, 6], (1, 2, 3, 4, 5, 6): [7, STOP]}
+
+
+def test_one_walk_down_the_gold_comes_before_the_simulations() -> None:
+    """With a single simulation too; where the gold joins no candidates, there is no such walk."""
+    for inject_gold, solved, walks in [("always", True, True), ("unsolved", False, True), ("unsolved", True, False)]:
+        problems = [problem._replace(solved=solved) for problem in PROBLEMS]
+        for one, gold_steps in zip(
+            Toy(problems, settings(n_simulations=1, inject_gold=inject_gold)).run(), GOLDS, strict=True
+        ):
+            assert one.tree.visit_count_N[ROOT] == 1 + walks
+            gold = tuple(token for step in gold_steps for token in step)
+            node = by_path(one).get(gold)
+            assert not walks or (node is not None and one.tree.visit_count_N[node] >= 1)
+            assert one.tree.extra.sampled[: one.tree.n_nodes].all() <= (not walks)
+
+
+@pytest.mark.parametrize(
+    ("gold", "reachable"),
+    [
+        ([[1] * 4, [2] * 4, [3] * 8], True),
+        ([[1] * 4, [2] * 4, [3] * 4, [4] * 4], True),  # the third step is the whole remainder
+        ([[1] * 5, [2]], False),
+        ([[1], [2], [3] * 5, [4] * 4], False),
+    ],
+)
+def test_a_gold_can_be_reached_where_the_limits_hold_its_steps(gold: list[list[int]], reachable: bool) -> None:
+    assert is_reachable(Problem("gold", gold), settings()) == reachable
+    assert is_reachable(Problem("later", [[1]], later=(Turn([9], gold),)), settings()) == reachable
+
+
+# Recorded turns ----------------------------------------------------------------------------------------------
+
+RESULT = [20, 21]
+CONVERSATION = Problem("conversation", [[1], [2, STOP]], later=(Turn(RESULT, [[3], [4, STOP]]),))
+
+
+class Talk(Toy):
+    """Answers as it should in one of three candidates, is graded by the recorded turns, and notes what it is asked."""
+
+    def step(self, state: State, w: int) -> list[int]:
+        turn = int(state.turn_start > 0)
+        done = len(state.response) - state.turn_start
+        right = [token for step in CONVERSATION.gold_of(turn) for token in step][done:]
+        wrong = [[7], [8, STOP]][w - 1] if w else []
+        return wrong or (right if state.until_stop else right[:1])
+
+    def grade(self, problem: int, turn: int, response: list[int], stopped: bool) -> float:
+        self.grades.append((response, stopped))
+        gold = [token for step in CONVERSATION.gold_of(turn) for token in step]
+        return 1.0 if stopped and response == gold else -1.0
+
+
+def test_the_search_goes_on_after_the_recorded_result_of_a_right_call() -> None:
+    toy = Talk([CONVERSATION], settings(n_simulations=60, exploration=20.0, max_depth=2))
+    (finished,) = toy.run()
+    tree, nodes = finished.tree, range(int(finished.tree.n_nodes))
+    whole = [finished.steps[node] for node in nodes]
+    first_turn = [state for state in toy.states if not state.turn_start]
+    second_turn = [state for state in toy.states if state.turn_start]
+    # The tools' answer stands between the turns, and the steps of the second turn have the whole depth again.
+    assert {tuple(state.response[:4]) for state in second_turn} == {(1, 2, STOP, *RESULT)[:4]}
+    assert {state.turn_start for state in second_turn} == {5}
+    assert {state.until_stop for state in first_turn} == {state.until_stop for state in second_turn} == {False, True}
+    # Only a turn like the recorded one goes on; any other that ends is terminal and wrong.
+    (turn_end,) = finished.observed
+    assert finished.observed[turn_end] == RESULT
+    assert whole[turn_end] == [2, STOP]
+    assert not tree.terminal_N[turn_end]
+    assert tree.extra.outcome[turn_end] == 0
+    wrong = [node for node in nodes if whole[node] == [8, STOP]]
+    assert len(wrong) > 2
+    assert all(tree.terminal_N[node] and tree.extra.outcome[node] == -1 for node in wrong)
+    right = [node for node in nodes if tree.terminal_N[node] and tree.extra.outcome[node] == 1]
+    assert [whole[node] for node in right] == [[4, STOP]]
+    assert tree.extra.matches_reference[right].all()
+
+
+def test_pairs_of_a_later_turn_have_the_recorded_result_in_their_prompt() -> None:
+    toy = Talk([CONVERSATION], settings(n_simulations=60, exploration=20.0, max_depth=2))
+    (finished,) = toy.run()
+    pairs = preference_pairs(finished.tree, finished.steps, str, PairSettings(), finished.observed)
+    later = [pair for pair in pairs if len(pair.path) >= 5]
+    assert [pair.path for pair in later] == [[1, 2, STOP, *RESULT], [1, 2, STOP, *RESULT, 3]]
+    assert [pair.chosen_ids for pair in later] == [[3], [4, STOP]]
+    assert all(PairSettings().accepts(pair) for pair in pairs)
+
+
+def test_a_turn_that_is_injected_goes_on_too() -> None:
+    toy = Talk([CONVERSATION], settings(n_simulations=1, max_depth=2, inject_gold="always"))
+    (finished,) = toy.run()
+    assert finished.tree.visit_count_N[ROOT] == 2
+    ended = [n for n, step in enumerate(finished.steps) if step == [4, STOP]]
+    assert finished.tree.visit_count_N[ended].sum() >= 1
 
 
 # Cost --------------------------------------------------------------------------------------------------------
@@ -357,7 +467,7 @@ def test_a_full_tree_has_forty_nodes_and_needs_the_model_no_more() -> None:
 
 
 def test_the_golds_path_takes_one_node_more_at_each_of_its_levels() -> None:
-    toy = Toy([PROBLEMS[2]], settings(n_simulations=300, exploration=20.0, inject_gold=True))
+    toy = Toy([PROBLEMS[2]], settings(n_simulations=300, exploration=20.0, inject_gold="always"))
     toy.step = lambda state, w: [w + 6] + [STOP] * state.until_stop  # type: ignore[method-assign]
     (finished,) = toy.run()
     assert toy.settings.max_nodes == 1 + 4 + 13 + 40
@@ -371,13 +481,13 @@ def test_the_golds_path_takes_one_node_more_at_each_of_its_levels() -> None:
     [(3, 3, False, 40), (3, 3, True, 58), (2, 1, False, 3), (2, 1, True, 4), (1, 4, False, 5), (1, 2, True, 6)],
 )
 def test_room_for_a_full_tree(breadth: int, max_depth: int, inject_gold: bool, max_nodes: int) -> None:
-    toy = settings(breadth=breadth, max_depth=max_depth, inject_gold=inject_gold)
+    toy = settings(breadth=breadth, max_depth=max_depth, inject_gold="always" if inject_gold else "never")
     assert toy.max_nodes == max_nodes
     assert toy.slots == breadth + inject_gold
 
 
 def test_sampled_tokens_are_counted() -> None:
-    toy = Toy(PROBLEMS[:3], settings(n_simulations=7, inject_gold=True))
+    toy = Toy(PROBLEMS[:3], settings(n_simulations=7, inject_gold="always"))
     finished = toy.run()
     assert sum(one.sampled_tokens for one in finished) == toy.sampled > 0
     for one in finished:

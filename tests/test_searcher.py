@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from itool_jax import sampler
+from itool_jax.config import Config
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
 from itool_jax.mcts.policy import OWN_BUCKET, PATH_BUCKET, PROMPT_BUCKET, ModelPolicy, Searched
 from itool_jax.mcts.search import FinishedTree, Response, SearchSettings, State, Step, search
@@ -19,6 +20,7 @@ from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.sampler import Policy, target_log_probs
+from itool_jax.stages import draws
 from itool_jax.stages import search as stage
 from itool_jax.stages.base import Base
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
@@ -31,7 +33,14 @@ from tests.test_search import by_path, response_of
 # The model as the search's functions -------------------------------------------------------------------------
 
 SMALL = SearchSettings(
-    n_simulations=8, breadth=2, max_depth=3, max_step_tokens=6, max_last_step_tokens=10, batch=4, exploration=2.0
+    n_simulations=8,
+    breadth=2,
+    max_depth=3,
+    max_step_tokens=6,
+    max_last_step_tokens=10,
+    batch=4,
+    exploration=2.0,
+    inject_gold="always",
 )
 CALLS = '[f(a="x"), g(b=1)]'
 QUESTIONS = ["short", "a longer question, " * 4, "is there a tool? " * 9, "very long " * 30]
@@ -59,8 +68,8 @@ class Setup(NamedTuple):
         seed: int = 3,
         kind: type[AnyModel] = ModelPolicy,
     ) -> AnyModel:
-        batch, max_length = [self.batch[i] for i in rows], self.base.config.max_length
-        return kind(self.policy, self.base.chat, max_length, self.table, batch, search_settings, self_eval, seed)
+        batch, max_length, key = [self.batch[i] for i in rows], self.base.config.max_length, jax.random.key(seed)
+        return kind(self.policy, self.base.chat, max_length, self.table, batch, search_settings, self_eval, key)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +235,26 @@ def test_a_judgement_is_that_of_the_uncached_model(setup: Setup, reference: Any,
     assert np.ptp(expected) > 0.02
 
 
+@pytest.mark.parametrize("scale", ["binary", "four_grades"])
+def test_both_orders_average_the_judgements_of_either(setup: Setup, scale: Any) -> None:
+    """In the second one the letters of the answers are in reverse, in the question and in what is read."""
+    chat, encoded = setup.base.chat, setup.batch[0].encoded
+    responses = [Response(0, 0, chat.encode(text)) for text in ("[f", "[g")]
+    plain = setup.model(self_eval=SelfEvaluationSettings(scale=scale))
+    one = plain.judge(responses)
+    both = setup.model(self_eval=SelfEvaluationSettings(scale=scale, both_orders=True)).judge(responses)
+    letters = SelfEvaluationSettings(scale=scale).letters
+    frame = evaluation_frame(chat, encoded.target_ids[:-1], scale, letters=letters[::-1])
+    ids = [*encoded.prompt_ids, *frame.before, *responses[0].token_ids, *frame.after]
+    logits_A = uncached(setup, ids)[answer_ids(chat, letters[::-1])]
+    shares_A = np.exp(logits_A) / np.exp(logits_A).sum()
+    in_reverse = float(shares_A @ ([1.0, 0.0] if scale == "binary" else [0.25, 0.025, -0.25, -0.5]))
+    assert plain.swapped == {0: (one[0], pytest.approx(in_reverse, abs=1e-4))}
+    assert both[0] == pytest.approx((one[0] + in_reverse) / 2, abs=1e-4)
+    plain.judge(responses)
+    assert len(plain.swapped) == 1
+
+
 def test_a_proposal_scores_the_gold_as_the_model_does(setup: Setup) -> None:
     model = setup.model()
     gold = [problem.gold_steps for problem in model.problems]
@@ -272,8 +301,30 @@ def test_a_step_ends_where_the_context_does(setup: Setup) -> None:
         ]
         assert max(map(len, steps)) == budget
     none = setup.base._replace(config=dataclasses.replace(config, max_length=length - 1))
-    with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: the question about its answers"):
+    with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: its recorded answers, and the question"):
         setup._replace(base=none).model([0])
+    setup._replace(base=none).model([0], self_eval=SelfEvaluationSettings(weight=0.0))  # no question is asked
+
+
+def test_recorded_turns_are_graded_each_by_its_own_gold(setup: Setup) -> None:
+    """And what stands between them is what the template writes between an answer and the next one."""
+    chat = setup.base.chat
+    following = ({"role": "tool", "content": "3"}, {"role": "assistant", "content": "[g(b=3)]"})
+    following += ({"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."})
+    sample = dataclasses.replace(SAMPLES[1], following=following)
+    encoded = encode_sample(chat, sample)
+    model = setup._replace(batch=[Searched(sample, encoded)]).model([0])
+    (problem,) = model.problems
+    assert len(problem.later) == 2
+    asked = {"role": "assistant", "content": sample.target}
+    whole = chat.prompt_ids([*sample.messages, asked, *following], sample.tools)
+    so_far = [*encoded.prompt_ids, *problem.gold]
+    assert whole[: len(so_far)] == so_far
+    ends = [[*chat.encode(text), chat.end_of_turn] for text in (sample.target, "[g(b=3)]", "Done.", "[g(b=4)]")]
+    assert [model.grade(0, turn, ids, True) for turn, ids in enumerate(ends[:3])] == [1.0, 1.0, 1.0]
+    assert [model.grade(0, turn, ends[3], True) for turn in range(3)] == [-1.0, -1.0, -1.0]
+    trees = run(model)
+    assert trees[0].observed
 
 
 def test_samples_depend_on_seed_id_path_and_candidate(setup: Setup) -> None:
@@ -318,7 +369,7 @@ def test_a_lane_may_go_to_another_problem(setup: Setup) -> None:
 )
 def test_a_response_is_graded_as_text(setup: Setup, response: str, finished: bool, expected: float) -> None:
     ids = setup.base.chat.encode(response) + [setup.base.chat.end_of_turn] * finished
-    assert setup.model().grade(0, ids, finished) == expected
+    assert setup.model().grade(0, 0, ids, finished) == expected
 
 
 # What is written ---------------------------------------------------------------------------------------------
@@ -333,9 +384,9 @@ def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setu
         assert (tree["id"], tree["gold"]) == (sample.id, sample.target)
         assert [node["node"] for node in tree["nodes"]] == list(range(one.tree.n_nodes))
         assert all(node["text"] == decode(node["token_ids"]) for node in tree["nodes"])
-        assert tree["nodes"][0]["visits"] == SMALL.n_simulations
+        assert tree["nodes"][0]["visits"] == SMALL.n_simulations + 1  # the walk down the gold
         for pair in preference_pairs(one.tree, one.steps, chat.tokenizer.decode, PairSettings()):
-            row, nodes = stage._pair_row(pair, searched, chat, 2), tree["nodes"]
+            row, nodes = stage._pair_row(pair, searched, chat, Config(stage="search"), 2), tree["nodes"]
             assert json.loads(json.dumps(row)) == row
             assert row["id"] == f"{row['tree']}/2/{row['node']}"
             assert row["chosen_ids"] == nodes[row["chosen_node"]]["token_ids"]
@@ -355,7 +406,7 @@ def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:
     assert len({bucket(len(row.prompt_ids), PROMPT_BUCKET) for row in encoded}) == 2  # nine short, three long
     for least, sizes in ((5, [9, 3]), (9, [9, 3]), (10, [12])):
         items = [Searched(*row) for row in zip(samples, encoded, strict=True)]
-        groups = stage._groups(items, least)
+        groups = draws.by_prompt_width(items, least)
         assert [len(group) for group in groups] == sizes
         rows = [items[i] for group in groups for i in group]
         assert {row.sample.id for row in rows} == {sample.id for sample in samples}

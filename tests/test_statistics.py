@@ -7,9 +7,11 @@ import pytest
 
 from itool_jax.evaluation.statistics import (
     PairedDifference,
+    calibration_error,
     describe,
     mean_and_standard_error,
     paired_difference,
+    roc_auc,
     standard_error,
     wilson_interval,
 )
@@ -123,3 +125,19 @@ def test_an_interval_holds_its_accuracy() -> None:
     for n in range(1, 500):
         assert wilson_interval(1.0, n)[1] == 1.0
         assert wilson_interval(0.0, n)[0] == 0.0
+
+
+def test_auc_is_how_often_a_right_one_stands_above_a_wrong_one() -> None:
+    scores, right = [0.9, 0.5, 0.5, 0.1], [True, True, False, False]
+    # Pairs of right and wrong: .9 > .5, .9 > .1, .5 = .5 (half), .5 > .1.
+    assert roc_auc(scores, right) == pytest.approx(3.5 / 4)
+    assert roc_auc(scores, [not mark for mark in right]) == pytest.approx(0.5 / 4)
+    assert roc_auc(scores, [True] * 4) is None
+    assert roc_auc([], []) is None
+
+
+def test_calibration_error_by_hand() -> None:
+    # Bins [.9, 1]: mean .95, half right; [.2, .3): .2, none right: (2 * .45 + 1 * .2) / 3.
+    assert calibration_error([0.9, 1.0, 0.2], [True, False, False]) == pytest.approx(1.1 / 3)
+    assert calibration_error([1.0, 0.0], [True, False]) == 0
+    assert calibration_error([], []) is None

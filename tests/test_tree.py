@@ -83,7 +83,7 @@ def candidates_of(state: State, width: int = WIDTH) -> Candidates:
         prior_W=column(lambda c: c.prior, 0.0),
         state_score_W=score_W,
         terminal_W=terminal_W,
-        extra=NodeExtra(jnp.zeros_like(score_W), score_W, jnp.zeros_like(terminal_W)),
+        extra=NodeExtra(jnp.zeros_like(score_W), score_W, *[jnp.zeros_like(terminal_W)] * 3),
     )
 
 
@@ -313,7 +313,12 @@ def children_of(scores, terminal, valid=None, matches_reference=None, priors=Non
         prior_W=jnp.asarray(priors or [0.5] * width),
         state_score_W=score_W,
         terminal_W=jnp.asarray(terminal),
-        extra=NodeExtra(outcome_W, score_W - outcome_W, jnp.asarray(matches_reference or [False] * width)),
+        extra=NodeExtra(
+            outcome_W,
+            score_W - outcome_W,
+            jnp.asarray(matches_reference or [False] * width),
+            *[jnp.asarray([True] * width)] * 2,
+        ),
     )
 
 

@@ -31,7 +31,15 @@ TEXT = "I cannot help with that."
         (CALLS, "", False),
         (TEXT, TEXT, True),
         (TEXT, "Another refusal.", True),
-        (TEXT, "", True),
+        (TEXT, "", False),
+        (TEXT, " \n", False),
+        (TEXT, "I call it: [f(a=1)]", False),
+        (TEXT, "Sure. [f()]", False),
+        (TEXT, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', False),
+        (TEXT, '{"name": "f", "parameters": {"a": 1}}', False),
+        (TEXT, '[TOOL_CALLS][{"name": "f", "arguments": {}}]', False),
+        (TEXT, "See [the docs](http://x.y) or f(a=1).", True),
+        (TEXT, "The list [see below (optional)] is long.", True),
         (TEXT, CALLS, False),
         (TEXT, " [f(a=", False),
         (TEXT, "[]", False),
@@ -51,6 +59,7 @@ def test_outcome(gold: str, response: str, right: bool) -> None:
 def test_any_text_gets_an_outcome(gold: str, response: str, finished: bool) -> None:
     assert outcome(gold, "[" + response, finished=finished) in (-1.0, 1.0)
     assert outcome(gold, gold, finished=finished) == (1.0 if finished else -1.0)
+    assert outcome(gold, "a" + response, finished=finished) in (-1.0, 1.0)
 
 
 PARAMETERS = {

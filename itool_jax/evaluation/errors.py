@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from itool_jax.text.calls import Call, looks_like_calls, read_calls
+from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_calls
 
 UNFINISHED = "cut off"
 KINDS = {
@@ -26,7 +26,7 @@ def error_kind(gold: str, response: str, *, finished: bool) -> str:
         return UNFINISHED
     wanted, calls = read_calls(gold), read_calls(response)
     if wanted is None:
-        return "needless call" if looks_like_calls(response) else "other"
+        return "needless call" if contains_call(response) else "other"
     if calls is None:
         return "unreadable" if looks_like_calls(response) else "no call"
     return _between(wanted, calls)

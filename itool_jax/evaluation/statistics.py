@@ -99,3 +99,27 @@ def _sign_test(wins: int, losses: int) -> float:
     """Exact two-sided binomial p-value at one half, in integers, so that no count is too large."""
     n, k = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def roc_auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
+    """How often a right one is scored above a wrong one, ties counting half; None where either is missing."""
+    scores_N, right_N = np.asarray(scores), np.asarray(right, dtype=bool)
+    n_right, n_wrong = int(right_N.sum()), int((~right_N).sum())
+    if not n_right or not n_wrong:
+        return None
+    ordered = np.sort(scores_N)
+    ranks_N = (np.searchsorted(ordered, scores_N, "left") + np.searchsorted(ordered, scores_N, "right") + 1) / 2
+    return float((ranks_N[right_N].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+
+
+def calibration_error(probabilities: Sequence[float], right: Sequence[bool], bins: int = 10) -> float | None:
+    """Mean distance between the probability of being right and the share that is right, over bins of equal width.
+
+    The expected calibration error (https://arxiv.org/abs/1706.04599, eq 3); None for no values.
+    """
+    if len(probabilities) == 0:
+        return None
+    p_N, right_N = np.asarray(probabilities), np.asarray(right, dtype=float)
+    bin_N = np.clip((p_N * bins).astype(int), 0, bins - 1)
+    gaps = [abs((p_N[bin_N == b] - right_N[bin_N == b]).sum()) for b in np.unique(bin_N)]
+    return float(sum(gaps) / len(p_N))

@@ -4,9 +4,9 @@ In: a finished `Tree` and the tokens of the step into each node.
 Out: at most one `Pair` a node, its best child against its worst.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -23,10 +23,23 @@ class PairSettings:
 
     min_q_gap: float = 0.1
     """Smallest difference in Q between the preferred and the dispreferred step of a pair."""
+    require: Literal["outcome", "gap"] = "outcome"
+    """What makes a pair besides that: outcome, that the best ending below the preferred step beats the best one below
+    the other, by as much; or nothing else (the gap alone, as in the paper)."""
 
     def __post_init__(self) -> None:
         if not self.min_q_gap >= 0:
             raise ValueError(f"pairs.min_q_gap must not be negative, got {self.min_q_gap}")
+
+    def accepts(self, pair: "Pair") -> bool:
+        """Returns whether a pair whose gap is wide enough is to be trained on."""
+        return self.require == "gap" or self.is_valid(pair)
+
+    def is_valid(self, pair: "Pair") -> bool:
+        """Returns whether the outcomes agree that the preferred step is the better one."""
+        return pair.best_ending_chosen - pair.best_ending_rejected >= self.min_q_gap - ROUNDING and (
+            pair.best_ending_chosen > pair.best_ending_rejected
+        )
 
 
 class Pair(NamedTuple):
@@ -42,29 +55,61 @@ class Pair(NamedTuple):
     path: list[int]  # tokens from the root to the node
     chosen_ids: list[int]
     rejected_ids: list[int]
+    best_ending_chosen: float
+    """The highest outcome O of the responses in the tree that go on from the chosen step; -1 if none ended."""
+    best_ending_rejected: float
+    chosen_sampled: bool
+    """Whether the model sampled the chosen step; else it is the gold's, injected."""
+    chosen_is_gold: bool
+    """Whether the response up to the chosen step is the gold's, sampled or injected."""
 
 
 def preference_pairs(
-    tree: Tree, steps: Sequence[list[int]], decode: Callable[[list[int]], str], settings: PairSettings
+    tree: Tree,
+    steps: Sequence[list[int]],
+    decode: Callable[[list[int]], str],
+    settings: PairSettings,
+    observed: Mapping[int, list[int]] | None = None,
 ) -> list[Pair]:
-    """Returns the pairs of a finished tree, by node.
+    """Returns the pairs of a finished tree whose gap is wide enough, by node; `settings.accepts` says which to keep.
 
-    A node gives a pair when two or more of its children are eligible (visited, or terminal), the highest and
-    lowest Q among them (the first slot where tied) lie at least `min_q_gap` apart, and the two texts differ.
-    The Q of a terminal child that was never visited is its step reward: a visit would not change it.
+    A node gives a pair when two or more of its children are eligible (visited, or terminal, and not cut off by the
+    token limit), the highest and lowest Q among them (the first slot where tied) lie at least `min_q_gap` apart, and
+    the two texts differ. The Q of a terminal child that was never visited is its step reward: a visit would not change
+    it.
 
     Args:
         tree: one tree.
         steps: token ids of the step into each node; none for the root.
         decode: gives the text of a step from its ids.
         settings: thresholds.
+        observed: by node, recorded tokens that follow the step into it.
     """
     tree = jax.device_get(tree)
-    pairs = [_node_pair(tree, node, steps, settings.min_q_gap) for node in range(int(tree.n_nodes))]
+    behind = {node: [*ids, *(observed or {}).get(node, [])] for node, ids in enumerate(steps)}
+    endings_N = _best_endings(tree)
+    nodes = range(int(tree.n_nodes))
+    pairs = [_node_pair(tree, node, steps, behind, endings_N, settings.min_q_gap) for node in nodes]
     return [pair for pair in pairs if pair and decode(pair.chosen_ids) != decode(pair.rejected_ids)]
 
 
-def _node_pair(tree: Tree, node: int, steps: Sequence[list[int]], min_q_gap: float) -> Pair | None:
+def _best_endings(tree: Tree) -> np.ndarray:
+    """Returns the highest outcome O of the terminal states at or below each node; -1 where there is none."""
+    best_N = np.where(tree.terminal_N, tree.extra.outcome, -1.0)
+    for node in range(int(tree.n_nodes) - 1, ROOT, -1):  # children have higher ids than their parents
+        parent = int(tree.parent_N[node])
+        best_N[parent] = max(best_N[parent], best_N[node])
+    return best_N
+
+
+def _node_pair(
+    tree: Tree,
+    node: int,
+    steps: Sequence[list[int]],
+    behind: Mapping[int, list[int]],
+    endings_N: np.ndarray,
+    min_q_gap: float,
+) -> Pair | None:
     """Returns the best and the worst eligible child of a node, or None; their texts may be equal."""
     children = _eligible_children(tree, node)
     if len(children) < 2:
@@ -83,20 +128,28 @@ def _node_pair(tree: Tree, node: int, steps: Sequence[list[int]], min_q_gap: flo
         q_rejected=q_rejected,
         visits_chosen=int(tree.visit_count_N[chosen]),
         visits_rejected=int(tree.visit_count_N[rejected]),
-        path=_path(tree, node, steps),
+        path=_path(tree, node, behind),
         chosen_ids=steps[chosen],
         rejected_ids=steps[rejected],
+        best_ending_chosen=float(endings_N[chosen]),
+        best_ending_rejected=float(endings_N[rejected]),
+        chosen_sampled=bool(tree.extra.sampled[chosen]),
+        chosen_is_gold=bool(tree.extra.matches_reference[chosen]),
     )
 
 
 def _eligible_children(tree: Tree, node: int) -> list[int]:
     children = [int(child) for child in tree.children_NW[node] if child != NO_CHILD]
-    return [child for child in children if tree.terminal_N[child] or tree.visit_count_N[child] > 0]
+    return [
+        child
+        for child in children
+        if tree.extra.complete[child] and (tree.terminal_N[child] or tree.visit_count_N[child] > 0)
+    ]
 
 
-def _path(tree: Tree, node: int, steps: Sequence[list[int]]) -> list[int]:
+def _path(tree: Tree, node: int, behind: Mapping[int, list[int]]) -> list[int]:
     path: list[int] = []
     while node != ROOT:
-        path = steps[node] + path
+        path = behind[node] + path
         node = int(tree.parent_N[node])
     return path

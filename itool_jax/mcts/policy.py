@@ -4,6 +4,7 @@ In: a policy and samples of similar length. Out: what `mcts.search` asks for, ea
 trees that still grow. Of `mcts`, only this module sees the sampler and the model.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step
+from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step, Turn
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.model.cache import Prefix, empty_prefix, place
 from itool_jax.model.sharding import row_devices, to_host
@@ -32,6 +33,8 @@ class Searched(NamedTuple):
 
     sample: Sample
     encoded: Encoded
+    solved: bool = False
+    """Whether a response that the model sampled before was right."""
 
 
 class ModelPolicy:
@@ -49,32 +52,49 @@ class ModelPolicy:
         batch: Sequence[Searched],
         settings: SearchSettings,
         self_eval: SelfEvaluationSettings,
-        seed: int,
+        key: jax.Array,
     ):
         self.policy, self.chat, self.table, self.batch = policy, chat, table, batch
-        self.settings, self.key = settings, jax.random.key(seed)
+        self.settings, self.self_eval, self.key = settings, self_eval, key
         self.letters = np.array(answer_ids(chat, self_eval.letters), np.int32)
-        self.problems = [Problem(row.sample.id, split_steps(table, row.encoded.target_ids)) for row in batch]
-        self.frames = [self._frame(row.encoded, self_eval) for row in batch]
+        self.golds = [[(row.sample.target, row.encoded.target_ids, []), *_later(chat, row.sample)] for row in batch]
+        """By problem and turn: the gold's text, its tokens, and those recorded before it."""
+        self.problems = [self._problem(row, turns) for row, turns in zip(batch, self.golds, strict=True)]
+        shown = [self._shown(problem.gold) for problem in self.problems]
+        self.frames = [self._frame(gold, self_eval.letters) for gold in shown]
+        self.reversed_frames = [self._frame(gold, self_eval.letters[::-1]) for gold in shown]
+        self.swapped: dict[int, tuple[float, float]] = {}
+        """By problem, the confidence in one of its first steps, and the same with the letters in reverse."""
         prompts = [row.encoded.prompt_ids for row in batch]
         questions = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
         self.token_budgets = [
-            max_length - len(question) - len(frame.after)
-            for question, frame in zip(questions, self.frames, strict=True)
+            max_length - (len(question) + len(frame.after) if self_eval.weight else len(prompt))
+            for prompt, question, frame in zip(prompts, questions, self.frames, strict=True)
         ]
         """How long a response may be, the gold one too, so that the question about it fits the context."""
-        for row, budget in zip(batch, self.token_budgets, strict=True):
-            if budget < len(row.encoded.target_ids):
+        for problem, budget in zip(self.problems, self.token_budgets, strict=True):
+            if budget < len(problem.gold):
                 raise ValueError(
-                    f"sample {row.sample.id}: the question about its answers does not fit the model's context of "
-                    f"{max_length} tokens; remove the sample, or take a model with a longer context"
+                    f"sample {problem.id}: its recorded answers, and the question about them, do not fit the model's "
+                    f"context of {max_length} tokens; remove the sample, take a model with a longer context, or set "
+                    "self_eval.weight=0, which asks no question"
                 )
         self.prompts = _ContextCache(policy, prompts, settings.lanes)
         self.questions = _ContextCache(policy, questions, settings.lanes)
 
-    def _frame(self, encoded: Encoded, self_eval: SelfEvaluationSettings) -> EvaluationFrame:
-        gold = self.chat.content_ids(encoded.target_ids)
-        return evaluation_frame(self.chat, gold if self_eval.reference == "gold" else None, self_eval.scale)
+    def _problem(self, row: Searched, turns: Sequence["_Turn"]) -> Problem:
+        (_, first, _), *later = turns
+        cut = functools.partial(split_steps, self.table)
+        return Problem(row.sample.id, cut(first), row.solved, tuple(Turn(behind, cut(ids)) for _, ids, behind in later))
+
+    def _shown(self, response: Sequence[int]) -> list[int]:
+        """Returns the tokens of a response that a question shows: without those that end it or a turn of it."""
+        ids = self.chat.content_ids(response)
+        return ids if ids == list(response[: len(ids)]) else [i for i in ids if i not in self.chat.special_ids]
+
+    def _frame(self, gold: list[int], letters: str) -> EvaluationFrame:
+        shown = gold if self.self_eval.reference == "gold" else None
+        return evaluation_frame(self.chat, shown, self.self_eval.scale, letters=letters)
 
     def propose(self, states: Sequence[State], /) -> list[list[Step]]:
         """Samples `breadth` steps for each state in one compiled loop, and scores the gold step of those with one."""
@@ -92,6 +112,8 @@ class ModelPolicy:
             np.repeat(rows.column([self._limit(state) for state in states]), s.breadth),
             np.repeat(rows.column([state.until_stop for state in states], bool), s.breadth),
             np.float32(s.temperature),
+            np.float32(s.top_p),
+            rows.column([state.turn_start for state in states]),
         )
         gold = self._gold_steps(states)
         steps = to_host(steps)
@@ -111,7 +133,14 @@ class ModelPolicy:
         steps = rows.pad(gold, bucket(max(map(len, gold)), OWN_BUCKET))
         log_prob_P = to_host(score_step(*self.policy, cache, *self._paths(with_gold, rows), *steps))
         return {
-            state.lane: [Step(state.gold_step, float(log_prob_P[row]), state.gold_step[-1] in self.chat.stop_ids)]
+            state.lane: [
+                Step(
+                    state.gold_step,
+                    float(log_prob_P[row]),
+                    stopped=state.gold_step[-1] in self.chat.stop_ids,
+                    sampled=False,
+                )
+            ]
             for state, row in zip(with_gold, rows.taken, strict=True)
         }
 
@@ -133,47 +162,87 @@ class ModelPolicy:
     def judge(self, responses: Sequence[Response], /) -> list[float]:
         """Asks the policy about each response, which it answers with one token (eq 7).
 
+        The first response to each problem is asked about with the letters in reverse too, see `swapped`.
+        """
+        by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
+        found = self._judge(by_problem, in_reverse=False)
+        if self.self_eval.both_orders:
+            found = [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
+        firsts = dict(zip(itertools.accumulate(map(len, by_problem[:-1]), initial=0), by_problem, strict=True))
+        new = {i: same[0] for i, same in firsts.items() if same[0].problem not in self.swapped}
+        again = self._ask([[response] for response in new.values()], 1, in_reverse=True)
+        for (i, response), confidence_in_reverse in zip(new.items(), again, strict=True):
+            self.swapped[response.problem] = found[i], confidence_in_reverse
+        return found
+
+    def _judge(self, by_problem: Sequence[Sequence[Response]], *, in_reverse: bool) -> list[float]:
+        """Returns the confidence in every response, those to a problem together.
+
         Most states have `breadth` candidates. The injected gold step of the others is judged in a second pass, so that
         no lane carries a padding row for it.
         """
         breadth = self.settings.breadth
-        by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
-        first = self._ask([same[:breadth] for same in by_problem], breadth)
-        second = self._ask([same[breadth:] for same in by_problem if len(same) > breadth], 1)
-        sampled, injected = iter(first), iter(second)
+        first = self._ask([same[:breadth] for same in by_problem], breadth, in_reverse=in_reverse)
+        more = [same[breadth:] for same in by_problem if len(same) > breadth]
+        sampled, injected = iter(first), iter(self._ask(more, 1, in_reverse=in_reverse))
         return [next(sampled if i < breadth else injected) for same in by_problem for i in range(len(same))]
 
-    def _ask(self, groups: Sequence[Sequence[Response]], most: int) -> list[float]:
+    def _ask(self, groups: Sequence[Sequence[Response]], most: int, *, in_reverse: bool) -> list[float]:
         """Returns the confidence in every response of the groups, in one forward pass.
 
         A group is at most `most` responses to one problem; the beginning that they share is computed once.
         """
+        frames, letters = (
+            (self.reversed_frames, self.letters[::-1]) if in_reverse else (self.frames, self.letters)
+        )
         if not groups:
             return []
         cache, rows = self.questions.read([group[0] for group in groups])
         shared, own = [], []
         for group in groups:
             problem = group[0].problem
-            shown = [self.chat.content_ids(response.token_ids) for response in group]
+            shown = [self._shown(response.token_ids) for response in group]
             n = _n_common(shown)
             shared.append([self.questions.last_token(problem), *shown[0][:n]])
-            own += [[*ids[n:], *self.frames[problem].after] for ids in shown]
+            own += [[*ids[n:], *frames[problem].after] for ids in shown]
         own_rows = rows.split([len(group) for group in groups], most)
         logits_BA = choice_logits(
             *self.policy,
             cache,
             *rows.pad(shared, _path_width(shared)),
             *own_rows.pad(own, bucket(max(map(len, own)), OWN_BUCKET)),
-            self.letters,
+            np.ascontiguousarray(letters),
         )
         return to_host(_confidences(logits_BA))[own_rows.taken].tolist()
 
-    def grade(self, problem: int, response: list[int], stopped: bool, /) -> float:
-        """Returns the outcome of a whole response against the gold (O of eq 6)."""
-        sample = self.batch[problem].sample
+    def grade(self, problem: int, turn: int, response: list[int], stopped: bool, /) -> float:
+        """Returns the outcome of a whole turn against the gold (O of eq 6)."""
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
-        grading = self.settings.outcome
-        return outcome(sample.target, text, finished=stopped, tools=sample.tools, grading=grading)
+        gold, tools = self.golds[problem][turn][0], self.batch[problem].sample.tools
+        return outcome(gold, text, finished=stopped, tools=tools, grading=self.settings.outcome)
+
+
+_Turn = tuple[str, list[int], list[int]]
+
+
+def _later(chat: Chat, sample: Sample) -> list[_Turn]:
+    """Returns the recorded turns behind a sample's target: text, its tokens, and the tokens before them.
+
+    They end with the last assistant turn, and before one that says nothing.
+    """
+    turns: list[_Turn] = []
+    messages, answer, between = [*sample.messages], sample.target, []
+    for message in sample.following:
+        if message["role"] != "assistant":
+            between.append(message)
+            continue
+        if not message["content"]:
+            break
+        behind = chat.observation_ids(messages, answer, between, sample.tools)
+        turns.append((message["content"], chat.target_ids(message["content"]), behind))
+        messages += [{"role": "assistant", "content": answer}, *between]
+        answer, between = message["content"], []
+    return turns
 
 
 class _ContextCache:
@@ -259,7 +328,8 @@ def _confidences(logits_BA: jax.Array) -> AnyArray:
 
 def _step(steps: Any, row: int) -> Step:
     token_ids = steps.tokens_BT[row, : steps.length_B[row]].tolist()
-    return Step(token_ids, float(steps.log_prob_B[row]), bool(steps.stopped_B[row]))
+    stopped, complete = bool(steps.stopped_B[row]), bool(steps.complete_B[row])
+    return Step(token_ids, float(steps.log_prob_B[row]), stopped, complete)
 
 
 def _path_width(paths: Sequence[list[int]]) -> int:

@@ -32,6 +32,11 @@ from itool_jax.text.steps import Granularity
 from itool_jax.types import IntB
 
 
+InjectGold = Literal["never", "unsolved", "always"]
+RIGHT = 1.0
+"""The outcome O of a right response."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """Step-level Monte Carlo tree search."""
@@ -42,14 +47,17 @@ class SearchSettings:
     """W: steps sampled at each expansion."""
     max_depth: int = 3
     """D: steps in a response; the last one is the whole remainder."""
-    exploration: float = 1.0
-    """PUCT's exploration constant (eq 5); 0 is greedy."""
+    exploration: float = 4.0
+    """PUCT's exploration constant (eq 5); 0 is greedy. Q spans -1 to 2: at 1 the best child takes most of the visits."""
     discount: float = 1.0
     """γ of the backup (eq 8)."""
     value_weight: ValueWeight = "visits"
     """Children's weights in a state's value: their visits (eq 9), or max(1, visits) as in arXiv 2405.00451's code."""
     temperature: float = 1.0
     """Sampling temperature of the steps."""
+    top_p: float = 1.0
+    """Share of the probability, the likeliest tokens first, that steps are sampled from; 1 is all of it. Priors are
+    those of the whole distribution."""
     prior_exponent: float = 1.0
     """λ of the prior exp(Σ log π / length^λ): 0 is the plain product, 1 the geometric mean."""
     granularity: Granularity = "call"
@@ -60,8 +68,9 @@ class SearchSettings:
     """Longest last step, in tokens."""
     outcome: Literal["binary", "graded"] = "binary"
     """O of a whole response: right or wrong, +1 or -1, or graded between them by how much of the calls is right."""
-    inject_gold: bool = True
-    """Whether the gold's next step joins the candidates where the response so far is the gold's."""
+    inject_gold: InjectGold = "never"
+    """Whether the gold's next step joins the candidates where the response so far is the gold's: never, where none of
+    the model's own samples was right, or always."""
     batch: int | Literal["auto"] = 64
     """Prompts searched together; auto is as many as fit a device's memory by the compiler's estimate, found once
     and kept with the run."""
@@ -70,6 +79,8 @@ class SearchSettings:
         for name in ("n_simulations", "breadth", "max_depth", "max_step_tokens", "max_last_step_tokens", "batch"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"search.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"search.top_p must be in (0, 1], got {self.top_p}")
         for name in ("exploration", "temperature", "prior_exponent"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"search.{name} must not be negative, got {getattr(self, name)}")
@@ -83,26 +94,64 @@ class SearchSettings:
         return self.batch
 
     @property
+    def injects(self) -> bool:
+        """Whether any tree may hold steps of the gold that were not sampled."""
+        return self.inject_gold != "never"
+
+    @property
     def slots(self) -> int:
         """Child slots of a node: the sampled steps and the gold's."""
-        return self.breadth + self.inject_gold
+        return self.breadth + self.injects
 
     @property
     def max_nodes(self) -> int:
         """The most nodes a tree can have. In a full one, only the node on the gold's path has a child more."""
         total, level = 1, 1
         for _ in range(self.max_depth):
-            level = level * self.breadth + self.inject_gold
+            level = level * self.breadth + self.injects
             total += level
-        # Nor can a tree hold more than its simulations expand, at most one node a level each.
-        return min(total, 1 + self.n_simulations * self.max_depth * self.slots)
+        # Nor can a tree hold more than its walks expand, at most one node a level each.
+        return min(total, 1 + (self.n_simulations + self.injects) * self.max_depth * self.slots)
+
+
+class Turn(NamedTuple):
+    """A recorded turn behind another one."""
+
+    observation: list[int]
+    """Tokens between the turns: what the tools returned, up to where the assistant speaks again."""
+    gold_steps: list[list[int]]
 
 
 class Problem(NamedTuple):
-    """A prompt to search; `gold_steps` is the gold response, stop token included, cut into steps."""
+    """A prompt to search."""
 
     id: str
     gold_steps: list[list[int]]
+    """The gold response, stop token included, cut into steps."""
+    solved: bool = False
+    """Whether a response that the model sampled before was right."""
+    later: tuple[Turn, ...] = ()
+    """The turns that were recorded after the gold one, up to the next question of the user."""
+
+    def gold_of(self, turn: int) -> list[list[int]]:
+        """Returns the steps of the gold of turn 0, 1, …"""
+        return self.later[turn - 1].gold_steps if turn else self.gold_steps
+
+    @property
+    def gold(self) -> list[int]:
+        """The gold of all turns, with what was recorded between them."""
+        later = [token for turn in self.later for token in turn.observation + _joined(turn.gold_steps)]
+        return _joined(self.gold_steps) + later
+
+
+def is_reachable(problem: Problem, s: SearchSettings) -> bool:
+    """Returns whether the step and depth limits hold every turn of the gold."""
+    for turn in range(1 + len(problem.later)):
+        steps = problem.gold_of(turn)
+        single, last = steps[: s.max_depth - 1], _joined(steps[s.max_depth - 1 :])
+        if max(map(len, single), default=0) > s.max_step_tokens or len(last) > s.max_last_step_tokens:
+            return False
+    return True
 
 
 # What the search asks of a model ----------------------------------------------------------------------------
@@ -121,6 +170,8 @@ class State(NamedTuple):
     """Whether the step is the whole remainder, up to a stop token."""
     gold_step: list[int]
     """The gold's next step where it joins the candidates, else empty."""
+    turn_start: int = 0
+    """How many tokens of the response belong to earlier turns."""
 
 
 class Step(NamedTuple):
@@ -131,6 +182,10 @@ class Step(NamedTuple):
     """Sum of log π at temperature 1."""
     stopped: bool
     """Whether a stop token ends it, and with it the response."""
+    complete: bool = True
+    """Whether it ends where a step ends; else the token limit cut it off."""
+    sampled: bool = True
+    """Whether the model sampled it; else it is the gold's."""
 
 
 class Response(NamedTuple):
@@ -157,8 +212,8 @@ class Model(Protocol):
         """Returns the confidence C in each response (eq 7); the responses of a lane are adjacent."""
         ...
 
-    def grade(self, problem: int, response: list[int], stopped: bool, /) -> float:
-        """Returns the outcome O of a terminal state; `stopped` is false where a length limit ended the response."""
+    def grade(self, problem: int, turn: int, response: list[int], stopped: bool, /) -> float:
+        """Returns the outcome O of a turn that ended; `stopped` is false where a length limit ended it."""
         ...
 
 
@@ -172,6 +227,8 @@ class FinishedTree(NamedTuple):
     steps: list[list[int]]
     """Token ids of the step into each node; none for the root."""
     sampled_tokens: int
+    observed: dict[int, list[int]]
+    """By node, the recorded tokens that follow the step into it, where it ended a turn that was not the last."""
 
 
 class Round(NamedTuple):
@@ -183,35 +240,47 @@ class Round(NamedTuple):
     """The trees that are complete now, each with the number of its problem."""
 
 
-def search(problems: Sequence[Problem], model: Model, settings: SearchSettings) -> list[FinishedTree]:
+def search(
+    problems: Sequence[Problem], model: Model, settings: SearchSettings, confidence_weight: float = 1.0
+) -> list[FinishedTree]:
     """Returns the trees of all problems, in their order; see `grow`."""
     finished: dict[int, FinishedTree] = {}
-    for one_round in grow(problems, model, settings):
+    for one_round in grow(problems, model, settings, confidence_weight):
         finished.update(one_round.finished)
     return [finished[number] for number in range(len(problems))]
 
 
-def grow(problems: Sequence[Problem], model: Model, settings: SearchSettings) -> Iterator[Round]:
+def grow(
+    problems: Sequence[Problem], model: Model, settings: SearchSettings, confidence_weight: float = 1.0
+) -> Iterator[Round]:
     """Searches `settings.batch` problems at a time, and yields each tree in the round that completes it.
 
     A waiting problem takes the lane of one that is done, so that the model's calls stay full. What a tree becomes does
-    not depend on the others.
+    not depend on the others. Where the gold joins the candidates, a walk down the gold comes before the simulations
+    and is counted in the visits too.
+
+    Args:
+        problems: what to search.
+        model: proposes, judges and grades.
+        settings: of the search.
+        confidence_weight: factor of C in R = O + weight · C (eq 6); at 0 the model is not asked.
     """
-    trees = _new_trees(settings)
+    n_turns = max((1 + len(problem.later) for problem in problems), default=1)
+    trees = _new_trees(settings, n_turns)
     lanes: dict[int, _Lane] = {}
     waiting = iter(range(len(problems)))
     while True:
         free = [b for b in range(settings.lanes) if b not in lanes]
         # `free` comes first: zip would else take a problem that no lane is free for.
-        if new := {b: _new_lane(number, settings) for b, number in zip(free, waiting, strict=False)}:
+        if new := {b: _new_lane(n, problems[n], settings) for b, n in zip(free, waiting, strict=False)}:
             trees = _reset(trees, np.isin(np.arange(settings.lanes), list(new)))
             lanes = dict(sorted((lanes | new).items()))
         if not lanes:
             return
-        trees, lanes = _expand_leaves(trees, lanes, problems, model, settings)
+        trees, lanes = _expand_leaves(trees, lanes, problems, model, settings, confidence_weight)
         trees, lanes, n_simulations = _end_simulations(trees, lanes, settings)
         done = {b: lane for b, lane in lanes.items() if lane.simulations_left == 0}
-        yield Round(n_simulations, _finished(trees, done))
+        yield Round(n_simulations, _finished(trees, done, problems))
         lanes = {b: lane for b, lane in lanes.items() if b not in done}
 
 
@@ -223,12 +292,19 @@ class _Node(NamedTuple):
 
     step: list[int]
     response: list[int]
+    """All tokens behind the prompt, those recorded behind the step included."""
+    turn: int
+    turn_start: int
+    """Tokens of the response that belong to earlier turns."""
     depth: int
+    """Steps in the turn at hand."""
     log_prob: float
     terminal: bool
     outcome: float
     confidence: float
     matches_reference: bool
+    complete: bool
+    sampled: bool
 
 
 class _Lane(NamedTuple):
@@ -239,6 +315,8 @@ class _Lane(NamedTuple):
     leaf: int
     nodes: list[_Node]
     sampled_tokens: int
+    on_gold: bool
+    """Whether it is on the walk down the gold that comes before the simulations."""
 
     @property
     def leaf_node(self) -> _Node:
@@ -248,35 +326,61 @@ class _Lane(NamedTuple):
 _Lanes = Mapping[int, _Lane]
 
 
-def _new_lane(problem: int, s: SearchSettings) -> _Lane:
-    root = _Node([], [], 0, 0.0, terminal=False, outcome=0.0, confidence=0.0, matches_reference=True)
-    return _Lane(problem, s.n_simulations, ROOT, [root], 0)
+_BARE_ROOT = _Node(
+    [],
+    [],
+    turn=0,
+    turn_start=0,
+    depth=0,
+    log_prob=0.0,
+    terminal=False,
+    outcome=0.0,
+    confidence=0.0,
+    matches_reference=True,
+    complete=True,
+    sampled=True,
+)
+
+
+def _new_lane(number: int, problem: Problem, s: SearchSettings) -> _Lane:
+    return _Lane(number, s.n_simulations, ROOT, [_BARE_ROOT], 0, on_gold=_gold_joins(problem, s))
+
+
+def _gold_joins(problem: Problem, s: SearchSettings) -> bool:
+    return s.inject_gold == "always" or (s.inject_gold == "unsolved" and not problem.solved)
 
 
 def _expand_leaves(
-    trees: Tree, lanes: _Lanes, problems: Sequence[Problem], model: Model, s: SearchSettings
+    trees: Tree, lanes: _Lanes, problems: Sequence[Problem], model: Model, s: SearchSettings, confidence_weight: float
 ) -> tuple[Tree, dict[int, _Lane]]:
-    """Gives the leaf of every lane its candidates as children, and moves on to the best of them (PUCT)."""
+    """Gives the leaf of every lane its candidates as children, and moves on to the best of them (PUCT) or the gold."""
     states = [_state(b, lane, problems[lane.problem], s) for b, lane in lanes.items()]
     proposals = model.propose(states)
     candidates = [_distinct(steps) for steps in proposals]
-    confidences = _judge(states, candidates, model)
+    confidences = _judge(states, candidates, model if confidence_weight else None)
     children = {
         b: _children(lane.leaf_node, problems[lane.problem], state, steps, scores, model)
         for (b, lane), state, steps, scores in zip(lanes.items(), states, candidates, confidences, strict=True)
     }
     leaf_B = _per_lane({b: lane.leaf for b, lane in lanes.items()}, ROOT, s)
-    trees, _ = _expand(trees, leaf_B, _stack(children, s))
+    trees, _ = _expand(trees, leaf_B, _stack(children, s, confidence_weight))
     best_B = np.asarray(_select_child(trees, leaf_B, s.exploration))
     expanded = {}
-    for (b, lane), steps in zip(lanes.items(), proposals, strict=True):
+    for (b, lane), state, steps in zip(lanes.items(), states, proposals, strict=True):
+        on_gold = lane.on_gold and bool(state.gold_step)
+        new = [node.step for node in children[b]]
+        leaf = len(lane.nodes) + new.index(state.gold_step) if on_gold else int(best_B[b])
         sampled = lane.sampled_tokens + sum(len(step.token_ids) for step in steps[: s.breadth])
-        expanded[b] = lane._replace(leaf=int(best_B[b]), nodes=lane.nodes + children[b], sampled_tokens=sampled)
+        expanded[b] = lane._replace(
+            leaf=leaf, nodes=lane.nodes + children[b], sampled_tokens=sampled, on_gold=on_gold
+        )
     return trees, expanded
 
 
-def _judge(states: Sequence[State], candidates: Sequence[Sequence[Step]], model: Model) -> list[list[float]]:
-    """Returns the confidence in each candidate of each state, from one call of the model."""
+def _judge(states: Sequence[State], candidates: Sequence[Sequence[Step]], model: Model | None) -> list[list[float]]:
+    """Returns the confidence in each candidate of each state, from one call of the model; zeros if none is asked."""
+    if model is None:
+        return [[0.0 for _ in steps] for steps in candidates]
     responses = [
         Response(state.lane, state.problem, state.response + step.token_ids)
         for state, steps in zip(states, candidates, strict=True)
@@ -298,19 +402,26 @@ def _end_simulations(trees: Tree, lanes: _Lanes, s: SearchSettings) -> tuple[Tre
         trees = _backup(trees, leaf_B, s.discount, s.value_weight)
         next_B = np.asarray(_descend(trees, s.exploration))
         for b, lane in ended.items():
-            lanes[b] = lane._replace(leaf=int(next_B[b]), simulations_left=lane.simulations_left - 1)
-        n_simulations += len(ended)
+            left = lane.simulations_left - (not lane.on_gold)
+            lanes[b] = lane._replace(leaf=int(next_B[b]), simulations_left=left, on_gold=False)
+        n_simulations += sum(not lane.on_gold for lane in ended.values())
     return trees, lanes, n_simulations
 
 
-def _finished(trees: Tree, done: _Lanes) -> list[tuple[int, FinishedTree]]:
+def _finished(trees: Tree, done: _Lanes, problems: Sequence[Problem]) -> list[tuple[int, FinishedTree]]:
     if not done:
         return []
     arrays = jax.device_get(trees)
     finished = []
     for b, lane in done.items():
         tree = jax.tree.map(lambda x, b=b: x[b], arrays)
-        finished.append((lane.problem, FinishedTree(tree, [node.step for node in lane.nodes], lane.sampled_tokens)))
+        observed = {
+            n: problems[lane.problem].later[node.turn - 1].observation
+            for n, node in enumerate(lane.nodes)
+            if node.depth == 0 and node.turn
+        }
+        steps = [node.step for node in lane.nodes]
+        finished.append((lane.problem, FinishedTree(tree, steps, lane.sampled_tokens, observed)))
     return finished
 
 
@@ -322,14 +433,13 @@ def _state(lane_number: int, lane: _Lane, problem: Problem, s: SearchSettings) -
     node = lane.leaf_node
     until_stop = node.depth + 1 >= s.max_depth
     limit = s.max_last_step_tokens if until_stop else s.max_step_tokens
-    gold: list[int] = []
-    if s.inject_gold and node.matches_reference:
-        gold = _next_gold_step(problem.gold_steps, len(node.response), until_stop)
-    return State(lane_number, lane.problem, node.response, limit, until_stop, gold[:limit])
+    gold = _next_gold_step(problem, node, until_stop) if node.matches_reference and _gold_joins(problem, s) else []
+    return State(lane_number, lane.problem, node.response, limit, until_stop, gold[:limit], node.turn_start)
 
 
-def _next_gold_step(gold_steps: list[list[int]], done: int, until_stop: bool) -> list[int]:
-    """Returns the gold's tokens after the first `done`: up to its next step boundary, or all of them."""
+def _next_gold_step(problem: Problem, node: _Node, until_stop: bool) -> list[int]:
+    """Returns the gold's tokens behind a node on its path: up to its next step boundary, or all of the turn's."""
+    gold_steps, done = problem.gold_of(node.turn), len(node.response) - node.turn_start
     for i, step in enumerate(gold_steps):
         if done < len(step):
             return _joined([step[done:], *gold_steps[i + 1 :]]) if until_stop else step[done:]
@@ -353,24 +463,36 @@ def _children(
     parent: _Node, problem: Problem, state: State, steps: Sequence[Step], confidences: Sequence[float], model: Model
 ) -> list[_Node]:
     """Returns the nodes that the candidates of a state lead to, with their scores."""
-    gold = _joined(problem.gold_steps)
+    gold, gold_step = problem.gold, _next_gold_step(problem, parent, state.until_stop)
     children = []
     for step, confidence in zip(steps, confidences, strict=True):
         response = state.response + step.token_ids
-        terminal = step.stopped or state.until_stop
-        children.append(
-            _Node(
-                step=step.token_ids,
-                response=response,
-                depth=parent.depth + 1,
-                log_prob=step.log_prob,
-                terminal=terminal,
-                outcome=model.grade(state.problem, response, step.stopped) if terminal else 0.0,
-                confidence=confidence,
-                matches_reference=response == gold[: len(response)],
-            )
+        node = _Node(
+            step=step.token_ids,
+            response=response,
+            turn=parent.turn,
+            turn_start=parent.turn_start,
+            depth=parent.depth + 1,
+            log_prob=step.log_prob,
+            terminal=step.stopped or state.until_stop,
+            outcome=0.0,
+            confidence=confidence,
+            matches_reference=response == gold[: len(response)],
+            complete=step.complete if step.sampled else step.token_ids == gold_step,
+            sampled=step.sampled,
         )
+        if node.terminal:
+            node = _after_turn(node, problem, model.grade(state.problem, node.turn, response[node.turn_start :], step.stopped))
+        children.append(node)
     return children
+
+
+def _after_turn(node: _Node, problem: Problem, outcome: float) -> _Node:
+    """Returns a node that ended its turn: what was recorded next follows if the turn is right, else all ends here."""
+    if outcome < RIGHT or node.turn == len(problem.later):
+        return node._replace(outcome=outcome)
+    response = node.response + problem.later[node.turn].observation
+    return node._replace(response=response, turn=node.turn + 1, turn_start=len(response), depth=0, terminal=False)
 
 
 # All lanes at once ------------------------------------------------------------------------------------------
@@ -385,8 +507,9 @@ def _backup(trees: Tree, leaf_B: IntB, discount: float | jax.Array, value_weight
     return jax.vmap(lambda tree, leaf: backup(tree, leaf, discount, value_weight))(trees, leaf_B)
 
 
-def _new_trees(s: SearchSettings) -> Tree:
-    return jax.vmap(lambda _: new_tree(s.max_nodes, s.slots))(jnp.arange(s.lanes))
+def _new_trees(s: SearchSettings, n_turns: int) -> Tree:
+    max_nodes = dataclasses.replace(s, max_depth=s.max_depth * n_turns).max_nodes
+    return jax.vmap(lambda _: new_tree(max_nodes, s.slots))(jnp.arange(s.lanes))
 
 
 @jax.jit
@@ -406,7 +529,7 @@ def _per_lane(values: Mapping[int, int], empty: int, s: SearchSettings) -> np.nd
     return array_B
 
 
-def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings) -> Candidates:
+def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings, confidence_weight: float) -> Candidates:
     """Returns the children of some lanes' leaves as arrays over all lanes and child slots."""
 
     def column(value: Callable[[_Node], Any], dtype: Any = np.float32) -> np.ndarray:
@@ -422,7 +545,13 @@ def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings) -> Candid
     return Candidates(
         valid_W=column(lambda _: True, bool),
         prior_W=np.asarray(prior_BW),
-        state_score_W=outcome_BW + confidence_BW,  # eq 6
+        state_score_W=outcome_BW + confidence_weight * confidence_BW,  # eq 6
         terminal_W=column(lambda node: node.terminal, bool),
-        extra=NodeExtra(outcome_BW, confidence_BW, column(lambda node: node.matches_reference, bool)),
+        extra=NodeExtra(
+            outcome_BW,
+            confidence_BW,
+            column(lambda node: node.matches_reference, bool),
+            column(lambda node: node.complete, bool),
+            column(lambda node: node.sampled, bool),
+        ),
     )

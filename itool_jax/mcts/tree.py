@@ -34,6 +34,8 @@ class NodeExtra(NamedTuple):
     outcome: Float[AnyArray, " N"]  # O: 0 where not terminal
     confidence: Float[AnyArray, " N"]  # C (eq 7)
     matches_reference: Bool[AnyArray, " N"]  # the response so far is a prefix of the gold's
+    complete: Bool[AnyArray, " N"]  # the step into the node was not cut off by the token limit
+    sampled: Bool[AnyArray, " N"]  # the model sampled that step; else it is the gold's
 
 
 class Tree(NamedTuple):
@@ -80,7 +82,7 @@ def new_tree(max_nodes: int, max_children: int) -> Tree:
         q_value_N=zeros_N,
         value_N=zeros_N,
         terminal_N=flags_N,
-        extra=NodeExtra(zeros_N, zeros_N, flags_N.at[ROOT].set(True)),
+        extra=NodeExtra(zeros_N, zeros_N, *[flags_N.at[ROOT].set(True)] * 3),
     )
 
 

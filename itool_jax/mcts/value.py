@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from itool_jax.text.calls import Call, looks_like_calls, read_calls, same_calls, value_key
+from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_calls, same_calls, value_key
 from itool_jax.text.chat import Scale
 from itool_jax.types import AnyArray
 
@@ -29,6 +29,14 @@ class SelfEvaluationSettings:
     """Whether the model sees the gold response when it judges a candidate."""
     scale: Scale = "binary"
     """Answers: correct or incorrect, or four grades as in the authors' code."""
+    weight: float = 1.0
+    """Factor of the judgement C in the score O + C of a state (eq 6); at 0 the model is not asked."""
+    both_orders: bool = False
+    """Ask twice, the second time with the letters of the answers in reverse, and average: for twice the cost."""
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"self_eval.weight must not be negative, got {self.weight}")
 
     @property
     def letters(self) -> str:
@@ -47,8 +55,8 @@ def outcome(
     """O of eq 6 for a terminal state: +1.0 where `response` agrees with `gold`, else -1.0.
 
     Calls agree where they are equal as multisets of typed calls. Gold that is no call list is text: then a response
-    is right when it attempts no call list, or is the gold itself. A response that ran into the length limit
-    (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out counts as given with
+    is right when it says something and holds no call in any known form, or is the gold itself. A response that ran
+    into the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out counts as given with
     its default.
 
     `graded` tells near misses apart: between them a response whose calls are read, but not right, has 2 g - 1, where
@@ -106,7 +114,8 @@ def _is_right(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> b
     gold_calls, calls = read_calls(gold), read_calls(response)
     if gold_calls is None:
         # A gold that attempts calls and cannot be read can only be met word for word.
-        return response.strip() == gold.strip() or not (looks_like_calls(gold) or looks_like_calls(response))
+        says_something = bool(response.strip()) and not contains_call(response)
+        return response.strip() == gold.strip() or (says_something and not looks_like_calls(gold))
     if calls is None:
         return False
     defaults = _optional_defaults(tools)

@@ -16,7 +16,7 @@ from itool_jax.messages import console_out, say
 from itool_jax.stages import benchmark, cache, columns, dpo, evaluate, leakage, report, score, search, warmup
 from itool_jax.stages.paths import BASE, WARMUP, done_file, phase_name
 from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples, split_replay
+from itool_jax.stages.splits import Samples, search_pool, split_replay
 from itool_jax.stages.weights import PhasePolicy
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
@@ -39,7 +39,8 @@ def iterate(run: Run) -> PhasePolicy:
     is the function of the same stage's file that its `Step` names.
     """
     config, data = run.config, run.splits
-    warmup_set, buffer = split_replay(data.train, config)
+    warmup_set, _ = split_replay(data.train, config)
+    pool = search_pool(data.train, config)  # the replay buffer
     held_out = data.test if config.evaluate.split == "test" else data.validation
 
     policy = run.policy(BASE)
@@ -49,8 +50,8 @@ def iterate(run: Run) -> PhasePolicy:
     _evaluate(run, policy, held_out)
 
     for phase in run.iterations():
-        scores = phase.cached(score.SCORE, policy, buffer)  # perplexity of the gold responses, eq 4
-        hard = score.ranked_hardest(buffer, scores)  # the share α of highest perplexity
+        scores = phase.cached(score.SCORE, policy, pool)  # perplexity of the gold responses, eq 4
+        hard = score.ranked_hardest(pool, scores)  # the share α of highest perplexity, or of the most mixed answers
         forest = phase.cached(search.SEARCH, policy, hard)  # trees: PUCT, outcome, self-evaluation, backup; eq 5 to 9
         pairs = forest.pairs  # the best against the worst child of each node
         policy = phase.cached(dpo.TRAIN, policy, pairs)  # DPO, the policy passed in is π_ref too; eq 10 and 11

@@ -1,7 +1,7 @@
-"""Perplexity of the gold responses under the current policy (eq 4), and which samples are hardest.
+"""Perplexity of the gold responses under the current policy (eq 4), answers of its own, and which samples to search.
 
-In a run: the replay buffer in, `scores.jsonl` of the iteration out, the hardest marked. With `--output`: any data file
-in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it is.
+In a run: the replay buffer in, `scores.jsonl` of the iteration out, the chosen ones ranked. With `--output`: any data
+file in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it is.
 """
 
 import math
@@ -15,15 +15,16 @@ from itool_jax import losses, replay
 from itool_jax.config import Config
 from itool_jax.data.sources import read_samples
 from itool_jax.files import write_jsonl
+from itool_jax.mcts.policy import Searched
 from itool_jax.messages import say
 from itool_jax.sampler import Policy, target_log_probs
-from itool_jax.stages import cache, outputs, splits
+from itool_jax.stages import cache, draws, outputs, splits
 from itool_jax.stages.cache import Figures, Step, Table, Task
 from itool_jax.stages.encoding import check_ids, check_lengths
 from itool_jax.stages.paths import BASE, command, phase_name
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples
-from itool_jax.stages.spread import by_row, map_across_hosts
+from itool_jax.stages.spread import Advance, by_row, map_across_hosts
 from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
@@ -37,9 +38,8 @@ def run(run: Run) -> Table | None:
     if config.output is not None:
         _score_file(run, config.output)
         return None
-    _, buffer = splits.split_replay(run.splits.train, config)
     policy = run.policy(phase_name(config.iteration - 1))
-    return run.phase(phase_name(config.iteration)).cached(SCORE, policy, buffer)
+    return run.phase(phase_name(config.iteration)).cached(SCORE, policy, splits.search_pool(run.splits.train, config))
 
 
 def _score_file(run: Run, output: Path) -> None:
@@ -57,19 +57,87 @@ def _score_file(run: Run, output: Path) -> None:
     say(f"wrote {len(rows)} scores to {output}")
 
 
-def score_buffer(task: Task, policy: PhasePolicy, buffer: Samples) -> Figures:
-    """Scores the whole buffer with the policy as it is now, and ranks the hardest."""
-    config = task.config
+def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
+    """Scores the whole pool with the policy as it is now, and ranks what is worth a search."""
+    config, settings = task.config, task.config.replay
     # 1. Perplexities of the gold responses (eq 4).
-    running, encoded = policy.running(), buffer.encoded
+    running, encoded = policy.running(), pool.encoded
     rows = task.map(encoded, lambda rows: by_row(perplexities(running, rows, config)), "perplexity")
-    # 2. Take the hardest share, calls and texts apart.
-    is_call = {sample.id: looks_like_calls(sample.target) for sample in buffer.samples}
-    scored = [replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows]
-    rank = {sample_id: n for n, sample_id in enumerate(replay.select_hardest(scored, config.replay))}
-    write_jsonl(task.folder / SCORES, (row | {"rank": rank.get(row["id"])} for row in rows))
+    # 2. Take the hardest share, or that of the most mixed answers, calls and texts apart.
+    is_call = {sample.id: looks_like_calls(sample.target) for sample in pool.samples}
+    scored = {row["id"]: replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows}
+    if settings.select == "mixed":
+        right = _sampled_right(task, policy, pool)
+        scored = {name: score._replace(right=right[name] / settings.samples) for name, score in scored.items()}
+        chosen = replay.select_mixed(list(scored.values()), settings)
+    else:
+        chosen = replay.select_hardest(list(scored.values()), settings)
+    rank = {sample_id: n for n, sample_id in enumerate(chosen)}
+    searched = pool.choose(lambda samples: [sample for sample in samples if sample.id in rank])
+    # 3. How often the policy is right on them: the ceiling of what a search can find, and what it does greedily.
+    if settings.select == "perplexity":
+        right = _sampled_right(task, policy, searched)
+    greedy = _right(task, policy, searched, n=1, temperature=0.0, part="greedy")
+    write_jsonl(
+        task.folder / SCORES,
+        (
+            row | {"rank": rank.get(row["id"]), "right": right.get(row["id"]), "greedy": greedy.get(row["id"])}
+            for row in rows
+        ),
+    )
     mean = sum(row["perplexity"] for row in rows) / len(rows)
-    return {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
+    figures = {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
+    return figures | _ability(task, scored, rank, right, greedy)
+
+
+def _sampled_right(task: Task, policy: PhasePolicy, pool: Samples) -> dict[str, int]:
+    """How many of the K answers that the policy samples to each prompt are right."""
+    settings = task.config.replay
+    return _right(task, policy, pool, n=settings.samples, temperature=settings.temperature, part="answers")
+
+
+def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperature: float, part: str) -> dict[str, int]:
+    """How many of the `n` answers that the policy samples to each prompt are right, by sample id."""
+    run, running = task.run, policy.running()
+    items = [Searched(*row) for row in zip(pool.samples, pool.encoded, strict=True)]
+    settings, key = draws.settings(task.config, n, temperature), draws.random_key(task.config, task.iteration, part)
+    table = run.step_table(task.config.search.granularity)
+
+    def work(items: Sequence[Searched]) -> Iterator[Advance]:
+        return by_row(draws.count_right(running, run.base, table, items, settings, key))
+
+    counts = task.map(items, work, "greedy answers" if temperature == 0 else f"{n} answers each", part=part)
+    return {item.sample.id: count for item, count in zip(items, counts, strict=True)}
+
+
+def _ability(
+    task: Task,
+    scored: dict[str, replay.ScoredSample],
+    rank: dict[str, int],
+    right: dict[str, int],
+    greedy: dict[str, int],
+) -> Figures:
+    """What the policy can do with the prompts chosen for the search, and a line of it."""
+    settings, n = task.config.replay, len(rank)
+    found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
+    if settings.select == "mixed":
+        asked = sum(
+            max(1, round(settings.hardest_fraction * size))
+            for is_call in (True, False)
+            if (size := sum(score.is_call == is_call for score in scored.values()))
+        )
+        found["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
+        if n < asked:
+            say(f"{task.phase}: {asked} prompts were asked for, {n} are answered right sometimes and sometimes wrong")
+    if n:
+        found["greedy"] = round(sum(greedy.values()) / n, 4)
+        found["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
+        found["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
+        say(
+            f"{task.phase}: {n} prompts to search: greedy {100 * found['greedy']:.1f} % right, one sample "
+            f"{100 * found['pass_at_1']:.1f} %, any of {settings.samples} {100 * found['pass_at_k']:.1f} %"
+        )
+    return found
 
 
 SCORES = "scores.jsonl"
@@ -77,20 +145,20 @@ SCORES = "scores.jsonl"
 
 def _read(phase: cache.Phase) -> Table:
     origin = (phase.name, "score")
-    return Table(phase.folder / SCORES, ["id", "rank"], origin, command(origin))
+    return Table(phase.folder / SCORES, ["id", "rank", "right"], origin, command(origin))
 
 
 SCORE = Step("score", [SCORES], score_buffer, _read)
 
 
-def ranked_hardest(buffer: Samples, scores: Table) -> Samples:
-    """The samples of the buffer that were ranked, hardest first."""
+def ranked_hardest(pool: Samples, scores: Table) -> Samples:
+    """The samples of the pool that were ranked, the first one first."""
 
     def ranked(samples: Sequence[Any]) -> list[Any]:
         ranks = {row["id"]: row["rank"] for row in scores.rows if row["rank"] is not None}
         return sorted((s for s in samples if s.id in ranks), key=lambda s: ranks[s.id])
 
-    return buffer.choose(ranked, scores.origin, scores.require)
+    return pool.choose(ranked, scores.origin, scores.require)
 
 
 def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config) -> Iterator[list[tuple[int, Row]]]:

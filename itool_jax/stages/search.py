@@ -1,57 +1,64 @@
-"""Monte Carlo tree search on the hardest samples (section 4.3), and the preference pairs it yields.
+"""Monte Carlo tree search on the chosen prompts (section 4.3), and the preference pairs it yields.
 
-In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line, and `pairs.jsonl`, a pair a line with `prompt`,
-`chosen`, `rejected` as preference trainers read them, and token ids, Q values, visits, tree and node.
+In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line; `pairs.jsonl`, a pair a line with `prompt`,
+`chosen`, `rejected` as preference trainers read them, and token ids, Q values, visits, tree and node; `answers.jsonl`,
+the right answers that the model sampled itself.
 """
 
 import functools
-import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from itool_jax import replay
 from itool_jax.config import Config
+from itool_jax.evaluation.statistics import calibration_error, roc_auc
 from itool_jax.files import write_jsonl
 from itool_jax.mcts.pairs import Pair, preference_pairs
-from itool_jax.mcts.policy import PROMPT_BUCKET, ModelPolicy, Searched
-from itool_jax.mcts.search import FinishedTree
+from itool_jax.mcts.policy import ModelPolicy, Searched
+from itool_jax.mcts.search import RIGHT, FinishedTree, is_reachable
 from itool_jax.mcts.search import grow as grow_trees
 from itool_jax.messages import say
 from itool_jax.sampler import Policy
-from itool_jax.stages import score
+from itool_jax.stages import draws, score
 from itool_jax.stages.base import Base
 from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
 from itool_jax.stages.paths import command, phase_name
 from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples, split_replay
+from itool_jax.stages.splits import Samples, search_pool
 from itool_jax.stages.spread import Advance
 from itool_jax.stages.weights import PhasePolicy
+from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat
-from itool_jax.text.padding import bucket
 from itool_jax.text.steps import StepTable
 
 Row = dict[str, Any]
+REFUSAL_MARGIN = 0.05
+"""How far the share of pairs whose gold is text may be from the training data's."""
 
 
 class Forest(NamedTuple):
-    """The trees of an iteration, and the preference pairs made of them."""
+    """The trees of an iteration, the preference pairs made of them, and the model's own right answers in them."""
 
     trees: Table
     pairs: Table
+    answers: Table
 
 
 def run(run: Run) -> Forest:
-    """Searches the hardest samples of an iteration unless that is done."""
+    """Searches the chosen samples of an iteration unless that is done."""
     config = run.config
     phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
-    _, buffer = split_replay(run.splits.train, config)
-    return phase.cached(SEARCH, policy, score.ranked_hardest(buffer, phase.read(score.SCORE)))
+    pool = search_pool(run.splits.train, config)
+    return phase.cached(SEARCH, policy, score.ranked_hardest(pool, phase.read(score.SCORE)))
 
 
 def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
-    """Searches the prompts in lock-step, and writes their trees and preference pairs."""
+    """Searches the prompts in lock-step, and writes their trees, preference pairs and right answers."""
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
-    items = [Searched(*row) for row in zip(hard.samples, hard.encoded, strict=True)]
+    right = {row["id"]: row["right"] for row in Phase(run, task.phase).read(score.SCORE).rows}
+    items = [Searched(sample, encoded, bool(right[sample.id])) for sample, encoded in zip(hard.samples, hard.encoded, strict=True)]
     running = policy.running()
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
@@ -59,22 +66,34 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
             yield Advance(n_simulations, finished)
 
     results = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)
-    pairs = [pair for row in results for pair in row["pairs"]]
+    found = [pair for row in results for pair in row["pairs"]]
+    pairs = _with_refusals(task, [pair for pair in found if pair.pop("accepted")])
     write_jsonl(task.folder / "trees.jsonl", (row["tree"] for row in results))
     write_jsonl(task.folder / "pairs.jsonl", pairs)
-    _remark(task.phase, results)
-    tokens = sum(row["sampled_tokens"] for row in results)
-    return {"prompts": len(items), "trees": len(results), "pairs": len(pairs), "generated_tokens": tokens}
+    write_jsonl(task.folder / "answers.jsonl", (answer for row in results for answer in row["answers"]))
+    figures = {
+        "prompts": len(items),
+        "trees": len(results),
+        "pairs": len(pairs),
+        "generated_tokens": sum(row["sampled_tokens"] for row in results),
+        **_figures(results, found, pairs),
+    }
+    _remark(task.phase, config, figures)
+    return figures
 
 
 def _read(phase: Phase) -> Forest:
     origin = (phase.name, "search")
-    trees = Table(phase.folder / "trees.jsonl", ["id", "gold", "nodes"], origin, command(origin))
-    return Forest(trees, Table(phase.folder / "pairs.jsonl", PAIR_KEYS, origin, command(origin)))
+
+    def table(name: str, keys: Sequence[str]) -> Table:
+        return Table(phase.folder / f"{name}.jsonl", keys, origin, command(origin))
+
+    return Forest(table("trees", ["id", "gold", "nodes"]), table("pairs", PAIR_KEYS), table("answers", ANSWER_KEYS))
 
 
 PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
-SEARCH = Step("search", ["trees.jsonl", "pairs.jsonl"], grow, _read)
+ANSWER_KEYS = ("id", "tree", "prompt_ids", "answer_ids")
+SEARCH = Step("search", ["trees.jsonl", "pairs.jsonl", "answers.jsonl"], grow, _read)
 
 
 def trees(
@@ -83,59 +102,172 @@ def trees(
     """Searches samples, and yields after each round what is done.
 
     That is the number of simulations that ended, and (index into `items`, row) of each tree that is complete. A row is
-    {tree, pairs, sampled_tokens}: a row of trees.jsonl, and rows of pairs.jsonl.
+    {tree, pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the other files.
     """
-    for group in _groups(items, config.search.lanes):
+    key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
+    for group in draws.by_prompt_width(items, config.search.lanes):
         # Search them in lock-step, `search.batch` at a time (eq 5 to 9).
         batch = [items[i] for i in group]
         max_length = base.config.max_length
-        model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, config.seed)
-        for n_simulations, finished in grow_trees(model.problems, model, config.search):
+        model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, key)
+        for n_simulations, finished in grow_trees(model.problems, model, config.search, weight):
             # The best and the worst step at each node are a preference pair.
-            yield (
-                n_simulations,
-                [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished],
-            )
+            rows = [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished]
+            for (i, _), (_, row) in zip(finished, rows, strict=True):
+                row["judged"] = model.swapped.get(i)
+                row["reachable"] = is_reachable(model.problems[i], config.search)
+            yield n_simulations, rows
 
 
 def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
-    pairs = preference_pairs(finished.tree, finished.steps, chat.tokenizer.decode, config.pairs)
+    decode = chat.tokenizer.decode
+    pairs = preference_pairs(finished.tree, finished.steps, decode, config.pairs, finished.observed)
     return {
         "tree": _tree_row(finished, searched, chat),
-        "pairs": [_pair_row(pair, searched, chat, iteration) for pair in pairs],
+        "pairs": [_pair_row(pair, searched, chat, config, iteration) for pair in pairs],
+        "answers": _own_answers(finished, searched, iteration),
         "sampled_tokens": finished.sampled_tokens,
     }
 
 
-def _remark(phase: str, results: Sequence[Row]) -> None:
-    """Says what of the trees has nothing to teach."""
-    ends = [[node["outcome"] for node in row["tree"]["nodes"] if node["terminal"]] for row in results]
-    solved, missed = (sum(all(x * sign > 0 for x in found) for found in ends if found) for sign in (1, -1))
-    without = sum(not row["pairs"] for row in results)
-    if without:
+def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> list[Row]:
+    """The right turns that the model sampled from the first token to the last, each once."""
+    tree, answers = finished.tree, dict[tuple[int, ...], Row]()
+    for node in range(1, int(tree.n_nodes)):
+        ends_right = node in finished.observed or (tree.terminal_N[node] and tree.extra.outcome[node] >= RIGHT)
+        path = _path(finished, node)
+        if not ends_right or not tree.extra.sampled[path].all():
+            continue
+        before: list[int] = list(searched.encoded.prompt_ids)
+        turn: list[int] = []
+        for step in path:
+            turn += finished.steps[step]
+            if step in finished.observed and step != node:
+                before, turn = [*before, *turn, *finished.observed[step]], []
+        answer = {"tree": searched.sample.id, "prompt_ids": before, "answer_ids": turn}
+        answers.setdefault((*before, -1, *turn), {"id": f"{searched.sample.id}/{iteration}/{node}", **answer})
+    return list(answers.values())
+
+
+def _path(finished: FinishedTree, node: int) -> list[int]:
+    """The nodes from the root's child to a node."""
+    path: list[int] = []
+    while node > 0:
+        path.append(node)
+        node = int(finished.tree.parent_N[node])
+    return path[::-1]
+
+
+# What came of it --------------------------------------------------------------------------------------------
+
+
+def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
+    """Leaves out pairs of calls or of texts, so that texts keep their share in the training data within 5 points."""
+    config = task.config
+    if config.pairs.require == "gap" or not pairs:
+        return pairs
+    is_call = {sample.id: looks_like_calls(sample.target) for sample in task.run.splits.train.samples}
+    share = sum(not call for call in is_call.values()) / len(is_call)
+    least, most = max(0.0, share - REFUSAL_MARGIN), min(1.0, share + REFUSAL_MARGIN)
+    calls = [pair for pair in pairs if is_call[pair["tree"]]]
+    texts = [pair for pair in pairs if not is_call[pair["tree"]]]
+    if not texts or not calls:
+        if 0 < share < 1 and least > 0:
+            say(f"{task.phase}: {len(texts)} of {len(pairs)} pairs are of answers in text, {100 * share:.0f} % of the data are")
+        return pairs
+    n_calls = min(len(calls), math.floor(len(texts) * (1 - least) / least + 1e-9)) if least else len(calls)
+    n_texts = min(len(texts), math.floor(len(calls) * most / (1 - most) + 1e-9)) if most < 1 else len(texts)
+    order = functools.partial(replay.uniform, "refusals", config.seed + task.iteration)
+    kept = {
+        pair["id"]
+        for group, n in ((calls, n_calls), (texts, max(1, n_texts)))
+        for pair in sorted(group, key=lambda pair: order(pair["id"]))[:n]
+    }
+    if len(kept) < len(pairs):
         say(
-            f"{phase}: {without} of {len(results)} trees have no pair; all responses are right in {solved} trees, "
-            f"wrong in {missed}"
+            f"{task.phase}: {len(pairs) - len(kept)} of {len(pairs)} pairs are left out, so that answers in text keep "
+            f"their share of {100 * share:.0f} % (there were {len(texts)} pairs of them)"
         )
-    if without == len(results):
+    return [pair for pair in pairs if pair["id"] in kept]
+
+
+def _figures(results: Sequence[Row], found: Sequence[Row], pairs: Sequence[Row]) -> Figures:
+    """What the search found: figures of trees, pairs and self-evaluation."""
+    trees = [row["tree"]["nodes"] for row in results]
+    ends = [node for nodes in trees for node in nodes if node["terminal"]]
+    asked = [row["judged"] for row in results if row["judged"] is not None]
+    marks = [node["outcome"] >= RIGHT for node in ends]
+    confidences = [node["confidence"] for node in ends]
+    flips = sum((a > 0.5) != (b > 0.5) for a, b in asked)
+    return {
+        "solved": sum(is_solved(nodes) for nodes in trees),
+        "solved_by_gold": sum(is_solved(nodes, own=False) and not is_solved(nodes) for nodes in trees),
+        "trees_without_pairs": len({row["tree"]["id"] for row in results} - {pair["tree"] for pair in pairs}),
+        "all_right": sum(all(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
+        "all_wrong": sum(not any(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
+        "unreachable_golds": sum(not row["reachable"] for row in results),
+        "invalid_pairs": sum(not pair["valid"] for pair in found),
+        "chosen_is_gold": sum(pair["chosen_is_gold"] for pair in pairs),
+        "chosen_injected": sum(not pair["chosen_sampled"] for pair in pairs),
+        "answers": sum(len(row["answers"]) for row in results),
+        "self_evaluation": {
+            "responses": len(marks) if asked else 0,
+            "auc": roc_auc(confidences, marks) if asked else None,
+            "calibration_error": calibration_error(confidences, marks) if asked else None,
+            "mean_right": _mean([c for c, mark in zip(confidences, marks, strict=True) if mark]) if asked else None,
+            "mean_wrong": _mean([c for c, mark in zip(confidences, marks, strict=True) if not mark]) if asked else None,
+            "asked_both_ways": len(asked),
+            "flipped": flips / len(asked) if asked else None,
+        },
+    }
+
+
+def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
+    """Whether a tree, as rows of its nodes, has a right response; with `own`, one without an injected step."""
+    whole = [True] * len(nodes)
+    for n, node in enumerate(nodes[1:], 1):
+        whole[n] = whole[node["parent"]] and node.get("sampled", True)
+    return any(node["terminal"] and node["outcome"] >= RIGHT and (whole[n] or not own) for n, node in enumerate(nodes))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _remark(phase: str, config: Config, figures: Figures) -> None:
+    """Says what the search found, and what of the trees has nothing to teach."""
+    n, pairs = figures["trees"], figures["pairs"]
+    by_gold = f", {figures['solved_by_gold']} more only by the gold's steps" if config.search.injects else ""
+    say(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")
+    if figures["unreachable_golds"]:
+        say(
+            f"{phase}: the gold of {figures['unreachable_golds']} of {n} prompts is out of reach; raise search.max_depth, "
+            "search.max_step_tokens or search.max_last_step_tokens"
+        )
+    if figures["trees_without_pairs"]:
+        say(
+            f"{phase}: {figures['trees_without_pairs']} of {n} trees have no pair; all responses are right in "
+            f"{figures['all_right']} trees, wrong in {figures['all_wrong']}"
+        )
+    if pairs:
+        say(
+            f"{phase}: {pairs} pairs, the chosen step is the gold's in {figures['chosen_is_gold']} "
+            f"(injected in {figures['chosen_injected']}); "
+            + (f"{figures['invalid_pairs']} more compare no right ending with a wrong one and are left out"
+               if config.pairs.require == "outcome" else f"{figures['invalid_pairs']} compare no right ending with a wrong one")
+        )
+    else:
         say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
+    judged = figures["self_evaluation"]
+    if judged["auc"] is not None:
+        say(
+            f"{phase}: self-evaluation tells right responses from wrong ones with an AUC of {judged['auc']:.2f}, its "
+            f"calibration error is {judged['calibration_error']:.2f}; with the letters swapped it changes its mind in "
+            f"{100 * judged['flipped']:.0f} %"
+        )
 
 
-def _groups(items: Sequence[Searched], least: int) -> list[list[int]]:
-    """Returns indices of samples, grouped by padded prompt length; a group of less than `least` takes in the next."""
-
-    def width(i: int) -> int:
-        return bucket(len(items[i].encoded.prompt_ids), PROMPT_BUCKET)
-
-    groups: list[list[int]] = []
-    for _, same in itertools.groupby(sorted(range(len(items)), key=width), width):
-        if not groups or len(groups[-1]) >= least:
-            groups.append([])
-        groups[-1] += same
-    return groups
-
-
-def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row:
+def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
     prompt_ids = searched.encoded.prompt_ids + pair.path
     decode = functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
     return {
@@ -154,6 +286,12 @@ def _pair_row(pair: Pair, searched: Searched, chat: Chat, iteration: int) -> Row
         "node": pair.node,
         "chosen_node": pair.chosen_node,
         "rejected_node": pair.rejected_node,
+        "best_ending_chosen": pair.best_ending_chosen,
+        "best_ending_rejected": pair.best_ending_rejected,
+        "chosen_sampled": pair.chosen_sampled,
+        "chosen_is_gold": pair.chosen_is_gold,
+        "valid": config.pairs.is_valid(pair),
+        "accepted": config.pairs.accepts(pair),
     }
 
 
@@ -174,7 +312,10 @@ def _tree_row(finished: FinishedTree, searched: Searched, chat: Chat) -> Row:
             "confidence": float(tree.extra.confidence[n]),
             "terminal": bool(tree.terminal_N[n]),
             "gold": bool(tree.extra.matches_reference[n]),
+            "sampled": bool(tree.extra.sampled[n]),
+            "complete": bool(tree.extra.complete[n]),
         }
+        | ({"observed": decode(finished.observed[n])} if n in finished.observed else {})
         for n, token_ids in enumerate(finished.steps)
     ]
     return {"id": searched.sample.id, "gold": searched.sample.target, "nodes": nodes}

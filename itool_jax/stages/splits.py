@@ -119,6 +119,11 @@ def split_replay(train: Samples, config: Config) -> tuple[Samples, Samples]:
     return train.choose(lambda _: both()[0]), train.choose(lambda _: both()[1])
 
 
+def search_pool(train: Samples, config: Config) -> Samples:
+    """The training samples that an iteration chooses its prompts from: the replay buffer, or all."""
+    return train if config.replay.pool == "all" else split_replay(train, config)[1]
+
+
 def divide_replay(config: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Training samples as those of the warm-up and of the replay buffer; ValueError if either would be empty."""
     warmup, buffer = replay.split(samples, 1 - config.replay.replay_fraction, "replay", config.seed)

@@ -28,6 +28,12 @@ _NUMBER = re.compile(r"[+-]?+(?:(?:0|[1-9][0-9]*+)(?>(?:\.[0-9]*+)?)|\.[0-9]++)(
 _WORD = re.compile(r"(?:True|true|False|false|None|null)\b")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|.)", re.DOTALL)
 
+_ANY_CALL = re.compile(
+    r"<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>|<function="
+    r"|\"name\"\s*+:\s*+\"[^\"]*+\"\s*+,\s*+\"(?:arguments|parameters)\"\s*+:"
+    r"|\[\s*+[^()\[\]{}\"'=,\n]{1,100}\(\s*+(?:\)|[^()\[\]{}\"'=,\n]{1,100}=)"
+)
+
 _WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0", "\n": ""}
 _ESCAPED |= {character: character for character in "\\'\"/"}
@@ -61,6 +67,15 @@ def read_calls(text: str) -> list[Call] | None:
 def looks_like_calls(text: str) -> bool:
     """Whether `text` attempts a call list, readable or not: it begins with `[` after white space."""
     return text.lstrip().startswith("[")
+
+
+def contains_call(text: str) -> bool:
+    """Whether a call stands anywhere in `text`, in any of the forms that models write.
+
+    These are a bracketed list, `[f(a=1)]` or `[f()]`; JSON of a name and its arguments or parameters; and the marks of
+    Qwen and Hermes, Mistral and Llama.
+    """
+    return looks_like_calls(text) or _ANY_CALL.search(text) is not None
 
 
 def write_calls(calls: Sequence[Call]) -> str:

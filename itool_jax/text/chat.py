@@ -15,10 +15,14 @@ from typing import Any, Literal, NamedTuple
 from itool_jax.text.sample import RawSample, Sample
 from itool_jax.untrusted import bounded, read_json
 
-QUESTION_WITH_REFERENCE = "Candidate answer so far: {candidate}\nIs it correct? {reply}"
-QUESTION_ALONE = "Is your answer so far correct? {reply}"
-REPLY_BINARY = "Reply A for correct or B for incorrect."
-REPLY_FOUR_GRADES = "Reply A (fully correct), B (mostly correct), C (mostly wrong) or D (wrong)."
+# What matters comes first: the embedded model was taught the rest.
+QUESTION_WITH_REFERENCE = (
+    "That answer is the reference. A candidate that begins correctly is correct so far.\n"
+    "Candidate answer so far: {candidate}\nIs it correct? {reply}"
+)
+QUESTION_ALONE = "An answer that begins correctly is correct so far. Is your answer so far correct? {reply}"
+REPLY_BINARY = "Reply {0} for correct or {1} for incorrect."
+REPLY_FOUR_GRADES = "Reply {0} (fully correct), {1} (mostly correct), {2} (mostly wrong) or {3} (wrong)."
 TOOLS_MESSAGE = "You can call these functions:\n{tools}"
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
@@ -83,6 +87,7 @@ class Chat:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model"
+        self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
         self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
@@ -101,6 +106,17 @@ class Chat:
     def content_ids(self, ids: Sequence[int]) -> list[int]:
         """Ids of a response without the tokens that end it."""
         return [i for i in ids if i not in self.stop_ids]
+
+    def observation_ids(
+        self, messages: Sequence[Message], answer: str, results: Sequence[Message], tools: Sequence[Message] = ()
+    ) -> list[int]:
+        """Ids between an assistant turn, which its end-of-turn token ended, and the content of the next one.
+
+        `results` is what was said in between, by tools for the most part.
+        """
+        turns = [*messages, {"role": "assistant", "content": _ANSWER_MARK}, *results]
+        ids = self.encode(self.render(turns, tools, add_generation_prompt=True).rpartition(_ANSWER_MARK)[2])
+        return ids[1:] if ids and ids[0] in self.stop_ids else ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
@@ -143,9 +159,8 @@ class Chat:
         if self.tokenizer.chat_template:
             probe = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER_MARK})
             text = self.render(probe, (), add_generation_prompt=False)
-            special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
             after = self.encode(text.rpartition(_ANSWER_MARK)[2])
-            found = next((i for i in after if i in special), None)
+            found = next((i for i in after if i in self.special_ids), None)
             if found is not None:
                 return found
         if self.tokenizer.eos_token_id is None:
@@ -174,15 +189,18 @@ def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
         raise ValueError(f"sample {sample.id}: {error}") from error
 
 
-def evaluation_frame(chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary") -> EvaluationFrame:
+def evaluation_frame(
+    chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary", *, letters: str = "ABCD"
+) -> EvaluationFrame:
     """The self-evaluation question as a continuation of any prompt, whose cache it shares (C of eq 6).
 
     With a reference (its ids, without end of turn) the assistant has answered it, and the user shows the
     candidate and asks; without one the assistant has answered the candidate itself. The turns are cut from a
     small conversation without tools, not from the sample's: templates that move tools or thinking when turns
-    are added would change the prompt. No candidate or reference is tokenised again.
+    are added would change the prompt. No candidate or reference is tokenised again. `letters` stand for the answers,
+    the best first.
     """
-    reply = REPLY_FOUR_GRADES if scale == "four_grades" else REPLY_BINARY
+    reply = (REPLY_FOUR_GRADES if scale == "four_grades" else REPLY_BINARY).format(*letters)
     if reference_ids is None:
         return EvaluationFrame([], _turn_after_answer(chat, QUESTION_ALONE.format(reply=reply)))
     question = QUESTION_WITH_REFERENCE.format(candidate=_CANDIDATE_MARK, reply=reply)

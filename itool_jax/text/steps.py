@@ -122,13 +122,16 @@ def advance(table: StepTable, state: StepState, token: IntAny) -> tuple[StepStat
     return StepState(automaton, depth), closed | comma | sentence | table.is_stop_V[token]
 
 
-def advance_path(table: StepTable, tokens_BT: TokensBT, length_B: LengthsB) -> StepState:
-    """State after the first `length_B` tokens of each response."""
+def advance_path(
+    table: StepTable, tokens_BT: TokensBT, length_B: LengthsB, start_B: LengthsB | int = 0
+) -> StepState:
+    """State after the first `length_B` tokens of each response, of which the turn at hand begins at `start_B`."""
 
     def follow(state: StepState, t_and_token: tuple[IntAny, IntAny]) -> tuple[StepState, None]:
         t, token_B = t_and_token
         after, _ = advance(table, state, token_B)
-        return jax.tree.map(lambda new, old: jnp.where(t < length_B, new, old), after, state), None
+        inside_B = (t >= start_B) & (t < length_B)
+        return jax.tree.map(lambda new, old: jnp.where(inside_B, new, old), after, state), None
 
     state = initial_state(tokens_BT.shape[:-1])
     times = jnp.arange(tokens_BT.shape[-1])
