@@ -47,7 +47,7 @@ def compare(s: Settings) -> None:
         common = ["--stage=iterate", f"--seed={seed}", "--evaluate.limit=0", *s.options.split()]
         demo = settings.parse([*common, f"--run_dir={s.output / f'demo_{seed}'}"])
         main.run(demo)
-        options = [*s.control_options.split(), "--preference.control", f"--run_dir={s.output / f'control_{seed}'}"]
+        options = [*s.control_options.split(), "--preference.control=sft_same_prompts", f"--run_dir={s.output / f'control_{seed}'}"]
         control = settings.parse([*common, *options])
         _share(demo, control)
         for iteration in range(1, demo.iterations + 1):

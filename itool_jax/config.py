@@ -37,6 +37,10 @@ Stage = Literal[
 
 BENCHMARK_STAGES = ("iterate", "evaluate", "export", "plan", "doctor")
 """Those that may be given a benchmark: it is asked by the first two."""
+ONCE_TRUE_OR_FALSE: dict[str, dict[bool, str]] = {
+    "preference.control": {False: "none", True: "sft_same_prompts"},
+}
+"""Settings that were true or false in earlier versions, and what these values are called now."""
 DEMO = "demo"
 PROGRAM = "python -m itool_jax.main"
 
@@ -295,8 +299,29 @@ def _at_home(argument: str) -> str:
     return f"{name}={Path(value).expanduser()}" if equals and value.startswith("~/") else argument
 
 
+def current_value(name: str, value: Any) -> Any:
+    """The value of a setting as it is called now; files and runs of earlier versions may hold true or false."""
+    return ONCE_TRUE_OR_FALSE[name][value] if name in ONCE_TRUE_OR_FALSE and isinstance(value, bool) else value
+
+
+def _current(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the flags of settings that were once true or false as the values of today.
+
+    `--preference.control` is such a flag where no value follows it.
+    """
+    flags: dict[str, str] = {}
+    for name, values in ONCE_TRUE_OR_FALSE.items():
+        section, _, last = name.rpartition(".")
+        flags |= {f"--{section}.{no}{last}": f"--{name}={values[not no]}" for no in ("", "no_")}
+    return [
+        flags.get(f"--{argument[2:].replace('-', '_')}", argument) if following.startswith("-") else argument
+        for argument, following in zip(arguments, [*arguments[1:], "--"], strict=False)
+    ]
+
+
 def _parse(arguments: list[str]) -> Config:
     """What tyro makes of them, its errors as one line."""
+    arguments = _current(arguments)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

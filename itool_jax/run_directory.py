@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from itool_jax import untrusted
-from itool_jax.config import Config, Recipe, Runtime
+from itool_jax.config import Config, Recipe, Runtime, current_value
 from itool_jax.files import remove_unfinished, whole_file
 from itool_jax.hosts import DistributedSettings, is_first
 
@@ -139,7 +139,7 @@ def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> N
     for name, value in binding.items():
         if not isinstance(saved, dict) or name not in saved:
             raise ValueError(f"{path} is damaged, or of another version: it holds no {name}; {mend}")
-        if saved[name] != value:
+        if current_value(name, saved[name]) != value:
             raise ValueError(
                 f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "
                 f"{mend} or the same settings"

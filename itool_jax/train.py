@@ -159,8 +159,8 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     """Pairs a step."""
     epochs: int = 2
     """Passes over the pairs of an iteration."""
-    control: bool = False
-    """Train on the gold responses of the same prompts instead, for as many steps: the equal-compute control."""
+    control: Literal["none", "sft_same_prompts"] = "none"
+    """sft_same_prompts: train on the gold responses of the same prompts instead, for as many steps."""
 
     def __post_init__(self) -> None:
         LossSettings.__post_init__(self)

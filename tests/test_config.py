@@ -303,6 +303,26 @@ def test_the_config_of_a_run_serves_every_stage_and_may_lie_anywhere(tmp_path: P
         settings.parse(["--stage=score", "--benchmark=bfcl"])
 
 
+@pytest.mark.parametrize(("name", "values"), settings.ONCE_TRUE_OR_FALSE.items())
+def test_what_was_once_true_or_false_is_still_understood(tmp_path: Path, name: str, values: dict[bool, str]):
+    section, _, last = name.rpartition(".")
+    flags = {True: [f"--{name}", f"--{name.replace('_', '-')}"], False: [f"--{section}.no-{last}"]}
+    for value, now in values.items():
+        path = write(tmp_path / f"{value}.yaml", f"{name}: {str(value).lower()}\n")
+        for given in (*flags[value], f"--config={path}", f"--{name}={now}"):
+            assert started(tmp_path, given).flat()[name] == now
+            assert started(tmp_path, given, "--seed=3").flat()[name] == now
+        config = started(tmp_path, f"--run_dir={tmp_path / last / now}", f"--{name}", now)
+        run_directory.save_or_check(config)
+        saved = config.run_dir / "config.yaml"
+        (config.run_dir / "base").mkdir()
+        saved.write_text(yaml.safe_dump(yaml.safe_load(saved.read_text()) | {name: value}))
+        assert run_directory.check(config)
+        other = started(tmp_path, f"--run_dir={config.run_dir}", f"--{name}={values[not value]}")
+        with pytest.raises(ValueError, match=f"was made with {name}={value}, now it is {values[not value]}"):
+            run_directory.check(other)
+
+
 def test_a_run_that_goes_on_to_more_iterations_says_so(tmp_path: Path):
     saved = make_run(tmp_path)
     run_directory.save_or_check(started(tmp_path, "--stage=search", "--iterations=7"))

@@ -221,7 +221,7 @@ def test_a_search_without_pairs_leaves_the_policy_as_it_is(
 def test_the_control_takes_as_many_steps_on_the_gold_of_the_same_prompts(made: Made, tmp_path: Path):
     folder = copy_run(made, tmp_path)
     (folder / "iteration_2/dpo.json").unlink()
-    changes = rewrite_config(folder, preference__control=True)
+    changes = rewrite_config(folder, preference__control="sft_same_prompts")
     assert again(made, folder, *changes, "--iteration=2", stage="dpo") == 0
     ours, theirs = (json.loads((f / "iteration_2/dpo.json").read_text()) for f in (folder, made.folder))
     assert (ours["pairs"], ours["steps"]) == (theirs["pairs"], theirs["steps"])

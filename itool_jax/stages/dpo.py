@@ -39,12 +39,13 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
         say(f"{task.phase}: the search found no pair, the policy stays as it is")
         digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(config, policy.phase))
         return {"pairs": 0, "steps": 0, "weights": digest}
-    if config.preference.control:
+    if config.preference.control == "sft_same_prompts":
         loss, batches = _gold_responses(task, rows)
     else:
         reference = Phase(task.run, task.phase).cached(REFERENCE, policy, pairs)
         loss, batches = _preferences(task, rows, _by_pair(rows, reference))
-    what = f"{'control' if config.preference.control else config.preference.loss}, {task.phase}"
+    control = config.preference.control
+    what = f"{config.preference.loss if control == 'none' else control}, {task.phase}"
     seed = config.seed + task.iteration
     digest = training.train_and_save(task, loss, config.preference, policy.trainable(), batches, seed=seed, what=what)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import environment, untrusted
-from itool_jax.config import Config, Runtime
+from itool_jax.config import Config, Runtime, current_value
 from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
@@ -142,7 +142,11 @@ def _settings(path: Path) -> list[Row]:
     defaults = Config(stage="iterate")
     default, runtime = defaults.flat(), defaults.flat(Runtime)
     kept = ("iterations", "benchmark", "evaluate.", "generate.", "mesh.")
-    known = {name: value for name, value in saved.items() if name not in runtime or name.startswith(kept)}
+    known = {
+        name: current_value(name, value)
+        for name, value in saved.items()
+        if name not in runtime or name.startswith(kept)
+    }
     return [
         {"name": name, "value": value, "default": default.get(name), "differs": value != default.get(name)}
         for name, value in known.items()

@@ -134,7 +134,7 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
             memory.Program(lambda model: memory.asking(model, *given, size)),
         ]
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
-    prefers = not is_warmup and not config.preference.control
+    prefers = not is_warmup and config.preference.control != "sft_same_prompts"
     found = rows.warmup if is_warmup else rows.buffer
     width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
     pack = config.warmup.pack if is_warmup else 0
