@@ -23,7 +23,7 @@ from itool_jax.stages import evaluate, iterate
 from itool_jax.stages.paths import phase_name
 from itool_jax.stages.run import Run
 
-FROM_SEARCH = ("search.json", "pairs.jsonl", "trees.jsonl")
+FROM_SEARCH = ("search.json", "pairs.jsonl", "trees.jsonl", "answers.jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Num, Shaped
 from itool_jax.types import AnyArray, FloatB, FloatBT, Scalar, TokensBT
 
 CountB = Num[AnyArray, "B"]
-LossName = Literal["dpo", "conservative_dpo", "ipo", "simpo", "orpo"]
+LossName = Literal["dpo", "conservative_dpo", "ipo", "simpo", "orpo", "dpop", "chosen_steps", "raft"]
 
 # ORPO has no β; its entry only scales the margin that `pair_metrics` reports, to compare with DPO's.
 DEFAULT_BETA: dict[LossName, float] = {
@@ -24,6 +24,7 @@ DEFAULT_BETA: dict[LossName, float] = {
     "ipo": 0.1,
     "simpo": 2.5,
     "orpo": 0.1,
+    "dpop": 0.1,
 }
 
 # As close as a log-prob per token may come to 0 where log(1 - e^l) is taken: keeps value and slope finite.
@@ -35,7 +36,9 @@ class LossSettings:
     """Which preference loss, and its constants."""
 
     loss: LossName = "dpo"
-    """Preference loss: dpo, conservative_dpo (label noise from visit counts), ipo, simpo or orpo."""
+    """Preference loss: dpo, conservative_dpo (label noise from visit counts), ipo, simpo, orpo or dpop. Two use no
+    rejected step and are plain fine-tuning, for as many steps: chosen_steps on the chosen steps, raft on the model's
+    own right answers in the trees."""
 
     beta: float | None = None
     """Strength of the pull to the reference (simpo: scale of the reward); None: the default of the loss."""
@@ -46,21 +49,29 @@ class LossSettings:
     orpo_lambda: float = 0.1
     """Weight of the odds-ratio term; orpo only."""
 
+    dpop_lambda: float = 50.0
+    """Weight λ of the penalty on chosen steps that are less likely than under the reference; dpop only."""
+
     sft_weight: float = 0.0
-    """Weight of the chosen step's negative log-likelihood per token, added to any of the losses."""
+    """Weight of the chosen step's negative log-likelihood per token, added to any loss of pairs."""
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0 < self.beta < float("inf"):
             raise ValueError(f"preference.beta must be positive and finite, got {self.beta}")
-        for name in ("margin", "orpo_lambda", "sft_weight"):
+        for name in ("margin", "orpo_lambda", "dpop_lambda", "sft_weight"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"preference.{name} must be zero or more and finite, got {value}")
 
     @property
     def resolved_beta(self) -> float:
-        """β as set, or the chosen loss's own default."""
+        """β as set, or the default of the loss, which must be one of pairs."""
         return DEFAULT_BETA[self.loss] if self.beta is None else self.beta
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the loss is `sft_loss` of some targets and compares no pairs."""
+        return self.loss not in DEFAULT_BETA
 
 
 class PairLogProbs(NamedTuple):
@@ -205,8 +216,14 @@ def orpo(pair: PairLogProbs, orpo_lambda: float) -> FloatB:
     return -chosen_B - orpo_lambda * jax.nn.log_sigmoid(log_odds_B)
 
 
+def dpop(pair: PairLogProbs, beta: float, dpop_lambda: float) -> FloatB:
+    """-log σ(β(Δ - λ max(0, logref_w - logπ_w))), one a pair (https://arxiv.org/abs/2402.13228, eq 3)."""
+    fallen_B = jnp.maximum(_float32(pair.reference_chosen_B) - _float32(pair.policy_chosen_B), 0.0)
+    return -jax.nn.log_sigmoid(beta * (log_ratio_gap(pair) - dpop_lambda * fallen_B))
+
+
 def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
-    """The loss that the settings name, with its NLL term on the chosen step, one a pair."""
+    """The loss of pairs that the settings name, with its NLL term on the chosen step, one a pair."""
     match settings.loss:
         case "dpo":
             loss_B = dpo(pair, settings.resolved_beta)
@@ -218,6 +235,10 @@ def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
             loss_B = simpo(pair, settings.resolved_beta, settings.margin)
         case "orpo":
             loss_B = orpo(pair, settings.orpo_lambda)
+        case "dpop":
+            loss_B = dpop(pair, settings.resolved_beta, settings.dpop_lambda)
+        case "chosen_steps" | "raft":
+            raise AssertionError(f"{settings.loss} compares no pairs; sft_loss computes it")
     return loss_B - settings.sft_weight * _per_token(pair.policy_chosen_B, pair.chosen_length_B)
 
 

@@ -105,6 +105,11 @@ def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -
     return [s for s in samples if place[s.id] < fraction], [s for s in samples if place[s.id] >= fraction]
 
 
+def is_drawn(id_: str, fraction: float, purpose: str, seed: int) -> bool:
+    """Whether an id is in a random `fraction`, which is always the same; purposes are independent of each other."""
+    return _uniform(purpose, seed, id_) < fraction
+
+
 def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
     """Ids of the hardest samples, highest perplexity first, ties by id.
 

@@ -103,7 +103,7 @@ def lasting(folder: Path) -> dict[str, bytes]:
 
 PHASES = ["base", "warmup", *(f"iteration_{i + 1}" for i in range(ITERATIONS))]
 N_STAGES = 3 + 4 * ITERATIONS  # warm-up and two evaluations; score, search, dpo and evaluation
-STEP_FILES = ("scores.jsonl", "trees.jsonl", "pairs.jsonl", "reference.jsonl")
+STEP_FILES = ("scores.jsonl", "trees.jsonl", "pairs.jsonl", "answers.jsonl", "reference.jsonl")
 
 
 def rewrite_config(folder: Path, **changes: Any) -> list[str]:

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from itool_jax.data.batches import PairRow, collate_pairs, packed_batches, pair_batches, sft_batches
+from itool_jax.data.batches import (
+    PairRow,
+    collate_pairs,
+    packed_batches,
+    pair_batches,
+    repeat_or_thin,
+    sft_batches,
+)
 from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import TargetBatch, bucket
 
@@ -173,3 +180,13 @@ def test_packs_hold_every_sample_once_and_little_padding() -> None:
     assert all(np.array_equal(a.tokens_BT, b.tokens_BT) for a, b in zip(data, again, strict=True))
     assert np.array_equal(data[7].tokens_BT, again[7].tokens_BT)  # any batch, without those before it
     assert packed_batches(rows, 16, 4, 1, seed=1)[0].tokens_BT.shape[1] >= 80
+
+
+def test_rows_are_repeated_or_thinned_to_a_count() -> None:
+    assert repeat_or_thin("abc", 0, seed=0) == []
+    assert sorted(repeat_or_thin("abc", 3, seed=0)) == ["a", "b", "c"]
+    assert sorted(Counter(repeat_or_thin("abc", 8, seed=0)).values()) == [2, 3, 3]
+    thinned = {tuple(sorted(repeat_or_thin(range(6), 2, seed))) for seed in range(200)}
+    assert all(len(set(chosen)) == 2 for chosen in thinned)
+    assert len(thinned) == 15  # every choice comes up
+    assert repeat_or_thin(range(100), 9, seed=3) == repeat_or_thin(range(100), 9, seed=3)

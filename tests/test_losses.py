@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import jax
 import jax.extend.core
@@ -12,7 +13,8 @@ import pytest
 from itool_jax import losses
 from itool_jax.losses import LossName, LossSettings, PairLogProbs
 
-ALL_LOSSES: list[LossName] = ["dpo", "conservative_dpo", "ipo", "simpo", "orpo"]
+ALL_LOSSES = list(losses.DEFAULT_BETA)
+"""Those of pairs."""
 
 
 def make_pair(*fields: float) -> PairLogProbs:
@@ -167,6 +169,16 @@ def test_gap_and_dpo_gradient_worked_by_hand() -> None:
     np.testing.assert_allclose(gradient.policy_rejected_B, [0.0425557], atol=1e-7)
 
 
+def test_dpop_worked_by_hand() -> None:
+    pair = make_pair(-13, -16, -12, -13, 5, 7, 1, 1)  # Δ is 2, and the chosen step fell by 1
+    np.testing.assert_allclose(losses.dpop(pair, 0.1, 5.0), [0.854355], rtol=1e-6)
+    settings = LossSettings(loss="dpop", dpop_lambda=5.0)
+    np.testing.assert_allclose(losses.preference_loss(settings, pair), [0.854355], rtol=1e-6)
+    assert LossSettings().dpop_lambda == 50
+    risen = make_pair(-11, -16, -12, -13, 5, 7, 1, 1)
+    np.testing.assert_array_equal(losses.dpop(risen, 0.1, 5.0), losses.dpo(risen, 0.1))
+
+
 def test_orpo_worked_by_hand() -> None:
     pair = make_pair(-1 * 4, -2 * 3, 0, 0, 4, 3, 1, 1)
     np.testing.assert_allclose(losses.orpo(pair, 0.1), [1.023818], atol=1e-6)
@@ -198,6 +210,7 @@ def reference_loss(settings: LossSettings, pair: PairLogProbs) -> np.ndarray:
         "ipo": ((pw - rw) / nw - (pl - rl) / nl - 1 / (2 * beta)) ** 2,
         "simpo": -log_sigmoid(beta * (lw - ll) - settings.margin),
         "orpo": -lw - settings.orpo_lambda * log_sigmoid(log_odds),
+        "dpop": -log_sigmoid(beta * (gap - settings.dpop_lambda * np.maximum(0, rw - pw))),
     }
     return table[settings.loss] - settings.sft_weight * lw
 
@@ -206,7 +219,7 @@ def reference_loss(settings: LossSettings, pair: PairLogProbs) -> np.ndarray:
 @pytest.mark.parametrize("beta", [None, 0.7])
 @pytest.mark.parametrize("loss", ALL_LOSSES)
 def test_losses_match_float64(loss: LossName, beta: float | None, sft_weight: float) -> None:
-    settings = LossSettings(loss=loss, beta=beta, margin=0.8, orpo_lambda=0.4, sft_weight=sft_weight)
+    settings = LossSettings(loss=loss, beta=beta, margin=0.8, orpo_lambda=0.4, dpop_lambda=2.0, sft_weight=sft_weight)
     pair = random_pair(seed=1)
     loss_B = losses.preference_loss(settings, pair)
     assert loss_B.dtype == jnp.float32
@@ -216,7 +229,7 @@ def test_losses_match_float64(loss: LossName, beta: float | None, sft_weight: fl
 # Preference losses: properties ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["dpo", "conservative_dpo"])
+@pytest.mark.parametrize("loss", ["dpo", "conservative_dpo", "dpop"])
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 def test_policy_equal_to_reference_gives_ln_2(loss: LossName, beta: float) -> None:
     pair = random_pair(seed=2)
@@ -333,7 +346,8 @@ def test_log1mexp_is_accurate_on_both_branches(x: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "beta"), [("dpo", 0.1), ("conservative_dpo", 0.1), ("ipo", 0.1), ("simpo", 2.5), ("orpo", 0.1)]
+    ("loss", "beta"),
+    [("dpo", 0.1), ("conservative_dpo", 0.1), ("ipo", 0.1), ("simpo", 2.5), ("orpo", 0.1), ("dpop", 0.1)],
 )
 def test_beta_is_the_losss_own_unless_set(loss: LossName, beta: float) -> None:
     assert LossSettings(loss=loss).resolved_beta == beta
@@ -347,12 +361,19 @@ def test_beta_is_the_losss_own_unless_set(loss: LossName, beta: float) -> None:
         ("beta", math.nan, "preference.beta must be positive and finite, got nan"),
         ("margin", -0.1, "preference.margin must be zero or more and finite, got -0.1"),
         ("orpo_lambda", -1.0, "preference.orpo_lambda must be zero or more and finite, got -1.0"),
+        ("dpop_lambda", -1.0, "preference.dpop_lambda must be zero or more and finite, got -1.0"),
         ("sft_weight", math.inf, "preference.sft_weight must be zero or more and finite, got inf"),
     ],
 )
 def test_bad_settings_are_refused_by_name(setting: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossSettings(**{setting: value})
+
+
+def test_the_other_losses_are_supervised() -> None:
+    supervised = [name for name in get_args(LossName) if LossSettings(loss=name).is_supervised]
+    assert supervised == ["chosen_steps", "raft"]
+    assert set(get_args(LossName)) == {*ALL_LOSSES, *supervised}
 
 
 def test_pair_metrics() -> None:

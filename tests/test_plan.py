@@ -64,7 +64,7 @@ def test_a_training_step_takes_what_is_planned(made: Made):
     optimizer = train.adamw(config.warmup.weight_decay, config.warmup.clip_norm)
     state = train.new_state(optimizer, adapters)
     batch = collate([([1] * 9, [2] * 9)] * rows, width, rows)
-    loss = train.sft_loss(training_graph(config))
+    loss = train.sft_loss(training_graph(config, dropout=True))
     given = (loss, optimizer, 2, state, base, batch, jax.random.key(0), np.float32(1))
     compiled = train.train_step.lower(*given).compile()
     found: Any = compiled.memory_analysis()

@@ -16,6 +16,7 @@ import yaml
 from itool_jax import config as settings
 from itool_jax import train
 from itool_jax.data.sources import load
+from itool_jax.files import write_jsonl
 from itool_jax.replay import split
 from itool_jax.stages.weights import restore_trained
 from tests.conftest import read
@@ -229,6 +230,55 @@ def test_the_control_takes_as_many_steps_on_the_gold_of_the_same_prompts(made: M
     assert len(steps) == ours["steps"]
     assert steps[0]["loss"] > 1.5  # nats a token of the gold response, not ln 2
     assert "reward_margin" not in steps[0]
+
+
+def trained_again(made: Made, tmp_path: Path, **changes: Any) -> tuple[Path, Row, list[Row]]:
+    """The preference training of iteration 2 with other settings: the run, its figures, and the metrics by step."""
+    folder = copy_run(made, tmp_path)
+    arguments = rewrite_config(folder, **changes)
+    assert again(made, folder, *arguments, "--iteration=2", stage="dpo") == 0
+    steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_2"]
+    return folder, json.loads((folder / "iteration_2/dpo.json").read_text()), steps
+
+
+@pytest.mark.parametrize("count", [None, 3, 200])
+def test_chosen_steps_and_own_answers_are_fine_tuned_on_for_as_many_steps(
+    made: Made, tmp_path: Path, count: int | None
+):
+    """All pairs in one batch: the first loss is the mean over tokens, from the log-probs that the reference gave.
+
+    None is `chosen_steps`; else `raft` with so many answers, the chosen steps themselves. Dropout is set, and is off.
+    """
+    pairs = read(made.folder / "iteration_2/pairs.jsonl")
+    log_probs = {row["id"]: row["chosen"] for row in read(made.folder / "iteration_2/reference.jsonl")}
+    changes = {"preference__loss": "raft" if count else "chosen_steps", "preference__batch_size": 64}
+    source = copy_run(made, tmp_path / "source")
+    answers = [
+        {"id": pair["id"], "tree": pair["tree"], "prompt_ids": pair["prompt_ids"], "answer_ids": pair["chosen_ids"]}
+        for pair in (pairs * 20)[:count]
+    ]
+    write_jsonl(source / "iteration_2/answers.jsonl", answers if count else [])
+    given = made._replace(folder=source)
+    _, figures, steps = trained_again(given, tmp_path, **changes, lora__dropout=0.9, pairs__held_out=0.0)
+    assert (figures["pairs"], len(steps)) == (len(pairs), figures["steps"]) == (len(pairs), 2)
+    assert len(pairs) <= 64
+    assert "reward_margin" not in steps[0]
+    assert steps[1]["loss"] < steps[0]["loss"]
+    if count is None:
+        targets = [(log_probs[pair["id"]], len(pair["chosen_ids"])) for pair in pairs]
+        sums = [sum(column) for column in zip(*targets, strict=True)]
+        assert steps[0]["loss"] == pytest.approx(-sums[0] / sums[1], rel=1e-4)
+
+
+def test_without_own_answers_raft_leaves_the_policy_as_it_is(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = copy_run(made, tmp_path / "source")
+    write_jsonl(source / "iteration_2/answers.jsonl", [])
+    _, figures, steps = trained_again(made._replace(folder=source), tmp_path, preference__loss="raft")
+    assert "iteration_2: the trees hold no right answer of the model's own, the policy stays" in capsys.readouterr().err
+    assert (figures["steps"], steps) == (0, [])
+    assert figures["weights"] == json.loads((made.folder / "iteration_1/dpo.json").read_text())["weights"]
 
 
 @pytest.mark.processes

@@ -5,7 +5,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -178,7 +178,7 @@ def test_it_is_ln_2_where_the_policy_is_the_reference(model: Model, gathered: di
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "sft_weight"), [*((name, 0.0) for name in get_args(LossName)), ("dpo", 0.5)])
+@pytest.mark.parametrize(("name", "sft_weight"), [*((name, 0.0) for name in losses.DEFAULT_BETA), ("dpo", 0.5)])
 def test_every_loss_is_finite_and_ignores_padding_and_order(
     model: Model, gathered: dict[str, Any], name: LossName, sft_weight: float
 ) -> None:

@@ -6,13 +6,15 @@ length come together, which saves most of the padding; which batch comes when is
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, fill, stack, target_width
+
+Row = TypeVar("Row")
 
 OPEN_PACKS = 64  # packs that are looked through for room
 SHORT_STEP = 128  # tokens of a step that all pairs of a batch keep within, nearly always
@@ -27,6 +29,12 @@ class PairRow(NamedTuple):
     rejected_ids: list[int]
     reference: tuple[float, float]
     visits: tuple[int, int]
+
+
+def repeat_or_thin(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """Returns `count` rows in a seeded order: some of them where there are more, else all equally often or one more."""
+    order = random.Random(f"repeat_or_thin/{seed}").sample(range(len(rows)), len(rows))
+    return [rows[order[i % len(order)]] for i in range(count)]
 
 
 def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:

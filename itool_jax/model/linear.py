@@ -22,7 +22,7 @@ class LoraSettings:
     alpha: float = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in each training step."""
+    """Share of an adapter's inputs that is dropped in each step of the warm-up; preference training drops none."""
     targets: tuple[str, ...] = LINEAR
     """Layers that get adapters."""
 

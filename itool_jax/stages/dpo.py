@@ -1,7 +1,7 @@
-"""Preference training on the pairs of an iteration (section 4.3, eq 10 and 11).
+"""Preference training on the pairs of an iteration (section 4.3, eq 10 and 11), or what stands in for it.
 
-In: `pairs.jsonl`, and the policy the iteration began with, which is also the reference. Out: the iteration's weights,
-and `reference.jsonl`, the reference's log-probabilities.
+In: `pairs.jsonl`, `answers.jsonl`, and the policy the iteration began with, which is also the reference. Out: the
+iteration's weights, and `reference.jsonl`, the reference's log-probabilities, where pairs are compared.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import grain
 
 from itool_jax import checkpoint, train
-from itool_jax.data.batches import PairRow, pair_batches, sft_batches
+from itool_jax.data.batches import PairRow, pair_batches, repeat_or_thin, sft_batches
 from itool_jax.files import write_jsonl
 from itool_jax.messages import say
 from itool_jax.sampler import target_log_probs
@@ -20,6 +20,7 @@ from itool_jax.stages.paths import WEIGHTS, command, phase_name
 from itool_jax.stages.run import Run
 from itool_jax.stages.spread import by_row
 from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
+from itool_jax.text.chat import Encoded
 
 Row = dict[str, Any]
 Batches = grain.MapDataset
@@ -29,35 +30,47 @@ def run(run: Run) -> PhasePolicy:
     """Trains on an iteration's pairs unless that is done; returns the new policy."""
     run.config.preference.n_micro()
     phase, policy = run.phase(phase_name(run.config.iteration)), run.policy(phase_name(run.config.iteration - 1))
-    return phase.cached(TRAIN, policy, phase.read(search.SEARCH).pairs)
+    forest = phase.read(search.SEARCH)
+    return phase.cached(TRAIN, policy, forest.pairs, forest.answers)
 
 
-def fit(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
-    """Trains the policy to prefer the chosen steps, and keeps it as the iteration's."""
-    config, rows = task.config, pairs.rows
+def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figures:
+    """Trains the policy to prefer the chosen steps, and keeps it as the iteration's.
+
+    `preference.control` and the supervised losses take other targets, for as many steps.
+    """
+    config, settings, rows = task.config, task.config.preference, pairs.rows
     if not rows:
-        say(f"{task.phase}: the search found no pair, the policy stays as it is")
-        digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(config, policy.phase))
-        return {"pairs": 0, "steps": 0, "weights": digest}
-    if config.preference.control == "sft_same_prompts":
-        loss, batches = _gold_responses(task, rows)
+        return _keep(task, policy, "the search found no pair")
+    graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
+    if settings.control == "sft_same_prompts" or settings.is_supervised:
+        targets = _targets(task, rows, answers)
+        if not targets:
+            return _keep(task, policy, "the trees hold no right answer of the model's own")
+        batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
+        loss = train.sft_loss(graph)
     else:
-        reference = Phase(task.run, task.phase).cached(REFERENCE, policy, pairs)
-        loss, batches = _preferences(task, rows, _by_pair(rows, reference))
-    control = config.preference.control
-    what = f"{config.preference.loss if control == 'none' else control}, {task.phase}"
+        reference = _by_pair(rows, Phase(task.run, task.phase).cached(REFERENCE, policy, pairs))
+        batches = _pair_batches(task, rows, reference)
+        loss = train.preference_loss(graph, settings.loss_settings)
+    what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
     seed = config.seed + task.iteration
-    digest = training.train_and_save(task, loss, config.preference, policy.trainable(), batches, seed=seed, what=what)
+    digest = training.train_and_save(task, loss, settings, policy.trainable(), batches, seed=seed, what=what)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest}
 
 
 TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 
-def _preferences(
-    task: Task, rows: Sequence[Row], reference: dict[str, tuple[float, float]]
-) -> tuple[train.LossFn, Batches]:
-    """The preference loss, and batches of the pairs with the reference's log-probabilities."""
+def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
+    """Keeps the policy as it is as the iteration's, where there is nothing to train on."""
+    say(f"{task.phase}: {why}, the policy stays as it is")
+    digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(task.config, policy.phase))
+    return {"pairs": 0, "steps": 0, "weights": digest}
+
+
+def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, tuple[float, float]]) -> Batches:
+    """Batches of the pairs with the reference's log-probabilities."""
     settings = task.config.preference
     pairs = [
         PairRow(
@@ -69,18 +82,22 @@ def _preferences(
         )
         for row in rows
     ]
-    batches = pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
-    return train.preference_loss(training_graph(task.config), settings.loss_settings), batches
+    return pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
 
 
-def _gold_responses(task: Task, rows: Sequence[Row]) -> tuple[train.LossFn, Batches]:
-    """The equal-compute control: SFT on the gold responses of the pairs' prompts, for as many steps."""
-    settings = task.config.preference
-    by_id = {sample.id: sample for sample in task.run.splits.train.samples}
-    chosen = task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows])
-    seed = task.config.seed + task.iteration
-    batches = sft_batches(chosen.encoded, settings.batch_size, settings.epochs, seed)
-    return train.sft_loss(training_graph(task.config)), batches
+def _targets(task: Task, rows: Sequence[Row], answers: Table) -> list[Encoded]:
+    """What a supervised loss is taken of, as many as there are pairs: so all arms take equally many steps.
+
+    For the control, the gold responses of the pairs' prompts; for `chosen_steps`, the pairs' chosen steps; for `raft`,
+    right answers to any searched prompt, some left out or repeated at random. None where there are no such answers.
+    """
+    if task.config.preference.control == "sft_same_prompts":
+        by_id = {sample.id: sample for sample in task.run.splits.train.samples}
+        return task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows]).encoded
+    if task.config.preference.loss == "chosen_steps":
+        return [Encoded(row["id"], row["prompt_ids"], row["chosen_ids"]) for row in rows]
+    own = [Encoded(row["id"], row["prompt_ids"], row["answer_ids"]) for row in answers.rows]
+    return repeat_or_thin(own, len(rows), task.config.seed + task.iteration) if own else []
 
 
 # The reference ----------------------------------------------------------------------------------------------

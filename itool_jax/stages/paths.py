@@ -3,7 +3,8 @@
     config.yaml  summary.json  metrics.jsonl  log.jsonl  environment.json  report.html
     data/        {train,validation,test}.jsonl; card.json; skipped.txt; sources.json, hashes of the model and data files
     base/ warmup/ iteration_1/ …    one folder a phase: weights/ (but base), evaluation_<split>_<limit>.jsonl, and for
-                                    an iteration scores.jsonl, trees.jsonl, pairs.jsonl, reference.jsonl
+                                    an iteration scores.jsonl, trees.jsonl, pairs.jsonl, answers.jsonl,
+                                    reference.jsonl
 A step's `<step>.json` is written last: if it is there and its inputs are unchanged, the step is done. Before that,
 `<step>.working/` holds the rows and checkpoints of unfinished work.
 """

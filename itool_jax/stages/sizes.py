@@ -136,9 +136,10 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
     prefers = not is_warmup and config.preference.control != "sft_same_prompts"
     found = rows.warmup if is_warmup else rows.buffer
+    # Chosen steps and own right answers are shorter than pairs.
     width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
     pack = config.warmup.pack if is_warmup else 0
-    loss = config.preference.loss_settings if prefers else None
+    loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
     shape = (settings.batch_size, max(width, pack), pack > 0)
     share = settings.share()
     return lambda size: [memory.Program(lambda model: memory.training(loss, model, config.lora, share // size, *shape))]

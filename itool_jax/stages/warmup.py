@@ -34,7 +34,7 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     thirds = replay.curriculum(features, settings.order, config.seed)
     # 2. Train on one after the other, carrying the weights (eq 2 and 3); one schedule spans all.
     parts = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(thirds) if part]
-    batches, loss = grain.MapDataset.concatenate(parts), train.sft_loss(training_graph(config))
+    batches, loss = grain.MapDataset.concatenate(parts), train.sft_loss(training_graph(config, dropout=True))
     what = f"warm-up, {settings.order}"
     digest = training.train_and_save(task, loss, settings, base.trainable(), batches, seed=config.seed, what=what)
     return {"samples": len(samples.samples), "steps": len(batches), "weights": digest}

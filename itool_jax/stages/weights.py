@@ -125,9 +125,10 @@ def restore_trained(config: Config, phase: str, dtype: str = "float32") -> Param
     return checkpoint.restore(weights_folder(config.run_dir, phase), placed(shapes))
 
 
-def training_graph(config: Config) -> nnx.GraphDef:
-    """The module that the trainable and the frozen parameters go into."""
-    return abstract(load_base(config).config, config.lora)[0]
+def training_graph(config: Config, *, dropout: bool) -> nnx.GraphDef:
+    """The module that the trainable and the frozen parameters go into, with the dropout of `lora.dropout` or none."""
+    lora = config.lora if dropout else dataclasses.replace(config.lora, dropout=0.0)
+    return abstract(load_base(config).config, lora)[0]
 
 
 def answering_phase(config: Config) -> str:
