@@ -37,11 +37,14 @@ class Metrics(NamedTuple):
 
     path: Path
     stage: str
+    steps_before: int = 0
+    """Steps of the stage that earlier trainings took; those of this one are counted behind them."""
 
     def write(self, step: int, **values: float) -> None:
         """Appends one line, with null for what is not finite, since JSON has no other word for it."""
         if not is_first():
             return
+        step += self.steps_before
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         row = {"time": round(time.time(), 3), "stage": self.stage, "step": step, **finite}
         with self.path.open("a") as file:
@@ -53,7 +56,8 @@ class Metrics(NamedTuple):
         if not self.path.is_file():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and not self._is_later(line, step)]
+        last = step + self.steps_before
+        kept = [line for line in lines if line.endswith(b"\n") and not self._is_later(line, last)]
         if kept != lines:
             with whole_file(self.path) as file:
                 file.writelines(kept)

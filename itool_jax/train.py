@@ -7,7 +7,7 @@ and stop.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ class TrainingRecipe:
     """Highest learning rate."""
     batch_size: int
     """Samples (or pairs) a step."""
-    epochs: int
+    epochs: int | Literal["auto"]
     """Passes over the data."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
@@ -50,7 +50,7 @@ class TrainingRecipe:
     """Largest norm of a gradient; larger ones are scaled down."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "epochs", "clip_norm"):
+        for name in ("learning_rate", "batch_size", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup_ratio < 1:
@@ -64,6 +64,10 @@ class TrainingRecipe:
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
+
+    def rates(self, spans: Sequence[int]) -> list[float]:
+        """Learning rate of each step of a training: a rise and a fall in each span of so many steps."""
+        return [self.rate(step, n_steps) for n_steps in spans for step in range(n_steps)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +128,14 @@ class WarmupRecipe(TrainingRecipe):
     """Highest learning rate."""
     batch_size: int = 16
     """Samples a step."""
-    epochs: int = 1
-    """Passes over each of the three parts before the next."""
+    epochs: int | Literal["auto"] = 1
+    """Passes over each of the three parts before the next; 0 trains nothing. auto takes rounds of one pass over each,
+    until a round gains less than half a point of accuracy on the validation part."""
+    max_epochs: int = 6
+    """Most rounds that epochs=auto takes."""
+    schedule: Literal["per_part", "span"] = "per_part"
+    """Learning rate: a rise and a fall for each of the three parts, or one over all three. With epochs=auto, the same
+    in each round."""
     order: Literal["easy_to_hard", "mixed", "hard_to_easy"] = "easy_to_hard"
     """Order of the three parts; the others are for comparison."""
     pack: int = 0
@@ -134,8 +144,17 @@ class WarmupRecipe(TrainingRecipe):
 
     def __post_init__(self) -> None:
         TrainingRecipe.__post_init__(self)
+        if self.epochs != "auto" and self.epochs < 0:
+            raise ValueError(f"warmup.epochs must not be negative, got {self.epochs}")
+        if self.max_epochs < 1:
+            raise ValueError(f"warmup.max_epochs must be positive, got {self.max_epochs}")
         if self.pack < 0:
             raise ValueError(f"warmup.pack must not be negative, got {self.pack}")
+
+    @property
+    def most_epochs(self) -> int:
+        """Passes over each part, at most."""
+        return self.max_epochs if self.epochs == "auto" else self.epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +184,8 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     def __post_init__(self) -> None:
         LossSettings.__post_init__(self)
         TrainingRecipe.__post_init__(self)
+        if self.epochs < 1:
+            raise ValueError(f"preference.epochs must be positive, got {self.epochs}")
 
     @property
     def loss_settings(self) -> LossSettings:
@@ -262,7 +283,7 @@ def fit(
     state: TrainState,
     frozen: Params,
     batches: Iterable[Any],
-    n_steps: int,
+    rates: Sequence[float],
     *,
     seed: int,
     steps_done: int = 0,
@@ -271,17 +292,17 @@ def fit(
 
     Args:
         loss_fn: the sum of losses over a batch.
-        settings: learning rate, weight decay, micro-batches.
+        settings: weight decay, clipping, micro-batches.
         state: parameters and optimizer after `steps_done` steps; used up.
         frozen: parameters that stay.
         batches: those that follow, arrays of the host.
-        n_steps: length of the whole training, which the learning rate's schedule spans.
+        rates: the learning rate of each step of the whole training.
         seed: of the dropout; step n folds n in.
         steps_done: steps of earlier commands.
     """
     optimizer, key, n_micro = adamw(settings.weight_decay, settings.clip_norm), jax.random.key(seed), settings.n_micro()
     for step, batch in enumerate(batches, steps_done):
-        rate, step_key = np.float32(settings.rate(step, n_steps)), jax.random.fold_in(key, step)
+        rate, step_key = np.float32(rates[step]), jax.random.fold_in(key, step)
         rows = sharding.to_devices(batch)
         state, metrics = train_step(loss_fn, optimizer, n_micro, state, frozen, rows, step_key, rate)
         yield Update(step + 1, state, metrics)

@@ -21,7 +21,10 @@ BINDING = {
     "": ("model", "data", "skip_bad_rows", "seed", "dtype", "quantize", "deterministic"),
     "lora.": ("rank", "alpha", "dropout", "targets"),
     "generated.": ("train", "validation", "test"),
-    "warmup.": ("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm", "order", "pack"),
+    "warmup.": (
+        *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
+        *("max_epochs", "schedule", "order", "pack"),
+    ),
     "replay.": ("replay_fraction", "hardest_fraction", "skip_fraction"),
     "search.": (
         *("n_simulations", "breadth", "max_depth", "exploration", "discount", "value_weight"),
@@ -32,7 +35,7 @@ BINDING = {
     "pairs.": ("min_q_gap",),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
-        *("loss", "beta", "margin", "orpo_lambda", "sft_weight", "control"),
+        *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "control"),
     ),
     "generate.": ("max_tokens",),
 }

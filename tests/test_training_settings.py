@@ -39,7 +39,6 @@ def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
         ("learning_rate", math.nan, "must be positive, got nan"),
         ("batch_size", 0, "must be positive, got 0"),
         ("micro_batch", 3, r"must divide \w+.batch_size=\d+, got 3"),
-        ("epochs", -1, "must be positive, got -1"),
         ("clip_norm", 0.0, "must be positive, got 0.0"),
         ("warmup_ratio", 1.0, r"must be in \[0, 1\), got 1.0"),
         ("warmup_ratio", -0.1, r"must be in \[0, 1\), got -0.1"),
@@ -49,6 +48,27 @@ def test_the_rate_rises_then_falls(n_steps: int, rise: float) -> None:
 def test_bad_settings_are_named(settings: Any, section: str, name: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{section}.{name} {message}$"):
         settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "value", "message"),
+    [
+        (WarmupSettings, "epochs", -1, "warmup.epochs must not be negative, got -1"),
+        (WarmupSettings, "max_epochs", 0, "warmup.max_epochs must be positive, got 0"),
+        (PreferenceSettings, "epochs", 0, "preference.epochs must be positive, got 0"),
+    ],
+)
+def test_bad_numbers_of_passes_are_named(settings: Any, name: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        settings(**{name: value})
+
+
+def test_the_rate_rises_and_falls_in_each_span() -> None:
+    settings = WarmupSettings(learning_rate=1.0, warmup_ratio=0.25)
+    four = [0.5, 1.0, 0.75, 0.25]  # a step of rise, then a cosine over three
+    assert settings.rates([4]) == pytest.approx(four)
+    assert settings.rates([4, 0, 1, 4]) == pytest.approx([*four, 0.8, *four])
+    assert settings.rates([]) == settings.rates([0]) == []
 
 
 def test_preference_settings_check_the_loss_too() -> None:

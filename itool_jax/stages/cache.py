@@ -89,12 +89,14 @@ class Task(NamedTuple):
         """The folder of unfinished work."""
         return working_folder(self.config.run_dir, self.phase, self.step)
 
-    def map(self, items: Sequence[T], work: Work[T], what: str, units: int = 1, part: str = "") -> list[Any]:
+    def map(
+        self, items: Sequence[T], work: Work[T], what: str, units: int = 1, folder: Path | None = None
+    ) -> list[Any]:
         """The result of `work` for each item, journaled row by row; see `map_across_hosts`.
 
-        A step that has several of them gives each a `part` of its own.
+        A step that maps more than once gives each time a folder of its own in `working`.
         """
-        return map_across_hosts(self.config, self.working / part, items, work, what, units)
+        return map_across_hosts(self.config, folder or self.working, items, work, what, units)
 
 
 class Phase(NamedTuple):

@@ -4,8 +4,7 @@ In: a phase with weights and the test (or validation) part. Out: `evaluation_<sp
 the accuracies, overall and by category: thirds of the calls by difficulty, irrelevance, multi-turn.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ from itool_jax import replay
 from itool_jax.config import Config
 from itool_jax.evaluation.statistics import PairedDifference, paired_difference, standard_error
 from itool_jax.files import write_jsonl
-from itool_jax.mcts.value import outcome
 from itool_jax.messages import say
-from itool_jax.sampler import generate
 from itool_jax.stages import benchmark, columns, comparison, leakage
+from itool_jax.stages.answers import answer_greedily
 from itool_jax.stages.cache import Figures, Step, Task
 from itool_jax.stages.paths import BASE, trained_phases
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples
-from itool_jax.stages.spread import Advance, by_row
 from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.sample import Sample
@@ -56,22 +53,20 @@ def results_file(config: Config, phase: str) -> Path:
 
 def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
     """Answers the samples greedily and grades the answers."""
-    run, config = task.run, task.config
+    config = task.config
     categories = categorize(held_out.samples)
     chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
-    table = run.step_table("sentence")
-    greedy = dataclasses.replace(config.generate, temperature=0.0)
-    prompts = [(row.id, row.prompt_ids) for row in chosen.encoded]
-    running = policy.running()
-
-    def answer(prompts: Sequence[tuple[str, list[int]]]) -> Iterator[Advance]:
-        limit = run.base.config.max_length
-        return by_row(generate(running, table, prompts, greedy, limit, config.seed))
-
-    responses = task.map(prompts, answer, f"evaluate {task.phase}")
+    answers = answer_greedily(task, policy, chosen, f"evaluate {task.phase}")
     rows = [
-        _grade(sample, response, categories[sample.id], run.base.chat)
-        for sample, response in zip(chosen.samples, responses, strict=True)
+        {
+            "id": sample.id,
+            "categories": categories[sample.id],
+            "correct": answer.correct,
+            "finished": answer.finished,
+            "response": answer.text,
+            "target": sample.target,
+        }
+        for sample, answer in zip(chosen.samples, answers, strict=True)
     ]
     write_jsonl(results_file(config, task.phase), rows)
     figures = summarize(rows)
@@ -118,14 +113,6 @@ def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
         if any(message["role"] == "assistant" for message in sample.messages):
             found[sample.id].append("multi_turn")
     return found
-
-
-def _grade(sample: Sample, response: list[int], categories: list[str], chat: Any) -> Row:
-    finished = bool(response) and response[-1] in chat.stop_ids
-    text = chat.tokenizer.decode(chat.content_ids(response))
-    correct = outcome(sample.target, text, finished=finished, tools=sample.tools) > 0
-    row = {"id": sample.id, "categories": categories, "correct": correct, "finished": finished}
-    return row | {"response": text, "target": sample.target}
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:

@@ -100,14 +100,17 @@ def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
     s, rows = config.warmup, data.rows(data.warmup)
     thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
     batches: list[grain.MapDataset] = []
+    if not s.most_epochs:
+        return Workload("warmup", "none, as warmup.epochs is 0", 0, 0, 0.0)
     for number, ids in enumerate(part for part in thirds if part):
-        given = ([data.encoded[i] for i in ids], s.batch_size, s.epochs, config.seed + number)
+        given = ([data.encoded[i] for i in ids], s.batch_size, s.most_epochs, config.seed + number)
         batches.append(packed_batches(given[0], s.pack, *given[1:]) if s.pack else sft_batches(*given))
     shapes = [batch.tokens_BT.shape for part in batches for batch in part]
     padded, n = sum(map(math.prod, shapes)), sum(shape[0] for shape in shapes)
-    tokens = s.epochs * sum(map(_length, rows))
-    seconds = time_model.train(n, padded / n, s.epochs * sum(len(row.target_ids) for row in rows) / n)
-    return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps", tokens, padded, seconds)
+    tokens = s.most_epochs * sum(map(_length, rows))
+    seconds = time_model.train(n, padded / n, s.most_epochs * sum(len(row.target_ids) for row in rows) / n)
+    most = f" at most, {s.max_epochs} rounds (their validation is left out)" if s.epochs == "auto" else ""
+    return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps{most}", tokens, padded, seconds)
 
 
 def _scores(config: Config, data: Data, time_model: TimeModel) -> Workload:

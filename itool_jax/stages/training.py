@@ -4,7 +4,7 @@ In: a loss, batches and the parameters to start from. Out: the weights in the ph
 from its newest checkpoint to the same bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,14 @@ def train_and_save(
     *,
     seed: int,
     what: str,
+    spans: Sequence[int] = (),
+    round_folder: Path | None = None,
+    steps_before: int = 0,
 ) -> str:
-    """Trains from `start`, (trainable, frozen), and saves the phase's weights; returns their digest."""
+    """Trains from `start`, (trainable, frozen), and saves the weights; returns their digest.
+
+    They are the phase's, unless a folder is given of one of several rounds; `steps_before` were taken in earlier ones.
+    """
     trained = train_resumably(
         loss,
         settings,
@@ -47,10 +53,11 @@ def train_and_save(
         batches,
         seed=seed,
         what=what,
-        metrics=Metrics(task.config.run_dir / "metrics.jsonl", task.phase),
-        checkpoints=checkpoint.Training(task.working / "training", settings.checkpoint_every),
+        spans=spans,
+        metrics=Metrics(task.config.run_dir / "metrics.jsonl", task.phase, steps_before),
+        checkpoints=checkpoint.Training((round_folder or task.working) / "training", settings.checkpoint_every),
     )
-    return checkpoint.save(task.folder / WEIGHTS, trained)
+    return checkpoint.save((round_folder or task.folder) / WEIGHTS, trained)
 
 
 def train_resumably(
@@ -62,10 +69,12 @@ def train_resumably(
     seed: int,
     what: str,
     metrics: Metrics,
+    spans: Sequence[int] = (),
     checkpoints: checkpoint.Training | None = None,
 ) -> Params:
     """Trains from the newest checkpoint, or else from `start`, which is used up; returns the trained parameters.
 
+    The learning rate rises and falls once in each of the `spans`, which are numbers of steps, or else once over all.
     Without `checkpoints`, a training that is interrupted starts over.
 
     Raises:
@@ -75,6 +84,8 @@ def train_resumably(
     trainable, frozen = start
     state = new_state(adamw(settings.weight_decay, settings.clip_norm), trainable)
     data, n_steps, first = iter(batches.to_iter_dataset(READ)), len(batches), 0
+    rates = settings.rates(spans or [n_steps])
+    assert len(rates) == n_steps
     if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
         first, state, position = restored
         data.set_state(position)
@@ -82,7 +93,7 @@ def train_resumably(
     metrics.drop_after(first)
     with progress(what, n_steps, first) as advance:
         reports = _Reports(metrics, settings.section, advance)
-        updates = fit(loss, settings, state, frozen, reports.watch(data), n_steps, seed=seed, steps_done=first)
+        updates = fit(loss, settings, state, frozen, reports.watch(data), rates, seed=seed, steps_done=first)
         for update in updates:
             state = update.state
             due = checkpoints is not None and checkpoints.due(update.step)

@@ -1,20 +1,33 @@
 """Warm-up training (section 4.2): supervised fine-tuning on easy, then medium, then hard samples.
 
-In: the warm-up samples. Out: the weights of phase `warmup`.
+In: the warm-up samples, and validation samples where `warmup.epochs` is auto. Out: the weights of phase `warmup`.
 """
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import grain
 
-from itool_jax import replay, train
+from itool_jax import checkpoint, hosts, replay, train
 from itool_jax.data.batches import packed_batches, sft_batches
+from itool_jax.files import read_json, write_json
+from itool_jax.messages import say
 from itool_jax.stages import leakage, splits, training
+from itool_jax.stages.answers import answer_greedily
 from itool_jax.stages.cache import Figures, Step, Task
 from itool_jax.stages.paths import BASE, WARMUP, WEIGHTS
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples
-from itool_jax.stages.weights import PhasePolicy, training_graph
+from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
 from itool_jax.text.chat import Encoded
 from itool_jax.train import WarmupSettings
+
+VALIDATION = 600
+"""Validation samples that tell whether a round gained anything; fewer where there are not so many."""
+PLATEAU = 0.005
+"""Share of the validation samples that a round must gain for another one to follow."""
 
 
 def run(run: Run) -> PhasePolicy:
@@ -28,22 +41,134 @@ def run(run: Run) -> PhasePolicy:
 def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     """Trains the base on the samples, the easy third first, and keeps the policy π0."""
     config, settings = task.config, task.config.warmup
+    figures: Figures = {"samples": len(samples.samples)}
+    if settings.epochs == 0:
+        say("warm-up: warmup.epochs is 0, so the policy stays the base")
+        return figures | {"steps": 0, "weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
     # 1. Rank the samples by difficulty and cut them into three parts (eq 1).
     encoded = {row.id: row for row in samples.encoded}
     features = [replay.sample_features(sample) for sample in samples.samples]
     thirds = replay.curriculum(features, settings.order, config.seed)
-    # 2. Train on one after the other, carrying the weights (eq 2 and 3); one schedule spans all.
-    parts = [_batches(settings, [encoded[i] for i in part], config.seed + n) for n, part in enumerate(thirds) if part]
-    batches, loss = grain.MapDataset.concatenate(parts), train.sft_loss(training_graph(config, dropout=True))
-    what = f"warm-up, {settings.order}"
-    digest = training.train_and_save(task, loss, settings, base.trainable(), batches, seed=config.seed, what=what)
-    return {"samples": len(samples.samples), "steps": len(batches), "weights": digest}
+    parts = [[encoded[i] for i in part] for part in thirds if part]
+    # 2. Train on one after the other, carrying the weights (eq 2 and 3).
+    loss = train.sft_loss(training_graph(config, dropout=True))
+    if settings.epochs == "auto":
+        return figures | _fit_until_plateau(task, base, parts, loss)
+    batches, spans = _curriculum(settings, parts, settings.epochs, config.seed)
+    given, what = (loss, settings, base.trainable(), batches), f"warm-up, {settings.order}"
+    digest = training.train_and_save(task, *given, seed=config.seed, what=what, spans=spans)
+    return figures | {"steps": len(batches), "weights": digest}
 
 
 TRAIN = Step("warmup", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 
-def _batches(settings: WarmupSettings, rows: list[Encoded], seed: int) -> grain.MapDataset:
+def _curriculum(
+    settings: WarmupSettings, parts: Sequence[list[Encoded]], epochs: int, seed: int
+) -> tuple[grain.MapDataset, list[int]]:
+    """Batches of one part after the other, and the spans of steps in which the learning rate rises and falls."""
+    batches = [_batches(settings, part, epochs, seed + n) for n, part in enumerate(parts)]
+    steps = [len(part) for part in batches]
+    return grain.MapDataset.concatenate(batches), steps if settings.schedule == "per_part" else [sum(steps)]
+
+
+def _batches(settings: WarmupSettings, rows: list[Encoded], epochs: int, seed: int) -> grain.MapDataset:
     if settings.pack:
-        return packed_batches(rows, settings.pack, settings.batch_size, settings.epochs, seed)
-    return sft_batches(rows, settings.batch_size, settings.epochs, seed)
+        return packed_batches(rows, settings.pack, settings.batch_size, epochs, seed)
+    return sft_batches(rows, settings.batch_size, epochs, seed)
+
+
+# Rounds until validation stops gaining ----------------------------------------------------------------------
+
+
+class _Round(NamedTuple):
+    """A finished round, as it is kept in its folder."""
+
+    steps: int
+    correct: int
+    """Validation samples answered rightly behind it."""
+
+
+def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encoded]], loss: train.LossFn) -> Figures:
+    """Trains on all parts once a round, until a round gains too little; keeps the weights of the best round.
+
+    A finished round stays in the step's folder with its weights, so that a killed warm-up goes on behind it.
+    """
+    validation = task.run.splits.validation.choose(lambda samples: samples[:VALIDATION])
+    n = len(validation.samples)
+    if not n:
+        raise ValueError("warmup.epochs=auto needs validation samples, and there are none; set it to a number")
+    if n < VALIDATION:
+        say(f"warm-up: warmup.epochs=auto should see {VALIDATION} validation samples, there are {n}: gains are noisy")
+    policies: list[PhasePolicy] = [base]
+    correct: list[int] = []
+    steps = 0
+    while len(correct) < task.config.warmup.max_epochs and not reached_plateau(correct, n):
+        number = len(correct) + 1
+        policy, done = _round(task, policies[-1], parts, loss, validation, number, steps)
+        gained = f" ({100 * (done.correct - correct[-1]) / n:+.1f})" if correct else ""
+        say(f"warm-up, round {number}: {100 * done.correct / n:.1f} % on {n} validation samples{gained}")
+        policies.append(policy)
+        correct.append(done.correct)
+        steps += done.steps
+    kept = best_round(correct)
+    digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(task.config, policies[kept].phase))
+    return {
+        "steps": steps,
+        "weights": digest,
+        "validation_samples": n,
+        "accuracy_by_round": [right / n for right in correct],
+        "kept_round": kept,
+    }
+
+
+def reached_plateau(correct: Sequence[int], n: int) -> bool:
+    """Whether the last round gained too few right answers of `n`; `correct` holds each round's."""
+    return len(correct) > 1 and correct[-1] - correct[-2] < PLATEAU * n
+
+
+def best_round(correct: Sequence[int]) -> int:
+    """The round to keep, from 1: the last one if it gained anything, else the one before."""
+    return len(correct) - (len(correct) > 1 and correct[-1] <= correct[-2])
+
+
+def _round(
+    task: Task,
+    policy: PhasePolicy,
+    parts: Sequence[list[Encoded]],
+    loss: train.LossFn,
+    validation: Samples,
+    number: int,
+    steps_before: int,
+) -> tuple[PhasePolicy, _Round]:
+    """Trains a policy for a round and counts its right answers, unless that is done; returns the new policy."""
+    config, settings, what = task.config, task.config.warmup, f"warm-up, round {number}"
+    folder = task.working / f"round_{number}"
+    trained = task.run.policy(str(folder.relative_to(config.run_dir)))
+    state = hosts.broadcast_from_primary(f"{folder} so far", lambda: _state(folder))
+    if state["done"] is not None:
+        return trained, _Round(*state["done"])
+    # A seed of its own for each part of each round, else all would have their samples in the same order.
+    seed = config.seed + (number - 1) * replay.N_PARTS
+    batches, spans = _curriculum(settings, parts, 1, seed)
+    if not state["trained"]:
+        given = loss, settings, policy.trainable(), batches
+        training.train_and_save(
+            task, *given, seed=seed, what=what, spans=spans, round_folder=folder, steps_before=steps_before
+        )
+    answers = answer_greedily(task, trained, validation, f"evaluate {what}", folder)
+    done = _Round(len(batches), sum(answer.correct for answer in answers))
+    if hosts.is_first():
+        write_json(folder / DONE, {"done": done})
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        shutil.rmtree(task.working / f"round_{number - 2}" / WEIGHTS, ignore_errors=True)  # can be the best no more
+    return trained, done
+
+
+DONE = "round.json"
+
+
+def _state(folder: Path) -> Figures:
+    """How far a round came: whether its weights are there, and what it came to if it is done."""
+    done = read_json(folder / DONE)["done"] if (folder / DONE).exists() else None
+    return {"trained": (folder / WEIGHTS).is_dir(), "done": done}
