@@ -178,14 +178,17 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     """Pairs a step."""
     epochs: int = 2
     """Passes over the pairs of an iteration."""
-    control: Literal["none", "sft_same_prompts"] = "none"
-    """sft_same_prompts: train on the gold responses of the same prompts instead, for as many steps."""
+    control: Literal["none", "sft_same_prompts", "swapped"] = "none"
+    """What to compare with, for as many steps. sft_same_prompts: fine-tuning on the gold responses of the pairs'
+    prompts. swapped: chosen and rejected exchanged in half of the pairs, at random, which must gain nothing."""
 
     def __post_init__(self) -> None:
         LossSettings.__post_init__(self)
         TrainingRecipe.__post_init__(self)
         if self.epochs < 1:
             raise ValueError(f"preference.epochs must be positive, got {self.epochs}")
+        if self.control == "swapped" and self.loss == "raft":
+            raise ValueError("preference.control=swapped exchanges the steps of pairs, and preference.loss=raft has none")
 
     @property
     def loss_settings(self) -> LossSettings:

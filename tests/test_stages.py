@@ -17,7 +17,7 @@ from itool_jax import config as settings
 from itool_jax import train
 from itool_jax.data.sources import load
 from itool_jax.files import write_jsonl
-from itool_jax.replay import split
+from itool_jax.replay import is_drawn, split
 from itool_jax.stages.weights import restore_trained
 from tests.conftest import read
 from tests.runs import (
@@ -268,6 +268,26 @@ def test_chosen_steps_and_own_answers_are_fine_tuned_on_for_as_many_steps(
         targets = [(log_probs[pair["id"]], len(pair["chosen_ids"])) for pair in pairs]
         sums = [sum(column) for column in zip(*targets, strict=True)]
         assert steps[0]["loss"] == pytest.approx(-sums[0] / sums[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "chosen_steps"])
+def test_the_swapped_control_exchanges_half_of_the_pairs(made: Made, tmp_path: Path, loss: str):
+    """All pairs in one batch: the first loss by hand, from the log-probs that the reference gave."""
+    pairs = read(made.folder / "iteration_2/pairs.jsonl")
+    log_probs = {row["id"]: row for row in read(made.folder / "iteration_2/reference.jsonl")}
+    changes = {"preference__loss": loss, "preference__control": "swapped", "preference__batch_size": 64}
+    _, figures, steps = trained_again(made, tmp_path, **changes, pairs__held_out=0.0)
+    assert (figures["pairs"], len(steps)) == (len(pairs), 2)
+    sides = [("chosen", "rejected")[:: -1 if is_drawn(pair["id"], 0.5, "swapped", 0) else 1] for pair in pairs]
+    assert len(pairs) / 4 < sum(chosen == "rejected" for chosen, _ in sides) < len(pairs) * 3 / 4
+    both = list(zip(pairs, sides, strict=True))
+    sums = [[log_probs[pair["id"]][side] for side in both_sides] for pair, both_sides in both]
+    lengths = [[len(pair[f"{side}_ids"]) for side in both_sides] for pair, both_sides in both]
+    expected = -sum(w for w, _ in sums) / sum(n for n, _ in lengths)
+    if loss == "simpo":
+        gaps = [w / m - x / n for (w, x), (m, n) in zip(sums, lengths, strict=True)]
+        expected = sum(math.log1p(math.exp(-(2.5 * gap - 0.5))) for gap in gaps) / len(pairs)
+    assert steps[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_without_own_answers_raft_leaves_the_policy_as_it_is(

@@ -71,6 +71,11 @@ def test_the_rate_rises_and_falls_in_each_span() -> None:
     assert settings.rates([]) == settings.rates([0]) == []
 
 
+def test_answers_cannot_be_swapped() -> None:
+    with pytest.raises(ValueError, match=r"^preference.control=swapped exchanges the steps of pairs, and .*raft has none$"):
+        PreferenceSettings(control="swapped", loss="raft")
+
+
 def test_preference_settings_check_the_loss_too() -> None:
     with pytest.raises(ValueError, match=r"^preference.beta must be positive and finite, got 0.0$"):
         PreferenceSettings(beta=0.0)

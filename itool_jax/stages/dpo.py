@@ -10,9 +10,11 @@ from typing import Any
 import grain
 
 from itool_jax import checkpoint, train
+from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, repeat_or_thin, sft_batches
 from itool_jax.files import write_jsonl
 from itool_jax.messages import say
+from itool_jax.replay import is_drawn
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import search, training
 from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
@@ -50,8 +52,8 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
         loss = train.sft_loss(graph)
     else:
-        reference = _by_pair(rows, Phase(task.run, task.phase).cached(REFERENCE, policy, pairs))
-        batches = _pair_batches(task, rows, reference)
+        reference = Phase(task.run, task.phase).cached(REFERENCE, policy, pairs)
+        batches = _pair_batches(task, rows, _by_pair(rows, reference))
         loss = train.preference_loss(graph, settings.loss_settings)
     what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
     seed = config.seed + task.iteration
@@ -69,19 +71,22 @@ def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     return {"pairs": 0, "steps": 0, "weights": digest}
 
 
-def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, tuple[float, float]]) -> Batches:
+def _sides(config: Config, row: Row) -> tuple[str, str]:
+    """Which step of a pair is preferred, and which is not: a fair coin decides for the control `swapped`."""
+    if config.preference.control == "swapped" and is_drawn(row["id"], 0.5, "swapped", config.seed):
+        return "rejected", "chosen"
+    return "chosen", "rejected"
+
+
+def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, Row]) -> Batches:
     """Batches of the pairs with the reference's log-probabilities."""
-    settings = task.config.preference
-    pairs = [
-        PairRow(
-            row["prompt_ids"],
-            row["chosen_ids"],
-            row["rejected_ids"],
-            reference[row["id"]],
-            (row["visits_chosen"], row["visits_rejected"]),
-        )
-        for row in rows
-    ]
+    settings, pairs = task.config.preference, list[PairRow]()
+    for row in rows:
+        sides, by_reference = _sides(task.config, row), reference[row["id"]]
+        chosen_ids, rejected_ids = (row[f"{side}_ids"] for side in sides)
+        chosen, rejected = (by_reference[side] for side in sides)
+        visits = row[f"visits_{sides[0]}"], row[f"visits_{sides[1]}"]
+        pairs.append(PairRow(row["prompt_ids"], chosen_ids, rejected_ids, (chosen, rejected), visits))
     return pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
 
 
@@ -95,7 +100,7 @@ def _targets(task: Task, rows: Sequence[Row], answers: Table) -> list[Encoded]:
         by_id = {sample.id: sample for sample in task.run.splits.train.samples}
         return task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows]).encoded
     if task.config.preference.loss == "chosen_steps":
-        return [Encoded(row["id"], row["prompt_ids"], row["chosen_ids"]) for row in rows]
+        return [Encoded(row["id"], row["prompt_ids"], row[f"{_sides(task.config, row)[0]}_ids"]) for row in rows]
     own = [Encoded(row["id"], row["prompt_ids"], row["answer_ids"]) for row in answers.rows]
     return repeat_or_thin(own, len(rows), task.config.seed + task.iteration) if own else []
 
@@ -125,9 +130,9 @@ def _read(phase: Phase) -> Table:
 REFERENCE = Step("reference", [FILE], score_pairs, _read)
 
 
-def _by_pair(pairs: Sequence[Row], reference: Table) -> dict[str, tuple[float, float]]:
-    """(chosen, rejected) log-probabilities by pair id; ValueError names a pair without."""
-    by_id = {row["id"]: (row["chosen"], row["rejected"]) for row in reference.rows}
+def _by_pair(pairs: Sequence[Row], reference: Table) -> dict[str, Row]:
+    """The reference's log-probabilities, `chosen` and `rejected`, by pair id; ValueError names a pair without."""
+    by_id = {row["id"]: row for row in reference.rows}
     if missing := [row["id"] for row in pairs if row["id"] not in by_id]:
         raise ValueError(f"{reference.path} holds no row of pair {missing[0]}; delete it to compute it again")
     return by_id
