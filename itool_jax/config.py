@@ -39,6 +39,7 @@ BENCHMARK_STAGES = ("iterate", "evaluate", "export", "plan", "doctor")
 """Those that may be given a benchmark: it is asked by the first two."""
 ONCE_TRUE_OR_FALSE: dict[str, dict[bool, str]] = {
     "preference.control": {False: "none", True: "sft_same_prompts"},
+    "search.inject_gold": {False: "never", True: "always"},
 }
 """Settings that were true or false in earlier versions, and what these values are called now."""
 DEMO = "demo"

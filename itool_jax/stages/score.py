@@ -106,7 +106,7 @@ def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperatur
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
         return by_row(draws.count_right(running, run.base, table, items, settings, key))
 
-    counts = task.map(items, work, "greedy answers" if temperature == 0 else f"{n} answers each", part=part)
+    counts = task.map(items, work, "greedy answers" if temperature == 0 else f"{n} answers each", folder=task.working / part)
     return {item.sample.id: count for item, count in zip(items, counts, strict=True)}
 
 
