@@ -9,6 +9,8 @@ from itool_jax.evaluation.statistics import (
     PairedDifference,
     calibration_error,
     describe,
+    hierarchical_bootstrap,
+    holm,
     mean_and_standard_error,
     paired_difference,
     roc_auc,
@@ -141,3 +143,62 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error([0.9, 1.0, 0.2], [True, False, False]) == pytest.approx(1.1 / 3)
     assert calibration_error([1.0, 0.0], [True, False]) == 0
     assert calibration_error([], []) is None
+
+
+# Several seeds -----------------------------------------------------------------------------------------------
+
+
+def test_equal_differences_leave_the_bootstrap_nothing_to_vary() -> None:
+    assert hierarchical_bootstrap([[0.25] * 40] * 3, draws=100) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_the_bootstrap_of_one_seed_is_the_normal_interval_of_its_mean() -> None:
+    differences = np.repeat([1.0, 0.0, -1.0], [900, 2700, 400])
+    mean, low, high = hierarchical_bootstrap([differences.tolist()], level=0.95, draws=40_000)
+    error = differences.std() / math.sqrt(4000)
+    assert mean == pytest.approx(0.125)
+    assert (low, high) == pytest.approx((mean - 1.959964 * error, mean + 1.959964 * error), abs=error / 20)
+
+
+def test_seeds_are_drawn_with_replacement() -> None:
+    # Of the 27 draws of 3 seeds, one is 0 0 0 and one 2 2 2; three each (0 0 1, 1 2 2) are next.
+    seeds = [[0.0] * 5, [1.0] * 5, [2.0] * 5]
+    assert hierarchical_bootstrap(seeds, level=0.99) == pytest.approx((1, 0, 2))
+    assert hierarchical_bootstrap(seeds, level=0.90) == pytest.approx((1, 1 / 3, 5 / 3))  # tails of 3.7 % and 14.8 %
+
+
+def test_seeds_that_agree_on_every_sample_are_no_more_than_one() -> None:
+    differences = np.random.default_rng(2).choice([-1.0, 0.0, 1.0], 900).tolist()
+    once, thrice = (hierarchical_bootstrap([differences] * n, draws=40_000) for n in (1, 3))
+    assert thrice == pytest.approx(once, abs=0.004)
+
+
+def test_the_bootstrap_of_many_seeds_is_the_normal_interval_of_their_means() -> None:
+    random = np.random.default_rng(3)
+    by_seed = random.normal(0.1, 0.5, (150, 1))  # what differs between seeds dwarfs what differs between samples
+    differences = by_seed + random.choice([-0.01, 0.01], (1, 60))
+    mean, low, high = hierarchical_bootstrap(differences.tolist(), draws=40_000)
+    error = by_seed.std() / math.sqrt(150)
+    assert mean == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx((mean - 2.575829 * error, mean + 2.575829 * error), abs=error / 10)
+
+
+def test_a_bootstrap_comes_out_the_same_every_time() -> None:
+    differences = np.random.default_rng(4).choice([-1.0, 0.0, 1.0], (3, 200)).tolist()
+    assert hierarchical_bootstrap(differences) == hierarchical_bootstrap(differences)
+    assert hierarchical_bootstrap(differences) != hierarchical_bootstrap(differences, seed=1)
+
+
+@pytest.mark.parametrize("differences", [[], [[]], [[1.0], [1.0, 0.0]]])
+def test_a_bootstrap_of_nothing_or_of_different_samples_is_refused(differences: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="same samples, got"):
+        hierarchical_bootstrap(differences)
+
+
+def test_holm_by_hand() -> None:
+    # Sorted: .005 x 4 = .02, .01 x 3 = .03, .03 x 2 = .06, .04 x 1 = .04 but not below the one before.
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
+    assert list(adjusted) == ["a", "b", "c", "d"]
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
