@@ -43,6 +43,8 @@ ONCE_TRUE_OR_FALSE: dict[str, dict[bool, str]] = {
 }
 """Settings that were true or false in earlier versions, and what these values are called now."""
 DEMO = "demo"
+CONFIG_ALIASES = {"paper": "paper_v1"}
+"""Other names of configs that come with the program."""
 PROGRAM = "python -m itool_jax.main"
 
 
@@ -367,7 +369,8 @@ def find_config(name: str) -> Path:
     """The YAML file of that name among the configs that come with the program, or of that path."""
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
-    for path in (*(folder / f"{name}.yaml" for folder in folders), Path(name)):
+    file = f"{CONFIG_ALIASES.get(name, name)}.yaml"
+    for path in (*(folder / file for folder in folders), Path(name)):
         if path.is_file():
             return path
     known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders if f.is_dir() for p in f.rglob("*.yaml")})

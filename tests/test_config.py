@@ -211,6 +211,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
     assert str(tmp_path / "c.yaml") in refused("--stage=iterate", f"--config={tmp_path / 'c.yaml'}")
 
 
+def test_the_paper_is_another_name_of_its_first_reading():
+    first, other = (settings.parse(["--stage=iterate", f"--config={name}"]) for name in ("paper_v1", "paper"))
+    assert dataclasses.replace(other, config="paper_v1") == first
+
+
 def test_an_unknown_config_is_refused_with_the_known_ones():
     line = refused("--stage=iterate", "--config=dmeo")
     assert line == "config dmeo is no file, and none of: " + ", ".join(
