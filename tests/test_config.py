@@ -79,10 +79,10 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     path = write(tmp_path / "c.yaml", "seed: 5\nsearch: {breadth: 7, inject_gold: false}\npreference.beta: 0.3\n")
     config = settings.parse(["--stage=search", f"--config={path}", "--search.breadth=2"])
     assert (config.seed, config.search.breadth, config.preference.beta) == (5, 2, 0.3)
-    assert not config.search.inject_gold
+    assert config.search.inject_gold == "never"
     assert config.search.max_depth == Config(stage="search").search.max_depth
     config = settings.parse(["--config", str(path), "--stage=search", "--search.inject_gold", "--preference.beta=None"])
-    assert config.search.inject_gold
+    assert config.search.inject_gold == "always"
     assert config.preference.beta is None
 
 
