@@ -32,7 +32,7 @@ BINDING = {
         *("outcome", "inject_gold", "batch"),
     ),
     "self_eval.": ("reference", "scale"),
-    "pairs.": ("min_q_gap",),
+    "pairs.": ("min_q_gap", "held_out"),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
         *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "control"),

@@ -175,3 +175,9 @@ def test_a_tree_without_siblings_gives_nothing():
 def test_bad_gap_is_refused(gap):
     with pytest.raises(ValueError, match=r"pairs\.min_q_gap must not be negative, got"):
         PairSettings(min_q_gap=gap)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_bad_share_of_held_out_prompts_is_refused(share):
+    with pytest.raises(ValueError, match=rf"pairs\.held_out must be in \[0, 1\), got {share}"):
+        PairSettings(held_out=share)

@@ -18,6 +18,7 @@ from itool_jax import train
 from itool_jax.data.sources import load
 from itool_jax.files import write_jsonl
 from itool_jax.replay import is_drawn, split
+from itool_jax.stages import dpo
 from itool_jax.stages.weights import restore_trained
 from tests.conftest import read
 from tests.runs import (
@@ -239,6 +240,45 @@ def trained_again(made: Made, tmp_path: Path, **changes: Any) -> tuple[Path, Row
     assert again(made, folder, *arguments, "--iteration=2", stage="dpo") == 0
     steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == "iteration_2"]
     return folder, json.loads((folder / "iteration_2/dpo.json").read_text()), steps
+
+
+def test_held_out_pairs_by_hand():
+    before = [{"chosen": -10.0, "rejected": -12.0}, {"chosen": -8.0, "rejected": -7.0}]
+    after = [{"chosen": -9.0, "rejected": -14.0}, {"chosen": -7.0, "rejected": -8.0}]
+    assert dpo.compare_held_out(before, after) == {
+        **{"pairs": 2, "margin_before": 0.5, "margin_after": 3.0},
+        **{"accuracy_before": 0.5, "accuracy_after": 1.0, "delta": 2.5},
+    }
+    none = dpo.compare_held_out([], [])
+    assert none.pop("pairs") == 0
+    assert set(none.values()) == {None}
+
+
+@pytest.mark.parametrize("loss", ["dpo", "chosen_steps"])
+def test_pairs_of_some_prompts_are_held_out_and_measured(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], loss: str
+):
+    pairs = read(made.folder / "iteration_2/pairs.jsonl")
+    held_out = [pair["id"] for pair in pairs if is_drawn(pair["tree"], 0.5, "held_out", 0)]
+    assert 0 < len(held_out) < len(pairs)
+    changes = {"preference__learning_rate": 1e-2, "preference__epochs": 5}
+    _, figures, steps = trained_again(made, tmp_path, preference__loss=loss, pairs__held_out=0.5, **changes)
+    assert figures["pairs"] == len(pairs) - len(held_out)
+    assert len(steps) == 5 * -(-figures["pairs"] // 8)
+    measured = figures["held_out"]
+    margins = [
+        row["chosen"] - row["rejected"]
+        for row in read(made.folder / "iteration_2/reference.jsonl")
+        if row["id"] in held_out
+    ]
+    assert measured["pairs"] == len(held_out)
+    assert measured["margin_before"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+    assert measured["accuracy_before"] == sum(margin > 0 for margin in margins) / len(margins)
+    assert measured["delta"] == pytest.approx(measured["margin_after"] - measured["margin_before"])
+    assert abs(measured["delta"]) > 0.01
+    assert f"iteration_2: {len(held_out)} held-out pairs: margin {measured['margin_before']:.2f} to " in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("count", [None, 3, 200])

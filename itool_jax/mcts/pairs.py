@@ -27,9 +27,14 @@ class PairSettings:
     """What makes a pair besides that: outcome, that the best ending below the preferred step beats the best one below
     the other, by as much; or nothing else (the gap alone, as in the paper)."""
 
+    held_out: float = 0.1
+    """Share of the searched prompts whose pairs are not trained on: they measure what the training did."""
+
     def __post_init__(self) -> None:
         if not self.min_q_gap >= 0:
             raise ValueError(f"pairs.min_q_gap must not be negative, got {self.min_q_gap}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"pairs.held_out must be in [0, 1), got {self.held_out}")
 
     def accepts(self, pair: "Pair") -> bool:
         """Returns whether a pair whose gap is wide enough is to be trained on."""

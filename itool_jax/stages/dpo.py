@@ -5,6 +5,7 @@ iteration's weights, and `reference.jsonl`, the reference's log-probabilities, w
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -41,24 +42,29 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
 
     `preference.control` and the supervised losses take other targets, for as many steps.
     """
-    config, settings, rows = task.config, task.config.preference, pairs.rows
+    config, settings = task.config, task.config.preference
+    rows, held_out = _hold_out(config, pairs.rows)
     if not rows:
-        return _keep(task, policy, "the search found no pair")
+        return _keep(task, policy, "all pairs are held out" if held_out else "the search found no pair")
+    reference: dict[str, Row] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
-        targets = _targets(task, rows, answers)
+        targets = _targets(task, rows, _hold_out(config, answers.rows)[0])
         if not targets:
             return _keep(task, policy, "the trees hold no right answer of the model's own")
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
         loss = train.sft_loss(graph)
     else:
-        reference = Phase(task.run, task.phase).cached(REFERENCE, policy, pairs)
-        batches = _pair_batches(task, rows, _by_pair(rows, reference))
+        reference = _by_pair(pairs.rows, Phase(task.run, task.phase).cached(REFERENCE, policy, pairs))
+        batches = _pair_batches(task, rows, reference)
         loss = train.preference_loss(graph, settings.loss_settings)
     what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
     seed = config.seed + task.iteration
+    before = [reference[row["id"]] for row in held_out] if reference else _measure(task, policy, held_out, "before")
     digest = training.train_and_save(task, loss, settings, policy.trainable(), batches, seed=seed, what=what)
-    return {"pairs": len(rows), "steps": len(batches), "weights": digest}
+    measured = compare_held_out(before, _measure(task, task.run.policy(task.phase), held_out, "after"))
+    _report(task, measured)
+    return {"pairs": len(rows), "steps": len(batches), "weights": digest, "held_out": measured}
 
 
 TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
@@ -68,7 +74,7 @@ def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     """Keeps the policy as it is as the iteration's, where there is nothing to train on."""
     say(f"{task.phase}: {why}, the policy stays as it is")
     digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(task.config, policy.phase))
-    return {"pairs": 0, "steps": 0, "weights": digest}
+    return {"pairs": 0, "steps": 0, "weights": digest, "held_out": compare_held_out([], [])}
 
 
 def _sides(config: Config, row: Row) -> tuple[str, str]:
@@ -90,7 +96,7 @@ def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, Row]) ->
     return pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
 
 
-def _targets(task: Task, rows: Sequence[Row], answers: Table) -> list[Encoded]:
+def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[Encoded]:
     """What a supervised loss is taken of, as many as there are pairs: so all arms take equally many steps.
 
     For the control, the gold responses of the pairs' prompts; for `chosen_steps`, the pairs' chosen steps; for `raft`,
@@ -101,8 +107,47 @@ def _targets(task: Task, rows: Sequence[Row], answers: Table) -> list[Encoded]:
         return task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows]).encoded
     if task.config.preference.loss == "chosen_steps":
         return [Encoded(row["id"], row["prompt_ids"], row[f"{_sides(task.config, row)[0]}_ids"]) for row in rows]
-    own = [Encoded(row["id"], row["prompt_ids"], row["answer_ids"]) for row in answers.rows]
+    own = [Encoded(row["id"], row["prompt_ids"], row["answer_ids"]) for row in answers]
     return repeat_or_thin(own, len(rows), task.config.seed + task.iteration) if own else []
+
+
+# Held-out pairs ---------------------------------------------------------------------------------------------
+
+
+def _hold_out(config: Config, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The pairs (or answers) to the prompts that are trained on, and those to the held-out ones."""
+    out = [is_drawn(row["tree"], config.pairs.held_out, "held_out", config.seed) for row in rows]
+    return [row for row, x in zip(rows, out, strict=True) if not x], [row for row, x in zip(rows, out, strict=True) if x]
+
+
+def _measure(task: Task, policy: PhasePolicy, rows: Sequence[Row], when: str) -> list[Row]:
+    """Log-probabilities of the steps of held-out pairs before or after the training."""
+    return _log_probs(task, policy, rows, f"held-out log-probs {when}", task.working / when) if rows else []
+
+
+def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
+    """What training changed for held-out pairs, from the log-probabilities of their steps before and after it.
+
+    A pair's margin is log π_w - log π_l in nats; `delta` is what the mean margin gained: the Δ of eq 11 between the two
+    policies, without β. The accuracy is the share of positive margins. All are None where there are no pairs.
+    """
+    figures: Figures = {"pairs": len(before)}
+    for name, rows in (("before", before), ("after", after)):
+        margins = [row["chosen"] - row["rejected"] for row in rows]
+        figures[f"margin_{name}"] = sum(margins) / len(margins) if margins else None
+        figures[f"accuracy_{name}"] = sum(margin > 0 for margin in margins) / len(margins) if margins else None
+    return figures | {"delta": figures["margin_after"] - figures["margin_before"] if before else None}
+
+
+def _report(task: Task, x: Figures) -> None:
+    """Says what training changed for the held-out pairs."""
+    if x["pairs"]:
+        say(
+            f"{task.phase}: {x['pairs']} held-out pairs: margin {x['margin_before']:.2f} to {x['margin_after']:.2f} nats, "
+            f"chosen step likelier in {100 * x['accuracy_before']:.1f} to {100 * x['accuracy_after']:.1f} %"
+        )
+    elif share := task.config.pairs.held_out:
+        say(f"{task.phase}: no pair is held out (pairs.held_out={share}), so nothing measures the training")
 
 
 # The reference ----------------------------------------------------------------------------------------------
@@ -110,13 +155,19 @@ def _targets(task: Task, rows: Sequence[Row], answers: Table) -> list[Encoded]:
 
 def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
     """Log-probabilities of both steps of each pair under the policy as it stands (π_ref of eq 11)."""
-    rows = pairs.rows
+    scored = zip(pairs.rows, _log_probs(task, policy, pairs.rows, "reference log-probs"), strict=True)
+    write_jsonl(task.folder / FILE, ({"id": pair["id"]} | log_probs for pair, log_probs in scored))
+    return {"pairs": len(pairs.rows)}
+
+
+def _log_probs(
+    task: Task, policy: PhasePolicy, rows: Sequence[Row], what: str, folder: Path | None = None
+) -> list[Row]:
+    """Log-probabilities of both steps of each pair, `chosen` and `rejected`."""
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
     tokens, running = task.config.generate.tokens_per_batch, policy.running()
-    sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), "reference log-probs")
-    scored = zip(rows, sums[::2], sums[1::2], strict=True)
-    write_jsonl(task.folder / FILE, ({"id": row["id"], "chosen": c, "rejected": r} for row, c, r in scored))
-    return {"pairs": len(rows)}
+    sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), what, folder=folder)
+    return [{"chosen": c, "rejected": r} for c, r in zip(sums[::2], sums[1::2], strict=True)]
 
 
 FILE = "reference.jsonl"

@@ -182,11 +182,12 @@ def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _Expe
     pairs = prompts * config.plan.pairs_a_tree
     before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
     width = bucket(round(before + 2 * trees.step))
-    steps = config.iterations * math.ceil(pairs / config.iterations / s.batch_size) * s.epochs
+    trained = pairs * (1 - config.pairs.held_out)
+    steps = config.iterations * math.ceil(trained / config.iterations / s.batch_size) * s.epochs
     seconds = time_model.read(2 * pairs, before + trees.step, trees.step)
     seconds += time_model.train(steps * s.batch_size, width, 2 * trees.step)
-    tokens = pairs * (s.epochs * (before + 2 * trees.step) + 2 * (before + trees.step))
-    what = f"{pairs:.0f} pairs, {steps} steps"
+    tokens = trained * s.epochs * (before + 2 * trees.step) + 2 * pairs * (before + trees.step)
+    what = f"{trained:.0f} pairs, {steps} steps"
     return Workload("dpo", what, round(tokens), round(steps * s.batch_size * width + 2 * pairs * before), seconds)
 
 
