@@ -178,6 +178,8 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     """Pairs a step."""
     epochs: int = 2
     """Passes over the pairs of an iteration."""
+    reference: Literal["iteration", "warmup"] = "iteration"
+    """Policy that losses with a reference measure from: the one that the iteration began with, or always the warm-up's."""
     control: Literal["none", "sft_same_prompts", "swapped"] = "none"
     """What to compare with, for as many steps. sft_same_prompts: fine-tuning on the gold responses of the pairs'
     prompts. swapped: chosen and rejected exchanged in half of the pairs, at random, which must gain nothing."""

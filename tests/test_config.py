@@ -35,7 +35,7 @@ BINDING = {
     "pairs.": ("min_q_gap", "held_out"),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
-        *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "control"),
+        *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "reference", "control"),
     ),
     "generate.": ("max_tokens",),
 }

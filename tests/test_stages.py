@@ -330,6 +330,23 @@ def test_the_swapped_control_exchanges_half_of_the_pairs(made: Made, tmp_path: P
     assert steps[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_reference_may_stay_the_warm_ups(made: Made, tmp_path: Path):
+    """In iteration 2 its log-probs are not those of the policy that training starts from: the first Δ is not 0."""
+    changes = {"preference__batch_size": 64, "pairs__held_out": 0.0, "preference__beta": 1.0}
+    folder, _, steps = trained_again(made, tmp_path, preference__reference="warmup", **changes)
+    fixed, began = (
+        {row["id"]: row for row in read(f / "iteration_2/reference.jsonl")} for f in (folder, made.folder)
+    )
+    gaps = [
+        (began[name]["chosen"] - row["chosen"]) - (began[name]["rejected"] - row["rejected"])
+        for name, row in fixed.items()
+    ]
+    assert max(map(abs, gaps)) > 0.01
+    expected = sum(math.log1p(math.exp(-gap)) for gap in gaps) / len(gaps)
+    assert steps[0]["loss"] == pytest.approx(expected, abs=1e-4)
+    assert steps[0]["reward_margin"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
+
+
 def test_without_own_answers_raft_leaves_the_policy_as_it_is(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

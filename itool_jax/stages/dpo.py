@@ -1,7 +1,8 @@
 """Preference training on the pairs of an iteration (section 4.3, eq 10 and 11), or what stands in for it.
 
-In: `pairs.jsonl`, `answers.jsonl`, and the policy the iteration began with, which is also the reference. Out: the
-iteration's weights, and `reference.jsonl`, the reference's log-probabilities, where pairs are compared.
+In: `pairs.jsonl`, `answers.jsonl`, the policy the iteration began with, and the reference, which is the same unless
+`preference.reference` is warmup. Out: the iteration's weights, and `reference.jsonl`, the reference's
+log-probabilities, where pairs are compared.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from itool_jax.replay import is_drawn
 from itool_jax.sampler import target_log_probs
 from itool_jax.stages import search, training
 from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
-from itool_jax.stages.paths import WEIGHTS, command, phase_name
+from itool_jax.stages.paths import WARMUP, WEIGHTS, command, phase_name
 from itool_jax.stages.run import Run
 from itool_jax.stages.spread import by_row
 from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
@@ -46,6 +47,7 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
     rows, held_out = _hold_out(config, pairs.rows)
     if not rows:
         return _keep(task, policy, "all pairs are held out" if held_out else "the search found no pair")
+    source = task.run.policy(WARMUP) if settings.reference == "warmup" else policy
     reference: dict[str, Row] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
@@ -55,12 +57,13 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
         loss = train.sft_loss(graph)
     else:
-        reference = _by_pair(pairs.rows, Phase(task.run, task.phase).cached(REFERENCE, policy, pairs))
+        reference = _by_pair(pairs.rows, Phase(task.run, task.phase).cached(REFERENCE, source, pairs))
         batches = _pair_batches(task, rows, reference)
         loss = train.preference_loss(graph, settings.loss_settings)
     what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
     seed = config.seed + task.iteration
-    before = [reference[row["id"]] for row in held_out] if reference else _measure(task, policy, held_out, "before")
+    known = reference and source.phase == policy.phase
+    before = [reference[row["id"]] for row in held_out] if known else _measure(task, policy, held_out, "before")
     digest = training.train_and_save(task, loss, settings, policy.trainable(), batches, seed=seed, what=what)
     measured = compare_held_out(before, _measure(task, task.run.policy(task.phase), held_out, "after"))
     _report(task, measured)
