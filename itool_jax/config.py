@@ -132,6 +132,10 @@ class Recipe:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
+        if self.preference.merge and self.lora.rank == 0:
+            raise ValueError("preference.merge needs adapters, and lora.rank=0 trains the weights themselves")
+        if self.preference.merge and self.quantize == "nf4":
+            raise ValueError("preference.merge would round adapters to four bits; set quantize=none, or do not merge")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

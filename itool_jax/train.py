@@ -179,7 +179,10 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     epochs: int = 2
     """Passes over the pairs of an iteration."""
     reference: Literal["iteration", "warmup"] = "iteration"
-    """Policy that losses with a reference measure from: the one that the iteration began with, or always the warm-up's."""
+    """Policy that losses with a reference measure from: the one that the iteration began with, or the warm-up's."""
+    merge: bool = False
+    """Merge the adapters into the weights when an iteration begins, in the weights' type, and train new ones; else the
+    same adapters are trained on."""
     control: Literal["none", "sft_same_prompts", "swapped"] = "none"
     """What to compare with, for as many steps. sft_same_prompts: fine-tuning on the gold responses of the pairs'
     prompts. swapped: chosen and rejected exchanged in half of the pairs, at random, which must gain nothing."""
@@ -190,7 +193,7 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
         if self.epochs < 1:
             raise ValueError(f"preference.epochs must be positive, got {self.epochs}")
         if self.control == "swapped" and self.loss == "raft":
-            raise ValueError("preference.control=swapped exchanges the steps of pairs, and preference.loss=raft has none")
+            raise ValueError("preference.control=swapped exchanges steps of pairs, and preference.loss=raft has none")
 
     @property
     def loss_settings(self) -> LossSettings:

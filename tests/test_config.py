@@ -35,7 +35,7 @@ BINDING = {
     "pairs.": ("min_q_gap", "held_out"),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
-        *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "reference", "control"),
+        *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "reference", "merge", "control"),
     ),
     "generate.": ("max_tokens",),
 }
@@ -163,12 +163,21 @@ def test_a_saved_config_gives_the_same_settings_again(tmp_path: Path):
         ("--seed=99999999999999999999", ["seed must be from 0", "99999999999999999999"]),
         ("--output=x.jsonl", ["output", "score, generate, export and plan", "iterate"]),
         ("--overwrite", ["overwrite is for the stage export, got it with stage iterate"]),
+        ("--preference.control=half", ["--preference.control", "'half'", "swapped"]),
+        ("--warmup.epochs=some", ["--warmup.epochs", "some"]),
         ("--dtype=float16", ["--dtype", "'float16'", "float32"]),
     ],
 )
 def test_a_bad_argument_is_refused_in_one_line_that_names_it(argument: str, words: list[str]):
     line = refused("--stage=iterate", argument)
     assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize(("change", "word"), [("--lora.rank=0", "lora.rank=0"), ("--quantize=nf4", "quantize=none")])
+def test_adapters_that_cannot_be_merged_are_refused(change: str, word: str):
+    line = refused("--stage=iterate", "--model=m", "--preference.merge", change)
+    assert line.startswith("preference.merge ")
+    assert word in line
 
 
 def test_a_missing_stage_is_named_with_its_choices():

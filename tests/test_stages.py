@@ -3,6 +3,7 @@
 The run is that of `runs.make_or_read`; the tests read it, or go on from a copy.
 """
 
+import dataclasses
 import gc
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import yaml
 
@@ -17,9 +19,10 @@ from itool_jax import config as settings
 from itool_jax import train
 from itool_jax.data.sources import load
 from itool_jax.files import write_jsonl
+from itool_jax.model import forms
 from itool_jax.replay import is_drawn, split
 from itool_jax.stages import dpo
-from itool_jax.stages.weights import restore_trained
+from itool_jax.stages.weights import Weights, restore_trained
 from tests.conftest import read
 from tests.runs import (
     BREADTH,
@@ -356,6 +359,49 @@ def test_without_own_answers_raft_leaves_the_policy_as_it_is(
     assert "iteration_2: the trees hold no right answer of the model's own, the policy stays" in capsys.readouterr().err
     assert (figures["steps"], steps) == (0, [])
     assert figures["weights"] == json.loads((made.folder / "iteration_1/dpo.json").read_text())["weights"]
+
+
+def test_adapters_are_merged_when_an_iteration_begins(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Policies are the base and all adapters up to them, each iteration's trained from new ones; exported, too."""
+    folder = tmp_path / "run"
+    assert again(made, folder, "--preference.merge", "--evaluate.limit=4") == 0
+    for phase in PHASES[2:]:
+        steps = [row for row in read(folder / "metrics.jsonl") if row["stage"] == phase]
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # scored and trained is the same policy
+        assert steps[-1]["loss"] < math.log(2) - 1e-4
+    config = settings.parse(["--stage=dpo", f"--run_dir={folder}", *made.settings, "--preference.merge"])
+    weights = Weights(config)
+    base, ours = (weights.policy(phase).params for phase in ("base", "iteration_2"))
+    adapters = [forms.to_run(restore_trained(config, phase)) for phase in PHASES[1:]]
+    checked = 0
+    for path, kernel in jax.tree.leaves_with_path(ours):
+        keys = [part.key for part in path]
+        changes = [part for part in (leaf_at(tree, keys[:-1]) for tree in adapters) if part and "lora_a" in part]
+        expected = np.asarray(leaf_at(base, keys), np.float64)
+        if keys[-1] == "kernel" and changes:
+            assert len(changes) == len(PHASES) - 1
+            for part in changes:
+                expected = expected + 16.0 * np.asarray(part["lora_a"], np.float64) @ np.asarray(part["lora_b"])
+            checked += 1
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    assert checked == 14  # two layers' linear ones
+    assert again(made, folder, "--preference.merge", f"--output={tmp_path / 'model'}", stage="export") == 0
+    exported = Weights(dataclasses.replace(config, model=str(tmp_path / "model"))).base(stacked=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), exported, ours)
+    capsys.readouterr()
+    adapter = ("--preference.merge", "--export.kind=adapter", f"--output={tmp_path / 'adapter'}")
+    assert again(made, folder, *adapter, stage="export") != 0
+    assert "export.kind=adapter: with preference.merge the adapters of iteration_2 belong" in capsys.readouterr().err
+    assert again(made, folder, *adapter, "--export.phase=warmup", stage="export") == 0
+
+
+def leaf_at(tree: Any, keys: list[Any]) -> Any:
+    """What stands under the keys, None where there is nothing."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 @pytest.mark.processes

@@ -23,7 +23,7 @@ from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
 from itool_jax.stages.paths import WARMUP, WEIGHTS, command, phase_name
 from itool_jax.stages.run import Run
 from itool_jax.stages.spread import by_row
-from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
+from itool_jax.stages.weights import PhasePolicy, training_graph
 from itool_jax.text.chat import Encoded
 
 Row = dict[str, Any]
@@ -64,7 +64,8 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
     seed = config.seed + task.iteration
     known = reference and source.phase == policy.phase
     before = [reference[row["id"]] for row in held_out] if known else _measure(task, policy, held_out, "before")
-    digest = training.train_and_save(task, loss, settings, policy.trainable(), batches, seed=seed, what=what)
+    start = policy.trainable(merge=settings.merge)
+    digest = training.train_and_save(task, loss, settings, start, batches, seed=seed, what=what)
     measured = compare_held_out(before, _measure(task, task.run.policy(task.phase), held_out, "after"))
     _report(task, measured)
     return {"pairs": len(rows), "steps": len(batches), "weights": digest, "held_out": measured}
@@ -76,7 +77,8 @@ TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     """Keeps the policy as it is as the iteration's, where there is nothing to train on."""
     say(f"{task.phase}: {why}, the policy stays as it is")
-    digest = checkpoint.save(task.folder / WEIGHTS, restore_trained(task.config, policy.phase))
+    trainable, _ = policy.trainable(merge=task.config.preference.merge)
+    digest = checkpoint.save(task.folder / WEIGHTS, trainable)
     return {"pairs": 0, "steps": 0, "weights": digest, "held_out": compare_held_out([], [])}
 
 
@@ -119,8 +121,10 @@ def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[En
 
 def _hold_out(config: Config, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The pairs (or answers) to the prompts that are trained on, and those to the held-out ones."""
-    out = [is_drawn(row["tree"], config.pairs.held_out, "held_out", config.seed) for row in rows]
-    return [row for row, x in zip(rows, out, strict=True) if not x], [row for row, x in zip(rows, out, strict=True) if x]
+    parts: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        parts[is_drawn(row["tree"], config.pairs.held_out, "held_out", config.seed)].append(row)
+    return parts
 
 
 def _measure(task: Task, policy: PhasePolicy, rows: Sequence[Row], when: str) -> list[Row]:
@@ -131,8 +135,8 @@ def _measure(task: Task, policy: PhasePolicy, rows: Sequence[Row], when: str) ->
 def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
     """What training changed for held-out pairs, from the log-probabilities of their steps before and after it.
 
-    A pair's margin is log π_w - log π_l in nats; `delta` is what the mean margin gained: the Δ of eq 11 between the two
-    policies, without β. The accuracy is the share of positive margins. All are None where there are no pairs.
+    A pair's margin is log π_w - log π_l in nats. `delta` is what the mean margin gained: the Δ of eq 11 between the two
+    policies, without β. Accuracy is the share of positive margins. All are None where there are no pairs.
     """
     figures: Figures = {"pairs": len(before)}
     for name, rows in (("before", before), ("after", after)):
@@ -146,7 +150,8 @@ def _report(task: Task, x: Figures) -> None:
     """Says what training changed for the held-out pairs."""
     if x["pairs"]:
         say(
-            f"{task.phase}: {x['pairs']} held-out pairs: margin {x['margin_before']:.2f} to {x['margin_after']:.2f} nats, "
+            f"{task.phase}: {x['pairs']} held-out pairs: "
+            f"margin {x['margin_before']:.2f} to {x['margin_after']:.2f} nats, "
             f"chosen step likelier in {100 * x['accuracy_before']:.1f} to {100 * x['accuracy_after']:.1f} %"
         )
     elif share := task.config.pairs.held_out:

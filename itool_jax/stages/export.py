@@ -26,7 +26,7 @@ from itool_jax.stages.base import model_folder
 from itool_jax.stages.paths import WARMUP, trained_phases
 from itool_jax.stages.run import Run
 from itool_jax.stages.sources import check_sources
-from itool_jax.stages.weights import Weights, restore_trained
+from itool_jax.stages.weights import Weights, merged_phases, restore_trained
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.untrusted import inside
 
@@ -60,6 +60,11 @@ def run(run: Run) -> dict[str, Any]:
 def _write_adapter(config: Config, phase: str, target: Path) -> None:
     if config.lora.rank == 0:
         raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
+    if merged_phases(config, phase) != [phase]:
+        raise ValueError(
+            f"export.kind=adapter: with preference.merge the adapters of {phase} belong to weights that earlier ones "
+            "were merged into; export.kind=merged"
+        )
     name = config.model if config.model != "embedded" else str(model_folder(config))
     export.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
@@ -78,7 +83,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "export.base must say what adapters trained beside four-bit weights are merged into: original or "
             "dequantized"
         )
-    trained = forms.to_run(restore_trained(config, phase))
+    trained = [forms.to_run(restore_trained(config, part)) for part in merged_phases(config, phase)]
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
     base = Weights(kept).base(stacked=False) if config.lora.rank else {}
     model = hf.read_config(model_folder(config), config.dtype)
@@ -90,12 +95,14 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
         advance(1)
         keys = [part.key for part in path]
         if config.lora.rank == 0:
-            return _at(trained, keys).astype(shape.dtype)
-        weight, adapters = _at(base, keys), _at(trained, keys[:-1])
+            return _at(trained[0], keys).astype(shape.dtype)
+        weight = _at(base, keys)
         if isinstance(weight, dict):
             weight = _dequantize(weight, shape)
-        if keys[-1] == "kernel" and adapters is not None:
-            weight = merge_adapters({"kernel": weight}, adapters, config.lora)["kernel"]
+        for part in trained:
+            adapters = _at(part, keys[:-1])
+            if keys[-1] == "kernel" and adapters is not None:
+                weight = merge_adapters({"kernel": weight}, adapters, config.lora)["kernel"]
         return weight
 
     raw = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))

@@ -18,7 +18,16 @@ from itool_jax.model.transformer import Params, abstract
 from itool_jax.run_directory import check_weights
 from itool_jax.sampler import Policy
 from itool_jax.stages.base import load_base, model_folder
-from itool_jax.stages.paths import BASE, StepId, command, policy_step, trained_phases, weights_folder
+from itool_jax.stages.paths import (
+    BASE,
+    StepId,
+    command,
+    iteration_of,
+    phase_name,
+    policy_step,
+    trained_phases,
+    weights_folder,
+)
 from itool_jax.stages.sources import check_sources
 
 
@@ -64,27 +73,37 @@ class Weights:
         if not config.lora.rank:
             self._base = None
             return Policy(graph, forms.to_run(restore_trained(config, phase, config.dtype)))
-        trained, frozen = forms.to_run(restore_trained(config, phase)), self.base(stacked=False)
-        if config.dtype == "float32" and config.quantize == "none":  # small models: a merged copy fits beside the base
-            return Policy(graph, merge_adapters(frozen, trained, config.lora))
+        frozen = self.base(stacked=False)
+        # In float32, a merged copy of what is a small model fits beside the base.
+        if config.preference.merge or (config.dtype == "float32" and config.quantize == "none"):
+            for part in merged_phases(config, phase):
+                frozen = merge_adapters(frozen, forms.to_run(restore_trained(config, part)), config.lora)
+            return Policy(graph, frozen)
         # Merged into weights of less precision, adapters would lose most of what they learned.
+        trained = forms.to_run(restore_trained(config, phase))
         return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
 
-    def trainable(self, phase: str) -> tuple[Params, Params]:
+    def trainable(self, phase: str, *, merge: bool = False) -> tuple[Params, Params]:
         """A phase's float32 parameters for training to take over, and the frozen ones beside them.
 
-        For the base, fresh adapters that change nothing; without adapters, its own weights.
+        For the base, fresh adapters that change nothing; without adapters, its own weights. With `merge`, fresh
+        adapters, and those of the phase are merged into the frozen parameters.
         """
         config, self._policy = self._config, None
         if not config.lora.rank:
             self._base = None  # the weights are there once: those that training changes
             trainable = hf.load(model_folder(config))[1] if phase == BASE else restore_trained(config, phase)
             return trainable, {}
+        key, model = jax.random.key(config.seed), load_base(config).config
         if phase == BASE:
-            adapters = initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed))
-        else:
-            adapters = restore_trained(config, phase)
-        return adapters, self.base(stacked=True)
+            return initialize_adapters(model, config.lora, key), self.base(stacked=True)
+        if not merge:
+            return restore_trained(config, phase), self.base(stacked=True)
+        frozen, parts = self.base(stacked=True), merged_phases(config, phase)
+        self._base = None  # what is merged takes its place
+        for part in parts:
+            frozen = merge_adapters(frozen, restore_trained(config, part), config.lora)
+        return initialize_adapters(model, config.lora, jax.random.fold_in(key, len(parts))), frozen
 
 
 class PhasePolicy:
@@ -111,9 +130,9 @@ class PhasePolicy:
         """
         return self._weights.policy(self.phase)
 
-    def trainable(self) -> tuple[Params, Params]:
+    def trainable(self, *, merge: bool = False) -> tuple[Params, Params]:
         """Its trainable and frozen parameters; see `Weights.trainable`."""
-        return self._weights.trainable(self.phase)
+        return self._weights.trainable(self.phase, merge=merge)
 
 
 def restore_trained(config: Config, phase: str, dtype: str = "float32") -> Params:
@@ -123,6 +142,13 @@ def restore_trained(config: Config, phase: str, dtype: str = "float32") -> Param
     shapes = adapters if config.lora.rank else weights
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     return checkpoint.restore(weights_folder(config.run_dir, phase), placed(shapes))
+
+
+def merged_phases(config: Config, phase: str) -> list[str]:
+    """The phases whose adapters are a phase's policy together with the base: with `preference.merge`, all up to it."""
+    if config.preference.merge and phase.startswith("iteration_"):
+        return [phase_name(i) for i in range(iteration_of(phase) + 1)]
+    return [phase]
 
 
 def training_graph(config: Config, *, dropout: bool) -> nnx.GraphDef:
