@@ -46,6 +46,60 @@ def step(config: Config) -> Step[Figures]:
     return this
 
 
+WATCHED = 400
+"""Validation samples that are answered after each phase, to see whether training changed anything."""
+SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
+"""Below both of these hardly anything was trained: Δ on the held-out pairs, in nats, and the share of changed answers."""
+
+
+def _watching(config: Config) -> Config:
+    """The settings of the evaluation that watches a training."""
+    return dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED)
+    )
+
+
+def watch(run: Run, policy: PhasePolicy) -> None:
+    """Answers some validation samples with a phase's policy, for `what_training_changed`."""
+    if run.splits.validation.samples:
+        watching = run.with_settings(_watching(run.config))
+        watching.phase(policy.phase).cached(step(watching.config), policy, run.splits.validation)
+
+
+def what_training_changed(run: Run, phase: str, before: str) -> Figures:
+    """How far the training of a phase moved the policy, and whether that is hardly at all.
+
+    `changed` is the share of validation answers that differ from those of the phase before, None without validation
+    samples; `delta` is Δ (eq 11) on the pairs that were not trained on, in nats, None without any.
+    """
+    config = _watching(run.config)
+    changed = n = None
+    if run.splits.validation.samples:
+        answers, earlier = (
+            {row["id"]: row["response"] for row in columns.read_table(results_file(config, name), ["id", "response"])}
+            for name in (phase, before)
+        )
+        n = len(answers)
+        changed = sum(text != earlier.get(name) for name, text in answers.items()) / n
+    held_out = run.phase(phase).figures("dpo").get("held_out") or {}
+    delta = held_out.get("delta")
+    known = [value < limit for value, limit in ((delta, SMALL_DELTA), (changed, FEW_CHANGED)) if value is not None]
+    return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}
+
+
+def describe_training(phase: str, found: Figures) -> str:
+    """One line of what a training changed, plain where that is hardly anything."""
+    parts = []
+    if found["changed"] is not None:
+        parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
+    if found["delta"] is not None:
+        parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
+    line = f"{phase}: {', '.join(parts) or 'nothing was held out to see what training changed'}"
+    if found["hardly_trained"]:
+        line += "; hardly anything was trained: raise preference.learning_rate or preference.epochs, or give more pairs"
+    return line
+
+
 def results_file(config: Config, phase: str) -> Path:
     """The file of a phase's graded responses."""
     return config.run_dir / phase / f"{step(config).name}.jsonl"

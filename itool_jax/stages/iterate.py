@@ -14,12 +14,17 @@ from itool_jax.files import read_json, write_json
 from itool_jax.hosts import is_first
 from itool_jax.messages import console_out, say
 from itool_jax.stages import benchmark, cache, columns, dpo, evaluate, leakage, report, score, search, warmup
-from itool_jax.stages.paths import BASE, WARMUP, done_file, phase_name
+from itool_jax.stages.paths import BASE, WARMUP, done_file, iteration_of, phase_name
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples, search_pool, split_replay
 from itool_jax.stages.weights import PhasePolicy
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
+FOUND_KEYS = (
+    *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
+    *("answers", "self_evaluation"),
+)
+ABILITY_KEYS = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
 MEASURED = ("accuracy", "n", "standard_error")
 
 
@@ -29,7 +34,7 @@ def run(run: Run) -> dict[str, Any]:
     _drop_summary_of_fewer_iterations(run.config)
     leakage.check(run)
     iterate(run)
-    return _finish(run.config)
+    return _finish(run)
 
 
 def iterate(run: Run) -> PhasePolicy:
@@ -48,6 +53,7 @@ def iterate(run: Run) -> PhasePolicy:
 
     policy = run.phase(WARMUP).cached(warmup.TRAIN, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
     _evaluate(run, policy, held_out)
+    evaluate.watch(run, policy)
 
     for phase in run.iterations():
         scores = phase.cached(score.SCORE, policy, pool)  # perplexity of the gold responses, eq 4
@@ -56,6 +62,7 @@ def iterate(run: Run) -> PhasePolicy:
         # The best against the worst child of each node, by DPO; the policy passed in is π_ref too; eq 10 and 11.
         policy = phase.cached(dpo.TRAIN, policy, forest.pairs, forest.answers)
         _evaluate(run, policy, held_out)
+        _watch(run, policy)
     return policy
 
 
@@ -65,6 +72,13 @@ def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
     if run.config.benchmark is not None and policy.phase != BASE:
         benchmark.evaluate(run, policy.phase)
     report.refresh(run.config)
+
+
+def _watch(run: Run, policy: PhasePolicy) -> None:
+    """Says how far an iteration moved the policy, and where that is hardly at all."""
+    evaluate.watch(run, policy)
+    before = phase_name(iteration_of(policy.phase) - 1)
+    say(evaluate.describe_training(policy.phase, evaluate.what_training_changed(run, policy.phase, before)))
 
 
 def _check_batch_sizes(config: Config) -> None:
@@ -82,9 +96,9 @@ def _drop_summary_of_fewer_iterations(config: Config) -> None:
 # Summary ----------------------------------------------------------------------------------------------------
 
 
-def _finish(config: Config) -> dict[str, Any]:
+def _finish(run: Run) -> dict[str, Any]:
     """Writes and prints the summary."""
-    summary = summarize(config)
+    config, summary = run.config, summarize(run)
     if is_first():
         write_json(config.run_dir / "summary.json", summary)
         page = report.refresh(config)
@@ -97,8 +111,9 @@ def phases(config: Config) -> list[str]:
     return [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
 
 
-def summarize(config: Config) -> dict[str, Any]:
+def summarize(run: Run) -> dict[str, Any]:
     """Summarizes the run from its stage results."""
+    config = run.config
     evaluation = evaluate.step(config).name
     rows = []
     for name in phases(config):
@@ -106,10 +121,14 @@ def summarize(config: Config) -> dict[str, Any]:
         seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", evaluation))
         measured = {key: figures[key] for key in MEASURED}
         rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
-    searches = []
+    searches, trainings = [], []
     for i in range(1, config.iterations + 1):
-        figures = _figures(config, phase_name(i), "search")
-        searches.append({"iteration": i, **{key: figures[key] for key in SEARCH_KEYS}})
+        name, before = phase_name(i), phase_name(i - 1)
+        figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
+        ability = {key: scored.get(key) for key in ABILITY_KEYS}
+        searches.append({"iteration": i, **{key: figures.get(key) for key in (*SEARCH_KEYS, *FOUND_KEYS)}, **ability})
+        trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
+        trainings.append({"iteration": i, **trained, **evaluate.what_training_changed(run, name, before)})
     return {
         "finished": True,
         "seed": config.seed,
@@ -119,6 +138,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "split": config.evaluate.split,
         "phases": rows,
         "search": searches,
+        "training": trainings,
         "comparisons": _comparisons(config),
         "benchmark": _benchmark(config),
     }
@@ -136,7 +156,8 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
     figures = cache.read_figures(config.run_dir, phase, stage)
     assert figures is not None  # every stage was just run
-    if bad := columns.fault(figures, SEARCH_KEYS if stage == "search" else MEASURED):
+    wanted = {"search": SEARCH_KEYS, "score": (), "dpo": ("pairs", "steps")}.get(stage, MEASURED)
+    if bad := columns.fault(figures, wanted):
         path = done_file(config.run_dir, phase, stage)
         raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")
     return figures
@@ -184,6 +205,8 @@ def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
             f"{row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
             soft_wrap=True,
         )
+    for row in summary["training"]:
+        console_out.print(evaluate.describe_training(f"training {row['iteration']}", row), soft_wrap=True)
     for row in summary["comparisons"]:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
