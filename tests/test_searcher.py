@@ -198,7 +198,7 @@ def test_a_search_compiles_exactly_these_programs(setup: Setup, searches: Search
     # A program for each shape: of the prompts, of all of them or a quarter, of the path, of the step.
     for name, shapes in searches.shapes.items():
         assert searches.programs[name] == len(shapes), name
-    assert searches.programs == {"prefill": 2, "sample_step": 6, "score_step": 3, "answer": 6}
+    assert searches.programs == {"prefill": 3, "sample_step": 6, "score_step": 3, "answer": 9}
 
 
 def test_gold_is_found_and_rewarded(setup: Setup) -> None:

@@ -61,7 +61,7 @@ def _is_intervals(value: Any) -> bool:
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a text")),
-    **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), (_is_token_ids, "a list of token ids")),
+    **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids", "answer_ids"), (_is_token_ids, "a list of token ids")),
     **dict.fromkeys(("chosen", "rejected", "visits_chosen", "visits_rejected"), (_is_number, "a number")),
     **dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds", "time"), (_is_number, "a number")),
     **dict.fromkeys(("accuracy", "n", "standard_error"), (_is_numbers, "an object of numbers")),
@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("response", "target", "gold", "text", "phase", "against"), (lambda value: isinstance(value, str), "a text")
     ),
     "nodes": (_is_nodes, "a list of nodes, each behind its parent"),
-    "rank": (lambda value: value is None or _is_number(value), "a number or null"),
+    **dict.fromkeys(("rank", "right"), (lambda value: value is None or _is_number(value), "a number or null")),
     **dict.fromkeys(("correct", "finished"), (lambda value: isinstance(value, bool), "true or false")),
     **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of texts")),
     "interval": (_is_intervals, "an object of pairs of numbers"),
