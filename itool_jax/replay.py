@@ -107,7 +107,7 @@ def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -
 
 def is_drawn(id_: str, fraction: float, purpose: str, seed: int) -> bool:
     """Whether an id is in a random `fraction`, which is always the same; purposes are independent of each other."""
-    return _uniform(purpose, seed, id_) < fraction
+    return uniform(purpose, seed, id_) < fraction
 
 
 def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
