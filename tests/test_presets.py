@@ -101,6 +101,7 @@ UNSAID: dict[str, Any] = {
     "preference.warmup_ratio": 0.1,
     "preference.clip_norm": 1.0,
     "preference.control": "none",
+    "pairs.held_out": 0.0,
 }
 """Settings that the method leaves open; the preset holds on to what they were."""
 
@@ -108,7 +109,7 @@ NOT_OF_THE_PAPER = {
     *("model", "data", "dtype", "seed", "skip_bad_rows", "quantize", "deterministic"),
     *("generated.train", "generated.validation", "generated.test", "generated.writers"),
     *("warmup.max_epochs", "replay.samples", "replay.temperature"),  # of warmup.epochs=auto and replay.select=mixed
-    *("search.batch", "generate.max_tokens", "pairs.held_out"),
+    *("search.batch", "generate.max_tokens"),
 }
 """Settings of a run that its preset need not fix: what is trained on what, and what only measures or saves memory."""
 
