@@ -165,7 +165,7 @@ def chosen_rates(results: Results) -> dict[str, float]:
     for arm in ARMS:
         names = {rate: [Cell(DEVELOPED, arm, rate, seed).name for seed in DEVELOPMENT_SEEDS] for rate in RATES}
         if all(name in results for by_seed in names.values() for name in by_seed):
-            means = {rate: np.mean([results[n].accuracy for n in by_seed]) for rate, by_seed in names.items()}
+            means = {rate: float(np.mean([results[n].accuracy for n in by_seed])) for rate, by_seed in names.items()}
             rates[arm] = best_rate(means)
     return rates
 
@@ -394,7 +394,7 @@ def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> 
         return None
     warmup, arms = finished[NONE], [arm for arm in finished if arm != NONE]
     p_values = [
-        {arm: paired_difference(finished[arm][i].correct, warmup[i].correct).p_value for arm in arms}
+        {arm: paired_difference(finished[arm][i].correct.tolist(), warmup[i].correct.tolist()).p_value for arm in arms}
         for i in range(len(REPORTED_SEEDS))
     ]
     adjusted = [holm(one_seed) for one_seed in p_values]
@@ -437,7 +437,8 @@ def _bootstrap(
     arm: Sequence[Result], other: Sequence[Result], where: np.ndarray | slice = slice(None)
 ) -> MeanDifference:
     """One arm against another, paired by seed and sample, on some of the samples."""
-    rows = [a.correct[where].astype(int) - b.correct[where] for a, b in zip(arm, other, strict=True)]
+    pairs = zip(arm, other, strict=True)
+    rows = [(a.correct[where].astype(int) - b.correct[where]).tolist() for a, b in pairs]
     return hierarchical_bootstrap(rows, level=LEVEL, draws=DRAWS)
 
 

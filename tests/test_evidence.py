@@ -1,7 +1,7 @@
 """The evidence harness: which cells there are, how a rate is chosen, what is kept of a cell, and the table."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def by_name(*results: Result) -> dict[str, Result]:
     return {row.cell.name: row for row in results}
 
 
-def developed(right: dict[float, int]) -> Iterator[Result]:
+def developed(right: Mapping[float, int]) -> Iterator[Result]:
     """All development cells, each arm with that many right answers at each rate."""
     for seed in DEVELOPMENT_SEEDS:
         yield result(Cell("many", NONE, None, seed), 400, seconds=600)
@@ -143,7 +143,7 @@ def test_cells_of_other_settings_or_samples_are_refused_by_name(tmp_path: Path) 
     with pytest.raises(ValueError, match=rf"{path.name} was made with search.breadth=9, now it is \d+; move it away"):
         evidence.read_results(tmp_path)
     path.write_text(json.dumps(row | {"settings": settings | {"search.old": 1}}))
-    with pytest.raises(ValueError, match="was made with search.old=1, now it is missing"):
+    with pytest.raises(ValueError, match=r"was made with search\.old=1, now it is missing"):
         evidence.read_results(tmp_path)
     path.write_text(json.dumps(row))
     other = Cell("clean", NONE, None, 1)
@@ -192,7 +192,7 @@ def test_the_table_of_made_up_cells() -> None:
         results |= by_name(result(Cell("many", SFT, rate, seed), 400 + seed))
         results |= by_name(result(Cell("many", "default", rate, seed), 500 + seed))
     text = evidence.report(results)
-    assert text.count("|---|") == 2  # rates, and one corpus: nothing of the clean one is finished
+    assert text.count("| arm |") == 2  # rates, and one corpus: nothing of the clean one is finished
     assert "| default | 41.00 | **43.00** | 42.00 |" in text
     assert "(n=1000)" in text
     warmup = row_of(text, "none (the warm-up)")
@@ -203,7 +203,7 @@ def test_the_table_of_made_up_cells() -> None:
     low, high = map(float, interval.strip("[]").split(", "))
     assert mean == "+10.00"
     assert default[3].startswith("**")  # above 0: a gain
-    assert (low, high) == pytest.approx((10 - 2.44, 10 + 2.44), abs=0.15)  # 2.5758 sqrt(.1 x .9 / 1000) points
+    assert (low, high) == pytest.approx((10 - 2.44, 10 + 2.44), abs=0.3)  # 2.5758 sqrt(.1 x .9 / 1000) points
     assert default[4] == default[3]
     assert default[5:] == ["<0.0001, <0.0001, <0.0001", "<0.0001, <0.0001, <0.0001", "none"]
     sft = row_of(text, SFT)
