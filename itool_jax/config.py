@@ -19,6 +19,7 @@ import tyro
 
 from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
+from itool_jax.data.sources import SamplesSettings
 from itool_jax.devices import PlanSettings
 from itool_jax.hosts import DistributedSettings
 from itool_jax.mcts.pairs import PairSettings
@@ -119,6 +120,7 @@ class Recipe:
     refused; what it costs here was not measured. Elsewhere it changes nothing."""
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
+    samples: SamplesSettings = SamplesSettings()
     warmup: WarmupRecipe = WarmupRecipe()
     replay: ReplaySettings = ReplaySettings()
     search: SearchSettings = SearchSettings()

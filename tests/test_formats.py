@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gzip
 import json
 import re
@@ -113,6 +114,8 @@ ROWS = {
     "seal_tools": {"id": "r", "query": "q", "calling": [{"api": "f", "parameters": {"n": 1}}]},
 }
 
+asked = functools.partial(load, targets="after_user")
+
 
 @pytest.mark.parametrize("result", ["{[1]: 2}", "{'name': 'g', 'input_parameters': {'n'}}", "not found"])
 def test_api_bank_searches_that_found_no_tool_offer_none(file, result):
@@ -124,17 +127,17 @@ def test_api_bank_searches_that_found_no_tool_offer_none(file, result):
 
 
 def test_glaive_without_tools_offers_none(file):
-    with_tools, without = load(file(GLAIVE, GLAIVE | {"tools": None}))
+    with_tools, without = asked(file(GLAIVE, GLAIVE | {"tools": None}))
     assert [tool["function"]["name"] for tool in with_tools.tools] == ["f"]
     assert without.tools == ()
     assert without.target == with_tools.target == "[f(n=1)]"
 
 
 def test_sharegpt_keeps_its_system_text_and_its_tools(file):
-    with_text, without = load(file(GLAIVE | {"system": "s"}, GLAIVE | {"system": None}))
+    with_text, without = asked(file(GLAIVE | {"system": "s"}, GLAIVE | {"system": None}))
     assert with_text.messages == ({"role": "system", "content": "s"}, USER)
     assert without.messages == (USER,)
-    assert with_text.tools == without.tools == load(file(GLAIVE))[0].tools
+    assert with_text.tools == without.tools == asked(file(GLAIVE))[0].tools
 
 
 def test_what_a_user_of_glaive_says_is_no_call(file):
@@ -149,14 +152,14 @@ def called(call):
 
 
 def test_glaive_as_its_authors_publish_it(file):
-    first, second = load(file(GLAIVE_HUB))
+    first, second = asked(file(GLAIVE_HUB))
     assert (first.messages, first.target) == ((USER,), "[f(n=1)]")
     assert [tool["function"]["name"] for tool in first.tools] == ["f", "g"]
     assert [message["role"] for message in second.messages] == ["user", "assistant", "tool", "assistant", "user"]
     assert second.messages[1:3] == ({"role": "assistant", "content": "[f(n=1)]"}, {"role": "tool", "content": "{}"})
     assert (second.id, second.target) == (f"{first.id}/2", "Well: welcome.\n\nBye.")
     text = {"system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n\n"}
-    (none, _) = load(file(GLAIVE_HUB | text))
+    (none, _) = asked(file(GLAIVE_HUB | text))
     assert (none.messages, none.tools) == ((USER,), ())
 
 
@@ -197,9 +200,9 @@ def test_both_forms_of_glaive_give_the_same_samples(file):
             chat += f"{speakers[turn['from']]}: {text}{end}\n\n\n"
         tools = json.loads(row["tools"]) if row["tools"] else []
         rows.append({"system": "SYSTEM: \n" + "\n\n".join(json.dumps(tool, indent=4) for tool in tools), "chat": chat})
-    theirs = load(file(*given))
+    theirs = asked(file(*given))
     assert len(theirs) == 746
-    assert [(s.messages, s.tools, s.target) for s in load(file(*rows))] == [
+    assert [(s.messages, s.tools, s.target) for s in asked(file(*rows))] == [
         (tuple(m | {"content": m["content"].strip()} for m in s.messages), s.tools, s.target.strip()) for s in theirs
     ]
 
@@ -224,7 +227,7 @@ def test_a_name_with_parts_of_a_value_in_it_does_not_spoil_the_data(file):
 
 
 def test_toolace_cuts_the_tools_out_of_the_system_text(file):
-    first, second = load(file(TOOLACE))
+    first, second = asked(file(TOOLACE))
     assert first.messages[0]["content"] == "Today is Monday.\nPut it in the format of [func1(a=1), func2()]"
     assert first.messages[1:] == (USER,)
     assert first.tools[0]["function"]["parameters"] == {
@@ -234,6 +237,10 @@ def test_toolace_cuts_the_tools_out_of_the_system_text(file):
     }
     assert (first.target, second.target) == ("[Trends API(n=1)]", "welcome")
     assert second.id == f"{first.id}/2"
+    first, done, last = load(file(TOOLACE), targets="all")
+    assert (done.id, done.target, len(done.messages)) == (f"{first.id}/1.2", "done", 4)
+    assert first.following == ({"role": "tool", "content": "{}"}, {"role": "assistant", "content": "done"})
+    assert (last.id, last.following, done.following) == (second.id, (), ())
 
 
 def test_xlam_reads_its_json_texts(file):
@@ -244,7 +251,8 @@ def test_xlam_reads_its_json_texts(file):
 
 
 def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
-    (sample,) = load(file(TOOLBENCH))
+    sample, last = load(file(TOOLBENCH))
+    assert (last.id, last.target, len(last.messages)) == (f"{sample.id}/1.2", "found", 3)
     assert sample.messages == ({"role": "user", "content": "find it"},)
     assert sample.target == '[get_for_x(q="it")]'
     assert [tool["function"]["name"] for tool in sample.tools] == ["get_for_x"]

@@ -87,7 +87,7 @@ def _conversation(text: str) -> dict[str, Any]:
         lambda: schemas.tools_inside("[{" * (N // 2)),
         lambda: schemas.tools_inside("[{'a': 1}," * (N // 10) + "]"),
         lambda: schemas.json_type("List[" * (N // 5)),
-        lambda: formats.from_toolace({"system": " " * N, "conversations": []}),
+        lambda: formats.from_toolace({"system": " " * N, "conversations": []}, "all"),
         lambda: formats.from_toolrl({"instruction": "**Available Tools**", "input": "<user>" * (N // 6), "output": ""}),
         lambda: formats.from_toolrl(
             {"instruction": "**Available Tools**\n1. Name: " + "\nDescription: " * (N // 14), "input": "", "output": ""}
@@ -95,11 +95,12 @@ def _conversation(text: str) -> dict[str, Any]:
         lambda: formats._toolbench_answer("Thought: " + "Action: x " * (N // 10)),
         lambda: formats._toolbench_answer("Thought: " + "Action: x\n" * (N // 10)),
         lambda: formats.from_glaive(
-            {"system": "{} " * (N // 3), "chat": "USER: q\n\nASSISTANT: <functioncall>" + '"arguments":\'' * (N // 13)}
+            {"system": "{} " * (N // 3), "chat": "USER: q\n\nASSISTANT: <functioncall>" + '"arguments":\'' * (N // 13)},
+            "all",
         ),
         lambda: benchmarks.from_api_bank({"input": "\nUser: q", "output": "a" * N}),
         lambda: benchmarks.from_api_bank({"input": "\nUser: q" + "\nx" * (N // 2), "output": "[f()]"}),
-        lambda: formats.samples_from_conversation("c", [{"role": "user", "content": "q"}] * N, ()),
+        lambda: formats.samples_from_conversation("c", [{"role": "user", "content": "q"}] * N, (), "all"),
         lambda: sources._distinct([Sample(id="a", messages=()) for _ in range(N // 10)]),
         lambda: bfcl_read.read_response("a." * 50_000 + "f()", "Python"),
     ],

@@ -1,5 +1,6 @@
 """The published data sets and test sets themselves, read to the last row; skipped where they are absent."""
 
+import gzip
 import json
 
 import pytest
@@ -20,7 +21,7 @@ from tests.conftest import shared_path
     ],
 )
 def test_public_data_is_read_to_the_last_row(source, n_samples, n_calls):
-    samples = load(shared_path(f"data/{source}"))
+    samples = load(shared_path(f"data/{source}"), targets="after_user")
     assert len(samples) == len({sample.id for sample in samples}) == n_samples
     calls = [read_calls(sample.target) for sample in samples]
     assert sum(call is not None for call in calls) == n_calls
@@ -31,6 +32,21 @@ def test_public_data_is_read_to_the_last_row(source, n_samples, n_calls):
         for tool in sample.tools:
             assert tool["function"]["parameters"]["type"] == "object"
     json.dumps([sample_row(sample) for sample in samples], allow_nan=False)
+
+
+def test_every_turn_of_glaive_is_a_sample_and_those_after_a_user_turn_stay_as_they_are():
+    path = shared_path("data/glaive/glaive_toolcall_en_demo.json.gz")
+    every, after_user = load(path), load(path, targets="after_user")
+    rows = json.loads(gzip.decompress(path.read_bytes()))
+    speakers = [turn["from"] for row in rows for turn in row["conversations"] if turn["value"]]
+    assert len(every) == sum(speaker in ("gpt", "function_call") for speaker in speakers)
+    assert len({sample.id for sample in every}) == len(every) > len(after_user)
+    same = {sample.id: sample for sample in every if sample.follows_user}
+    assert [same[s.id].target for s in after_user] == [s.target for s in after_user]
+    assert len(same) == len(after_user)
+    with_results = [s for s in after_user if s.following]
+    assert {s.following[0]["role"] for s in with_results} == {"tool"}
+    assert len(with_results) == sum(read_calls(s.target) is not None for s in after_user)
 
 
 def test_seal_tools_offers_the_gold_tools_among_ten_and_the_same_ones_every_time():

@@ -47,7 +47,7 @@ def test_calls_of_the_history_are_written_like_those_of_the_target(file):
     assert sample.messages[1] == {"role": "assistant", "content": "[f(a=1)]"}
 
 
-def test_a_conversation_gives_its_last_turn_or_every_turn_after_a_user_turn(file):
+def test_a_conversation_gives_its_last_turn_or_every_turn_or_those_after_a_user_turn(file):
     answer = {"role": "assistant", "content": "one"}
     tool = {"role": "tool", "content": "t"}
     conversation = [
@@ -60,10 +60,13 @@ def test_a_conversation_gives_its_last_turn_or_every_turn_after_a_user_turn(file
     ]
     path = file({"id": "c", "messages": conversation})
     assert [sample.target for sample in read_samples(path, need_target=True)] == ["three"]
-    assert [(sample.id, sample.target, len(sample.messages)) for sample in load(path)] == [
-        ("c", "one", 1),
-        ("c/2", "three", 5),
-    ]
+    found = {
+        targets: [(sample.id, sample.target, len(sample.messages)) for sample in load(path, targets=targets)]
+        for targets in ("after_user", "all")
+    }
+    assert found["after_user"] == [("c", "one", 1), ("c/2", "three", 5)]
+    assert found["all"] == [("c", "one", 1), ("c/1.2", "two", 3), ("c/2", "three", 5)]
+    assert [sample.id for sample in load(path)] == ["c", "c/1.2", "c/2"]
 
 
 def test_targets_are_needed_only_where_asked_for(file):
@@ -111,6 +114,9 @@ def test_rows_without_ids_get_ids_that_do_not_depend_on_their_order(file):
         ({"id": "a", "messages": [{"role": "assistant", "content": "x"}]}, "no message before"),
         ({"id": "a", "messages": [USER], "target": "t", "tools": [{}]}, 'a tool has no "name"'),
         ({"id": [1], "messages": [USER], "target": "t"}, '"id" must be'),
+        ({"id": "a", "messages": [USER], "target": "t", "following": "x"}, '"following" must be a list of messages'),
+        ({"id": "a", "messages": [USER], "target": "t", "following": ["x"]}, '"following": message 1 has role'),
+        ({"id": "a", "messages": [USER], "target": "t", "following": [USER]}, "holds a message of role 'user'"),
         ({"id": "a", "prompt_ids": [], "target_ids": [1]}, '"prompt_ids" must be a list'),
         ({"id": "a", "prompt_ids": [True], "target_ids": [1]}, '"prompt_ids" must be a list'),
         ({"id": "a", "prompt_ids": [1], "target_ids": [-1]}, '"target_ids" must be a list'),

@@ -6,17 +6,21 @@ since the chat template writes the tools. A row of another form raises ValueErro
 the file adds its name and the row.
 """
 
+import dataclasses
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
 from itool_jax.text.calls import Call, calls_from_openai, write_calls
 from itool_jax.text.sample import Row, Sample, content_id
 
+Targets = Literal["all", "after_user"]
+"""Which assistant turns of a conversation are samples: all, or those that follow a user turn."""
 NO_CALL = "None of the available tools can help with this request."
 """The target where a data set's answer is an empty list of calls."""
 
@@ -43,33 +47,43 @@ MAX_MESSAGES = 1000
 
 
 def samples_from_conversation(
-    conversation_id: str, messages: Sequence[Row], tools: tuple[Row, ...], category: str = ""
+    conversation_id: str, messages: Sequence[Row], tools: tuple[Row, ...], targets: Targets, category: str = ""
 ) -> list[Sample]:
-    """One sample for each assistant turn that follows a user turn; the others are history only.
+    """One sample for each assistant turn, or for each that follows a user turn; other turns are history only.
 
-    The first has the conversation's id, later ones "ID/2", "ID/3", ...
+    Turns without content are history, and so are those before the first user turn, which answer nothing. Samples that
+    follow a user turn are "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other turns are counted from the last
+    of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
     """
     if len(messages) > MAX_MESSAGES:
         raise ValueError(f"a conversation of {len(messages)} messages, more than {MAX_MESSAGES}")
-    turns = [
-        i
-        for i in range(1, len(messages))
-        if messages[i]["role"] == "assistant" and messages[i - 1]["role"] == "user" and messages[i]["content"]
-    ]
-    return [
-        Sample(
-            id=conversation_id if number == 1 else f"{conversation_id}/{number}",
-            messages=tuple(messages[:i]),
-            tools=tools,
-            target=messages[i]["content"],
-            category=category,
-            conversation=conversation_id if len(turns) > 1 else "",
-        )
-        for number, i in enumerate(turns, 1)
-    ]
+    samples: list[Sample] = []
+    answers, turn = 0, 0  # turns after a user turn so far, and turns since the last of these, itself included
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    for i in range(first + 1, len(messages)):
+        if messages[i]["role"] != "assistant" or not messages[i]["content"]:
+            continue
+        after_user = messages[i - 1]["role"] == "user"
+        answers, turn = (answers + 1, 1) if after_user else (answers, turn + 1)
+        if not after_user and targets == "after_user":
+            continue
+        number = f"{answers}" if after_user else f"{answers}.{turn}"
+        name = conversation_id if number == "1" else f"{conversation_id}/{number}"
+        shown, target = tuple(messages[:i]), messages[i]["content"]
+        sample = Sample(id=name, messages=shown, tools=tools, target=target, category=category)
+        if sample.follows_user:
+            sample = dataclasses.replace(sample, following=_until_user(messages, i + 1))
+        samples.append(sample)
+    return [dataclasses.replace(s, conversation=conversation_id) for s in samples] if len(samples) > 1 else samples
 
 
-def from_toolace(row: Row) -> list[Sample]:
+def _until_user(messages: Sequence[Row], start: int) -> tuple[Row, ...]:
+    """The assistant's and tools' messages from `start` to the next of another role."""
+    later = itertools.islice(messages, start, None)
+    return tuple(itertools.takewhile(lambda message: message["role"] in ("assistant", "tool"), later))
+
+
+def from_toolace(row: Row, targets: Targets) -> list[Sample]:
     """ToolACE (arXiv 2409.00920): {system, conversations: [{from: user|assistant|tool, value}]}.
 
     The list of tools is cut out of the system text; the rest of that text stays the system message.
@@ -78,10 +92,10 @@ def from_toolace(row: Row) -> list[Sample]:
     tools, start, end = tools_inside(system)
     before, after = _TOOLACE_LEAD_IN.sub("", system[:start]), system[end:].lstrip(". \n")
     messages = [{"role": "system", "content": f"{before}\n{after}".strip()}, *_turns(row)]
-    return samples_from_conversation(content_id("toolace", row), messages, tool_schemas(tools))
+    return samples_from_conversation(content_id("toolace", row), messages, tool_schemas(tools), targets)
 
 
-def from_sharegpt(row: Row) -> list[Sample]:
+def from_sharegpt(row: Row, targets: Targets) -> list[Sample]:
     """Glaive, and what else LLaMA-Factory reads: {conversations: [{from, value}], tools}, `tools` being a JSON text.
 
     Turns are from human, gpt, function_call and observation; a text `system` may come with them.
@@ -90,10 +104,10 @@ def from_sharegpt(row: Row) -> list[Sample]:
     tools = tool_schemas(field(row, "tools", str, list, NoneType))
     system = field(row, "system", str, NoneType) if "system" in row else None
     messages = [{"role": "system", "content": system}] if system else []
-    return samples_from_conversation(content_id("glaive", row), messages + _turns(row), tools)
+    return samples_from_conversation(content_id("glaive", row), messages + _turns(row), tools, targets)
 
 
-def from_glaive(row: Row) -> list[Sample]:
+def from_glaive(row: Row, targets: Targets) -> list[Sample]:
     """Glaive as its authors publish it, glaive-function-calling-v2: {system, chat}, both texts.
 
     The system text lists the functions, a JSON object each, and says nothing else. What the assistant says before a
@@ -104,11 +118,12 @@ def from_glaive(row: Row) -> list[Sample]:
     if start.strip() or "ASSISTANT" not in turns[::2]:
         raise ValueError('"chat" is no dialogue, "USER: ...", "ASSISTANT: ..."')
     messages = [_glaive_message(speaker, text) for speaker, text in zip(turns[::2], turns[1::2], strict=True)]
-    return samples_from_conversation(content_id("glaive", row), messages, tool_schemas(_json_values(brace + listed)))
+    tools = tool_schemas(_json_values(brace + listed))
+    return samples_from_conversation(content_id("glaive", row), messages, tools, targets)
 
 
-def from_toolbench(row: Row) -> list[Sample]:
-    """ToolBench (arXiv 2307.16789), its ReAct conversations: the first action of each.
+def from_toolbench(row: Row, targets: Targets) -> list[Sample]:
+    """ToolBench (arXiv 2307.16789), its ReAct conversations: every action of each, or the first.
 
     Thoughts are dropped, and so is the tool Finish: an action that gives the final answer becomes it.
     """
@@ -122,7 +137,7 @@ def from_toolbench(row: Row) -> list[Sample]:
     ]
     for message in messages:
         message["content"] = message["content"].strip().removesuffix("Begin!").strip()
-    return samples_from_conversation(content_id("toolbench", row), messages, tool_schemas(listed))
+    return samples_from_conversation(content_id("toolbench", row), messages, tool_schemas(listed), targets)
 
 
 def from_xlam(row: Row) -> list[Sample]:

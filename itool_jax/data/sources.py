@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from itool_jax.data import benchmarks, formats
-from itool_jax.data.formats import samples_from_conversation
+from itool_jax.data.formats import Targets, samples_from_conversation
 from itool_jax.data.rows import SUFFIXES, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.files import place
@@ -29,19 +29,59 @@ Path = str | os.PathLike[str]
 Numbered = list[tuple[int, Row]]
 
 
-def load(source: Path, skipped: list[str] | None = None) -> list[Sample]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplesSettings:
+    """Which samples the data gives: the turns that are learned, the held-out parts, and how many are used."""
+
+    targets: Targets = "all"
+    """Assistant turns of a conversation that warm-up trains on: all, those after a tool result or another assistant
+    turn too; or after_user, only those that follow a user turn. The search starts from the latter in any case. A row
+    with a target of its own is one sample."""
+
+    test_share: float = 0.1
+    """Share of the data kept for the test part, conversations whole; unused with test_file and the generated corpus.
+    With 0 and no test_file a run is evaluated on a benchmark only."""
+
+    validation_share: float = 0.05
+    """Share of the rest kept for the validation part; unused with the generated corpus, which has its own."""
+
+    test_file: str | None = None
+    """Data that is the test part, in any form that --data takes; its samples are left out of the other parts."""
+
+    fraction: float = 1.0
+    """Share of the training samples that is used, chosen by a hash of their ids and the seed, conversations whole; a
+    smaller share is part of a larger one."""
+
+    limit: int = 0
+    """Most training samples that are used, the first by the same hash; 0 is all."""
+
+    def __post_init__(self) -> None:
+        for name in ("test_share", "validation_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"samples.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.test_file == "":
+            raise ValueError("samples.test_file must not be empty; leave it out for none")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"samples.fraction must be in (0, 1], got {self.fraction}")
+        if self.limit < 0:
+            raise ValueError(f"samples.limit must not be negative, got {self.limit}")
+
+
+def load(source: Path, skipped: list[str] | None = None, targets: Targets = SamplesSettings.targets) -> list[Sample]:
     """All training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
 
-    A conversation gives one sample for each assistant turn that follows a user turn. Where a list `skipped` is given,
-    a wrong row is left out, and the reason put there.
+    A conversation gives one sample for each assistant turn that `targets` names. Where a list `skipped` is given, a
+    wrong row is left out, and the reason put there.
 
     Raises:
         ValueError: one line that names the source, and the row where one is wrong; or a row is raw.
     """
-    return _load(source, need_target=True, for_training=True, skipped=skipped)
+    return _load(source, targets, need_target=True, for_training=True, skipped=skipped)
 
 
-def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
+def read_samples(
+    source: Path, need_target: bool, targets: Targets = SamplesSettings.targets
+) -> list[Sample | RawSample]:
     """The samples of a file, a folder or `hf:OWNER/NAME`, raw ones and ones without a target among them.
 
     The raw forms are {id, prompt_ids, target_ids}, {id, prompt_ids} and {id, prompt}. In the OpenAI form, {id,
@@ -52,7 +92,7 @@ def read_samples(source: Path, need_target: bool) -> list[Sample | RawSample]:
     Raises:
         ValueError: one line that names the source, and the row where one is wrong; or an id stands twice in a file.
     """
-    return _load(source, need_target, for_training=False, skipped=None)
+    return _load(source, targets, need_target, for_training=False, skipped=None)
 
 
 def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
@@ -61,7 +101,7 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
     Raises:
         ValueError: one line that says which row is wrong, by its number from 1.
     """
-    read = functools.partial(_openai_or_raw, need_target=need_target, every_turn=False)
+    read = functools.partial(_openai_or_raw, need_target=need_target, turns=None)
     found = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
     if any(isinstance(sample, RawSample) for sample in found):
         raise ValueError('a sample needs "messages"; raw prompts are for files')
@@ -71,12 +111,14 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
 def load_questions(source: Path) -> list[Sample]:
     """The samples of evaluation data: what `load` reads, and the tests of BFCL, without targets, and of API-Bank.
 
+    A conversation gives one sample for each answer to a user turn: what it asks counts, once.
+
     Raises:
         ValueError: one line that names the source, and the row where one is wrong.
     """
     name = os.fspath(source)
     if name.startswith(HUB):
-        return load(name)
+        return load(name, targets="after_user")
     return _distinct(sample for file in _files(pathlib.Path(name)) for sample in _questions(file))
 
 
@@ -84,7 +126,7 @@ def _questions(file: pathlib.Path) -> list[Sample]:
     rows = list(read_rows(file))
     read = _test_reader(rows[0][1]) if rows else None
     if read is None:
-        return load(file)
+        return load(file, targets="after_user")
     return [sample for number, row in rows for sample in _at(place(file, number), read, row)]
 
 
@@ -95,7 +137,9 @@ def _test_reader(row: Row) -> Callable[[Row], list[Sample]] | None:
     return benchmarks.from_bfcl if {"id", "question"} <= row.keys() else None
 
 
-def _load(source: Path, need_target: bool, for_training: bool, skipped: list[str] | None) -> list[Any]:
+def _load(
+    source: Path, targets: Targets, need_target: bool, for_training: bool, skipped: list[str] | None
+) -> list[Any]:
     name = os.fspath(source)
     if name.startswith(HUB):
         files = [(name, _hub_rows(name), lambda number: f"{name} row {number}")]
@@ -103,7 +147,9 @@ def _load(source: Path, need_target: bool, for_training: bool, skipped: list[str
         paths = _files(pathlib.Path(name))
         files = ((str(file), list(read_rows(file, skipped)), functools.partial(place, file)) for file in paths)
     return _distinct(
-        sample for file in files for sample in _samples(*file, need_target, for_training=for_training, skipped=skipped)
+        sample
+        for file in files
+        for sample in _samples(*file, targets, need_target, for_training=for_training, skipped=skipped)
     )
 
 
@@ -111,18 +157,19 @@ def _samples(
     name: str,
     rows: Numbered,
     where: Callable[[int], str],
+    targets: Targets,
     need_target: bool,
     for_training: bool,
     skipped: list[str] | None,
 ) -> list[Sample | RawSample]:
     samples: list[Sample | RawSample] = []
-    plain = functools.partial(_openai_or_raw, need_target=need_target, every_turn=for_training)
+    plain = functools.partial(_openai_or_raw, need_target=need_target, turns=targets if for_training else None)
     first: dict[str, int] = {}
     read: Callable[[Row], list[Any]] | None = None
     for number, row in rows:
         try:
             if read is None or skipped is not None:  # a row that may be wrong tells nothing of the others
-                read = _public_reader(row, where(number), pathlib.Path(name)) or plain
+                read = _public_reader(row, where(number), pathlib.Path(name), targets) or plain
             if read is plain:
                 _refuse_repeated_id(row, number, first, where)
             found = _at(where(number), read, row)
@@ -136,7 +183,7 @@ def _samples(
     return samples
 
 
-def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], list[Sample]] | None:
+def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -> Callable[[Row], list[Sample]] | None:
     """The function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
     if keys & {"messages", "prompt_ids", "prompt"}:
@@ -146,13 +193,13 @@ def _public_reader(row: Row, where: str, path: pathlib.Path) -> Callable[[Row], 
     if {"query", "tools", "answers"} <= keys:
         return formats.from_xlam
     if {"system", "chat"} <= keys:
-        return formats.from_glaive
+        return functools.partial(formats.from_glaive, targets=targets)
     if {"tools", "conversations"} <= keys:
-        return formats.from_sharegpt
+        return functools.partial(formats.from_sharegpt, targets=targets)
     if {"system", "conversations"} <= keys:
-        return formats.from_toolace
+        return functools.partial(formats.from_toolace, targets=targets)
     if "conversations" in keys:
-        return formats.from_toolbench
+        return functools.partial(formats.from_toolbench, targets=targets)
     if {"instruction", "input", "output"} <= keys:
         return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else benchmarks.from_api_bank
     raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
@@ -163,29 +210,46 @@ def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Cal
         raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
 
 
-def _openai_or_raw(row: Row, need_target: bool, every_turn: bool) -> list[Any]:
+def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[Any]:
+    """The sample of a row; without a target, one for each of the `turns`, or one for the last turn if that is None."""
     if row.get("messages") is None and row.keys() & {"prompt_ids", "prompt"}:
         return [_raw(row, need_target)]
     messages = row.get("messages")
     if not messages or not isinstance(messages, list):
         raise ValueError('sample has no "messages"')
-    turns = [_message(message, number) for number, message in enumerate(messages, 1)]
+    shown = [_message(message, number) for number, message in enumerate(messages, 1)]
+    following: tuple[Row, ...] = ()
     name, category, tools = _id(row), str(row.get("category") or ""), tool_schemas(row.get("tools"))
     if row.get("target") is not None:
-        target = _target(row["target"])
-    elif every_turn:
-        found = samples_from_conversation(name, turns, tools, category)
+        target, following = _target(row["target"]), _following(row)
+    elif turns is not None:
+        found = samples_from_conversation(name, shown, tools, turns, category)
         if not found:
             raise ValueError('sample has no "target" and no assistant turn that follows a user turn')
         return found
     else:
-        target = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
+        target = shown.pop()["content"] if shown[-1]["role"] == "assistant" else ""
     if need_target and not target:
         raise ValueError(f'sample has {"an empty" if row.get("target") is not None else "no"} "target"')
-    if not turns:
+    if not shown:
         raise ValueError("sample has no message before its target")
-    sample = Sample(id=name, messages=tuple(turns), tools=tools, target=target, category=category)
-    return [dataclasses.replace(sample, conversation=str(row.get("conversation") or ""))]
+    sample = Sample(id=name, messages=tuple(shown), tools=tools, target=target, category=category)
+    conversation = str(row.get("conversation") or "")
+    return [dataclasses.replace(sample, conversation=conversation, following=following)]
+
+
+def _following(row: Row) -> tuple[Row, ...]:
+    """What a row says came after its target."""
+    given = row.get("following") or []
+    if not isinstance(given, list):
+        raise ValueError('"following" must be a list of messages')
+    try:
+        messages = tuple(_message(message, number) for number, message in enumerate(given, 1))
+    except ValueError as error:
+        raise ValueError(f'"following": {error}') from error
+    if wrong := [message["role"] for message in messages if message["role"] not in ("assistant", "tool")]:
+        raise ValueError(f'"following" holds a message of role {wrong[0]!r}, expected assistant or tool')
+    return messages
 
 
 def _raw(row: Row, need_target: bool) -> RawSample:
@@ -255,7 +319,7 @@ def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
     """What `read` makes of a row, which may hold anything; where it fails, the reason with the place."""
     try:
         found = read(row)
-        if too_deep([(s.messages, s.tools) for s in found if isinstance(s, Sample)], MAX_DEPTH + 3):
+        if too_deep([(s.messages, s.tools, s.following) for s in found if isinstance(s, Sample)], MAX_DEPTH + 3):
             raise ValueError(f"a value is {TOO_DEEP}")
         return found
     except ValueError as error:

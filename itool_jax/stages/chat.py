@@ -232,7 +232,7 @@ class Session:
             self.say(f"/save needs a name that ends in {' or '.join(SAVED)}, got {name}", "yellow")
             return
         try:
-            if not samples_from_conversation(self.id, self.messages, self.tools):
+            if not samples_from_conversation(self.id, self.messages, self.tools, "after_user"):
                 raise ValueError("there is no answer to save yet")
             path = Path(name).expanduser()
             rows = [row for _, row in read_rows(path)] if path.exists() else []

@@ -28,7 +28,7 @@ def run(run: Run) -> dict[str, Any]:
     config = run.config
     if config.chat:
         return chat.run(run)
-    samples = read_samples(data_file(config), need_target=False)
+    samples = read_samples(data_file(config), need_target=False, targets=config.samples.targets)
     chat_format, model = run.base.chat, run.base.config
     encoded = [encode_sample(chat_format, sample) for sample in samples]
     check_ids(encoded, model.vocab_size)

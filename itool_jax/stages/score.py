@@ -44,7 +44,7 @@ def run(run: Run) -> Table | None:
 
 def _score_file(run: Run, output: Path) -> None:
     config, base = run.config, run.base
-    samples = read_samples(splits.data_file(config), need_target=True)
+    samples = read_samples(splits.data_file(config), need_target=True, targets=config.samples.targets)
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     check_ids(encoded, base.config.vocab_size)
     check_lengths(encoded, base.config.max_length)

@@ -23,8 +23,20 @@ class Sample:
     category: str = ""
     conversation: str = ""
     """Which conversation it is a turn of; empty where it is the only one."""
+    following: tuple[Row, ...] = ()
+    """Messages recorded after the target up to the next user turn: tool results and further assistant turns. Only
+    samples that follow a user turn have them."""
     place: str = field(default="", compare=False)
     """Where it was read, for messages: file and row; no part of the sample and never written."""
+
+    @property
+    def follows_user(self) -> bool:
+        """Whether the target begins the answer to a user turn: no assistant or tool message stands between.
+
+        System messages do not count, and a sample of nothing but system messages begins an answer too.
+        """
+        roles = (message["role"] for message in reversed(self.messages))
+        return next((role == "user" for role in roles if role in ("user", "assistant", "tool")), True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,8 @@ def sample_row(sample: Sample) -> Row:
     """The row of a file that reads back as this very sample."""
     row: Row = {"id": sample.id, "messages": list(sample.messages), "tools": list(sample.tools)}
     row["target"] = sample.target
+    if sample.following:
+        row["following"] = list(sample.following)
     return row | {key: value for key in ("category", "conversation") if (value := getattr(sample, key))}
 
 
