@@ -167,6 +167,11 @@ def test_the_plan_is_what_the_run_did(made: Made, roomy: Row):
     assert all(row["hours"] > 0 for row in roomy["stages"])
 
 
+def test_a_run_without_a_held_out_part_is_planned_without_its_evaluation(made: Made, tmp_path: Path):
+    found = planned(made, tmp_path, "--plan.device=h100", "--samples.test_share=0", "--iterations=0")
+    assert [row["stage"] for row in found["stages"]] == ["warmup"]
+
+
 def test_the_largest_sizes_fit_where_there_is_room(made: Made, roomy: Row):
     assert roomy["fits"]
     assert roomy["change"] is None

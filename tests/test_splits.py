@@ -172,7 +172,13 @@ def test_the_card_by_hand() -> None:
             **{"samples_with_tools": 1, "samples_with_a_known_tool": 1, "known_tools": ["f"]},
         }
     }
-    text = "\n".join(lines(card | {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0, "too_long": 3}))
+    card |= {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0, "too_long": 3, "train_left_out": 0}
+    card |= {"validation_texts_left_out": 0, "test_texts_left_out": 4, "buffer_left_out": 5}
+    text = "\n".join(lines(card))
+    assert "  4 texts left out of test: they follow no user turn, and any text would be right" in text
+    assert "  5 training samples not used: they follow no user turn, and their conversations are in the replay" in text
+    assert "left out of validation" not in text
+    assert "samples.fraction" not in text
     assert "data d.jsonl: 0 repeats left out, 0 wrong rows skipped, 3 samples too long for the model" in text
     assert "train: 2 samples of 1 conversations, 4 turns, 2 calls, 1 texts, 18 tokens" in text
     assert (

@@ -94,7 +94,20 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         line = f"  {name}: {c['samples']} samples of {c['conversations']} conversations, {c['turns']} turns, "
         line += f"{c['calls']} calls, {c['texts']} texts, {c['prompt_tokens'] + c['target_tokens']} tokens"
         found.append(f"{line} (the longest sample {c['longest']}, half of them at most {c['median']})")
-    return found + overlap_lines(card["overlap_with_train"])
+    return found + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
+
+
+def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
+    """Why samples of the data are in no part or not used, by the counts of a card: a line a reason that holds."""
+    no_test = "they follow no user turn, and any text would be right"
+    reasons = {
+        "validation_texts_left_out": f"texts left out of validation: {no_test}",
+        "test_texts_left_out": f"texts left out of test: {no_test}",
+        "train_left_out": "training samples not used, by samples.fraction and samples.limit",
+        "buffer_left_out": "training samples not used: they follow no user turn, and their conversations are in the "
+        "replay buffer",
+    }
+    return [f"  {counts[name]} {reason}" for name, reason in reasons.items() if counts[name]]
 
 
 def overlap_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -126,8 +139,8 @@ def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, 
         "texts": sum(found is None for found in calls),
         "prompt_tokens": sum(len(row.prompt_ids) for row in encoded),
         "target_tokens": sum(len(row.target_ids) for row in encoded),
-        "longest": max(lengths),
-        "median": round(statistics.median(lengths)),
+        "longest": max(lengths, default=0),
+        "median": round(statistics.median(lengths or [0])),
     }
 
 

@@ -23,7 +23,7 @@ from itool_jax.preemption import PreemptionError, asked_to_stop
 from itool_jax.run_directory import binding_settings
 from itool_jax.stages import columns
 from itool_jax.stages.paths import StepId, done_file, iteration_of, working_folder
-from itool_jax.stages.sources import check_sources
+from itool_jax.stages.sources import ALL, check_sources
 from itool_jax.stages.spread import Work, map_across_hosts
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
     if asked_to_stop():
         return _State(stop=True)
     config = task.config
-    check_sources(config, ("model", "data") if step.data_hashes is None else ("model",))
+    check_sources(config, ALL if step.data_hashes is None else ("model",))
     basis = _basis(config, step, inputs)
     stale = _staleness(task, step, basis)
     if stale is None:

@@ -252,7 +252,8 @@ def compile_cache(folder: Path) -> Iterator[Finding]:
 
 def hub(config: Config) -> Iterator[Finding]:
     """Access to the hub, where a name of it is used: token, cached files, or an answer."""
-    names = [("dataset", config.data.removeprefix("hf:"))] if config.data.startswith("hf:") else []
+    given = [source for source in (config.data, config.samples.test_file) if source and source.startswith("hf:")]
+    names = [("dataset", source.removeprefix("hf:")) for source in given]
     if config.model != "embedded" and not Path(config.model).expanduser().is_dir():
         names.insert(0, ("model", config.model))
     if not names:

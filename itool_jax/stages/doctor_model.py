@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from itool_jax.config import Config
+from itool_jax.data.card import left_out_lines
 from itool_jax.model import hf
 from itool_jax.stages.base import load_base, model_folder, step_table
 from itool_jax.stages.doctor_machine import Finding
-from itool_jax.stages.splits import divide, divide_replay
+from itool_jax.stages.splits import divide, divide_replay, require_part
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
 from itool_jax.text.sample import Sample
@@ -150,7 +151,9 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
     text = f"{counts}; {statistics.median(lengths):.0f} tokens in the middle, {lengths[-1]} at most, of {limit}"
-    found = [Finding("ok", "data", text)]
+    found = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
+    if config.benchmark is None:
+        found += _refused("evaluation", "", lambda: require_part(config))[1]
     if skipped:
         level = "warning" if config.skip_bad_rows else "error"
         remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"

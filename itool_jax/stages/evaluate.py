@@ -18,7 +18,7 @@ from itool_jax.stages.answers import answer_greedily
 from itool_jax.stages.cache import Figures, Step, Task
 from itool_jax.stages.paths import BASE, trained_phases
 from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples
+from itool_jax.stages.splits import Samples, require_part
 from itool_jax.stages.weights import PhasePolicy
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.sample import Sample
@@ -33,6 +33,7 @@ def run(run: Run) -> dict[str, Figures]:
     config = run.config
     if config.benchmark is not None:
         return benchmark.run(run)
+    require_part(config)
     leakage.check(run)
     held_out = run.splits.test if config.evaluate.split == "test" else run.splits.validation
     phases = (BASE, *trained_phases(config.run_dir))

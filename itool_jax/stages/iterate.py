@@ -16,7 +16,7 @@ from itool_jax.messages import console_out, say
 from itool_jax.stages import benchmark, cache, columns, dpo, evaluate, leakage, report, score, search, warmup
 from itool_jax.stages.paths import BASE, WARMUP, done_file, iteration_of, phase_name
 from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples, search_pool, split_replay
+from itool_jax.stages.splits import Samples, has_part, require_part, search_pool, split_replay
 from itool_jax.stages.weights import PhasePolicy
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
@@ -31,6 +31,7 @@ MEASURED = ("accuracy", "n", "standard_error")
 def run(run: Run) -> dict[str, Any]:
     """Runs what is not done yet; returns the summary."""
     _check_batch_sizes(run.config)
+    _check_held_out(run.config)
     _drop_summary_of_fewer_iterations(run.config)
     leakage.check(run)
     iterate(run)
@@ -67,8 +68,9 @@ def iterate(run: Run) -> PhasePolicy:
 
 
 def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
-    """On the held-out split, and for a trained policy on the benchmark if there is one."""
-    run.phase(policy.phase).cached(evaluate.step(run.config), policy, held_out)
+    """On the held-out split if there is one, and for a trained policy on the benchmark if there is one."""
+    if _has_held_out(run.config):
+        run.phase(policy.phase).cached(evaluate.step(run.config), policy, held_out)
     if run.config.benchmark is not None and policy.phase != BASE:
         benchmark.evaluate(run, policy.phase)
     report.refresh(run.config)
@@ -85,6 +87,19 @@ def _check_batch_sizes(config: Config) -> None:
     """Fails on inconsistent batch sizes before any work."""
     for training in (config.warmup, config.preference):
         training.n_micro()
+
+
+def _check_held_out(config: Config) -> None:
+    """Fails before any work if there is nothing to evaluate on; says so if there is a benchmark only."""
+    if config.benchmark is None:
+        require_part(config)
+    elif not _has_held_out(config):
+        split = config.evaluate.split
+        say(f"samples.{split}_share=0 leaves no {split} part: evaluating on {config.benchmark} only")
+
+
+def _has_held_out(config: Config) -> bool:
+    return has_part(config, config.evaluate.split)
 
 
 def _drop_summary_of_fewer_iterations(config: Config) -> None:
@@ -117,7 +132,7 @@ def summarize(run: Run) -> dict[str, Any]:
     evaluation = evaluate.step(config).name
     rows = []
     for name in phases(config):
-        figures = _figures(config, name, evaluation)
+        figures = _figures(config, name, evaluation) if _has_held_out(config) else {key: {} for key in MEASURED}
         seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", evaluation))
         measured = {key: figures[key] for key in MEASURED}
         rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
@@ -169,17 +184,22 @@ def _seconds(config: Config, phase: str, stage: str) -> float:
 
 
 def _comparisons(config: Config) -> list[dict[str, Any]]:
-    """Each phase against the one before, and the last against the warm-up, paired over samples."""
+    """Each phase against the one before, and the last against the warm-up, paired over samples.
+
+    Without a held-out part it is the benchmark's categories that are compared.
+    """
     names = phases(config)
     pairs = list(zip(names[1:], names, strict=False))
     if config.iterations > 1:
         pairs.append((names[-1], WARMUP))
     rows = []
-    for phase, before in pairs:
-        result, lower = evaluate.compared(config, phase, before)
+    held_out = _has_held_out(config)
+    for phase, before in pairs if held_out else pairs[1:]:  # a benchmark is not asked of the base model
+        result, lower = evaluate.compared(config, phase, before) if held_out else (None, [])
         if config.benchmark is not None and before != BASE:
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
-        row = {"phase": phase, "against": before, **result._asdict(), "text": describe(result), "regressions": lower}
+        figures, text = (result._asdict(), describe(result)) if result else ({}, f"on {config.benchmark} only")
+        row = {"phase": phase, "against": before, **figures, "text": text, "regressions": lower}
         rows.append(row)
     return rows
 
@@ -188,7 +208,7 @@ def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
     """Prints the summary as a table, and what is significant of it."""
     names = [name for name, count in summary["phases"][0]["n"].items() if count]
     # No frame and narrow gaps: the widest row just fits 80 columns.
-    title = f"exact answers, % ± standard error, {summary['split']} part"
+    title = f"exact answers, % ± standard error, {summary['split']} part" if names else None
     table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     table.add_column("phase", no_wrap=True)
     for name in names:

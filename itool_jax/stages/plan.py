@@ -45,6 +45,7 @@ def run(config: Config) -> Row:
     say(f"planning for {hardware.n_devices} x {hardware.name}, asking {hardware.answers}")
     # 1. What each stage needs as it is set, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
+    stages = stages if data.evaluated else stages[:-1]  # a run may be evaluated on a benchmark only
     as_set = [planner.as_set(stage) for stage in stages]
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
     # 2. What to change where a stage does not fit.

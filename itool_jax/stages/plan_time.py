@@ -42,7 +42,7 @@ class Workload(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What is trained on and evaluated."""
+    """What is trained on and evaluated, which may be nothing."""
 
     warmup: list[Sample]
     buffer: list[Sample]
@@ -92,7 +92,7 @@ def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> 
         found.append(_scores(config, data, time_model))
         found.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
         found.append(_preferences(config, data, time_model, trees, prompts))
-    return [*found, _evaluation(config, data, time_model)]
+    return [*found, _evaluation(config, data, time_model)] if data.evaluated else found
 
 
 def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:

@@ -44,7 +44,7 @@ class ReportTree(NamedTuple):
 def samples(path: Path, changed: int) -> dict[str, Sample]:
     """The samples of a part of the data by id; read again only where the file has changed since."""
     del changed  # the cache looks at it
-    return {sample.id: sample for sample in sources.load(path)}
+    return {sample.id: sample for sample in sources.load(path)} if path.stat().st_size else {}
 
 
 def prompt(sample: Sample, number: Callable[[Sequence[Row]], int]) -> Row:

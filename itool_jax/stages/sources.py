@@ -12,15 +12,18 @@ from itool_jax.model import hf
 from itool_jax.stages.base import model_folder
 
 SOURCES = "data/sources.json"
+ALL = ("model", "data", "samples.test_file")
+"""The settings that name files which a run is made from."""
 
 
-def fingerprints(config: Config, names: Sequence[str] = ("model", "data")) -> dict[str, Any]:
+def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
     """A hash of each file of the model and of the data by its name; big files are not read whole."""
     hashes: dict[str, Any] = {}
     for name in names:
-        if name == "data" and config.data == "generated":
+        given = config.flat()[name]
+        if given is None or (name == "data" and given == "generated"):
             continue
-        path = model_folder(config) if name == "model" else Path(config.data)
+        path = model_folder(config) if name == "model" else Path(given)
         patterns = hf.FILES if name == "model" else [f"*{ending}" for ending in SUFFIXES]
         paths = [path] if path.is_file() else sorted(p for pattern in patterns for p in path.glob(pattern))
         hashes[name] = {path.name: _ends(path) for path in paths if path.is_file()}
@@ -35,7 +38,7 @@ def _ends(path: Path, size: int = 1 << 20) -> str:
         return hashlib.blake2b(b"%d " % length + beginning + file.read(), digest_size=16).hexdigest()
 
 
-def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> None:
+def check_sources(config: Config, names: Sequence[str] = ALL) -> None:
     """ValueError names the first file of the model or the data that is not what the run began with."""
     path = config.run_dir / SOURCES
     if not path.exists():
@@ -45,5 +48,5 @@ def check_sources(config: Config, names: Sequence[str] = ("model", "data")) -> N
         if not isinstance(then.get(name), dict):
             raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
         if changed := sorted(f for f in then[name] | now[name] if then[name].get(f) != now[name].get(f)):
-            source = f"{changed[0]} of --{name}={getattr(config, name)}"
+            source = f"{changed[0]} of --{name}={config.flat()[name]}"
             raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
