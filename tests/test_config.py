@@ -20,7 +20,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 BINDING = {
     "": ("model", "data", "skip_bad_rows", "seed", "dtype", "quantize", "deterministic"),
     "lora.": ("rank", "alpha", "dropout", "targets"),
-    "generated.": ("train", "validation", "test"),
+    "generated.": ("train", "validation", "test", "writers"),
     "samples.": ("targets", "test_share", "validation_share", "test_file", "fraction", "limit"),
     "warmup.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),

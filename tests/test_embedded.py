@@ -18,8 +18,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from itool_jax.config import parse
 from itool_jax.data import lexicon
-from itool_jax.data.generated import generate, make_sample
+from itool_jax.data.generated import generate, make_sample, splits
 from itool_jax.embedded import pretrain
 from itool_jax.embedded import tokenizer as embedded_tokenizer
 from itool_jax.embedded.pretrain import Corpus, Settings
@@ -33,7 +34,7 @@ from itool_jax.text.sample import Sample
 from itool_jax.text.steps import build_step_table, split_steps
 from tests import tiny
 
-LONGEST = 384
+LONGEST, LONGEST_OF_TASK = 384, 448  # only the task asks for more than three calls
 NAMES = [start + end for start in lexicon.NAME_STARTS for end in lexicon.NAME_ENDS]
 PIECES = [*embedded_tokenizer.pieces(), *embedded_tokenizer.SPECIAL, " ", "\n", "é", "🙂"]
 
@@ -98,11 +99,12 @@ def test_what_opens_and_closes_calls_is_one_token(chat: Chat) -> None:
     assert len(ids) == 26
 
 
-@pytest.mark.parametrize("part", ["pretraining", "train", "test"])
+@pytest.mark.parametrize("part", ["pretraining", "train", "test", "test_known"])
 def test_samples_are_short(chat: Chat, part: Any) -> None:
-    encoded = [encode_sample(chat, sample) for sample in generate(part, 250)]
+    encoded = [encode_sample(chat, sample) for sample in generate(part, 250, writers=12)]
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in encoded]
-    assert max(lengths) <= LONGEST
+    assert max(lengths) <= (LONGEST if part == "pretraining" else LONGEST_OF_TASK)
+    assert np.mean(np.array(lengths) > LONGEST) < 0.02
     assert 100 < np.mean(lengths) < 200
     letters = set(chat.tokenizer.convert_tokens_to_ids(list("bcdefghjklmnopqrstuvwxyz")))
     assert len(letters) == 24
@@ -121,7 +123,45 @@ def test_a_prompt_and_its_target_begin_every_longer_conversation(chat: Chat, sam
         later = chat.prompt_ids([*turns, {"role": "user", "content": "find a hotel"}], sample.tools)
         assert later[: len(whole)] == whole
         assert chat.tokenizer.decode(encoded.target_ids[:-1]) == sample.target
-    assert {sample.category for sample in samples} == {"calls", "irrelevance", "multi_turn"}
+    assert {sample.category for sample in samples} == {"calls", "long", "irrelevance", "multi_turn"}
+
+
+def test_a_default_is_shown_behind_its_parameter(chat: Chat) -> None:
+    properties = {
+        "hall": {"type": "string"},
+        "era": {"type": "string", "enum": ["ancient", "modern"], "default": "modern"},
+        "fee": {"type": "number", "default": 4.5},
+        "guided": {"type": "boolean", "default": False},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["hall"]}
+    tool = {"type": "function", "function": {"name": "find_visit", "description": "", "parameters": parameters}}
+    shown = "find_visit(hall:string, era=modern|ancient|modern:string?, fee=4.5:number?, guided=False:boolean?)\n"
+    text = chat.tokenizer.decode(chat.prompt_ids([{"role": "user", "content": "find a visit"}], [tool]))
+    assert text == f"<|user|>find a visit<|end|><|tools|>{shown}<|end|><|assistant|>"
+    words = chat.tokenizer.convert_ids_to_tokens(chat.encode("guided=False:boolean?)\n"))
+    assert [chat.tokenizer.convert_tokens_to_string([word]) for word in words] == [
+        *("guided", "=", "False"),
+        ":boolean?)\n",
+    ]
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke"])
+def test_the_search_can_reach_every_gold_of_the_corpus(chat: Chat, name: str) -> None:
+    """A step above `max_depth` has `max_step_tokens`; the one there is the whole remainder, `max_last_step_tokens`."""
+    config = parse(["--stage=search", f"--config={name}"])
+    search = config.search
+    table = build_step_table(chat.tokenizer, search.granularity, len(chat.tokenizer), chat.stop_ids)
+    targets = [sample.target for samples in splits(config.generated).values() for sample in samples]
+    golds = [split_steps(table, chat.target_ids(target)) for target in dict.fromkeys(targets)]
+    inner = max(len(step) for gold in golds for step in gold[: search.max_depth - 1])
+    last = max(sum(map(len, gold[search.max_depth - 1 :])) for gold in golds)
+    whole = max(sum(map(len, gold)) for gold in golds)
+    for limit, longest in (
+        (search.max_step_tokens, inner),
+        (search.max_last_step_tokens, last),
+        (config.generate.max_tokens, whole),
+    ):
+        assert longest <= limit <= longest + 8  # no more than needed: the search takes longer with them
 
 
 def test_a_prompt_is_the_question_then_the_tools(chat: Chat) -> None:

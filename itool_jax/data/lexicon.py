@@ -4,16 +4,20 @@ The two sets of domains share no thing and no parameter, so that a model trained
 the second as new tools. Every word is one token of the embedded tokenizer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Parameter(NamedTuple):
-    """A parameter and how people speak of it: `phrases` hold {} where the value goes."""
+    """A parameter and how people speak of it: `phrases` hold {} where the value goes.
+
+    `default` is that of one tool's optional parameter; None is none.
+    """
 
     name: str
     type: str
     phrases: tuple[str, ...]
     options: tuple[str, ...] = ()
+    default: Any = None
 
 
 class Domain(NamedTuple):

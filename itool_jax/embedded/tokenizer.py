@@ -42,7 +42,7 @@ TEMPLATE = """\
 {%- set f = tool.function if tool.function is defined else tool -%}
 {{ f.description + ': ' if f.description }}{{ f.name }}(
 {%- for name, p in f.parameters.properties.items() -%}
-{{ name }}{{ '|' + p.enum | join('|') if p.enum is defined }}:{{ p.type -}}
+{{ name }}{{ '=' ~ p.default if p.default is defined }}{{ '|' + p.enum | join('|') if p.enum is defined }}:{{ p.type -}}
 {{ '' if name in f.parameters.required | default([]) else '?' }}{{ '' if loop.last else ', ' }}
 {%- endfor -%}
 )

@@ -1,10 +1,13 @@
 """Accuracy of a phase's policy on held-out samples: exact calls, greedy decoding.
 
 In: a phase with weights and the test (or validation) part. Out: `evaluation_<split>_<limit>.jsonl`, a row a sample, and
-the accuracies, overall and by category: thirds of the calls by difficulty, irrelevance, multi-turn.
+the accuracies, overall and by category: thirds of the calls by difficulty, long answers, calls of tools that the
+training samples offer and of others, irrelevance, multi-turn.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,15 @@ from itool_jax.stages.paths import BASE, trained_phases
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples, require_part
 from itool_jax.stages.weights import PhasePolicy
-from itool_jax.text.calls import looks_like_calls
+from itool_jax.text.calls import looks_like_calls, read_calls
 from itool_jax.text.sample import Sample
 
-CATEGORIES = ("overall", "easy", "medium", "hard", "irrelevance", "multi_turn")
+CATEGORIES = (
+    *("overall", "easy", "medium", "hard", "irrelevance", "multi_turn"),
+    *("long", "known_tools", "new_tools"),
+)
+LONG = 4
+"""Calls of an answer that counts as long."""
 
 Row = dict[str, Any]
 
@@ -109,7 +117,7 @@ def results_file(config: Config, phase: str) -> Path:
 def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
     """Answers the samples greedily and grades the answers."""
     config = task.config
-    categories = categorize(held_out.samples)
+    categories = categorize(held_out.samples, tool_names(task.run.splits.train.samples))
     chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
     answers = answer_greedily(task, policy, chosen, f"evaluate {task.phase}")
     rows = [
@@ -157,8 +165,16 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     return found
 
 
-def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
-    """The categories each sample counts in, besides overall."""
+def tool_names(samples: Sequence[Sample]) -> set[str]:
+    """Names of the tools that the samples offer."""
+    return {tool.get("function", tool)["name"] for sample in samples for tool in sample.tools}
+
+
+def categorize(samples: Sequence[Sample], known: AbstractSet[str]) -> dict[str, list[str]]:
+    """The categories each sample counts in, besides overall; `known` are the names of the training samples' tools.
+
+    A sample whose gold is calls is one of known_tools if all of its functions are known, else of new_tools.
+    """
     calls = [sample for sample in samples if looks_like_calls(sample.target)]
     thirds = replay.curriculum([replay.sample_features(sample) for sample in calls], "easy_to_hard", 0)
     found = {sample.id: ["irrelevance"] for sample in samples}
@@ -167,6 +183,10 @@ def categorize(samples: Sequence[Sample]) -> dict[str, list[str]]:
     for sample in samples:
         if any(message["role"] == "assistant" for message in sample.messages):
             found[sample.id].append("multi_turn")
+        if called := read_calls(sample.target):
+            found[sample.id].append("known_tools" if {call.name for call in called} <= known else "new_tools")
+            if len(called) >= LONG:
+                found[sample.id].append("long")
     return found
 
 

@@ -3,6 +3,7 @@
 In: the settings. Out: a run directory with everything, `summary.json`, and a table.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ FOUND_KEYS = (
 )
 ABILITY_KEYS = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
 MEASURED = ("accuracy", "n", "standard_error")
+COLUMNS = 6
+"""Categories that the summary's table shows beside each other; more go into a second one below."""
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -204,20 +207,27 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
-    """Prints the summary as a table, and what is significant of it."""
-    names = [name for name, count in summary["phases"][0]["n"].items() if count]
+def _table(phases: Sequence[Mapping[str, Any]], names: Sequence[str], title: str | None) -> Table:
+    """The accuracies of some categories, a row a phase; a table with a title also has the time."""
     # No frame and narrow gaps: the widest row just fits 80 columns.
-    title = f"exact answers, % ± standard error, {summary['split']} part" if names else None
     table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     table.add_column("phase", no_wrap=True)
     for name in names:
-        table.add_column(f"{name}\nn={summary['phases'][0]['n'][name]}", justify="right")
-    table.add_column("time", justify="right")
-    for phase in summary["phases"]:
+        table.add_column(f"{name}\nn={phases[0]['n'][name]}", justify="right")
+    if title is not None:
+        table.add_column("time", justify="right")
+    for phase in phases:
         cells = [f"{100 * phase['accuracy'][n]:.1f}±{100 * phase['standard_error'][n]:.1f}" for n in names]
-        table.add_row(phase["name"], *cells, f"{phase['seconds']:.0f}s")
-    console_out.print(table)
+        table.add_row(phase["name"], *cells, *([f"{phase['seconds']:.0f}s"] if title is not None else []))
+    return table
+
+
+def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
+    """Prints the summary as a table, and what is significant of it."""
+    names = [name for name, count in summary["phases"][0]["n"].items() if count]
+    title = f"exact answers, % ± standard error, {summary['split']} part" if names else "time of each phase"
+    for first in range(0, max(1, len(names)), COLUMNS):
+        console_out.print(_table(summary["phases"], names[first : first + COLUMNS], title if first == 0 else None))
     for row in summary["search"]:
         per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
         console_out.print(

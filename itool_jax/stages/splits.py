@@ -203,10 +203,8 @@ def divide(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], 
     test, too_long = _read_whole(config, file, skipped) if file is not None else (None, 0)
     parts: dict[str, Part]
     if config.data == "generated":
-        sizes = config.generated
-        counts: dict[generated.Part, int] = {"train": sizes.train, "validation": sizes.validation, "test": sizes.test}
-        made = {name: generated.generate(name, count) for name, count in counts.items()}
         base = load_base(config)
+        made = generated.splits(config.generated)
         parts = {name: Part(samples, encode(base, samples)) for name, samples in made.items()}
         left_out = {"repeats_left_out": 0, "too_long": 0}
     else:

@@ -1,0 +1,64 @@
+"""Categories of held-out samples, and the table of their accuracies."""
+
+import pytest
+
+from itool_jax.config import parse
+from itool_jax.stages import evaluate, iterate
+from itool_jax.text.sample import Row, Sample
+
+KNOWN = {"f", "g"}
+
+
+def sample(sample_id: str, target: str, turns: int = 1, offered: str = "f") -> Sample:
+    earlier = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * (turns - 1)
+    tool: Row = {"name": offered, "description": "", "parameters": {"type": "object", "properties": {}}}
+    tools = ({"type": "function", "function": tool}, tool | {"name": "h"})
+    return Sample(id=sample_id, messages=(*earlier, {"role": "user", "content": "q"}), tools=tools, target=target)
+
+
+def test_tools_are_known_by_the_names_that_samples_offer() -> None:
+    assert evaluate.tool_names([sample("a", "[]"), sample("b", "no", offered="Market Trends API")]) == {
+        *("f", "h", "Market Trends API")
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "categories"),
+    [
+        ("[f(a=1)]", ["known_tools"]),
+        ("[f(a=1), g()]", ["known_tools"]),
+        ("[f(a=1), x.y()]", ["new_tools"]),
+        ("[h()]", ["new_tools"]),
+        ("[f(), g(), f()]", ["known_tools"]),
+        ("[f(), g(), f(), f(a=2)]", ["known_tools", "long"]),
+        ("[h(), g(), f(), f(a=2), f(a=3)]", ["new_tools", "long"]),
+        ("None of the tools can do that.", []),
+        ("[]", []),
+    ],
+)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_categories_follow_from_the_gold(target: str, categories: list[str], turns: int) -> None:
+    found = evaluate.categorize([sample("a", target, turns)], KNOWN)["a"]
+    assert found[1:] == ["multi_turn"] * (turns == 2) + categories
+    assert found[0] == "irrelevance" if target.startswith("N") else found[0] in ("easy", "medium", "hard")
+    assert set(found) < set(evaluate.CATEGORIES)
+
+
+def test_a_tool_is_new_where_no_sample_was_trained_on() -> None:
+    assert "new_tools" in evaluate.categorize([sample("a", "[f()]")], set())["a"]
+
+
+def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {
+        "accuracy": dict.fromkeys(evaluate.CATEGORIES, 0.4321),
+        "standard_error": dict.fromkeys(evaluate.CATEGORIES, 0.1123),
+        "n": dict.fromkeys(evaluate.CATEGORIES, 99_999),
+    }
+    phases = [{"name": name, **measured, "seconds": 1234.0} for name in ("base", "warmup", "iteration_9")]
+    summary = {"phases": phases, "split": "validation", "search": [], "comparisons": []}
+    iterate.show(parse(["--stage=iterate"]), summary)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert all(name in out for name in evaluate.CATEGORIES)
+    assert out.count("43.2±11.2") == len(phases) * len(evaluate.CATEGORIES)
+    assert out.count("1234s") == len(phases)
