@@ -142,9 +142,7 @@ def score_step(
     return losses.masked_log_prob_sum(log_probs_PT, jnp.arange(T) < step_length_P[:, None])
 
 
-def sample_token(
-    logits_BV: Array, keys_B: Array, t: Array, temperature: Array, top_p: Array | float = 1.0
-) -> Array:
+def sample_token(logits_BV: Array, keys_B: Array, t: Array, temperature: Array, top_p: Array | float = 1.0) -> Array:
     """Samples token t of each row by inverse transform of one uniform number a row; temperature 0 takes the best.
 
     Where `top_p` is below 1, it is one of the likeliest tokens whose probabilities, at that temperature, add up to

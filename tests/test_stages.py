@@ -341,9 +341,7 @@ def test_the_reference_may_stay_the_warm_ups(made: Made, tmp_path: Path):
     """In iteration 2 its log-probs are not those of the policy that training starts from: the first Δ is not 0."""
     changes = {"preference__batch_size": 64, "pairs__held_out": 0.0, "preference__beta": 1.0}
     folder, _, steps = trained_again(made, tmp_path, preference__reference="warmup", **changes)
-    fixed, began = (
-        {row["id"]: row for row in read(f / "iteration_2/reference.jsonl")} for f in (folder, made.folder)
-    )
+    fixed, began = ({row["id"]: row for row in read(f / "iteration_2/reference.jsonl")} for f in (folder, made.folder))
     gaps = [
         (began[name]["chosen"] - row["chosen"]) - (began[name]["rejected"] - row["rejected"])
         for name, row in fixed.items()
@@ -365,9 +363,7 @@ def test_without_own_answers_raft_leaves_the_policy_as_it_is(
     assert figures["weights"] == json.loads((made.folder / "iteration_1/dpo.json").read_text())["weights"]
 
 
-def test_adapters_are_merged_when_an_iteration_begins(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_adapters_are_merged_when_an_iteration_begins(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Policies are the base and all adapters up to them, each iteration's trained from new ones; exported, too."""
     folder = tmp_path / "run"
     assert again(made, folder, "--preference.merge", "--evaluate.limit=4") == 0

@@ -192,9 +192,7 @@ class ModelPolicy:
 
         A group is at most `most` responses to one problem; the beginning that they share is computed once.
         """
-        frames, letters = (
-            (self.reversed_frames, self.letters[::-1]) if in_reverse else (self.frames, self.letters)
-        )
+        frames, letters = (self.reversed_frames, self.letters[::-1]) if in_reverse else (self.frames, self.letters)
         if not groups:
             return []
         cache, rows = self.questions.read([group[0] for group in groups])

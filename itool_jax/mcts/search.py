@@ -31,7 +31,6 @@ from itool_jax.mcts.tree import (
 from itool_jax.text.steps import Granularity
 from itool_jax.types import IntB
 
-
 InjectGold = Literal["never", "unsolved", "always"]
 RIGHT = 1.0
 """The outcome O of a right response."""
@@ -48,7 +47,7 @@ class SearchSettings:
     max_depth: int = 3
     """D: steps in a response; the last one is the whole remainder."""
     exploration: float = 4.0
-    """PUCT's exploration constant (eq 5); 0 is greedy. Q spans -1 to 2: at 1 the best child takes most of the visits."""
+    """PUCT's exploration constant (eq 5); 0 is greedy. Q spans -1 to 2: at 1 the best child takes most visits."""
     discount: float = 1.0
     """γ of the backup (eq 8)."""
     value_weight: ValueWeight = "visits"
@@ -371,9 +370,7 @@ def _expand_leaves(
         new = [node.step for node in children[b]]
         leaf = len(lane.nodes) + new.index(state.gold_step) if on_gold else int(best_B[b])
         sampled = lane.sampled_tokens + sum(len(step.token_ids) for step in steps[: s.breadth])
-        expanded[b] = lane._replace(
-            leaf=leaf, nodes=lane.nodes + children[b], sampled_tokens=sampled, on_gold=on_gold
-        )
+        expanded[b] = lane._replace(leaf=leaf, nodes=lane.nodes + children[b], sampled_tokens=sampled, on_gold=on_gold)
     return trees, expanded
 
 
@@ -482,7 +479,9 @@ def _children(
             sampled=step.sampled,
         )
         if node.terminal:
-            node = _after_turn(node, problem, model.grade(state.problem, node.turn, response[node.turn_start :], step.stopped))
+            node = _after_turn(
+                node, problem, model.grade(state.problem, node.turn, response[node.turn_start :], step.stopped)
+            )
         children.append(node)
     return children
 

@@ -56,8 +56,8 @@ def outcome(
 
     Calls agree where they are equal as multisets of typed calls. Gold that is no call list is text: then a response
     is right when it says something and holds no call in any known form, or is the gold itself. A response that ran
-    into the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out counts as given with
-    its default.
+    into the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out
+    counts as given with its default.
 
     `graded` tells near misses apart: between them a response whose calls are read, but not right, has 2 g - 1, where
     g = 0.9 [J(names) + Σ over matched calls (J(parameter names) + equal values)] / [1 + Σ over gold calls (1 +

@@ -58,14 +58,12 @@ def step(config: Config) -> Step[Figures]:
 WATCHED = 400
 """Validation samples that are answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
-"""Below both of these hardly anything was trained: Δ on the held-out pairs, in nats, and the share of changed answers."""
+"""Below both of these hardly anything was trained: Δ of held-out pairs in nats, and the share of changed answers."""
 
 
 def _watching(config: Config) -> Config:
     """The settings of the evaluation that watches a training."""
-    return dataclasses.replace(
-        config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED)
-    )
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED))
 
 
 def watch(run: Run, policy: PhasePolicy) -> None:

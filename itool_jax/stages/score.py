@@ -66,8 +66,9 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
     # 2. Take the hardest share, or that of the most mixed answers, calls and texts apart.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in pool.samples}
     scored = {row["id"]: replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows}
-    if settings.select == "mixed":
-        right = _sampled_right(task, policy, pool)
+    mixed = settings.select == "mixed"
+    right = _sampled_right(task, policy, pool) if mixed else {}
+    if mixed:
         scored = {name: score._replace(right=right[name] / settings.samples) for name, score in scored.items()}
         chosen = replay.select_mixed(list(scored.values()), settings)
     else:
@@ -75,7 +76,7 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
     rank = {sample_id: n for n, sample_id in enumerate(chosen)}
     searched = pool.choose(lambda samples: [sample for sample in samples if sample.id in rank])
     # 3. How often the policy is right on them: the ceiling of what a search can find, and what it does greedily.
-    if settings.select == "perplexity":
+    if not mixed:
         right = _sampled_right(task, policy, searched)
     greedy = _right(task, policy, searched, n=1, temperature=0.0, part="greedy")
     write_jsonl(
@@ -106,7 +107,9 @@ def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperatur
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
         return by_row(draws.count_right(running, run.base, table, items, settings, key))
 
-    counts = task.map(items, work, "greedy answers" if temperature == 0 else f"{n} answers each", folder=task.working / part)
+    counts = task.map(
+        items, work, "greedy answers" if temperature == 0 else f"{n} answers each", folder=task.working / part
+    )
     return {item.sample.id: count for item, count in zip(items, counts, strict=True)}
 
 

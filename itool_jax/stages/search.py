@@ -58,7 +58,10 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
     right = {row["id"]: row["right"] for row in Phase(run, task.phase).read(score.SCORE).rows}
-    items = [Searched(sample, encoded, bool(right[sample.id])) for sample, encoded in zip(hard.samples, hard.encoded, strict=True)]
+    items = [
+        Searched(sample, encoded, bool(right[sample.id]))
+        for sample, encoded in zip(hard.samples, hard.encoded, strict=True)
+    ]
     running = policy.running()
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
@@ -173,7 +176,8 @@ def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
     texts = [pair for pair in pairs if not is_call[pair["tree"]]]
     if not texts or not calls:
         if 0 < share < 1 and least > 0:
-            say(f"{task.phase}: {len(texts)} of {len(pairs)} pairs are of answers in text, {100 * share:.0f} % of the data are")
+            of_data = f"{100 * share:.0f} % of the data are"
+            say(f"{task.phase}: {len(texts)} of {len(pairs)} pairs are of answers in text, {of_data}")
         return pairs
     n_calls = min(len(calls), math.floor(len(texts) * (1 - least) / least + 1e-9)) if least else len(calls)
     n_texts = min(len(texts), math.floor(len(calls) * most / (1 - most) + 1e-9)) if most < 1 else len(texts)
@@ -241,8 +245,8 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
     say(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")
     if figures["unreachable_golds"]:
         say(
-            f"{phase}: the gold of {figures['unreachable_golds']} of {n} prompts is out of reach; raise search.max_depth, "
-            "search.max_step_tokens or search.max_last_step_tokens"
+            f"{phase}: the gold of {figures['unreachable_golds']} of {n} prompts is out of reach; raise "
+            "search.max_depth, search.max_step_tokens or search.max_last_step_tokens"
         )
     if figures["trees_without_pairs"]:
         say(
@@ -253,8 +257,11 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
         say(
             f"{phase}: {pairs} pairs, the chosen step is the gold's in {figures['chosen_is_gold']} "
             f"(injected in {figures['chosen_injected']}); "
-            + (f"{figures['invalid_pairs']} more compare no right ending with a wrong one and are left out"
-               if config.pairs.require == "outcome" else f"{figures['invalid_pairs']} compare no right ending with a wrong one")
+            + (
+                f"{figures['invalid_pairs']} more compare no right ending with a wrong one and are left out"
+                if config.pairs.require == "outcome"
+                else f"{figures['invalid_pairs']} compare no right ending with a wrong one"
+            )
         )
     else:
         say(f"{phase}: the search found no pair, preference training will leave the policy as it is")

@@ -119,8 +119,10 @@ def split_replay(train: Samples, config: Config) -> tuple[Samples, Samples]:
 
 
 def search_pool(train: Samples, config: Config) -> Samples:
-    """The training samples that an iteration chooses its prompts from: the replay buffer, or all."""
-    return train if config.replay.pool == "all" else split_replay(train, config)[1]
+    """The training samples that an iteration chooses its prompts from: the replay buffer, or all that follow a user."""
+    if config.replay.pool == "buffer":
+        return split_replay(train, config)[1]
+    return train.choose(lambda samples: [sample for sample in samples if sample.follows_user])
 
 
 def divide_replay(config: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:

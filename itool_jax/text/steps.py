@@ -122,9 +122,7 @@ def advance(table: StepTable, state: StepState, token: IntAny) -> tuple[StepStat
     return StepState(automaton, depth), closed | comma | sentence | table.is_stop_V[token]
 
 
-def advance_path(
-    table: StepTable, tokens_BT: TokensBT, length_B: LengthsB, start_B: LengthsB | int = 0
-) -> StepState:
+def advance_path(table: StepTable, tokens_BT: TokensBT, length_B: LengthsB, start_B: LengthsB | int = 0) -> StepState:
     """State after the first `length_B` tokens of each response, of which the turn at hand begins at `start_B`."""
 
     def follow(state: StepState, t_and_token: tuple[IntAny, IntAny]) -> tuple[StepState, None]:
