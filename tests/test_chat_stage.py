@@ -218,7 +218,7 @@ def test_a_conversation_with_calls_is_saved_as_training_data(chat: Chat, tmp_pat
         assert line in shown
     assert "never" not in shown
     assert shown.endswith("> /quit\n")
-    samples = load(file)
+    samples = load(file, targets="after_user")
     assert [sample.messages[-1]["content"] for sample in samples] == [question, question]
     assert samples[0].target == f"[{call}]"
     assert samples[0].tools
