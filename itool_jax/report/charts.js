@@ -189,7 +189,24 @@ function searchFigures() {
     options: options({ x: { text: "gap in Q" }, y: { ticks: { precision: 0 } } }),
   }, ["phase", "pairs", "median gap", "at the first step", "chosen is gold", "tokens chosen", "tokens rejected"],
   report.searches.map((row) => [phaseName(row.phase), number(row.pairs), number(row.median_gap), number(row.first_step), number(row.chosen_is_gold), mean(row, "chosen_tokens"), mean(row, "rejected_tokens")])) : null;
-  return [perplexityFigure(), trees, gaps, timeFigure(), tokenFigure()];
+  return [abilityFigure(), perplexityFigure(), trees, gaps, timeFigure(), tokenFigure()];
+}
+
+/** What the policy can do with the searched prompts, what the search made of them, and what training changed. */
+function abilityFigure() {
+  const percent = (value) => (value == null ? "–" : `${number(100 * value, 1)} %`);
+  const judged = (row) => row.self_evaluation ?? {}, held = (row) => row.held_out ?? {};
+  const rows = report.iterations;
+  return barFigure("ability", "The searched prompts", "Share that the policy answers rightly: greedily, in one sample, and in any of K samples. The table has what the search found, how well the self-evaluation tells right from wrong, and what training changed.", rows,
+    [["greedy", "three", (row) => row.greedy ?? 0], ["one sample", "two", (row) => row.pass_at_1 ?? 0], [`any of ${rows[0]?.k ?? "K"}`, "one", (row) => row.pass_at_k ?? 0]],
+    { stacked: false, written: percent, extra: [
+      ["prompts", (row) => number(row.prompts)], ["solved by own steps", (row) => number(row.solved)], ["only by the gold", (row) => number(row.solved_by_gold)],
+      ["pairs", (row) => number(row.pairs)], ["chosen is gold", (row) => number(row.chosen_is_gold)], ["injected", (row) => number(row.chosen_injected)],
+      ["invalid pairs", (row) => number(row.invalid_pairs)], ["AUC of self-evaluation", (row) => number(judged(row).auc, 2)],
+      ["calibration error", (row) => number(judged(row).calibration_error, 2)], ["flipped by letters", (row) => percent(judged(row).flipped)],
+      ["held-out pairs", (row) => number(held(row).pairs)], ["margin before", (row) => number(held(row).margin_before, 2)], ["margin after", (row) => number(held(row).margin_after, 2)],
+      ["in order before", (row) => percent(held(row).accuracy_before)], ["in order after", (row) => percent(held(row).accuracy_after)],
+      ["validation answers changed", (row) => percent(row.changed)], ["hardly trained", (row) => (row.hardly_trained ? "yes" : "no")]] });
 }
 
 function timeFigure() {

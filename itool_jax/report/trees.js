@@ -17,6 +17,9 @@ function chosenTrees() {
     (!state.kind || entry.kinds.includes(state.kind)) && (!text || `${entry.id}\n${entry.question}`.toLowerCase().includes(text)));
 }
 
+/** Whether the model's own steps led to a right response. */
+const verdictOf = (entry) => (entry.solved ? "✓ solved" : entry.by_gold ? "✗ solved by the injected gold only" : "✗ not solved");
+
 function drawPicker() {
   for (const id of ["iteration", "solved", "kind"]) byId(id).value = state[id] ?? "";
   if (byId("find").value !== (state.find ?? "")) byId("find").value = state.find ?? "";
@@ -29,7 +32,7 @@ function drawPicker() {
     const key = keyOf(entry);
     const link = make("a", { href: address({ ...state, part: undefined, tree: key, node: undefined, closed: undefined }), "data-tree": key },
       make("span", { className: "question" }, entry.question || entry.id),
-      make("span", { className: "meta" }, make("span", {}, entry.solved ? "✓ solved" : "✗ not solved"),
+      make("span", { className: "meta" }, make("span", {}, verdictOf(entry)),
         make("span", {}, `${entry.pairs} pair${entry.pairs === 1 ? "" : "s"}`), make("span", {}, phaseName(entry.phase))));
     return make("li", {}, link);
   }));
@@ -93,7 +96,7 @@ async function drawTree() {
 
 /** The nodes as objects with their children, pairs and depth. */
 function grow(raw, entry) {
-  const names = ["parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold"];
+  const names = ["parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold", "sampled"];
   const nodes = raw.nodes.map((row, id) => ({ id, ...Object.fromEntries(names.map((name, n) => [name, row[n]])), children: [], marks: [], end: raw.ends[id] }));
   for (const node of nodes.slice(1)) {
     node.depth = (nodes[node.parent].depth ?? 0) + 1;
@@ -114,7 +117,7 @@ function heading(tree) {
   const { entry } = tree;
   return [
     make("h3", {}, tree.question || entry.id),
-    make("div", { className: "meta" }, make("span", { className: `tag ${entry.solved ? "good" : "bad"}` }, entry.solved ? "✓ solved" : "✗ not solved"),
+    make("div", { className: "meta" }, make("span", { className: `tag ${entry.solved ? "good" : "bad"}` }, verdictOf(entry)),
       entry.kinds.map((kind) => make("span", { className: "tag", title: report.kinds[kind] }, kind)), make("span", { className: "id" }, keyOf(entry))),
     block("Gold", tree.gold),
     folded("tree-prompt", "Prompt", make("div", {}, conversation(tree.messages))), toolList(tree.tools, "tree-tools"),
@@ -217,7 +220,7 @@ function stepRow(node, selected, closed) {
   const turn = make("button", { type: "button", className: "turn", tabIndex: -1, "aria-hidden": "true" }, node.children.length ? (closed ? "▸" : "▾") : "");
   if (node.children.length) turn.addEventListener("click", (event) => { event.stopPropagation(); fold(node.id, !closed); });
   const verdict = !node.terminal ? null : node.end === null ? ["good", "✓ right"] : ["bad", `✗ ${node.end ?? "wrong"}`];
-  const tags = [node.gold && node.id ? ["gold", "gold"] : null, verdict, ...node.marks].filter(Boolean);
+  const tags = [node.gold && node.id ? ["gold", "gold"] : null, node.sampled ? null : ["gold", "injected"], verdict, ...node.marks].filter(Boolean);
   const step = make("td", { className: "step", role: "gridcell" },
     make("div", { className: "line" }, turn, make("pre", {}, stepText(node))),
     make("div", { className: "tags" }, tags.map(([look, text]) => make("span", { className: `tag ${look}` }, text))));

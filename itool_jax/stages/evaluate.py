@@ -18,7 +18,7 @@ from itool_jax.files import write_jsonl
 from itool_jax.messages import say
 from itool_jax.stages import benchmark, columns, comparison, leakage
 from itool_jax.stages.answers import answer_greedily
-from itool_jax.stages.cache import Figures, Step, Task
+from itool_jax.stages.cache import Figures, Step, Task, read_figures
 from itool_jax.stages.paths import BASE, trained_phases
 from itool_jax.stages.run import Run
 from itool_jax.stages.splits import Samples, require_part
@@ -73,22 +73,20 @@ def watch(run: Run, policy: PhasePolicy) -> None:
         watching.phase(policy.phase).cached(step(watching.config), policy, run.splits.validation)
 
 
-def what_training_changed(run: Run, phase: str, before: str) -> Figures:
+def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     """How far the training of a phase moved the policy, and whether that is hardly at all.
 
     `changed` is the share of validation answers that differ from those of the phase before, None without validation
     samples; `delta` is Δ (eq 11) on the pairs that were not trained on, in nats, None without any.
     """
-    config = _watching(run.config)
+    paths = [results_file(_watching(config), name) for name in (phase, before)]
     changed = n = None
-    if run.splits.validation.samples:
-        answers, earlier = (
-            {row["id"]: row["response"] for row in columns.read_table(results_file(config, name), ["id", "response"])}
-            for name in (phase, before)
-        )
+    if all(path.is_file() for path in paths):
+        tables = [columns.read_table(path, ["id", "response"]) for path in paths]
+        answers, earlier = ({row["id"]: row["response"] for row in table} for table in tables)
         n = len(answers)
         changed = sum(text != earlier.get(name) for name, text in answers.items()) / n
-    held_out = run.phase(phase).figures("dpo").get("held_out") or {}
+    held_out = (read_figures(config.run_dir, phase, "dpo") or {}).get("held_out") or {}
     delta = held_out.get("delta")
     known = [value < limit for value, limit in ((delta, SMALL_DELTA), (changed, FEW_CHANGED)) if value is not None]
     return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}

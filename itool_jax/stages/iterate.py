@@ -21,11 +21,6 @@ from itool_jax.stages.splits import Samples, has_part, require_part, search_pool
 from itool_jax.stages.weights import PhasePolicy
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
-FOUND_KEYS = (
-    *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
-    *("answers", "self_evaluation"),
-)
-ABILITY_KEYS = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
 MEASURED = ("accuracy", "n", "standard_error")
 COLUMNS = 6
 """Categories that the summary's table shows beside each other; more go into a second one below."""
@@ -83,7 +78,7 @@ def _watch(run: Run, policy: PhasePolicy) -> None:
     """Says how far an iteration moved the policy, and where that is hardly at all."""
     evaluate.watch(run, policy)
     before = phase_name(iteration_of(policy.phase) - 1)
-    say(evaluate.describe_training(policy.phase, evaluate.what_training_changed(run, policy.phase, before)))
+    say(evaluate.describe_training(policy.phase, evaluate.what_training_changed(run.config, policy.phase, before)))
 
 
 def _check_batch_sizes(config: Config) -> None:
@@ -143,10 +138,10 @@ def summarize(run: Run) -> dict[str, Any]:
     for i in range(1, config.iterations + 1):
         name, before = phase_name(i), phase_name(i - 1)
         figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
-        ability = {key: scored.get(key) for key in ABILITY_KEYS}
-        searches.append({"iteration": i, **{key: figures.get(key) for key in (*SEARCH_KEYS, *FOUND_KEYS)}, **ability})
+        found = {key: figures.get(key) for key in (*SEARCH_KEYS, *search.FOUND)}
+        searches.append({"iteration": i, **found, **{key: scored.get(key) for key in score.ABILITY}})
         trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
-        trainings.append({"iteration": i, **trained, **evaluate.what_training_changed(run, name, before)})
+        trainings.append({"iteration": i, **trained, **evaluate.what_training_changed(config, name, before)})
     return {
         "finished": True,
         "seed": config.seed,

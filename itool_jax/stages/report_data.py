@@ -18,9 +18,9 @@ from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.files import read_json
-from itool_jax.stages import columns, evaluate, report_trees
+from itool_jax.stages import columns, evaluate, report_trees, score, search
 from itool_jax.stages.cache import read_figures
-from itool_jax.stages.paths import done_file, phase_name
+from itool_jax.stages.paths import done_file, iteration_of, phase_name
 from itool_jax.stages.splits import CARD
 from itool_jax.text.sample import Sample
 
@@ -83,6 +83,7 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
         "benchmarks": _benchmarks(config, names),
         "training": _training(config.run_dir / "metrics.jsonl"),
         "perplexity": _perplexity(config, iterations),
+        "iterations": [found for name in iterations if (found := _iteration(config, name))],
         "searches": [found for name in iterations if (found := report_trees.statistics(config.run_dir / name))],
         "stages": _stages(config, names),
         "kinds": KINDS,
@@ -270,6 +271,20 @@ def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
         after = [row["perplexity"] for row in later or () if row["id"] in searched]
         found.append(row | {"after": quantiles(after), "tokens": sum(row["n_tokens"] for row in table)})
     return found
+
+
+def _iteration(config: Config, phase: str) -> Row | None:
+    """Figures of an iteration: of the prompts it searched, of the search, and of the training; None before a search."""
+    scored, found = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
+    if scored is None or found is None:
+        return None
+    ability = {key: scored.get(key) for key in score.ABILITY}
+    trained = read_figures(config.run_dir, phase, "dpo")
+    row = {"phase": phase, **ability, **{key: found.get(key) for key in ("prompts", "pairs", *search.FOUND)}}
+    if trained is None:
+        return row
+    before = phase_name(iteration_of(phase) - 1)
+    return row | {"held_out": trained.get("held_out"), **evaluate.what_training_changed(config, phase, before)}
 
 
 def _scores(config: Config, phase: str) -> Path:

@@ -17,10 +17,11 @@ from itool_jax.data import sources
 from itool_jax.evaluation.errors import error_kind
 from itool_jax.report.page import as_json
 from itool_jax.stages import columns
+from itool_jax.stages.search import is_solved
 from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
-NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold")
+NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold", "sampled")
 """What the report keeps of a node, in this order."""
 PAIR = ("node", "chosen_node", "rejected_node", "q_chosen", "q_rejected")
 STOP = re.compile(r"(?:<[^<>\s]{1,40}>\s*)+$")
@@ -98,12 +99,13 @@ def _report_tree(
         "phase": phase,
         "id": row["id"],
         "question": shown["question"][:SHORT],
-        "solved": any(kind is None for kind in ends.values()),
+        "solved": is_solved(row["nodes"]),
+        "by_gold": is_solved(row["nodes"], own=False) and not is_solved(row["nodes"]),
         "kinds": sorted({kind for kind in ends.values() if kind}),
         "nodes": len(row["nodes"]),
         "pairs": len(pairs),
     }
-    nodes = [[_rounded(node[name]) for name in NODE] for node in row["nodes"]]
+    nodes = [[_rounded(node.get(name, True)) for name in NODE] for node in row["nodes"]]
     paired = [[_rounded(pair[name]) for name in PAIR] for pair in pairs]
     tree = {**shown, "gold": row["gold"], "nodes": nodes, "pairs": paired, "ends": ends}
     return ReportTree(entry, as_json(tree))
@@ -129,7 +131,7 @@ def response(nodes: Sequence[Row], node: int) -> str:
     """The text from the root to a node."""
     steps = []
     while node > 0:
-        steps.append(nodes[node]["text"])
+        steps.append(nodes[node]["text"] + nodes[node].get("observed", ""))
         node = nodes[node]["parent"]
     return "".join(reversed(steps))
 
@@ -153,6 +155,7 @@ def statistics(phase: Path) -> Row | None:
         "median_gap": numbers.median(gaps) if gaps else None,
         "first_step": sum(pair["node"] == 0 for pair in pairs),
         "chosen_is_gold": sum(_at(gold.get(pair["tree"], []), pair["chosen_node"]) for pair in pairs),
+        "chosen_injected": sum(not pair.get("chosen_sampled", True) for pair in pairs),
         "chosen_tokens": sum(len(pair["chosen_ids"]) for pair in pairs),
         "rejected_tokens": sum(len(pair["rejected_ids"]) for pair in pairs),
     }

@@ -144,6 +144,8 @@ def _ability(
 
 
 SCORES = "scores.jsonl"
+ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
+"""Figures of what the policy can do with the prompts that were chosen."""
 
 
 def _read(phase: cache.Phase) -> Table:

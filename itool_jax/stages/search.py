@@ -33,6 +33,11 @@ from itool_jax.text.chat import Chat
 from itool_jax.text.steps import StepTable
 
 Row = dict[str, Any]
+FOUND = (
+    *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
+    *("answers", "self_evaluation"),
+)
+"""Figures of what a search found."""
 REFUSAL_MARGIN = 0.05
 """How far the share of pairs whose gold is text may be from the training data's."""
 
