@@ -16,8 +16,13 @@ from itool_jax.mcts.search import RIGHT, SearchSettings, State
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.sampler import Policy, stable_hash
 from itool_jax.stages.base import Base
+from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.padding import bucket
 from itool_jax.text.steps import StepTable
+
+
+ROWS = 512
+"""Answers that are sampled together."""
 
 
 def random_key(config: Config, iteration: int, purpose: str) -> jax.Array:
@@ -27,7 +32,7 @@ def random_key(config: Config, iteration: int, purpose: str) -> jax.Array:
 
 
 def settings(config: Config, n: int, temperature: float) -> SearchSettings:
-    """`n` whole answers to each prompt, as many prompts at a time as the run's searches have rows for."""
+    """`n` whole answers to each prompt, for as many prompts at a time as make `ROWS` rows."""
     search = config.search
     return dataclasses.replace(
         search,
@@ -37,26 +42,42 @@ def settings(config: Config, n: int, temperature: float) -> SearchSettings:
         temperature=temperature,
         top_p=1.0,
         inject_gold="never",
-        batch=max(1, search.lanes * search.breadth // n),
+        batch=max(1, ROWS // n),
     )
 
 
 def count_right(
     policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], settings: SearchSettings, key: jax.Array
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields after each batch, (index into `items`, how many of its answers are right)."""
+    """Yields after each batch, (index into `items`, how many of its answers are right).
+
+    Prompts with long golds wait for each other: a batch takes as long as its longest answer may be.
+    """
     no_question = SelfEvaluationSettings(weight=0.0)
     for group in by_prompt_width(items, settings.lanes):
+        group = sorted(group, key=lambda i: _limit(items[i], settings))
         batch = [items[i] for i in group]
         model = ModelPolicy(policy, base.chat, base.config.max_length, table, batch, settings, no_question, key)
         for start in range(0, len(batch), settings.lanes):
-            problems, limit = range(len(batch))[start : start + settings.lanes], settings.max_last_step_tokens
-            states = [State(lane, problem, [], limit, True, []) for lane, problem in enumerate(problems)]
+            problems = range(len(batch))[start : start + settings.lanes]
+            states = [
+                State(lane, problem, [], _limit(batch[problem], settings), until_stop=True, gold_step=[])
+                for lane, problem in enumerate(problems)
+            ]
             proposals = model.propose(states)
             yield [
                 (group[problem], sum(model.grade(problem, 0, s.token_ids, s.stopped) >= RIGHT for s in steps))
                 for problem, steps in zip(problems, proposals, strict=True)
             ]
+
+
+def _limit(item: Searched, settings: SearchSettings) -> int:
+    """The most tokens that an answer may have.
+
+    Calls in far more tokens than the gold's are not the gold's calls; any text is right where the gold is one.
+    """
+    most = settings.max_last_step_tokens
+    return min(most, 2 * len(item.encoded.target_ids) + 16) if looks_like_calls(item.sample.target) else most
 
 
 def by_prompt_width(items: Sequence[Searched], least: int) -> list[list[int]]:

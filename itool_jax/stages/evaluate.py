@@ -6,6 +6,7 @@ training samples offer and of others, irrelevance, multi-turn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -48,10 +49,11 @@ def run(run: Run) -> dict[str, Figures]:
     return {phase: run.phase(phase).cached(step(config), run.policy(phase), held_out) for phase in phases}
 
 
-def step(config: Config) -> Step[Figures]:
+def step(config: Config, *, aloud: bool = True) -> Step[Figures]:
     """The evaluation of a phase on the split and the number of samples that the settings name."""
     name = f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
-    this: Step[Figures] = Step(name, [f"{name}.jsonl"], accuracy, lambda phase: phase.figures(name))
+    compute = functools.partial(accuracy, aloud=aloud)
+    this: Step[Figures] = Step(name, [f"{name}.jsonl"], compute, lambda phase: phase.figures(name))
     return this
 
 
@@ -70,7 +72,7 @@ def watch(run: Run, policy: PhasePolicy) -> None:
     """Answers some validation samples with a phase's policy, for `what_training_changed`."""
     if run.splits.validation.samples:
         watching = run.with_settings(_watching(run.config))
-        watching.phase(policy.phase).cached(step(watching.config), policy, run.splits.validation)
+        watching.phase(policy.phase).cached(step(watching.config, aloud=False), policy, run.splits.validation)
 
 
 def what_training_changed(config: Config, phase: str, before: str) -> Figures:
@@ -110,12 +112,12 @@ def results_file(config: Config, phase: str) -> Path:
     return config.run_dir / phase / f"{step(config).name}.jsonl"
 
 
-def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
-    """Answers the samples greedily and grades the answers."""
+def accuracy(task: Task, policy: PhasePolicy, held_out: Samples, *, aloud: bool = True) -> Figures:
+    """Answers the samples greedily and grades the answers; says how many are right, if `aloud`."""
     config = task.config
     categories = categorize(held_out.samples, tool_names(task.run.splits.train.samples))
     chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
-    answers = answer_greedily(task, policy, chosen, f"evaluate {task.phase}")
+    answers = answer_greedily(task, policy, chosen, f"{'evaluate' if aloud else 'validate'} {task.phase}")
     rows = [
         {
             "id": sample.id,
@@ -130,7 +132,8 @@ def accuracy(task: Task, policy: PhasePolicy, held_out: Samples) -> Figures:
     write_jsonl(results_file(config, task.phase), rows)
     figures = summarize(rows)
     known = {name: value for name, value in figures["accuracy"].items() if value is not None}
-    say(f"{task.phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
+    if aloud:
+        say(f"{task.phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
     return figures
 
 
