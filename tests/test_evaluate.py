@@ -1,8 +1,11 @@
 """Categories of held-out samples, and the table of their accuracies."""
 
+from collections import Counter
+
 import pytest
 
 from itool_jax.config import parse
+from itool_jax.data.generated import splits
 from itool_jax.stages import evaluate, iterate
 from itool_jax.text.sample import Row, Sample
 
@@ -46,6 +49,20 @@ def test_categories_follow_from_the_gold(target: str, categories: list[str], tur
 
 def test_a_tool_is_new_where_no_sample_was_trained_on() -> None:
     assert "new_tools" in evaluate.categorize([sample("a", "[f()]")], set())["a"]
+
+
+def test_categories_of_the_default_test_split_have_their_published_sizes() -> None:
+    """The figures of docs/method.md; the first samples of the split hold as many of each kind of tool."""
+    made = splits(parse(["--stage=iterate"]).generated)
+    found = evaluate.categorize(made["test"], evaluate.tool_names(made["train"]))
+    sizes = {limit: Counter(name for s in made["test"][:limit] for name in found[s.id]) for limit in (1200, 2400)}
+    assert sizes[2400] == {
+        **{"easy": 676, "medium": 675, "hard": 675, "irrelevance": 374},
+        **{"multi_turn": 360, "long": 252, "known_tools": 1012, "new_tools": 1014},
+    }
+    assert (sizes[1200]["known_tools"], sizes[1200]["new_tools"], sizes[1200]["long"]) == (512, 501, 119)
+    named = {(s.id.split("-")[0], name) for s in made["test"] for name in found[s.id] if name.endswith("_tools")}
+    assert named == {("test", "new_tools"), ("test_known", "known_tools")}
 
 
 def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
