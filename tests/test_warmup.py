@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from itool_jax import config as settings
 from itool_jax.main import PREEMPTED
-from itool_jax.stages import training
+from itool_jax.stages import plan, plan_time, training
 from itool_jax.stages.warmup import _curriculum, best_round, reached_plateau
 from itool_jax.text.chat import Encoded
 from itool_jax.train import WarmupSettings
@@ -22,11 +23,9 @@ def figures(folder: Path) -> Row:
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("per_part", [4, 4, 2]), ("span", [10])])
-@pytest.mark.parametrize("pack", [0, 64])
-def test_parts_come_one_after_the_other_in_spans_of_the_schedule(schedule: Any, expected: list[int], pack: int) -> None:
+def test_parts_come_one_after_the_other_in_spans_of_the_schedule(schedule: Any, expected: list[int]) -> None:
     parts = [[Encoded(f"{part}/{i}", [10 + part, 5], [7] * 20) for i in range(n)] for part, n in enumerate((4, 3, 2))]
-    settings = WarmupSettings(batch_size=2 if not pack else 1, schedule=schedule, pack=pack)
-    batches, spans = _curriculum(settings, parts, 2, seed=0)
+    batches, spans = _curriculum(WarmupSettings(batch_size=2, schedule=schedule), parts, 2, seed=0)
     assert spans == expected
     assert len(batches) == 10
     seen = [int(batch.tokens_BT[0, 0]) - 10 for batch in batches]
@@ -94,10 +93,15 @@ def test_which_round_is_the_last_and_which_is_kept(correct: tuple[int, ...], kep
     assert best_round(correct[:taken]) == kept
 
 
-@pytest.mark.parametrize(("epochs", "words"), [("0", "none, as warmup.epochs is 0"), ("auto", "at most, 3 rounds")])
-def test_the_plan_knows_the_most_that_it_may_take(made: Made, tmp_path: Path, epochs: str, words: str):
-    output = tmp_path / "plan.json"
-    changes = f"--warmup.epochs={epochs}", "--warmup.max_epochs=3", f"--output={output}"
-    assert again(made, tmp_path / "run", *changes, stage="plan") == 0
-    [row] = [row for row in json.loads(output.read_text())["stages"] if row["stage"] == "warmup"]
-    assert words in row["work"]
+@pytest.mark.parametrize(
+    ("epochs", "passes", "words"),
+    [("2", 2, "steps"), ("0", 0, "none, as warmup.epochs is 0"), ("auto", 3, "at most, 3 rounds")],
+)
+def test_the_plan_knows_the_most_that_it_may_take(made: Made, epochs: str, passes: int, words: str):
+    changes = f"--warmup.epochs={epochs}", "--warmup.max_epochs=3", "--run_dir=none"
+    config = settings.parse(["--stage=plan", *made.settings, *changes])
+    data, once = plan._data(config), figures(made.folder)
+    row = plan_time._warmup(config, data, plan_time.TimeModel(config, None, 1, 1))
+    assert words in row.what
+    assert row.tokens == passes * sum(len(x.prompt_ids) + len(x.target_ids) for x in data.rows(data.warmup))
+    assert not passes or row.what.startswith(f"{once['samples']} samples, {passes * once['steps']} steps")
