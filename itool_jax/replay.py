@@ -140,6 +140,25 @@ def select_mixed(scores: Sequence[ScoredSample], settings: ReplaySettings) -> li
     return [score.id for score in sorted(taken, key=_most_mixed_first)]
 
 
+def keep_share(items: Sequence[tuple[str, bool]], share: float, margin: float, seed: int) -> set[str]:
+    """Ids of as many items as leave the share of marked ones within `margin` of `share`; a seeded hash chooses.
+
+    Items are (id, marked). Where all or none are marked, nothing can be done, and all are kept.
+    """
+    marked, others = ([id_ for id_, mark in items if mark == wanted] for wanted in (True, False))
+    least, most = max(0.0, share - margin), min(1.0, share + margin)
+    n_marked, n_others = len(marked), len(others)
+    if marked and others and n_marked < least * len(items):
+        n_others = max(1, math.floor(n_marked * (1 - least) / least + 1e-9))
+    if marked and others and n_marked > most * len(items):
+        n_marked = max(1, math.floor(n_others * most / (1 - most) + 1e-9))
+
+    def drawn(ids: list[str], n: int) -> list[str]:
+        return sorted(ids, key=lambda id_: uniform("share", seed, id_))[:n]
+
+    return {*drawn(marked, n_marked), *drawn(others, n_others)}
+
+
 def difficulty(features: Sequence[DifficultyFeatures]) -> list[float]:
     """Mean percentile rank of the three features, in [0, 1]; equal values share their average rank."""
     n = len(features)

@@ -62,6 +62,26 @@ def test_mixed_texts_are_taken_apart_from_mixed_calls() -> None:
     assert [sum(name.startswith(kind) for name in taken) for kind in ("call", "text")] == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("texts", "calls", "kept"),
+    [
+        (15, 85, (15, 85)),
+        (10, 90, (10, 90)),  # at the bounds, 10 and 20 %, nothing is left out
+        (20, 80, (20, 80)),
+        (4, 96, (4, 36)),  # 4 are 10 % of 40
+        (40, 60, (15, 60)),  # 15 are 20 % of 75
+        (0, 50, (0, 50)),
+        (50, 0, (50, 0)),
+        (30, 2, (1, 2)),  # one of three is nearest that leaves any
+    ],
+)
+def test_items_are_left_out_until_the_share_is_within_the_margin(texts: int, calls: int, kept: tuple[int, int]) -> None:
+    items = [(f"text {i}", True) for i in range(texts)] + [(f"call {i}", False) for i in range(calls)]
+    found = replay.keep_share(items, 0.15, 0.05, seed=3)
+    assert tuple(sum(id_.startswith(kind) for id_ in found) for kind in ("text", "call")) == kept
+    assert replay.keep_share(shuffled(items), 0.15, 0.05, seed=3) == found
+
+
 # Split ------------------------------------------------------------------------------------------------------
 
 

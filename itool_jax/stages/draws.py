@@ -20,7 +20,6 @@ from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.padding import bucket
 from itool_jax.text.steps import StepTable
 
-
 ROWS = 512
 """Answers that are sampled together."""
 

@@ -57,7 +57,7 @@ def step(config: Config, *, aloud: bool = True) -> Step[Figures]:
     return this
 
 
-WATCHED = 400
+WATCHED = 200
 """Validation samples that are answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
 """Below both of these hardly anything was trained: Δ of held-out pairs in nats, and the share of changed answers."""

@@ -6,7 +6,6 @@ the right answers that the model sampled itself.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -172,31 +171,20 @@ def _path(finished: FinishedTree, node: int) -> list[int]:
 def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
     """Leaves out pairs of calls or of texts, so that texts keep their share in the training data within 5 points."""
     config = task.config
-    if config.pairs.require == "gap" or not pairs:
+    if config.pairs.require == "gap":
         return pairs
-    is_call = {sample.id: looks_like_calls(sample.target) for sample in task.run.splits.train.samples}
-    share = sum(not call for call in is_call.values()) / len(is_call)
-    least, most = max(0.0, share - REFUSAL_MARGIN), min(1.0, share + REFUSAL_MARGIN)
-    calls = [pair for pair in pairs if is_call[pair["tree"]]]
-    texts = [pair for pair in pairs if not is_call[pair["tree"]]]
-    if not texts or not calls:
-        if 0 < share < 1 and least > 0:
-            of_data = f"{100 * share:.0f} % of the data are"
-            say(f"{task.phase}: {len(texts)} of {len(pairs)} pairs are of answers in text, {of_data}")
-        return pairs
-    n_calls = min(len(calls), math.floor(len(texts) * (1 - least) / least + 1e-9)) if least else len(calls)
-    n_texts = min(len(texts), math.floor(len(calls) * most / (1 - most) + 1e-9)) if most < 1 else len(texts)
-    order = functools.partial(replay.uniform, "refusals", config.seed + task.iteration)
-    kept = {
-        pair["id"]
-        for group, n in ((calls, n_calls), (texts, max(1, n_texts)))
-        for pair in sorted(group, key=lambda pair: order(pair["id"]))[:n]
-    }
+    is_text = {sample.id: not looks_like_calls(sample.target) for sample in task.run.splits.train.samples}
+    share = sum(is_text.values()) / len(is_text)
+    marked = [(pair["id"], is_text[pair["tree"]]) for pair in pairs]
+    kept = replay.keep_share(marked, share, REFUSAL_MARGIN, config.seed + task.iteration)
+    n_texts, of_data = sum(text for _, text in marked), f"{100 * share:.0f} % of the training data"
     if len(kept) < len(pairs):
         say(
-            f"{task.phase}: {len(pairs) - len(kept)} of {len(pairs)} pairs are left out, so that answers in text keep "
-            f"their share of {100 * share:.0f} % (there were {len(texts)} pairs of them)"
+            f"{task.phase}: {len(pairs) - len(kept)} of {len(pairs)} pairs are left out at random: {n_texts} were of "
+            f"answers in text, as {of_data} are, and that share is kept within {100 * REFUSAL_MARGIN:.0f} points"
         )
+    elif pairs and not n_texts and share > REFUSAL_MARGIN:
+        say(f"{task.phase}: no pair is of an answer in text, as {of_data} are; the policy may unlearn refusals")
     return [pair for pair in pairs if pair["id"] in kept]
 
 
