@@ -359,7 +359,9 @@ def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -
     table, group = step_table(base, endless=False), [searched(problem) for problem in problems]
 
     def search() -> list[FinishedTree]:
-        model = ModelPolicy(policy, base.chat, config.max_length, table, group, s.trees, SelfEvaluationSettings(), 0)
+        model = ModelPolicy(
+            policy, base.chat, config.max_length, table, group, s.trees, SelfEvaluationSettings(), jax.random.key(0)
+        )
         return search_trees(model.problems, model, s.trees)
 
     lengths = search_lengths(base.chat, [item.encoded for item in group], s.trees, SelfEvaluationSettings())

@@ -97,7 +97,9 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
     for _ in range(2):
         start = time.perf_counter()
         max_length = base.config.max_length
-        searched = ModelPolicy(policy, base.chat, max_length, table, group, settings, SelfEvaluationSettings(), 0)
+        searched = ModelPolicy(
+            policy, base.chat, max_length, table, group, settings, SelfEvaluationSettings(), jax.random.key(0)
+        )
         trees = search(searched.problems, searched, settings)
         seconds = time.perf_counter() - start
     states = sum(len(tree.steps) - 1 for tree in trees)

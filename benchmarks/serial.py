@@ -57,14 +57,22 @@ class Node:
 def search(gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> Node:
     """The tree of one prompt."""
     root = Node([], 0)
-    for _ in range(s.n_simulations):
+    for number in range(1 + s.n_simulations):
         walk = [root]
         while not walk[-1].terminal:
             if not walk[-1].children:
                 expand(walk[-1], gold_steps, stop_ids, model, s)
-            walk.append(select(walk[-1], s.exploration))
+            gold = gold_child(walk[-1], gold_steps, s) if number == 0 else None  # the first walk is down the gold
+            walk.append(gold or select(walk[-1], s.exploration))
         back_up(walk)
     return root
+
+
+def gold_child(node: Node, gold_steps: list[Ids], s: SerialSettings) -> Node | None:
+    """The child that the gold's next step leads to."""
+    whole = node.depth + 1 >= s.max_depth
+    step = next_gold_step(node.path, gold_steps, whole)[: s.max_last_step_tokens if whole else s.max_step_tokens]
+    return next((child for child in node.children if step and child.path == node.path + step), None)
 
 
 def select(node: Node, exploration: float) -> Node:

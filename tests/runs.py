@@ -53,11 +53,13 @@ def make_or_read(folder: Path) -> Made:
         *(f"--model={model}", f"--data={data}", f"--iterations={ITERATIONS}", "--lora.rank=2", "--evaluate.limit=0"),
         *("--replay.replay_fraction=0.2", "--replay.hardest_fraction=0.4", "--warmup.batch_size=8"),
         *(f"--search.n_simulations={SIMULATIONS}", f"--search.breadth={BREADTH}", f"--search.max_depth={DEPTH}"),
+        # As in the paper: a model of random weights finds nothing right by itself.
+        *("--search.inject_gold=always", "--pairs.require=gap", "--search.exploration=1"),
         *("--search.max_step_tokens=8", "--search.max_last_step_tokens=12", "--search.batch=4"),
         *("--preference.learning_rate=1e-3", *SMALL),
     ]
     if not output.exists():
-        tiny.tiny_checkpoint(model)
+        tiny.tiny_checkpoint(model, talkative=False)
         write_jsonl(data, make_samples())
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main(["--stage=iterate", f"--run_dir={folder / 'run'}", *settings]) == 0
@@ -102,7 +104,9 @@ def lasting(folder: Path) -> dict[str, bytes]:
 
 
 PHASES = ["base", "warmup", *(f"iteration_{i + 1}" for i in range(ITERATIONS))]
-N_STAGES = 3 + 4 * ITERATIONS  # warm-up and two evaluations; score, search, dpo and evaluation
+WATCHED = "evaluation_validation_200"
+"""The step that answers validation samples after the warm-up and each iteration."""
+N_STAGES = 4 + 5 * ITERATIONS  # warm-up and three evaluations; score, search, dpo and two evaluations
 STEP_FILES = ("scores.jsonl", "trees.jsonl", "pairs.jsonl", "answers.jsonl", "reference.jsonl")
 
 

@@ -142,15 +142,17 @@ def test_serial_and_batched_search_build_the_same_tree() -> None:
             return [*sampled, state.gold_step] if state.gold_step else sampled
 
         def step(self, state: State, step: list[int]) -> Step:
-            return Step(step, log_prob(state.response, step), STOP in step)
+            return Step(step, log_prob(state.response, step), STOP in step, sampled=step != state.gold_step)
 
         def judge(self, responses: Sequence[Response]) -> list[float]:
             return [model.judge(response.token_ids) for response in responses]
 
-        def grade(self, _: int, response: list[int], stopped: bool) -> float:
+        def grade(self, _: int, turn: int, response: list[int], stopped: bool) -> float:
             return model.grade(response, stopped)
 
-    (finished,) = search([Problem("p", GOLD)], Toy(), SearchSettings(batch=1, **SIZES))
+    (finished,) = search(
+        [Problem("p", GOLD)], Toy(), SearchSettings(batch=1, inject_gold="always", exploration=1.0, **SIZES)
+    )
     tree = finished.tree
     assert serial.nodes_below(root) == tree.n_nodes - 1 > 20
 

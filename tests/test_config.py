@@ -97,8 +97,8 @@ def test_of_several_files_the_later_ones_win(tmp_path: Path):
     assert (config.seed, config.search.breadth, config.search.max_depth) == (5, 4, 6)
     demo, ipo = (settings.parse(["--stage=iterate", f"--config={name}"]) for name in ("demo", "demo,ablations/ipo"))
     changed = {name for name, value in ipo.flat().items() if demo.flat()[name] != value}
-    assert changed == {"config", "run_dir", "preference.loss", "preference.beta"}
-    assert ipo.preference.resolved_beta == 0.1  # its own default, not what suits DPO in the demo
+    assert changed == {"config", "run_dir", "preference.loss"}
+    assert ipo.preference.resolved_beta == 0.1
 
 
 def test_names_are_taken_with_underscores_and_with_hyphens():

@@ -72,7 +72,7 @@ def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) ->
         "n": dict.fromkeys(evaluate.CATEGORIES, 99_999),
     }
     phases = [{"name": name, **measured, "seconds": 1234.0} for name in ("base", "warmup", "iteration_9")]
-    summary = {"phases": phases, "split": "validation", "search": [], "comparisons": []}
+    summary = {"phases": phases, "split": "validation", "search": [], "training": [], "comparisons": []}
     iterate.show(parse(["--stage=iterate"]), summary)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80

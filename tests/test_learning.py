@@ -51,6 +51,7 @@ def run(stage: str, folder: Path, *changes: str) -> None:
         *(f"--model={folder.parent / 'model'}", f"--data={folder.parent / 'data.jsonl'}", "--lora.rank=0"),
         *("--warmup.learning_rate=1e-12", "--warmup.batch_size=32", "--replay.replay_fraction=0.5"),  # teaches nothing
         *("--replay.hardest_fraction=1", "--search.breadth=2", "--search.n_simulations=4", "--search.max_depth=2"),
+        *("--pairs.require=gap", "--pairs.held_out=0", "--search.exploration=1"),  # swapped pairs are trained on too
         *("--search.max_step_tokens=6", "--search.max_last_step_tokens=6", "--generate.max_tokens=6"),
         *("--preference.learning_rate=1e-3", "--preference.epochs=2", "--evaluate.limit=0"),
     ]
@@ -79,7 +80,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swapped(pair: dict[str, Any]) -> dict[str, Any]:
     """The pair with all that is said of its two sides exchanged."""
     other = {"chosen": "rejected", "rejected": "chosen"}
-    sides = {name: side for name in pair for side in other if side in name}
+    sides = {name: side for name in pair for side in other if side in name and name.replace(side, other[side]) in pair}
     return pair | {name: pair[name.replace(side, other[side])] for name, side in sides.items()}
 
 

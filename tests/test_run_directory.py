@@ -18,7 +18,7 @@ from itool_jax.preemption import PreemptionError
 from itool_jax.stages import generate, outputs, score
 from itool_jax.stages.sources import fingerprints
 from tests.conftest import REPOSITORY, read, write
-from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, Made, again, contents, copy_run
+from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, WATCHED, Made, again, contents, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 
@@ -40,7 +40,7 @@ def test_a_finished_run_does_nothing_again(made: Made, tmp_path: Path, capsys: p
     out, err = capsys.readouterr()
     assert out == made.output
     assert err.count("is done already") == N_STAGES
-    assert err.count("\n") == N_STAGES + 1  # and where everything is
+    assert err.count("\n") == N_STAGES + ITERATIONS + 1  # what each training changed, and where everything is
 
 
 def test_what_a_killed_process_left_unfinished_is_removed(made: Made, tmp_path: Path):
@@ -60,7 +60,8 @@ def test_each_stage_alone_in_another_folder_gives_the_same_run(made: Made, tmp_p
             assert again(made, folder, f"--iteration={iteration}", stage=stage) == 0
     assert again(made, folder, stage="evaluate") == 0
     assert not (folder / "summary.json").exists()
-    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
+    watched = f"{WATCHED}.jsonl"  # only the loop looks at what a training changed
+    assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml", watched)
     assert len(contents(folder)) == 1 + 3 + len(PHASES) + len(STEP_FILES) * ITERATIONS
     assert again(made, folder) == 0
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, made.folder))
@@ -72,13 +73,20 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
     folder = copy_run(made, tmp_path)
     shutil.rmtree(folder / "iteration_2")
     shutil.rmtree(folder / "iteration_1/weights")
-    for name in ("search.json", "pairs.jsonl", "reference.jsonl", "dpo.json", "evaluation_test_all.json"):
+    for name in (
+        "search.json",
+        "pairs.jsonl",
+        "reference.jsonl",
+        "dpo.json",
+        "evaluation_test_all.json",
+        f"{WATCHED}.json",
+    ):
         (folder / "iteration_1" / name).unlink()
     (folder / "summary.json").unlink()
     kept = (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns
     assert again(made, folder) == 0
     assert (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns == kept
-    assert capsys.readouterr().err.count("is done already") == 4  # base, warm-up and its evaluation, score
+    assert capsys.readouterr().err.count("is done already") == 5  # base, warm-up and its two evaluations, score
     assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
     assert json.loads((folder / "summary.json").read_text())["finished"]
 
@@ -155,8 +163,9 @@ def test_what_was_made_from_changed_results_is_made_again(
     assert again(made, folder) == 0
     err = capsys.readouterr().err
     stale = [line.split(" was made from")[0] for line in err.splitlines() if "have changed since" in line]
-    assert stale[:3] == ["iteration_1: dpo", "iteration_1: reference", "iteration_1: evaluation_test_all"]
-    assert stale[3:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", "evaluation_test_all")]
+    evaluations = ("evaluation_test_all", WATCHED)
+    assert stale[:4] == [f"iteration_1: {s}" for s in ("dpo", "reference", *evaluations)]
+    assert stale[4:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", *evaluations)]
     assert len(read(folder / "iteration_1/reference.jsonl")) == len(read(path))
     assert again(made, folder) == 0
     assert capsys.readouterr().err.count("is done already") == N_STAGES

@@ -21,7 +21,7 @@ from itool_jax.data.sources import load
 from itool_jax.files import write_jsonl
 from itool_jax.model import forms
 from itool_jax.replay import is_drawn, split
-from itool_jax.stages import dpo, evaluate, iterate
+from itool_jax.stages import dpo, evaluate, iterate, score, search
 from itool_jax.stages.weights import Weights, restore_trained
 from tests.conftest import read
 from tests.runs import (
@@ -31,6 +31,7 @@ from tests.runs import (
     PHASES,
     SIMULATIONS,
     STEP_FILES,
+    WATCHED,
     Made,
     Row,
     again,
@@ -47,6 +48,7 @@ def test_a_run_leaves_all_its_files(made: Made):
     expected |= {f"data/{part}.jsonl" for part in ("train", "validation", "test")}
     expected |= {"data/sources.json", "data/card.json"}
     expected |= {f"{phase}/evaluation_test_all.{kind}" for phase in PHASES for kind in ("json", "jsonl")}
+    expected |= {f"{phase}/{WATCHED}.{kind}" for phase in PHASES[1:] for kind in ("json", "jsonl")}
     expected |= {"warmup/warmup.json"}
     for phase in PHASES[2:]:
         expected |= {
@@ -90,7 +92,7 @@ def test_trees_obey_their_invariants(made: Made):
     for phase in PHASES[2:]:
         for tree in read(made.folder / phase / "trees.jsonl"):
             nodes = tree["nodes"]
-            assert nodes[0]["visits"] == SIMULATIONS
+            assert nodes[0]["visits"] == SIMULATIONS + 1  # the walk down the gold
             assert [node["node"] for node in nodes] == list(range(len(nodes)))
             for node in nodes:
                 children = [child for child in nodes if child["parent"] == node["node"] and child is not nodes[0]]
@@ -146,7 +148,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
     summary = json.loads((made.folder / "summary.json").read_text())
     fixed = ["finished", "seed", "model", "data", "device", "phases", "search"]
     assert [key for key in fixed if key not in summary] == []
-    assert set(summary) - set(fixed) == {"split", "comparisons", "benchmark"}
+    assert set(summary) - set(fixed) == {"split", "comparisons", "benchmark", "training"}
     assert summary["benchmark"] is None  # none was chosen
     assert summary["finished"] is True
     assert (summary["seed"], summary["device"]) == (0, jax.devices()[0].device_kind)
@@ -170,7 +172,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
         assert phase["seconds"] > 0
     assert [row["iteration"] for row in summary["search"]] == list(range(1, ITERATIONS + 1))
     for row, phase in zip(summary["search"], PHASES[2:], strict=True):
-        assert set(row) == {"iteration", "prompts", "trees", "pairs", "generated_tokens", "seconds"}
+        assert set(row) == {"iteration", *iterate.SEARCH_KEYS, *search.FOUND, *score.ABILITY}
         trees = read(made.folder / phase / "trees.jsonl")
         assert row["prompts"] == row["trees"] == len(trees)
         assert row["pairs"] == len(read(made.folder / phase / "pairs.jsonl"))

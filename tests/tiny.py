@@ -17,6 +17,7 @@ import numpy as np
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.sampler import Policy
+from itool_jax.text.chat import load_tokenizer
 
 T = TypeVar("T")
 
@@ -122,8 +123,15 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def tiny_checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Writes a complete model folder, with changes to its config.json, and returns it."""
-    export.save(folder, random_params(model_config(folder, **changes), seed), raw_config(**changes))
+def tiny_checkpoint(folder: Path, *, seed: int = 0, talkative: bool = True, **changes: Any) -> Path:
+    """Writes a complete model folder, with changes to its config.json, and returns it.
+
+    One that is not `talkative` likes to end its responses.
+    """
     save_tokenizer(folder)
+    params = random_params(model_config(folder, **changes), seed)
+    if not talkative:
+        end = load_tokenizer(str(folder)).eos_token_id
+        params = params | {"embedding": params["embedding"].at[end].multiply(2.0)}
+    export.save(folder, params, raw_config(**changes))
     return folder

@@ -113,11 +113,15 @@ def search_trees(task: Task) -> Work:
     base, policy = load(task)
     table = step_table(base, endless=False)
     batch = [searched(problem) for problem in task["problems"]]
-    settings = SearchSettings(batch=min(len(batch), LANES), **task["sizes"]["settings"])
+    settings = SearchSettings(
+        batch=min(len(batch), LANES), inject_gold="always", exploration=1.0, **task["sizes"]["settings"]
+    )
 
     def new_model() -> ModelPolicy:
         max_length, self_eval = base.config.max_length, SelfEvaluationSettings()
-        return ModelPolicy(policy, base.chat, max_length, table, batch, settings, self_eval, task["seed"])
+        return ModelPolicy(
+            policy, base.chat, max_length, table, batch, settings, self_eval, jax.random.key(task["seed"])
+        )
 
     def work() -> float:
         model = new_model()

@@ -52,7 +52,8 @@ def iterate(run: Run) -> PhasePolicy:
 
     policy = run.phase(WARMUP).cached(warmup.TRAIN, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
     _evaluate(run, policy, held_out)
-    evaluate.watch(run, policy)
+    if config.iterations:
+        evaluate.watch(run, policy)  # what the first iteration is compared with
 
     for phase in run.iterations():
         scores = phase.cached(score.SCORE, policy, pool)  # perplexity of the gold responses, eq 4
