@@ -1,6 +1,8 @@
 """Categories of held-out samples, and the table of their accuracies."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from itool_jax.config import parse
 from itool_jax.data.generated import splits
 from itool_jax.stages import evaluate, iterate
 from itool_jax.text.sample import Row, Sample
+from tests.conftest import write
 
 KNOWN = {"f", "g"}
 
@@ -79,3 +82,26 @@ def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) ->
     assert all(name in out for name in evaluate.CATEGORIES)
     assert out.count("43.2±11.2") == len(phases) * len(evaluate.CATEGORIES)
     assert out.count("1234s") == len(phases)
+
+
+@pytest.mark.parametrize(
+    ("changed", "delta", "hardly"),
+    [(0, 0.4, True), (3, 0.4, True), (4, 0.4, False), (3, 0.5, False), (3, None, True), (4, None, False)],
+)
+def test_hardly_anything_was_trained_where_neither_answers_nor_margins_moved(
+    tmp_path: Path, changed: int, delta: float | None, hardly: bool
+) -> None:
+    """Of 200 answers, 2 % are 4."""
+    config = parse(["--stage=iterate", f"--run_dir={tmp_path}"])
+    for phase, n in (("warmup", 0), ("iteration_1", changed)):
+        rows = [{"id": str(i), "response": "other" if i < n else "same"} for i in range(200)]
+        (tmp_path / phase).mkdir()
+        write(tmp_path / phase / "evaluation_validation_200.jsonl", rows)
+    held_out = None if delta is None else {"delta": delta}
+    figures = {"seconds": 1.0, "outputs": {}, "held_out": held_out}
+    (tmp_path / "iteration_1/dpo.json").write_text(json.dumps(figures))
+    found = evaluate.what_training_changed(config, "iteration_1", "warmup")
+    assert found == {"changed": changed / 200, "validation_samples": 200, "delta": delta, "hardly_trained": hardly}
+    line = evaluate.describe_training("iteration_1", found)
+    assert ("hardly anything was trained" in line) == hardly
+    assert f"{changed / 2:.1f} % of 200 validation answers changed" in line

@@ -16,10 +16,10 @@ from itool_jax.config import Config
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
 from itool_jax.mcts.policy import OWN_BUCKET, PATH_BUCKET, PROMPT_BUCKET, ModelPolicy, Searched
 from itool_jax.mcts.search import FinishedTree, Response, SearchSettings, State, Step, search
-from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.mcts.value import SelfEvaluationSettings, outcome
 from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
-from itool_jax.sampler import Policy, target_log_probs
+from itool_jax.sampler import GenerateSettings, Policy, generate, target_log_probs
 from itool_jax.stages import draws
 from itool_jax.stages import search as stage
 from itool_jax.stages.base import Base
@@ -398,6 +398,34 @@ def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setu
             assert row["q_chosen"] >= row["q_rejected"] + 0.1 - 1e-5
             pairs += 1
     assert pairs
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_own_answers_are_counted_as_an_evaluation_grades_them(setup: Setup, n: int) -> None:
+    """Greedily, so that all answers to a prompt are alike; one target is what the model says, another one cannot be."""
+    chat, greedy = setup.base.chat, GenerateSettings(max_tokens=20)
+    prompts = [(row.sample.id, row.encoded.prompt_ids) for row in setup.batch]
+    said = tiny.in_order(generate(setup.policy, setup.table, prompts, greedy, setup.base.config.max_length, 0))
+    texts = [chat.tokenizer.decode(chat.content_ids(ids)) for ids in said]
+    targets = ["No tool fits.", texts[1], texts[2], CALLS]
+    samples = [dataclasses.replace(s, target=t) for s, t in zip(SAMPLES, targets, strict=True)]
+    items = [Searched(sample, encode_sample(chat, sample)) for sample in samples]
+    config = Config(stage="score", search=SMALL, generate=greedy)
+    found = draws.count_right(
+        setup.policy, setup.base, setup.table, items, draws.settings(config, n, 0.0), jax.random.key(1)
+    )
+    expected = [
+        n * (outcome(sample.target, text, finished=ids[-1] in chat.stop_ids) == 1.0)
+        for sample, text, ids in zip(samples, texts, said, strict=True)
+    ]
+    assert tiny.in_order(found) == expected
+    assert len(set(expected)) == 2
+
+
+def test_draws_of_an_iteration_and_a_purpose_are_their_own() -> None:
+    config = Config(stage="score")
+    keys = [draws.random_key(config, i, purpose) for i in (1, 2) for purpose in ("answers", "search")]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4
 
 
 def test_groups_are_of_one_length_unless_they_are_few(setup: Setup) -> None:

@@ -20,9 +20,6 @@ from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.padding import bucket
 from itool_jax.text.steps import StepTable
 
-ROWS = 512
-"""Answers that are sampled together."""
-
 
 def random_key(config: Config, iteration: int, purpose: str) -> jax.Array:
     """The key of an iteration's draws; purposes are independent of each other."""
@@ -31,7 +28,7 @@ def random_key(config: Config, iteration: int, purpose: str) -> jax.Array:
 
 
 def settings(config: Config, n: int, temperature: float) -> SearchSettings:
-    """`n` whole answers to each prompt, for as many prompts at a time as make `ROWS` rows."""
+    """`n` whole answers to each prompt, in no more rows and of no more prompts at once than the run's searches have."""
     search = config.search
     return dataclasses.replace(
         search,
@@ -41,7 +38,7 @@ def settings(config: Config, n: int, temperature: float) -> SearchSettings:
         temperature=temperature,
         top_p=1.0,
         inject_gold="never",
-        batch=max(1, ROWS // n),
+        batch=max(1, min(search.lanes, search.lanes * search.breadth // n)),
     )
 
 

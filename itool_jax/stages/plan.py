@@ -41,7 +41,7 @@ def run(config: Config) -> Row:
     hardware = memory.hardware_of(config)
     config = memory.laid_out(config, hardware)
     data = _data(config)
-    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.buffer)), hardware)
+    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool)), hardware)
     say(f"planning for {hardware.n_devices} x {hardware.name}, asking {hardware.answers}")
     # 1. What each stage needs as it is set, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
@@ -75,8 +75,9 @@ def _data(config: Config) -> Data:
     """The parts that a run would make, in memory only."""
     found, _ = divide(config, [] if config.skip_bad_rows else None)
     warmup, buffer = divide_replay(config, found["train"].samples)
+    pool = buffer if config.replay.pool == "buffer" else [s for s in found["train"].samples if s.follows_user]
     encoded = {row.id: row for row in found["train"].encoded}
-    return Data(warmup, buffer, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
+    return Data(warmup, pool, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
 
 
 def _devices(config: Config, hardware: Hardware) -> Row:

@@ -45,7 +45,8 @@ class Data(NamedTuple):
     """What is trained on and evaluated, which may be nothing."""
 
     warmup: list[Sample]
-    buffer: list[Sample]
+    pool: list[Sample]
+    """What searched prompts are chosen from."""
     encoded: dict[str, Encoded]
     evaluated: list[Encoded]
 
@@ -88,8 +89,8 @@ def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> 
     found = [_warmup(config, data, time_model)]
     if config.iterations:
         trees = _trees(config, data)
-        prompts = config.iterations * _hardest(config, data.buffer)
-        found.append(_scores(config, data, time_model))
+        prompts = config.iterations * _hardest(config, data.pool)
+        found.append(_scores(config, data, time_model, max(1, min(batch, prompts // config.iterations))))
         found.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
         found.append(_preferences(config, data, time_model, trees, prompts))
     return [*found, _evaluation(config, data, time_model)] if data.evaluated else found
@@ -113,13 +114,25 @@ def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
     return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps{most}", tokens, padded, seconds)
 
 
-def _scores(config: Config, data: Data, time_model: TimeModel) -> Workload:
-    rows, n = data.rows(data.buffer), config.iterations
+def _scores(config: Config, data: Data, time_model: TimeModel, batch: int) -> Workload:
+    rows, n = data.rows(data.pool), config.iterations
     widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
     groups = list(group(widths, config.generate.tokens_per_batch))
     count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
     seconds = n * time_model.read(count, padded / count, _mean_target(rows))
-    return Workload("score", f"{n} × {len(rows)} samples", n * sum(map(_length, rows)), n * padded, seconds)
+    # K answers to each prompt of the pool, or of those that are searched, and a greedy one to these.
+    k, searched = config.replay.samples, _hardest(config, data.pool)
+    drawn = len(rows) if config.replay.select == "mixed" else searched
+    lanes = max(1, min(batch, batch * config.search.breadth // k))
+    loop = min(float(np.quantile([len(row.target_ids) for row in rows], 0.9)), config.generate.max_tokens)
+    prompt = float(np.mean([len(row.prompt_ids) for row in rows]))
+    seconds += n * time_model.read(drawn + searched, prompt, 0)
+    seconds += n * math.ceil(drawn / lanes) * time_model.sample(loop, lanes * k, lanes, prompt, loop / 2)
+    seconds += n * math.ceil(searched / batch) * time_model.sample(loop, batch, batch, prompt, loop / 2)
+    answers = drawn * k + searched
+    tokens = n * (sum(map(_length, rows)) + round(answers * _mean_target(rows) + (drawn + searched) * prompt))
+    what = f"{n} × {len(rows)} samples, {answers} answers"
+    return Workload("score", what, tokens, n * padded + tokens - n * sum(map(_length, rows)), seconds)
 
 
 class _ExpectedTree(NamedTuple):
@@ -139,7 +152,7 @@ class _ExpectedTree(NamedTuple):
 
 
 def _trees(config: Config, data: Data) -> _ExpectedTree:
-    s, rows, base = config.search, data.rows(data.buffer), load_base(config)
+    s, rows, base = config.search, data.rows(data.pool), load_base(config)
     table = step_table(config, s.granularity)
     found: list[tuple[float, float, float]] = []
     steps: list[int] = []
@@ -162,7 +175,7 @@ def _trees(config: Config, data: Data) -> _ExpectedTree:
 
 def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int, batch: float) -> Workload:
     """Prompts with and without the reference; a round of sampled steps an expansion; a question a state."""
-    rows = data.rows(data.buffer)
+    rows = data.rows(data.pool)
     prompt, breadth = float(np.mean([len(row.prompt_ids) for row in rows])), trees.states / trees.expansions
     rounds = math.ceil(prompts / batch) * trees.expansions
     question = trees.path / 2 + trees.around  # a state is half a response on average
@@ -178,7 +191,7 @@ def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: in
 
 def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int) -> Workload:
     """The reference's log-probabilities of both sides of each pair, and the training."""
-    s, rows = config.preference, data.rows(data.buffer)
+    s, rows = config.preference, data.rows(data.pool)
     pairs = prompts * config.plan.pairs_a_tree
     before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
     width = bucket(round(before + 2 * trees.step))
@@ -205,9 +218,9 @@ def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
     return Workload("evaluate", f"{n} × {len(rows)} samples", n * tokens, n * padded, n * seconds)
 
 
-def _hardest(config: Config, buffer: Sequence[Sample]) -> int:
+def _hardest(config: Config, pool: Sequence[Sample]) -> int:
     """How many samples an iteration searches."""
-    scored = [replay.ScoredSample(s.id, 1.0, looks_like_calls(s.target)) for s in buffer]
+    scored = [replay.ScoredSample(s.id, 1.0, looks_like_calls(s.target)) for s in pool]
     return len(replay.select_hardest(scored, config.replay))
 
 

@@ -20,7 +20,7 @@ from itool_jax.messages import current_stage, say
 from itool_jax.model.sharding import use_own_mesh
 from itool_jax.stages.base import load_base
 from itool_jax.stages.run import Run
-from itool_jax.stages.splits import split_replay
+from itool_jax.stages.splits import search_pool, split_replay
 from itool_jax.text.chat import Chat, Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, target_width
 from itool_jax.train import TrainingSettings
@@ -79,8 +79,7 @@ def _candidates(run: Run, name: str) -> list[int]:
     if name != "search.batch":
         share = training_settings(run.config, name).share()
         return [size for size in range(1, share + 1) if share % size == 0]
-    _, buffer = split_replay(run.splits.train, run.config)
-    return search_batches(run.config, len(buffer.samples))
+    return search_batches(run.config, len(search_pool(run.splits.train, run.config).samples))
 
 
 def search_batches(config: Config, buffer: int) -> list[int]:
@@ -118,8 +117,8 @@ class Rows(NamedTuple):
 
 def need_of(run: Run, name: str) -> Need:
     """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
-    warmup, buffer = split_replay(run.splits.train, run.config)
-    rows = (warmup if name.startswith("warmup") else buffer).encoded
+    warmup, _ = split_replay(run.splits.train, run.config)
+    rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
     plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
     return total(lambda size: max((p.need(model) for p in plan(size)), key=lambda need: need.total))
 
