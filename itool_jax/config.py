@@ -57,6 +57,8 @@ class EvaluateSettings:
     """Samples of the split to evaluate, always the same ones; 0 is all of them."""
     split: Literal["test", "validation"] = "test"
     """Which part: settings are chosen on validation, claims made on test."""
+    intermediate: bool = True
+    """Evaluate after each iteration; else after the last one only, beside base and warm-up."""
     phase: str | None = None
     """Phase evaluated on a benchmark: base, warmup, iteration_2, or all; the last one that has weights."""
     benchmark_data: Path | None = None

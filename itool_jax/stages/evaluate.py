@@ -68,11 +68,16 @@ def _watching(config: Config) -> Config:
     return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED))
 
 
+def watching_step(config: Config) -> Step[Figures]:
+    """The evaluation that watches a training."""
+    return step(_watching(config), aloud=False)
+
+
 def watch(run: Run, policy: PhasePolicy) -> None:
     """Answers some validation samples with a phase's policy, for `what_training_changed`."""
     if run.splits.validation.samples:
         watching = run.with_settings(_watching(run.config))
-        watching.phase(policy.phase).cached(step(watching.config, aloud=False), policy, run.splits.validation)
+        watching.phase(policy.phase).cached(watching_step(run.config), policy, run.splits.validation)
 
 
 def what_training_changed(config: Config, phase: str, before: str) -> Figures:

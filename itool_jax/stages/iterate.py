@@ -68,6 +68,9 @@ def iterate(run: Run) -> PhasePolicy:
 
 def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
     """On the held-out split if there is one, and for a trained policy on the benchmark if there is one."""
+    if policy.phase not in evaluated_phases(run.config):
+        report.refresh(run.config)
+        return
     if _has_held_out(run.config):
         run.phase(policy.phase).cached(evaluate.step(run.config), policy, held_out)
     if run.config.benchmark is not None and policy.phase != BASE:
@@ -102,7 +105,7 @@ def _has_held_out(config: Config) -> bool:
 
 
 def _drop_summary_of_fewer_iterations(config: Config) -> None:
-    last, evaluation = phases(config)[-1], evaluate.step(config).name
+    last, evaluation = evaluated_phases(config)[-1], evaluate.step(config).name
     if is_first() and cache.read_figures(config.run_dir, last, evaluation) is None:
         (config.run_dir / "summary.json").unlink(missing_ok=True)
 
@@ -120,19 +123,23 @@ def _finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def phases(config: Config) -> list[str]:
-    """All phases in order."""
-    return [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
+def evaluated_phases(config: Config) -> list[str]:
+    """The phases that are evaluated, in order."""
+    iterations = range(1, config.iterations + 1)
+    chosen = iterations if config.evaluate.intermediate else iterations[-1:]
+    return [BASE, WARMUP, *map(phase_name, chosen)]
 
 
 def summarize(run: Run) -> dict[str, Any]:
     """Summarizes the run from its stage results."""
     config = run.config
     evaluation = evaluate.step(config).name
-    rows = []
-    for name in phases(config):
+    rows, kinds = [], ("warmup", "score", "search", "dpo", evaluation, evaluate.watching_step(config).name)
+    names = [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
+    for name in evaluated_phases(config):
+        before, names = names[: names.index(name) + 1], names[names.index(name) + 1 :]
         figures = _figures(config, name, evaluation) if _has_held_out(config) else {key: {} for key in MEASURED}
-        seconds = sum(_seconds(config, name, s) for s in ("warmup", "score", "search", "dpo", evaluation))
+        seconds = sum(_seconds(config, phase, kind) for phase in before for kind in kinds)
         measured = {key: figures[key] for key in MEASURED}
         rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
     searches, trainings = [], []
@@ -162,7 +169,7 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
     """The benchmark's figures by phase; null without one."""
     if config.benchmark is None:
         return None
-    trained = phases(config)[1:]
+    trained = evaluated_phases(config)[1:]
     read = {phase: read_json(benchmark.results_folder(config, phase) / "summary.json") for phase in trained}
     return {"name": config.benchmark, "phases": read}
 
@@ -187,7 +194,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
 
     Without a held-out part it is the benchmark's categories that are compared.
     """
-    names = phases(config)
+    names = evaluated_phases(config)
     pairs = list(zip(names[1:], names, strict=False))
     if config.iterations > 1:
         pairs.append((names[-1], WARMUP))

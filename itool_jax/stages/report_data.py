@@ -174,6 +174,8 @@ def _with_evaluation(config: Config, names: Sequence[str]) -> Config:
     """The settings with the evaluation of which the run has most phases, the latest of several."""
     files = [path for name in names for path in (config.run_dir / name).glob("evaluation_*.jsonl")]
     files = [path for path in files if RESULTS.fullmatch(path.stem)]
+    watching = evaluate.watching_step(config).name  # it shows what a training changed, not how good a phase is
+    files = [path for path in files if path.stem != watching] or files
     if not files:
         return config
     counts = Counter(path.stem for path in files)
