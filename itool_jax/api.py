@@ -15,7 +15,7 @@ import jax
 
 from itool_jax import config as settings_of
 from itool_jax import environment
-from itool_jax.config import Config
+from itool_jax.config import Config, current_value
 from itool_jax.data.sources import from_rows
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
@@ -242,6 +242,7 @@ class Model:
             raise ValueError(f"a sample is a dict with messages, tools and target, got {wrong[0]!r:.80}")
         if unknown := settings.keys() - {field.name for field in dataclasses.fields(SearchSettings)}:
             raise ValueError(f"the search has no setting {min(unknown)}; see SearchSettings")
+        settings = {name: current_value(f"search.{name}", value) for name, value in settings.items()}
         rows = [sample_row(one) if isinstance(one, Sample) else dict(one) for one in given]
         found = from_rows(rows, need_target=True)
         if not found:

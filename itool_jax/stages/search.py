@@ -73,8 +73,7 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
             yield Advance(n_simulations, finished)
 
     results = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)
-    found = [pair for row in results for pair in row["pairs"]]
-    pairs = _with_refusals(task, [pair for pair in found if pair.pop("accepted")])
+    pairs = _with_refusals(task, [pair for row in results for pair in row["pairs"]])
     write_jsonl(task.folder / "trees.jsonl", (row["tree"] for row in results))
     write_jsonl(task.folder / "pairs.jsonl", pairs)
     write_jsonl(task.folder / "answers.jsonl", (answer for row in results for answer in row["answers"]))
@@ -83,7 +82,7 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
         "trees": len(results),
         "pairs": len(pairs),
         "generated_tokens": sum(row["sampled_tokens"] for row in results),
-        **_figures(results, found, pairs),
+        **_figures(results, pairs),
     }
     _remark(task.phase, config, figures)
     return figures
@@ -109,7 +108,8 @@ def trees(
     """Searches samples, and yields after each round what is done.
 
     That is the number of simulations that ended, and (index into `items`, row) of each tree that is complete. A row is
-    {tree, pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the other files.
+    {tree, pairs, invalid_pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the
+    other files.
     """
     key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
     for group in draws.by_prompt_width(items, config.search.lanes):
@@ -131,7 +131,8 @@ def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config,
     pairs = preference_pairs(finished.tree, finished.steps, decode, config.pairs, finished.observed)
     return {
         "tree": _tree_row(finished, searched, chat),
-        "pairs": [_pair_row(pair, searched, chat, config, iteration) for pair in pairs],
+        "pairs": [_pair_row(pair, searched, chat, config, iteration) for pair in pairs if config.pairs.accepts(pair)],
+        "invalid_pairs": sum(not config.pairs.is_valid(pair) for pair in pairs),
         "answers": _own_answers(finished, searched, iteration),
         "sampled_tokens": finished.sampled_tokens,
     }
@@ -188,7 +189,7 @@ def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
     return [pair for pair in pairs if pair["id"] in kept]
 
 
-def _figures(results: Sequence[Row], found: Sequence[Row], pairs: Sequence[Row]) -> Figures:
+def _figures(results: Sequence[Row], pairs: Sequence[Row]) -> Figures:
     """What the search found: figures of trees, pairs and self-evaluation."""
     trees = [row["tree"]["nodes"] for row in results]
     ends = [node for nodes in trees for node in nodes if node["terminal"]]
@@ -203,7 +204,7 @@ def _figures(results: Sequence[Row], found: Sequence[Row], pairs: Sequence[Row])
         "all_right": sum(all(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
         "all_wrong": sum(not any(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
         "unreachable_golds": sum(not row["reachable"] for row in results),
-        "invalid_pairs": sum(not pair["valid"] for pair in found),
+        "invalid_pairs": sum(row["invalid_pairs"] for row in results),
         "chosen_is_gold": sum(pair["chosen_is_gold"] for pair in pairs),
         "chosen_injected": sum(not pair["chosen_sampled"] for pair in pairs),
         "answers": sum(len(row["answers"]) for row in results),
@@ -291,7 +292,6 @@ def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iterat
         "chosen_sampled": pair.chosen_sampled,
         "chosen_is_gold": pair.chosen_is_gold,
         "valid": config.pairs.is_valid(pair),
-        "accepted": config.pairs.accepts(pair),
     }
 
 
