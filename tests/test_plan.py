@@ -160,7 +160,7 @@ def test_the_plan_is_what_the_run_did(made: Made, roomy: Row):
     prompts = sum(json.loads((made.folder / f"iteration_{i + 1}/search.json").read_text())["prompts"] for i in range(2))
     assert work["search"].startswith(f"{prompts} trees")
     scores = json.loads((made.folder / "iteration_1/score.json").read_text())
-    assert work["score"] == f"{ITERATIONS} × {scores['samples']} samples"
+    assert work["score"] == f"{ITERATIONS} × {scores['samples']} samples, 72 answers"
     card = json.loads((made.folder / "data/card.json").read_text())
     assert work["evaluate"] == f"{ITERATIONS + 2} × {card['parts']['test']['samples']} samples"
     assert all(0 < row["tokens"] <= row["padded_tokens"] for row in roomy["stages"])
