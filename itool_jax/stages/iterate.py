@@ -58,7 +58,8 @@ def iterate(run: Run) -> PhasePolicy:
     for phase in run.iterations():
         scores = phase.cached(score.SCORE, policy, pool)  # perplexity of the gold responses, eq 4
         hard = score.ranked_hardest(pool, scores)  # the share α of highest perplexity, or of the most mixed answers
-        forest = phase.cached(search.SEARCH, policy, hard)  # trees: PUCT, outcome, self-evaluation, backup; eq 5 to 9
+        # Trees: PUCT, outcome, self-evaluation, backup; eq 5 to 9.
+        forest = phase.cached(search.SEARCH, policy, hard, scores)
         # The best against the worst child of each node, by DPO; the policy passed in is π_ref too; eq 10 and 11.
         policy = phase.cached(dpo.TRAIN, policy, forest.pairs, forest.answers)
         _evaluate(run, policy, held_out)

@@ -54,14 +54,18 @@ def run(run: Run) -> Forest:
     config = run.config
     phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
     pool = search_pool(run.splits.train, config)
-    return phase.cached(SEARCH, policy, score.ranked_hardest(pool, phase.read(score.SCORE)))
+    scores = phase.read(score.SCORE)
+    return phase.cached(SEARCH, policy, score.ranked_hardest(pool, scores), scores)
 
 
-def grow(task: Task, policy: PhasePolicy, hard: Samples) -> Figures:
-    """Searches the prompts in lock-step, and writes their trees, preference pairs and right answers."""
+def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figures:
+    """Searches the prompts in lock-step, and writes their trees, preference pairs and right answers.
+
+    `scores` say which prompts the policy has answered rightly before.
+    """
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
-    right = {row["id"]: row["right"] for row in Phase(run, task.phase).read(score.SCORE).rows}
+    right = {row["id"]: row["right"] for row in scores.rows}
     items = [
         Searched(sample, encoded, bool(right[sample.id]))
         for sample, encoded in zip(hard.samples, hard.encoded, strict=True)
