@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_results_browser_shows_a_run(made: Made, tmp_path: Path):
     text = printed(outputs)
     assert "base, warmup, iteration_1, iteration_2, evaluated on test_all" in text
     assert "8 trees, those with most pairs first" in text
-    assert f"from base to iteration_{ITERATIONS}: 0 repaired, 0 broken, of 15" in text
+    assert re.search(rf"from base to iteration_{ITERATIONS}: \d+ repaired, \d+ broken, of 15\n", text)
     assert len(images(outputs)) == 4  # accuracy, curves, a tree, the pairs
 
 

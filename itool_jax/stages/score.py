@@ -101,10 +101,11 @@ def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperatur
     """How many of the `n` answers that the policy samples to each prompt are right, by sample id."""
     run, running = task.run, policy.running()
     items = [Searched(*row) for row in zip(pool.samples, pool.encoded, strict=True)]
-    settings, key = draws.settings(task.config, n, temperature), draws.random_key(task.config, task.iteration, part)
+    settings = draws.settings(task.config, n, temperature)
     table = run.step_table(task.config.search.granularity)
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
+        key = draws.random_key(task.config, task.iteration, part)  # here, on this process's own mesh
         return by_row(draws.count_right(running, run.base, table, items, settings, key))
 
     counts = task.map(
