@@ -382,7 +382,7 @@ def test_defaults_are_written_only_where_the_request_does_not_mention_them() -> 
 
 
 def test_habits_have_their_published_shares_of_the_default_training_part() -> None:
-    """The figures of docs/method.md. They were fixed before any loop was run on this corpus: never change them."""
+    """The figures of docs/method.md. Results on this corpus hold for these: never change them."""
     settings = parse(["--stage=iterate"]).generated
     assert (settings.train, settings.validation, settings.test, settings.writers) == (1000, 600, 2400, 12)
     writers = [writer_of(f"train-0-{i}", settings.writers) for i in range(settings.train)]
