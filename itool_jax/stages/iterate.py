@@ -197,7 +197,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
     """
     names = evaluated_phases(config)
     pairs = list(zip(names[1:], names, strict=False))
-    if config.iterations > 1:
+    if names[-2] not in (BASE, WARMUP):
         pairs.append((names[-1], WARMUP))
     rows = []
     held_out = _has_held_out(config)
