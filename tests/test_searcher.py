@@ -242,7 +242,9 @@ def test_both_orders_average_the_judgements_of_either(setup: Setup, scale: Any) 
     responses = [Response(0, 0, chat.encode(text)) for text in ("[f", "[g")]
     plain = setup.model(self_eval=SelfEvaluationSettings(scale=scale))
     one = plain.judge(responses)
-    both = setup.model(self_eval=SelfEvaluationSettings(scale=scale, both_orders=True)).judge(responses)
+    averaging = setup.model(self_eval=SelfEvaluationSettings(scale=scale, both_orders=True))
+    both = averaging.judge(responses)
+    assert averaging.swapped[0] == pytest.approx(plain.swapped[0], abs=1e-6)  # what is compared is no average
     letters = SelfEvaluationSettings(scale=scale).letters
     frame = evaluation_frame(chat, encoded.target_ids[:-1], scale, letters=letters[::-1])
     ids = [*encoded.prompt_ids, *frame.before, *responses[0].token_ids, *frame.after]
@@ -419,6 +421,17 @@ def test_own_answers_are_counted_whatever_is_sampled_beside_them(setup: Setup) -
     assert 0 < sum(found) < 32
     assert counts(items[::-1], batch=1) == found[::-1]
     assert sum(counts(items, n=1)) <= sum(found)
+
+
+@pytest.mark.parametrize("is_probability", [True, False])
+def test_four_grades_are_no_probability(is_probability: bool) -> None:
+    root = {"parent": -1, "terminal": False, "outcome": 0.0, "confidence": 0.0, "sampled": True}
+    ends = [root | {"parent": 0, "terminal": True, "outcome": o, "confidence": c} for o, c in ((1.0, 0.9), (-1.0, 0.2))]
+    row = {"tree": {"id": "a", "nodes": [root, *ends]}, "judged": [0.9, 0.4], "invalid_pairs": 0, "answers": []}
+    judged = stage._figures([row | {"reachable": True}], [], is_probability)["self_evaluation"]
+    assert (judged["responses"], judged["auc"], judged["asked_both_ways"]) == (2, 1.0, 1)
+    assert judged["flipped"] == (1.0 if is_probability else None)
+    assert judged["calibration_error"] == (pytest.approx(0.15) if is_probability else None)
 
 
 def test_draws_of_an_iteration_and_a_purpose_are_their_own() -> None:

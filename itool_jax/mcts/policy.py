@@ -166,14 +166,14 @@ class ModelPolicy:
         """
         by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
         found = self._judge(by_problem, in_reverse=False)
-        if self.self_eval.both_orders:
-            found = [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
         firsts = dict(zip(itertools.accumulate(map(len, by_problem[:-1]), initial=0), by_problem, strict=True))
         new = {i: same[0] for i, same in firsts.items() if same[0].problem not in self.swapped}
         again = self._ask([[response] for response in new.values()], 1, in_reverse=True)
         for (i, response), confidence_in_reverse in zip(new.items(), again, strict=True):
             self.swapped[response.problem] = found[i], confidence_in_reverse
-        return found
+        if not self.self_eval.both_orders:
+            return found
+        return [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
 
     def _judge(self, by_problem: Sequence[Sequence[Response]], *, in_reverse: bool) -> list[float]:
         """Returns the confidence in every response, those to a problem together.

@@ -86,7 +86,7 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figur
         "trees": len(results),
         "pairs": len(pairs),
         "generated_tokens": sum(row["sampled_tokens"] for row in results),
-        **_figures(results, pairs),
+        **_figures(results, pairs, config.self_eval.scale == "binary"),
     }
     _remark(task.phase, config, figures)
     return figures
@@ -193,8 +193,11 @@ def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
     return [pair for pair in pairs if pair["id"] in kept]
 
 
-def _figures(results: Sequence[Row], pairs: Sequence[Row]) -> Figures:
-    """What the search found: figures of trees, pairs and self-evaluation."""
+def _figures(results: Sequence[Row], pairs: Sequence[Row], is_probability: bool) -> Figures:
+    """What the search found: figures of trees, pairs and self-evaluation.
+
+    Where the self-evaluation is no probability (four grades), nothing is said of calibration and of changes of mind.
+    """
     trees = [row["tree"]["nodes"] for row in results]
     ends = [node for nodes in trees for node in nodes if node["terminal"]]
     asked = [row["judged"] for row in results if row["judged"] is not None]
@@ -215,11 +218,11 @@ def _figures(results: Sequence[Row], pairs: Sequence[Row]) -> Figures:
         "self_evaluation": {
             "responses": len(marks) if asked else 0,
             "auc": roc_auc(confidences, marks) if asked else None,
-            "calibration_error": calibration_error(confidences, marks) if asked else None,
+            "calibration_error": calibration_error(confidences, marks) if asked and is_probability else None,
             "mean_right": _mean([c for c, mark in zip(confidences, marks, strict=True) if mark]) if asked else None,
             "mean_wrong": _mean([c for c, mark in zip(confidences, marks, strict=True) if not mark]) if asked else None,
             "asked_both_ways": len(asked),
-            "flipped": flips / len(asked) if asked else None,
+            "flipped": flips / len(asked) if asked and is_probability else None,
         },
     }
 
@@ -265,11 +268,13 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
         say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
     judged = figures["self_evaluation"]
     if judged["auc"] is not None:
-        say(
-            f"{phase}: self-evaluation tells right responses from wrong ones with an AUC of {judged['auc']:.2f}, its "
-            f"calibration error is {judged['calibration_error']:.2f}; with the letters swapped it changes its mind in "
-            f"{100 * judged['flipped']:.0f} %"
-        )
+        line = f"{phase}: self-evaluation tells right responses from wrong ones with an AUC of {judged['auc']:.2f}"
+        if judged["flipped"] is not None:
+            line += (
+                f", its calibration error is {judged['calibration_error']:.2f}; with the letters swapped it changes "
+                f"its mind in {100 * judged['flipped']:.0f} %"
+            )
+        say(line)
 
 
 def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
