@@ -1,12 +1,12 @@
 """Do searched preferences teach more than fine-tuning? `python -m benchmarks.evidence --output=../evidence`.
 
-A cell is one run: a corpus, an arm, a learning rate and a seed. Development cells choose each arm's rate on the
-validation part; reported cells then see the test part once. A finished cell is kept as benchmarks/evidence/CELL.json,
+A cell is one run: a corpus, an arm, a learning rate and a seed. Development cells, of one iteration, choose each arm's
+rate on the validation part; reported cells, of all iterations, then see the test part once. A finished cell is kept as benchmarks/evidence/CELL.json,
 small enough to commit and enough to compute every figure again; it is not run again. A killed command resumes.
 
 All arms of a corpus and seed begin with copies of one run: its data, its warm-up, and its iteration 1 up to the
-searched trees, so that they share prompts and sampled tokens. (`gold_pairs` searches the same prompts again, once for
-all its rates.) From iteration 2 on each arm scores, searches and trains with its own policy, for that is what the loop
+searched trees, so that they share prompts and sampled tokens. (`gold_pairs` and `whole_rejected` search the same prompts
+again, once for all their rates.) From iteration 2 on each arm scores, searches and trains with its own policy, for that is what the loop
 is: `sft_same_prompts` takes the prompts that its own policy makes pairs of.
 """
 
@@ -44,9 +44,9 @@ from itool_jax.stages.run import Run
 
 # Fixed before any result was looked at ----------------------------------------------------------------------
 
-FIXED = ("--config=demo", "--warmup.epochs=auto", "--warmup.max_epochs=6")
-"""Settings of every cell: the default run. Plateau rule: the warm-up ends with the first epoch that gains less than 0.5
-points on the validation part, after six at the latest."""
+FIXED = ("--config=demo", "--warmup.epochs=auto", "--warmup.max_epochs=6", "--generated.validation=2400")
+"""Settings of every cell: the default run, with a larger validation part. Plateau rule: the warm-up ends with the first
+epoch that gains less than 0.5 points on the first 600 validation samples, after six at the latest."""
 CORPORA: dict[str, tuple[str, ...]] = {"many": (), "clean": ("--generated.writers=1",)}
 """The default corpus, whose training answers are a mixture of several writers' habits; and one writer's."""
 NONE, SFT = "none", "sft_same_prompts"
@@ -58,20 +58,21 @@ ARMS: dict[str, tuple[str, ...]] = {
     "raft": ("--preference.loss=raft",),
     "gold_pairs": (
         *("--search.inject_gold=always", "--search.exploration=1", "--self_eval.weight=1"),
-        *("--pairs.require=gap", "--pairs.min_q_gap=0.1"),
+        *("--pairs.require=gap", "--pairs.min_q_gap=0.1", "--pairs.rejected=whole"),
     ),
+    "whole_rejected": ("--pairs.rejected=whole",),
     "swapped": ("--preference.control=swapped",),
 }
 """What each arm changes; `gold_pairs` makes its pairs as paper_v1 does."""
-OWN_SEARCH = ("gold_pairs",)
+OWN_SEARCH = ("gold_pairs", "whole_rejected")
 """Arms whose settings change the search of iteration 1."""
 REPORTED: dict[str, tuple[str, ...]] = {"many": tuple(ARMS), "clean": ("default", SFT, "chosen_steps")}
 """Arms that are reported, by corpus."""
 DEVELOPED = "many"
 """The corpus that rates are chosen on; they hold for the other one too."""
 RATES = (3e-4, 1e-3, 3e-3)
-"""Learning rates of preference training to try. An arm's is the one whose accuracy after the last iteration, on the
-whole validation part and averaged over the development seeds, is highest; of equal ones the lowest."""
+"""Learning rates of preference training to try. An arm's is the one whose accuracy after iteration 1, on the whole
+validation part and averaged over the development seeds, is highest; of equal ones the lowest."""
 DEVELOPMENT_SEEDS = (10, 11)
 REPORTED_SEEDS = (0, 1, 2)
 LEVEL, DRAWS = 0.99, 10_000
@@ -119,6 +120,11 @@ class Cell(NamedTuple):
     def part(self) -> str:
         """The part of the data that it is evaluated on."""
         return "validation" if self.seed in DEVELOPMENT_SEEDS else "test"
+
+    @property
+    def iterations(self) -> int | None:
+        """How many iterations it runs; None for as many as the default run has."""
+        return 1 if self.part == "validation" else None
 
     @property
     def known(self) -> bool:
@@ -208,6 +214,7 @@ def cell_config(cell: Cell, run_dir: Path) -> Config:
     return dataclasses.replace(
         config,
         seed=cell.seed,
+        iterations=cell.iterations or config.iterations,
         run_dir=run_dir,
         preference=dataclasses.replace(config.preference, learning_rate=rate),
         evaluate=dataclasses.replace(config.evaluate, split=cell.part),

@@ -43,18 +43,21 @@ def test_a_development_cell_never_sees_the_test_part_and_no_seed_serves_both() -
     assert not set(DEVELOPMENT_SEEDS) & set(REPORTED_SEEDS)
     assert {cell.part for cell in evidence.all_cells({}) if cell.seed in DEVELOPMENT_SEEDS} == {"validation"}
     assert {cell.part for cell in evidence.all_cells({}) if cell.seed in REPORTED_SEEDS} == {"test"}
+    run = Path("run")
+    for cell in evidence.all_cells({}):
+        assert evidence.cell_config(cell, run).iterations == (1 if cell.seed in DEVELOPMENT_SEEDS else 3)
 
 
 def test_the_cells_are_those_of_the_protocol() -> None:
     cells = list(evidence.all_cells({}))
     trained = [cell for cell in cells if cell.arm != NONE]
-    assert len(trained) == 6 * 3 * 2 + 6 * 3 + 3 * 3
+    assert len(trained) == 7 * 3 * 2 + 7 * 3 + 3 * 3
     assert len(cells) - len(trained) == 2 + 3 + 3
     assert {cell.arm for cell in trained if cell.corpus == "clean"} == {"default", SFT, "chosen_steps"}
     known = list(evidence.all_cells(dict.fromkeys(ARMS, RATES[0])))
     assert len({cell.name for cell in known}) == len(cells) == len(known)
     assert all(cell.known for cell in known)
-    assert sum(cell.known for cell in cells) == 36 + 8
+    assert sum(cell.known for cell in cells) == 42 + 8
 
 
 def test_names_tell_cells_apart() -> None:
@@ -170,6 +173,7 @@ def test_arms_differ_in_their_own_settings_alone() -> None:
     assert changed("many", SFT) == {"preference.control": SFT}
     assert changed("many", "swapped") == {"preference.control": "swapped"}
     assert changed("many", "raft") == {"preference.loss": "raft"}
+    assert changed("many", "whole_rejected") == {"pairs.rejected": "whole"}
     assert changed("many", "gold_pairs").items() >= {"search.inject_gold": "always", "pairs.require": "gap"}.items()
     assert {name.split(".")[0] for name in changed("many", "gold_pairs")} <= {"search", "pairs", "self_eval"}
     assert changed("clean", "default") == {"generated.writers": 1}

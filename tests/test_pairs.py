@@ -57,6 +57,17 @@ def test_exact_pairs_of_a_small_tree():
     ]
 
 
+def test_a_rejected_step_can_end_with_the_first_token_that_differs():
+    tree = hand_tree([(ROOT, 1.0, 2, False), (ROOT, -1.0, 1, True)], {2: -1.0, 1: 1.0})
+    cut = PairSettings(rejected="first_difference", require="gap")
+    for rejected, kept in (([7, 8, 9, 5], [7, 8, 9]), ([3, 8], [3]), ([7, 8], [7, 8]), ([7, 8, 4, 6, 6], [7, 8, 4, 6])):
+        steps = [[], [7, 8, 4], rejected]
+        (whole,) = preference_pairs(tree, steps, str, SETTINGS)
+        (pair,) = preference_pairs(tree, steps, str, cut)
+        assert (pair.chosen_ids, pair.rejected_ids) == ([7, 8, 4], kept)
+        assert pair._replace(rejected_ids=rejected) == whole
+
+
 def test_device_arrays_give_plain_python_numbers():
     tree = jax.tree.map(jnp.asarray, hand_tree([(ROOT, 1.0, 1, True), (ROOT, 0.0, 0, True)]))
     (pair,) = pairs_of(tree)

@@ -102,6 +102,7 @@ UNSAID: dict[str, Any] = {
     "preference.clip_norm": 1.0,
     "preference.control": "none",
     "pairs.held_out": 0.0,
+    "pairs.rejected": "whole",
 }
 """Settings that the method leaves open; the preset holds on to what they were."""
 

@@ -4,6 +4,7 @@ In: a finished `Tree` and the tokens of the step into each node.
 Out: at most one `Pair` a node, its best child against its worst.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -26,7 +27,9 @@ class PairSettings:
     require: Literal["outcome", "gap"] = "outcome"
     """What makes a pair besides that: outcome, that the best ending below the preferred step beats the best one below
     the other, by as much; or nothing else (the gap alone, as in the paper)."""
-
+    rejected: Literal["whole", "first_difference"] = "whole"
+    """How much of the dispreferred step a pair holds: whole, as in the paper; or first_difference, up to and with the
+    first token that differs from the preferred step, so that training does not blame what follows."""
     held_out: float = 0.1
     """Share of the searched prompts whose pairs are not trained on: they measure what the training did."""
 
@@ -94,7 +97,7 @@ def preference_pairs(
     behind = {node: [*ids, *(observed or {}).get(node, [])] for node, ids in enumerate(steps)}
     endings_N = _best_endings(tree)
     nodes = range(int(tree.n_nodes))
-    pairs = [_node_pair(tree, node, steps, behind, endings_N, settings.min_q_gap) for node in nodes]
+    pairs = [_node_pair(tree, node, steps, behind, endings_N, settings) for node in nodes]
     return [pair for pair in pairs if pair and decode(pair.chosen_ids) != decode(pair.rejected_ids)]
 
 
@@ -113,7 +116,7 @@ def _node_pair(
     steps: Sequence[list[int]],
     behind: Mapping[int, list[int]],
     endings_N: np.ndarray,
-    min_q_gap: float,
+    settings: PairSettings,
 ) -> Pair | None:
     """Returns the best and the worst eligible child of a node, or None; their texts may be equal."""
     children = _eligible_children(tree, node)
@@ -122,7 +125,7 @@ def _node_pair(
     q_values = tree.q_value_N[children]
     best, worst = int(np.argmax(q_values)), int(np.argmin(q_values))
     q_chosen, q_rejected = float(q_values[best]), float(q_values[worst])
-    if q_chosen - q_rejected < min_q_gap - ROUNDING:
+    if q_chosen - q_rejected < settings.min_q_gap - ROUNDING:
         return None
     chosen, rejected = children[best], children[worst]
     return Pair(
@@ -135,12 +138,20 @@ def _node_pair(
         visits_rejected=int(tree.visit_count_N[rejected]),
         path=_path(tree, node, behind),
         chosen_ids=steps[chosen],
-        rejected_ids=steps[rejected],
+        rejected_ids=steps[rejected]
+        if settings.rejected == "whole"
+        else _until_they_differ(steps[rejected], steps[chosen]),
         best_ending_chosen=float(endings_N[chosen]),
         best_ending_rejected=float(endings_N[rejected]),
         chosen_sampled=bool(tree.extra.sampled[chosen]),
         chosen_is_gold=bool(tree.extra.matches_reference[chosen]),
     )
+
+
+def _until_they_differ(ids: list[int], other: list[int]) -> list[int]:
+    """Returns the beginning of `ids` up to and with the first token that `other` does not have there."""
+    n_alike = sum(itertools.takewhile(bool, (a == b for a, b in zip(ids, other, strict=False))))
+    return ids[: n_alike + 1]
 
 
 def _eligible_children(tree: Tree, node: int) -> list[int]:
