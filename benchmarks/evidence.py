@@ -1,13 +1,14 @@
 """Do searched preferences teach more than fine-tuning? `python -m benchmarks.evidence --output=../evidence`.
 
 A cell is one run: a corpus, an arm, a learning rate and a seed. Development cells, of one iteration, choose each arm's
-rate on the validation part; reported cells, of all iterations, then see the test part once. A finished cell is kept as benchmarks/evidence/CELL.json,
-small enough to commit and enough to compute every figure again; it is not run again. A killed command resumes.
+rate on the validation part; reported cells, of all iterations, then see the test part once. A finished cell is kept as
+benchmarks/evidence/CELL.json, small enough to commit and enough to compute every figure again; it is not run again. A
+killed command resumes.
 
 All arms of a corpus and seed begin with copies of one run: its data, its warm-up, and its iteration 1 up to the
-searched trees, so that they share prompts and sampled tokens. (`gold_pairs` and `whole_rejected` search the same prompts
-again, once for all their rates.) From iteration 2 on each arm scores, searches and trains with its own policy, for that is what the loop
-is: `sft_same_prompts` takes the prompts that its own policy makes pairs of.
+searched trees, so that they share prompts and sampled tokens. (`gold_pairs` and `whole_rejected` search the same
+prompts again, once for all their rates.) From iteration 2 on each arm scores, searches and trains with its own policy,
+for that is what the loop is: `sft_same_prompts` takes the prompts that its own policy makes pairs of.
 """
 
 import dataclasses
