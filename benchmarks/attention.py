@@ -22,10 +22,10 @@ import tyro
 
 from benchmarks import gpu
 from benchmarks.children.ours import device
+from itool_jax.inference.sampler import Policy
 from itool_jax.model.attention import KeyValues, attend
 from itool_jax.model.transformer import abstract
-from itool_jax.roofline import Machine
-from itool_jax.sampler import Policy
+from itool_jax.planning.roofline import Machine
 
 Array = Any
 MOST = 12

@@ -19,8 +19,10 @@ from typing import Any
 
 import tyro
 
-from itool_jax.evaluation import api_bank, bfcl_data, bfcl_scores
-from itool_jax.evaluation.bfcl import check
+from itool_jax.evaluation import api_bank
+from itool_jax.evaluation.bfcl import data as bfcl_data
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl.checker import check
 from itool_jax.text.calls import Call, read_calls
 
 Row = dict[str, Any]

@@ -18,18 +18,19 @@ import jax
 import numpy as np
 import tyro
 
-from itool_jax import train
-from itool_jax.checkpoint import Training
 from itool_jax.config import Config
 from itool_jax.data.batches import sft_batches
-from itool_jax.metrics import Metrics
 from itool_jax.model import hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import abstract
-from itool_jax.stages import training
-from itool_jax.stages.base import model_folder
+from itool_jax.store import training
+from itool_jax.store.base import model_folder
+from itool_jax.store.checkpoint import Training
+from itool_jax.system.metrics import Metrics
 from itool_jax.text.chat import Encoded
+from itool_jax.training import loop as train
+from itool_jax.training.settings import WarmupSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def measure(where: Path, rank: int, s: Settings) -> dict[str, Any]:
     encoded = [Encoded(str(i), *random.integers(0, config.vocab_size, (2, 120)).tolist()) for i in range(8 * s.steps)]
     batches, lora = sft_batches(encoded, 8, 1, 0), LoraSettings(rank=rank)
     loss = train.sft_loss(abstract(config, lora)[0])
-    settings = train.WarmupSettings(batch_size=8)
+    settings = WarmupSettings(batch_size=8)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     kept: Counted | None = None
     for number in range(1 + 2 * s.rounds):  # the first one compiles

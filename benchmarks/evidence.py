@@ -25,9 +25,9 @@ import numpy as np
 import tyro
 
 from itool_jax import config as settings
-from itool_jax import main, run_directory
-from itool_jax.allocator import keep_freed_memory
+from itool_jax import main
 from itool_jax.config import Config, Stage
+from itool_jax.evaluation import results
 from itool_jax.evaluation.statistics import (
     MeanDifference,
     hierarchical_bootstrap,
@@ -35,13 +35,16 @@ from itool_jax.evaluation.statistics import (
     mean_and_standard_error,
     paired_difference,
 )
-from itool_jax.files import read_json, whole_file, write_json
 from itool_jax.model.sharding import use_mesh
-from itool_jax.preemption import PreemptionError
-from itool_jax.stages import columns, evaluate
-from itool_jax.stages.cache import read_figures
-from itool_jax.stages.paths import WARMUP, phase_name
-from itool_jax.stages.run import Run
+from itool_jax.stages import evaluate
+from itool_jax.store import columns
+from itool_jax.store import directory as run_directory
+from itool_jax.store.cache import read_figures
+from itool_jax.store.paths import WARMUP, phase_name
+from itool_jax.store.run import Run
+from itool_jax.system.allocator import keep_freed_memory
+from itool_jax.system.files import read_json, whole_file, write_json
+from itool_jax.system.preemption import PreemptionError
 
 # Fixed before any result was looked at ----------------------------------------------------------------------
 
@@ -276,7 +279,7 @@ def _summary(cell: Cell, config: Config, phase: str, begun_from: Config | None) 
     part = run.splits.test if cell.part == "test" else run.splits.validation
     with run_directory.lock(config), use_mesh(config.mesh):
         run.phase(phase).cached(evaluate.step(config), run.policy(phase), part)
-    rows = columns.read_table(evaluate.results_file(config, phase), ["id", "correct", "categories"])
+    rows = columns.read_table(results.results_file(config, phase), ["id", "correct", "categories"])
     rows = sorted(rows, key=lambda row: row["id"])
     names = sorted({name for row in rows for name in row["categories"]}) if cell.arm == NONE else []
     figures = _figures(config)

@@ -129,8 +129,8 @@ def child(settings: Settings) -> None:
             from benchmarks import fuzz_targets
     else:
         from benchmarks import fuzz_targets
-    from itool_jax import messages
-    from itool_jax.untrusted import bounded
+    from itool_jax.system import messages
+    from itool_jax.system.untrusted import bounded
 
     messages.console.quiet = True
     target = fuzz_targets.TARGETS[name]

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax import config as settings
-from itool_jax import run_directory
 from itool_jax.data import sources
 from itool_jax.data.rows import SUFFIXES, read_rows
-from itool_jax.evaluation import api_bank, bfcl, bfcl_data, bfcl_read
-from itool_jax.journal import Journal
+from itool_jax.evaluation import api_bank, comparison
+from itool_jax.evaluation.bfcl import checker as bfcl
+from itool_jax.evaluation.bfcl import data as bfcl_data
+from itool_jax.evaluation.bfcl import reader as bfcl_read
 from itool_jax.model import hf
-from itool_jax.stages import columns, comparison
-from itool_jax.stages.cache import read_figures
-from itool_jax.stages.sources import check_sources
+from itool_jax.store import columns
+from itool_jax.store import directory as run_directory
+from itool_jax.store.cache import read_figures
+from itool_jax.store.sources import check_sources
+from itool_jax.system.journal import Journal
 from itool_jax.text.calls import Call, read_calls, same_calls, write_calls
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 

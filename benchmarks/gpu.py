@@ -3,10 +3,11 @@
 On an H100 most of the time is compiling: 400 s for the decoding rows alone; `--kinds` and `--layers` ask for less.
 
 In bfloat16: decoding, prefill, scoring, a search, and steps of LoRA SFT and DPO, each with its share of what the
-hardware allows (`itool_jax.roofline`): of the memory's bandwidth for decoding, of peak operations for the rest, where
-what is computed again to save memory does not count. Before anything is timed, cached log-probabilities are compared
-with uncached ones. Behind each of search, SFT and DPO stands the memory that it took at most and the one that the
-compiler's analysis plans for it (`itool_jax.memory`). `--small` takes a tiny model in float32, to see that all works.
+hardware allows (`itool_jax.planning.roofline`): of the memory's bandwidth for decoding, of peak operations for the
+rest, where what is computed again to save memory does not count. Before anything is timed, cached log-probabilities are
+compared with uncached ones. Behind each of search, SFT and DPO stands the memory that it took at most and the one that
+the compiler's analysis plans for it (`itool_jax.planning.memory`). `--small` takes a tiny model in float32, to see that
+all works.
 """
 
 import ctypes
@@ -29,9 +30,9 @@ import tyro
 from benchmarks import inputs
 from benchmarks.children.ours import device, searched, step_table
 from benchmarks.memory import LLAMA
-from itool_jax import memory, roofline, sampler, train
 from itool_jax.data.batches import PairRow, collate_pairs
-from itool_jax.losses import LossSettings
+from itool_jax.inference import sampler
+from itool_jax.inference.sampler import Policy
 from itool_jax.mcts.policy import ModelPolicy
 from itool_jax.mcts.search import FinishedTree, SearchSettings
 from itool_jax.mcts.search import search as search_trees
@@ -40,12 +41,14 @@ from itool_jax.model import forms, hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.roofline import Machine, Work
-from itool_jax.sampler import Policy
-from itool_jax.stages.base import Base
-from itool_jax.stages.sizes import search_lengths
+from itool_jax.planning import memory, roofline
+from itool_jax.planning.roofline import Machine, Work
+from itool_jax.planning.sizes import search_lengths
+from itool_jax.store.base import Base
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import bucket, collate, pad
+from itool_jax.training import loop as train
+from itool_jax.training.losses import LossSettings
 
 Row = dict[str, Any]
 KINDS = ("decode", "prefill", "scoring", "sft", "dpo", "search")

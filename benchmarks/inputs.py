@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.pretraining.tokenizer import SPECIAL, TEMPLATE
 from benchmarks.protocol import Task
 from itool_jax.data.generated import make_sample
-from itool_jax.embedded.tokenizer import SPECIAL, TEMPLATE
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import abstract
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer

@@ -18,15 +18,15 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from itool_jax import memory
-from itool_jax.losses import LossSettings
 from itool_jax.mcts.search import SearchSettings
-from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import AXES, MeshSettings, make_mesh
 from itool_jax.model.transformer import ModelConfig, RopeScaling
-from itool_jax.stages.plan_memory import HOST_FLAGS
+from itool_jax.planning import memory
+from itool_jax.planning.estimate import HOST_FLAGS
+from itool_jax.planning.memory import Lengths
 from itool_jax.text.padding import bucket
+from itool_jax.training.losses import LossSettings
 
 QUESTION = 64
 """Tokens of the question about a response, about."""

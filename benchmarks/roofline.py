@@ -1,7 +1,7 @@
 """What the hardware allows: `python -m benchmarks.roofline` prints the table of docs/performance.md.
 
-From operations and bytes of each kind of work (`itool_jax.roofline`): the limits of an 8B model, and the hours of the
-paper's whole recipe. Nothing here runs a model.
+From operations and bytes of each kind of work (`itool_jax.planning.roofline`): the limits of an 8B model, and the hours
+of the paper's whole recipe. Nothing here runs a model.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import tyro
 from benchmarks.memory import LLAMA
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.transformer import ModelConfig
-from itool_jax.roofline import Machine, Work, decode, forward, lora_step
+from itool_jax.planning.roofline import Machine, Work, decode, forward, lora_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

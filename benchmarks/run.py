@@ -23,7 +23,7 @@ import tyro
 from benchmarks import compilations, inputs, peers
 from benchmarks.peers import PEERS
 from benchmarks.protocol import Child, Task, alternate, disagreement
-from itool_jax.allocator import KEEP_FREED_MEMORY
+from itool_jax.system.allocator import KEEP_FREED_MEMORY
 
 SUITES = (*inputs.UNITS, "compile")
 TOLERANCE = {"values": 1e-3, "tokens": 0.1}

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple, overload
 import jax
 
 from itool_jax import config as settings_of
-from itool_jax import environment
 from itool_jax.config import Config, current_value
 from itool_jax.data.sources import from_rows
+from itool_jax.inference.sampler import GenerateSettings, generate
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
-from itool_jax.progress import progress
-from itool_jax.sampler import GenerateSettings, generate
 from itool_jax.stages import score, search
-from itool_jax.stages.encoding import check_room, encode
-from itool_jax.stages.paths import BASE, trained_phases
-from itool_jax.stages.run import Run
+from itool_jax.store.encoding import check_room, encode
+from itool_jax.store.paths import BASE, trained_phases
+from itool_jax.store.run import Run
+from itool_jax.system import environment
+from itool_jax.system.progress import progress
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
 from itool_jax.text.sample import Row, Sample, sample_row

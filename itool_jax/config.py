@@ -17,20 +17,26 @@ from typing import Any, Literal, get_args
 
 import tyro
 
-from itool_jax import untrusted
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.sources import SamplesSettings
-from itool_jax.devices import PlanSettings
-from itool_jax.hosts import DistributedSettings
+from itool_jax.inference.sampler import GenerateRecipe, GenerateRuntime, GenerateSettings
 from itool_jax.mcts.pairs import PairSettings
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
-from itool_jax.replay import ReplaySettings
-from itool_jax.sampler import GenerateRecipe, GenerateRuntime, GenerateSettings
-from itool_jax.trackers import LogSettings
-from itool_jax.train import PreferenceRecipe, PreferenceSettings, TrainingRuntime, WarmupRecipe, WarmupSettings
+from itool_jax.system import untrusted
+from itool_jax.system.devices import PlanSettings
+from itool_jax.system.hosts import DistributedSettings
+from itool_jax.system.trackers import LogSettings
+from itool_jax.training.replay import ReplaySettings
+from itool_jax.training.settings import (
+    PreferenceRecipe,
+    PreferenceSettings,
+    TrainingRuntime,
+    WarmupRecipe,
+    WarmupSettings,
+)
 
 Stage = Literal[
     "iterate", "warmup", "score", "search", "dpo", "evaluate", "generate", "export", "report", "plan", "doctor"

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from itool_jax.allocator import keep_freed_memory
+from itool_jax.system.allocator import keep_freed_memory
 
 if __name__ == "__main__":
     keep_freed_memory()  # before the imports below, which take a second and would come twice
 
 from itool_jax import config as settings
-from itool_jax import hosts, messages, metrics, preemption, progress, run_directory, trackers
 from itool_jax.config import Config
-from itool_jax.untrusted import show_traceback
+from itool_jax.store import directory as run_directory
+from itool_jax.system import hosts, messages, metrics, preemption, progress, trackers
+from itool_jax.system.untrusted import show_traceback
 
 USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 
@@ -91,7 +92,7 @@ def _configure_jax(config: Config) -> None:
     """Keeps compiled programs between commands, and multiplies float32 matrices in full precision."""
     import jax  # slow to import; --help and errors of the command line come without it
 
-    from itool_jax import environment
+    from itool_jax.system import environment
 
     environment.keep_programs()
     if config.dtype == "float32":
@@ -100,7 +101,7 @@ def _configure_jax(config: Config) -> None:
 
 def _join_processes(config: Config) -> None:
     """Joins the other processes of the command, and listens to requests to stop if the command can be resumed."""
-    from itool_jax import environment
+    from itool_jax.system import environment
 
     trackers.require(config.log)
     if config.deterministic:
@@ -125,8 +126,8 @@ def _on_devices_here(config: Config) -> Config:
 
 def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
     """Runs a stage while no other command writes to the run directory or output, under the settings kept there."""
-    from itool_jax import environment
     from itool_jax.model.sharding import use_mesh
+    from itool_jax.system import environment
 
     with run_directory.lock(config), use_mesh(config.mesh):
         hosts.broadcast_from_primary("settings", lambda: run_directory.save_or_check(config))
@@ -134,8 +135,8 @@ def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
             open_log(config)
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
                 messages.say(line)
-        from itool_jax.stages import sizes  # slow to import; wrong settings are refused before it
-        from itool_jax.stages.run import Run
+        from itool_jax.planning import sizes  # slow to import; wrong settings are refused before it
+        from itool_jax.store.run import Run
 
         directory_run = sizes.resolved(Run(config))
         with sizes.explained(directory_run):

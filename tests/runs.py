@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from itool_jax.files import write_jsonl
 from itool_jax.main import main
+from itool_jax.system.files import write_jsonl
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests import tiny
 

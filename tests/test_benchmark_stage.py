@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import bfcl_scores, bfcl_setup
-from itool_jax.evaluation.bfcl_data import CATEGORIES, SINGLE_TURN
+from itool_jax.evaluation import comparison
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl import setup as bfcl_setup
+from itool_jax.evaluation.bfcl.data import CATEGORIES, SINGLE_TURN
 from itool_jax.main import main
-from itool_jax.stages import comparison
 from tests import tiny
 from tests.conftest import read, shared_path, write
 from tests.runs import SMALL, Made, again, copy_run
@@ -181,7 +182,7 @@ def test_without_the_official_environment_the_command_is_named(
     official = [f"--data={data}", "--categories=simple", "--official"]
     for settings in ([], ["--categories=multi_turn", f"--data={tmp_path}"], official):
         assert evaluate(tiny_folder, tmp_path / "run", *settings) == 2
-        assert "run python -m itool_jax.evaluation.bfcl_setup" in capsys.readouterr().err
+        assert "run python -m itool_jax.evaluation.bfcl.setup" in capsys.readouterr().err
         assert not list((tmp_path / "run").rglob("*_result.json"))  # before any work
 
 

@@ -16,10 +16,11 @@ import pytest
 from benchmarks import attention, gpu, inputs, peers, run, scaling, serial
 from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
-from itool_jax import roofline, sampler
+from itool_jax.inference import sampler
 from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step, search
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
+from itool_jax.planning import roofline
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import collate
 from itool_jax.text.steps import build_step_table, split_steps

@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itool_jax.evaluation import bfcl_data, bfcl_scores
-from itool_jax.evaluation.bfcl import Verdict, check, language_of
-from itool_jax.evaluation.bfcl_read import UnreadableError, read_response
-from itool_jax.evaluation.bfcl_values import java_value, javascript_value
+from itool_jax.evaluation.bfcl import data as bfcl_data
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl.checker import Verdict, check, language_of
+from itool_jax.evaluation.bfcl.reader import UnreadableError, read_response
+from itool_jax.evaluation.bfcl.values import java_value, javascript_value
 from itool_jax.text.calls import Call, read_calls
 from tests.conftest import shared_path
 
-MODULES = ("bfcl", "bfcl_read", "bfcl_values", "bfcl_data", "bfcl_scores", "api_bank")
+MODULES = (*(f"bfcl.{name}" for name in ("checker", "reader", "values", "data", "scores")), "api_bank")
 
 
 def function(name: str = "f", required: tuple[str, ...] = (), **types: Any) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import bfcl_data, bfcl_scores
-from itool_jax.evaluation.bfcl_data import CATEGORIES, MULTI_TURN, SINGLE_TURN, Question
-from itool_jax.evaluation.bfcl_scores import Score
+from itool_jax.evaluation.bfcl import data as bfcl_data
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl.data import CATEGORIES, MULTI_TURN, SINGLE_TURN, Question
+from itool_jax.evaluation.bfcl.scores import Score
 from tests.conftest import shared_path
 
 TOOL = {

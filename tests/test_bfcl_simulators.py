@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import bfcl_data, bfcl_scores, bfcl_setup
-from itool_jax.evaluation.bfcl import Verdict
-from itool_jax.evaluation.bfcl_data import Question
-from itool_jax.evaluation.bfcl_simulators import (
+from itool_jax.evaluation.bfcl import data as bfcl_data
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl import setup as bfcl_setup
+from itool_jax.evaluation.bfcl.checker import Verdict
+from itool_jax.evaluation.bfcl.data import Question
+from itool_jax.evaluation.bfcl.simulators import (
     MAX_STEPS,
     SimulatorError,
     Simulators,
@@ -206,7 +208,7 @@ def test_ending_it_waits_for_nothing_and_leaves_nothing(simulators: Simulators) 
 
 def test_a_killed_parent_leaves_nothing(simulators: Simulators) -> None:
     code = (
-        "import os, signal; from itool_jax.evaluation.bfcl_simulators import Simulators; s = Simulators(); "
+        "import os, signal; from itool_jax.evaluation.bfcl.simulators import Simulators; s = Simulators(); "
         "s.ask({'do': 'functions'}); print(s._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     folder = Path(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())

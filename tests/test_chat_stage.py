@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import itool_jax
-from itool_jax import streaming
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.data.sources import load
+from itool_jax.inference import streaming
+from itool_jax.inference.sampler import row_keys
+from itool_jax.inference.streaming import Stream, as_text
 from itool_jax.main import main
-from itool_jax.sampler import row_keys
 from itool_jax.stages.chat import highlighted, read_tools
-from itool_jax.stages.run import Run
-from itool_jax.streaming import Stream, as_text
+from itool_jax.store.run import Run
+from itool_jax.system.untrusted import harmless
 from itool_jax.text.calls import Call, read_calls
 from itool_jax.text.remarks import faults, signature, stub
-from itool_jax.untrusted import harmless
 from tests.runs import Made, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from itool_jax import checkpoint
+from itool_jax.store import checkpoint
 
 Change = Callable[[Path], Any]
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from itool_jax import config as settings
-from itool_jax import run_directory
 from itool_jax.config import Config, Recipe, Runtime
-from itool_jax.sampler import GenerateRuntime
-from itool_jax.train import PreferenceRecipe, TrainingRuntime, WarmupRecipe
+from itool_jax.inference.sampler import GenerateRuntime
+from itool_jax.store import directory as run_directory
+from itool_jax.training.settings import PreferenceRecipe, TrainingRuntime, WarmupRecipe
 from tests.conftest import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -36,7 +36,7 @@ BINDING = {
         *("outcome", "inject_gold", "batch"),
     ),
     "self_eval.": ("reference", "scale", "weight", "both_orders"),
-    "pairs.": ("min_q_gap", "require", "held_out"),
+    "pairs.": ("min_q_gap", "require", "rejected", "held_out"),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
         *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "reference", "merge", "control"),

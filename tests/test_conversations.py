@@ -12,10 +12,10 @@ import pytest
 from itool_jax.config import Config
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.sources import SamplesSettings, load, read_samples
+from itool_jax.doctor.model import data as examine_data
 from itool_jax.main import main
-from itool_jax.stages import splits
-from itool_jax.stages.doctor_model import data as examine_data
-from itool_jax.stages.sources import check_sources
+from itool_jax.store import splits
+from itool_jax.store.sources import check_sources
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.sample import Sample, sample_row
 from tests.conftest import read, write

@@ -7,12 +7,12 @@ import pytest
 
 from itool_jax.config import parse
 from itool_jax.data.generated import make_sample
+from itool_jax.inference.sampler import generate
 from itool_jax.main import main
-from itool_jax.replay import curriculum, sample_features
-from itool_jax.sampler import generate
-from itool_jax.stages.base import model_folder
-from itool_jax.stages.encoding import encode
-from itool_jax.stages.run import Run
+from itool_jax.store.base import model_folder
+from itool_jax.store.encoding import encode
+from itool_jax.store.run import Run
+from itool_jax.training.replay import curriculum, sample_features
 
 MODEL = model_folder(parse(["--stage=generate"]))
 

@@ -38,28 +38,30 @@ def test_links_lead_to_files_and_to_names_in_them(page: str) -> None:
 def test_equations_are_linked_to_the_code_that_computes_them() -> None:
     linked = {(link.path, link.name) for link in sources.links(text_of("docs/method.md"), "docs/method.md")}
     for path, name in [
-        ("itool_jax/losses.py", "perplexity"),
+        ("itool_jax/model/log_probs.py", "perplexity"),
         ("itool_jax/mcts/tree.py", "puct"),
         ("itool_jax/mcts/value.py", "confidence"),
         ("itool_jax/mcts/tree.py", "backup"),
-        ("itool_jax/losses.py", "dpo"),
+        ("itool_jax/training/losses.py", "dpo"),
     ]:
         assert (path, name) in linked
 
 
 def test_a_link_to_nothing_is_found() -> None:
-    text = "[a](../itool_jax/losses.py#dpo) [b](../itool_jax/losses.py#walk) [c](none.md) `[d](no.md)`"
+    text = (
+        "[a](../itool_jax/training/losses.py#dpo) [b](../itool_jax/training/losses.py#walk) [c](none.md) `[d](no.md)`"
+    )
     assert sources.faults(text, "docs/x.md") == [
-        "docs/x.md: itool_jax/losses.py defines no walk",
+        "docs/x.md: itool_jax/training/losses.py defines no walk",
         "docs/x.md: docs/none.md is no file",
     ]
 
 
 def test_links_in_the_site_lead_to_the_line_of_the_definition() -> None:
-    line = sources.definitions("itool_jax/losses.py")["LossSettings.resolved_beta"]
-    assert "def resolved_beta" in text_of("itool_jax/losses.py").splitlines()[line - 1]
-    text = sources.rewritten("[b](../itool_jax/losses.py#LossSettings.resolved_beta)", "docs/x.md")
-    assert text == f"[b](source/itool_jax/losses.py.md#__codelineno-0-{line})"
+    line = sources.definitions("itool_jax/training/losses.py")["LossSettings.resolved_beta"]
+    assert "def resolved_beta" in text_of("itool_jax/training/losses.py").splitlines()[line - 1]
+    text = sources.rewritten("[b](../itool_jax/training/losses.py#LossSettings.resolved_beta)", "docs/x.md")
+    assert text == f"[b](source/itool_jax/training/losses.py.md#__codelineno-0-{line})"
     assert sources.rewritten("[x](../docs/faq.md#a)", "benchmarks/RESULTS.md") == "[x](../../faq.md#a)"
 
 

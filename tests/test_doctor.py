@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from itool_jax import config as settings
-from itool_jax import environment
+from itool_jax.doctor import machine
+from itool_jax.doctor import model as doctor_model
+from itool_jax.doctor.machine import Finding, Gpu
 from itool_jax.main import main
-from itool_jax.stages import doctor_machine as machine
-from itool_jax.stages import doctor_model
-from itool_jax.stages.base import load_base
-from itool_jax.stages.doctor_machine import Finding, Gpu
+from itool_jax.store.base import load_base
+from itool_jax.system import environment
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
 from tests.runs import Made, copy_run, make_samples

@@ -18,13 +18,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.pretraining import pretrain
+from benchmarks.pretraining import tokenizer as embedded_tokenizer
+from benchmarks.pretraining.pretrain import Corpus, Settings
+from benchmarks.pretraining.structured_start import structured_start
 from itool_jax.config import parse
 from itool_jax.data import lexicon
 from itool_jax.data.generated import generate, make_sample, splits
-from itool_jax.embedded import pretrain
-from itool_jax.embedded import tokenizer as embedded_tokenizer
-from itool_jax.embedded.pretrain import Corpus, Settings
-from itool_jax.embedded.structured_start import structured_start
 from itool_jax.model import hf
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.text.calls import read_calls

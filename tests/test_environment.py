@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from itool_jax import environment
 from itool_jax.main import main
 from itool_jax.stages import evaluate
+from itool_jax.system import environment
 from tests.conftest import REPOSITORY, read
 from tests.runs import Made, again, copy_run, lasting
 
@@ -97,7 +97,8 @@ def test_the_command_line_is_kept_without_secrets(tmp_path: Path, monkeypatch: p
 def test_what_a_gpu_needs_is_set_before_its_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The compiler ends a process whose flags it does not know."""
     code = (
-        "from itool_jax import environment as e; e.make_deterministic(); import jax; print(jax.numpy.arange(3).sum())"
+        "from itool_jax.system import environment as e; e.make_deterministic(); "
+        "import jax; print(jax.numpy.arange(3).sum())"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed == "3\n"

@@ -8,7 +8,8 @@ import pytest
 
 from itool_jax.config import parse
 from itool_jax.data.generated import splits
-from itool_jax.stages import evaluate, iterate
+from itool_jax.evaluation import results, summary
+from itool_jax.stages import evaluate
 from itool_jax.text.sample import Row, Sample
 from tests.conftest import write
 
@@ -47,7 +48,7 @@ def test_categories_follow_from_the_gold(target: str, categories: list[str], tur
     found = evaluate.categorize([sample("a", target, turns)], KNOWN)["a"]
     assert found[1:] == ["multi_turn"] * (turns == 2) + categories
     assert found[0] == "irrelevance" if target.startswith("N") else found[0] in ("easy", "medium", "hard")
-    assert set(found) < set(evaluate.CATEGORIES)
+    assert set(found) < set(results.CATEGORIES)
 
 
 def test_a_tool_is_new_where_no_sample_was_trained_on() -> None:
@@ -70,17 +71,17 @@ def test_categories_of_the_default_test_split_have_their_published_sizes() -> No
 
 def test_the_widest_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     measured = {
-        "accuracy": dict.fromkeys(evaluate.CATEGORIES, 0.4321),
-        "standard_error": dict.fromkeys(evaluate.CATEGORIES, 0.1123),
-        "n": dict.fromkeys(evaluate.CATEGORIES, 99_999),
+        "accuracy": dict.fromkeys(results.CATEGORIES, 0.4321),
+        "standard_error": dict.fromkeys(results.CATEGORIES, 0.1123),
+        "n": dict.fromkeys(results.CATEGORIES, 99_999),
     }
     phases = [{"name": name, **measured, "seconds": 1234.0} for name in ("base", "warmup", "iteration_9")]
-    summary = {"phases": phases, "split": "validation", "search": [], "training": [], "comparisons": []}
-    iterate.show(parse(["--stage=iterate"]), summary)
+    content = {"phases": phases, "split": "validation", "search": [], "training": [], "comparisons": []}
+    summary.show(parse(["--stage=iterate"]), content)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert all(name in out for name in evaluate.CATEGORIES)
-    assert out.count("43.2±11.2") == len(phases) * len(evaluate.CATEGORIES)
+    assert all(name in out for name in results.CATEGORIES)
+    assert out.count("43.2±11.2") == len(phases) * len(results.CATEGORIES)
     assert out.count("1234s") == len(phases)
 
 
@@ -100,8 +101,8 @@ def test_hardly_anything_was_trained_where_neither_answers_nor_margins_moved(
     held_out = None if delta is None else {"delta": delta}
     figures = {"seconds": 1.0, "outputs": {}, "held_out": held_out}
     (tmp_path / "iteration_1/dpo.json").write_text(json.dumps(figures))
-    found = evaluate.what_training_changed(config, "iteration_1", "warmup")
+    found = results.what_training_changed(config, "iteration_1", "warmup")
     assert found == {"changed": changed / 200, "validation_samples": 200, "delta": delta, "hardly_trained": hardly}
-    line = evaluate.describe_training("iteration_1", found)
+    line = results.describe_training("iteration_1", found)
     assert ("hardly anything was trained" in line) == hardly
     assert f"{changed / 2:.1f} % of 200 validation answers changed" in line

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.evidence import ARMS, DEVELOPMENT_SEEDS, NONE, RATES, REPORTED_SEEDS, SFT, Cell, Result, Settings
-from itool_jax import run_directory
+from itool_jax.store import directory as run_directory
 
 N = 1000
 

@@ -12,10 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from itool_jax import config as settings
+from itool_jax.inference.sampler import Policy
 from itool_jax.main import main
 from itool_jax.model import hf
-from itool_jax.sampler import Policy
-from itool_jax.stages.run import Run
+from itool_jax.store.run import Run
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
 from tests.runs import Made, copy_run, make_samples

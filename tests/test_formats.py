@@ -13,7 +13,7 @@ import pytest
 
 from itool_jax.data.formats import NO_CALL, from_seal_tools, seal_tools_catalogue, seal_tools_entry
 from itool_jax.data.sources import load, read_samples
-from itool_jax.files import write_jsonl
+from itool_jax.system.files import write_jsonl
 from itool_jax.text.calls import read_calls
 from tests.conftest import shared_path
 from tests.tiny import CALL, TOOL, USER

@@ -13,7 +13,7 @@ from itool_jax import config as settings
 from itool_jax.model import forms, hf
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.stages.weights import Weights
+from itool_jax.store.weights import Weights
 from tests import tiny
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 250, (2, 12)).astype(np.int32)

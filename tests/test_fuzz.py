@@ -20,13 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz_targets
-from itool_jax import config, messages, untrusted
+from itool_jax import config
 from itool_jax.data import benchmarks, formats, rows, schemas, sources
-from itool_jax.evaluation import bfcl, bfcl_read
+from itool_jax.evaluation.bfcl import checker as bfcl
+from itool_jax.evaluation.bfcl import reader as bfcl_read
 from itool_jax.model import hf
-from itool_jax.stages.cache import read_figures
-from itool_jax.stages.columns import read_table
-from itool_jax.stages.paths import done_file
+from itool_jax.store.cache import read_figures
+from itool_jax.store.columns import read_table
+from itool_jax.store.paths import done_file
+from itool_jax.system import messages, untrusted
 from itool_jax.text import chat
 from itool_jax.text.sample import Sample
 from tests import tiny

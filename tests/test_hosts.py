@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from itool_jax import hosts
 from itool_jax.main import PREEMPTED, main
+from itool_jax.system import hosts
 from tests.conftest import FAST_COMPILER, REPOSITORY, read
 from tests.runs import ITERATIONS, Made
 
@@ -156,7 +156,8 @@ def test_a_process_that_dies_or_hangs_is_named(
 
 ENDING = """
 import sys
-from itool_jax import config, hosts
+from itool_jax import config
+from itool_jax.system import hosts
 hosts.BEAT = 0.001  # always in a call to the store
 hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
 hosts.barrier("all")
@@ -173,7 +174,8 @@ def test_processes_that_end_well_are_not_torn_out_of_a_call(tmp_path: Path, proc
 
 ASKED = """
 import sys, threading
-from itool_jax import config, hosts, preemption
+from itool_jax import config
+from itool_jax.system import hosts, preemption
 hosts.join(config.parse(["--stage=iterate", *sys.argv[1:]]).distributed)
 hosts.barrier("all")
 if hosts.index() == 1:
@@ -188,7 +190,8 @@ except preemption.PreemptionError:
 """
 WRONG = """
 import sys
-from itool_jax import hosts, main
+from itool_jax import main
+from itool_jax.system import hosts
 from itool_jax.stages import iterate
 
 def fail(*_):
@@ -221,8 +224,9 @@ def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_pa
 
 HANGING = """
 import sys, time
-from itool_jax import hosts, main
-from itool_jax.stages import training
+from itool_jax import main
+from itool_jax.system import hosts
+from itool_jax.store import training
 flush, steps = training._Reports.flush, 0
 
 def hang(reports):

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itool_jax import config, journal, preemption
-from itool_jax.journal import Journal
-from itool_jax.stages.cache import _State
-from itool_jax.stages.spread import Advance, by_row, map_across_hosts
+from itool_jax import config
+from itool_jax.store.cache import _State
+from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.system import journal, preemption
+from itool_jax.system.journal import Journal
 from tests.conftest import REPOSITORY
 
 VALUES: list[Any] = [[1, 2.5, None], 1e-40, -0.1, {"a": ["ä\n", True]}, float("-inf"), []]
@@ -72,7 +73,7 @@ def test_a_damaged_line_and_those_behind_it_are_left_out(tmp_path: Path, byte: i
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from itool_jax.journal import Journal
+from itool_jax.system.journal import Journal
 
 with Journal(Path(sys.argv[1])) as kept:
     kept.append({0: "a"})

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from itool_jax import config
-from itool_jax.hosts import LOST
 from itool_jax.main import PREEMPTED
+from itool_jax.system.hosts import LOST
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.launch

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from itool_jax import losses
-from itool_jax.losses import LossName, LossSettings, PairLogProbs
+from itool_jax.mcts.value import step_prior
+from itool_jax.model.log_probs import masked_log_prob_sum, perplexity, token_log_probs, token_log_probs_from_logits
+from itool_jax.training import losses
+from itool_jax.training.losses import LossName, LossSettings, PairLogProbs
 
 ALL_LOSSES = list(losses.DEFAULT_BETA)
 """Those of pairs."""
@@ -54,15 +56,15 @@ def test_token_log_probs_match_a_float64_log_softmax() -> None:
     logits_BTV = np.asarray(hidden_BTD, np.float64) @ np.asarray(unembedding_DV, np.float64)
     log_softmax_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     expected_BT = np.take_along_axis(log_softmax_BTV, np.asarray(targets_BT)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(losses.token_log_probs(hidden_BTD, unembedding_DV, targets_BT), expected_BT, atol=1e-5)
-    from_logits_BT = losses.token_log_probs_from_logits(jnp.asarray(logits_BTV, jnp.float32), targets_BT)
+    np.testing.assert_allclose(token_log_probs(hidden_BTD, unembedding_DV, targets_BT), expected_BT, atol=1e-5)
+    from_logits_BT = token_log_probs_from_logits(jnp.asarray(logits_BTV, jnp.float32), targets_BT)
     np.testing.assert_allclose(from_logits_BT, expected_BT, atol=1e-5)
 
 
 def test_log_probs_of_low_precision_and_huge_logits_are_float32_and_finite() -> None:
     logits_BTV = jnp.array([[[1e4, -1e4, 0.0]]], jnp.bfloat16)
     for target, expected in [(0, 0.0), (1, -2e4), (2, -1e4)]:
-        log_probs_BT = losses.token_log_probs_from_logits(logits_BTV, jnp.array([[target]]))
+        log_probs_BT = token_log_probs_from_logits(logits_BTV, jnp.array([[target]]))
         assert log_probs_BT.dtype == jnp.float32
         np.testing.assert_allclose(log_probs_BT, [[expected]], rtol=5e-3)
 
@@ -73,7 +75,7 @@ def test_chunked_log_probs_equal_plain_ones_gradients_included(batch: int, time:
     weights_BT = jnp.arange(1.0, 1 + batch * time).reshape(batch, time)
 
     def weighted(hidden_BTD: jax.Array, unembedding_DV: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-        log_probs_BT = losses.token_log_probs(hidden_BTD, unembedding_DV, targets_BT, chunk)
+        log_probs_BT = token_log_probs(hidden_BTD, unembedding_DV, targets_BT, chunk)
         return (weights_BT * log_probs_BT).mean(), log_probs_BT
 
     gradient = jax.grad(weighted, argnums=(0, 1), has_aux=True)
@@ -98,7 +100,7 @@ def buffer_sizes(jaxpr: jax.extend.core.Jaxpr) -> Iterator[int]:
 def test_chunking_never_holds_all_logits_even_in_the_backward_pass(chunk: int, holds_all_logits: bool) -> None:
     batch, time, vocabulary = 4, 64, 512
     hidden_BTD, unembedding_DV, targets_BT = random_inputs(batch, time, vocabulary=vocabulary)
-    gradient = jax.grad(lambda h, u: losses.token_log_probs(h, u, targets_BT, chunk).sum(), argnums=(0, 1))
+    gradient = jax.grad(lambda h, u: token_log_probs(h, u, targets_BT, chunk).sum(), argnums=(0, 1))
     largest = max(buffer_sizes(jax.make_jaxpr(gradient)(hidden_BTD, unembedding_DV).jaxpr))
     assert (largest >= batch * time * vocabulary) == holds_all_logits
     assert holds_all_logits or largest <= chunk * vocabulary
@@ -106,26 +108,26 @@ def test_chunking_never_holds_all_logits_even_in_the_backward_pass(chunk: int, h
 
 def test_chunk_must_be_positive() -> None:
     with pytest.raises(ValueError, match="chunk must be positive, got 0"):
-        losses.token_log_probs(*random_inputs(1, 2), chunk=0)
+        token_log_probs(*random_inputs(1, 2), chunk=0)
 
 
 @pytest.mark.parametrize(("exponent", "expected"), [(0.0, 0.36), (1.0, 0.711379), (1.25, 0.772006)])
 def test_step_prior_worked_by_hand(exponent: float, expected: float) -> None:
     log_prob_sum = jnp.log(jnp.array([0.9, 0.8, 0.5])).sum()
-    assert losses.step_prior(log_prob_sum, jnp.array(3), exponent) == pytest.approx(expected, abs=1e-6)
+    assert step_prior(log_prob_sum, jnp.array(3), exponent) == pytest.approx(expected, abs=1e-6)
 
 
 def test_perplexity_worked_by_hand() -> None:
     log_prob_sum = jnp.log(jnp.array([0.5, 0.25, 0.5])).sum()
-    assert losses.perplexity(log_prob_sum, jnp.array(3)) == pytest.approx(2.519842, abs=1e-6)
+    assert perplexity(log_prob_sum, jnp.array(3)) == pytest.approx(2.519842, abs=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 4, 300])
 def test_perplexity_inverts_the_geometric_mean_prior_and_is_one_for_certainty(length: int) -> None:
     log_prob_sum, n = jnp.array(-0.7 * length), jnp.array(length)
-    inverse = losses.perplexity(log_prob_sum, n) * losses.step_prior(log_prob_sum, n, 1.0)
+    inverse = perplexity(log_prob_sum, n) * step_prior(log_prob_sum, n, 1.0)
     assert inverse == pytest.approx(1, abs=1e-6)
-    assert losses.perplexity(jnp.array(0.0), n) == 1
+    assert perplexity(jnp.array(0.0), n) == 1
 
 
 # Supervised loss --------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_sft_gradient_is_minus_one_on_the_mask_and_zero_elsewhere() -> None:
 
 def test_masked_sum_ignores_prompt_and_padding() -> None:
     log_probs_BT = jnp.array([[jnp.nan, -1.5, -2.5, -jnp.inf]])
-    assert losses.masked_log_prob_sum(log_probs_BT, jnp.array([[0, 1, 1, 0]])) == -4
+    assert masked_log_prob_sum(log_probs_BT, jnp.array([[0, 1, 1, 0]])) == -4
 
 
 # Preference losses: numbers ---------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def test_padding_of_the_steps_does_not_matter(loss: LossName) -> None:
     mask_BT = jnp.array([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]])
 
     def loss_of(log_probs_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        sums, lengths = losses.masked_log_prob_sum(log_probs_BT, mask_BT), mask_BT.sum(-1)
+        sums, lengths = masked_log_prob_sum(log_probs_BT, mask_BT), mask_BT.sum(-1)
         pair = PairLogProbs(*(sums[i : i + 1] for i in range(4)), lengths[:1], lengths[1:2], jnp.ones(1), jnp.ones(1))
         return losses.preference_loss(LossSettings(loss=loss), pair)
 

@@ -17,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from itool_jax import config as settings
-from itool_jax import run_directory
 from itool_jax.config import Config
 from itool_jax.main import main
 from itool_jax.stages import generate, iterate, score
+from itool_jax.store import directory as run_directory
 from tests import tiny
 from tests.conftest import REPOSITORY
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from itool_jax import messages
-from itool_jax.messages import say
-from itool_jax.metrics import Metrics
-from itool_jax.progress import progress
+from itool_jax.system import messages
+from itool_jax.system.messages import say
+from itool_jax.system.metrics import Metrics
+from itool_jax.system.progress import progress
 
 
 def no_constant(name: str) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import pytest
 
-from itool_jax import hosts, messages, profiling, trackers
 from itool_jax.config import Config
 from itool_jax.main import close_log, main, open_log
-from itool_jax.messages import say, working_on
-from itool_jax.metrics import Metrics, attach_trackers, track_results
-from itool_jax.progress import progress
 from itool_jax.stages import evaluate, generate
-from itool_jax.stages.cache import Step
-from itool_jax.untrusted import redacted
+from itool_jax.store.cache import Step
+from itool_jax.system import hosts, messages, profiling, trackers
+from itool_jax.system.messages import say, working_on
+from itool_jax.system.metrics import Metrics, attach_trackers, track_results
+from itool_jax.system.progress import progress
+from itool_jax.system.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import SMALL, make_samples
 
@@ -79,7 +79,9 @@ def test_the_log_holds_what_is_said_with_its_stage(log: Any):
 def test_long_work_says_how_far_it_is(log: Any, monkeypatch: pytest.MonkeyPatch):
     """Every half minute by the clock; what was done before the work went on says nothing of its speed."""
     seconds = iter([100.0, 120.0, 140.0, 160.0, 180.0, 190.0])
-    monkeypatch.setattr("itool_jax.progress.time", SimpleNamespace(monotonic=lambda: next(seconds), time=time.time))
+    monkeypatch.setattr(
+        "itool_jax.system.progress.time", SimpleNamespace(monotonic=lambda: next(seconds), time=time.time)
+    )
     with progress("counting", 40, done=15) as advance:
         for _ in range(4):
             advance(5, note="loss 1.5")
@@ -93,7 +95,7 @@ def test_rows_of_an_earlier_command_say_nothing_of_the_speed(
     log: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     now = 0.0
-    monkeypatch.setattr("itool_jax.progress.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    monkeypatch.setattr("itool_jax.system.progress.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
 
     with progress("counting", 10, done=6) as advance:
         for _ in range(2):
@@ -156,7 +158,7 @@ def test_of_several_processes_the_first_one_reports(
 
 def test_asking_who_writes_starts_no_backend():
     code = (
-        "import jax; from itool_jax.messages import say; say('x'); from jax._src import xla_bridge as x; "
+        "import jax; from itool_jax.system.messages import say; say('x'); from jax._src import xla_bridge as x; "
         "assert not x.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

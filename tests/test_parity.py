@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from itool_jax.inference.sampler import GenerateSettings, Policy, generate, prefill, sample_step, target_log_probs
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, generate, prefill, sample_step, target_log_probs
 from itool_jax.text.padding import pad
 from itool_jax.text.steps import StepTable
 from tests import tiny

@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 
 from itool_jax import config as settings
-from itool_jax import memory, roofline, train
 from itool_jax.config import Config
-from itool_jax.devices import DEVICES, HERE, PlanSettings, device_like, device_of
-from itool_jax.losses import LossSettings
 from itool_jax.main import main
 from itool_jax.mcts.search import SearchSettings
-from itool_jax.memory import Lengths
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.transformer import abstract
-from itool_jax.stages import plan, sizes
-from itool_jax.stages.base import load_base
-from itool_jax.stages.plan_memory import as_arguments, changes, hardware_of, laid_out, with_settings
-from itool_jax.stages.splits import divide
-from itool_jax.stages.weights import Weights, training_graph
+from itool_jax.planning import memory, roofline, sizes
+from itool_jax.planning.estimate import as_arguments, changes, hardware_of, laid_out, with_settings
+from itool_jax.planning.memory import Lengths
+from itool_jax.stages import plan
+from itool_jax.store.base import load_base
+from itool_jax.store.splits import divide
+from itool_jax.store.weights import Weights, training_graph
+from itool_jax.system.devices import DEVICES, HERE, PlanSettings, device_like, device_of
 from itool_jax.text.padding import collate
+from itool_jax.training import loop as train
+from itool_jax.training.losses import LossSettings
 from tests import tiny
 from tests.conftest import REPOSITORY
 from tests.runs import ITERATIONS, Made
@@ -103,11 +104,12 @@ def test_nf4_kernels_are_decoded_one_layer_after_the_other(tmp_path: Path):
     code = f"""
 import dataclasses
 from pathlib import Path
-from itool_jax import config as settings, memory
+from itool_jax import config as settings
+from itool_jax.planning import memory
 from itool_jax.mcts.search import SearchSettings
-from itool_jax.memory import Lengths
+from itool_jax.planning.memory import Lengths
 from itool_jax.model.linear import LoraSettings
-from itool_jax.stages.plan_memory import hardware_of
+from itool_jax.planning.estimate import hardware_of
 from tests import tiny
 hardware_of(settings.parse(["--stage=plan", "--plan.device=l4"]))
 given = (LoraSettings(rank=2), SearchSettings(batch=1, breadth=2), Lengths(64, 64, 65, 64), 1)

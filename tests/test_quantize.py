@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax import train
+from itool_jax.inference.sampler import Policy, score
 from itool_jax.model import hf, quantize
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import Policy, score
 from itool_jax.text.padding import collate
+from itool_jax.training import loop as train
 from tests import tiny
 
 SHAPES = [(128, 96), (256, 64), (512, 640), (64, 1000)]

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from itool_jax.data.rows import read_rows
-from itool_jax.files import place, write_jsonl
+from itool_jax.system.files import place, write_jsonl
 from itool_jax.text.sample import Sample, content_id, sample_row
 
 ROWS = [{"id": "a", "text": "é\u2028\n"}, {"id": "b", "n": [1, 2.5, None, {"x": True}]}]

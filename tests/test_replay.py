@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import pytest
 
-from itool_jax import replay
-from itool_jax.replay import CurriculumOrder, DifficultyFeatures, ReplaySettings, ScoredSample
 from itool_jax.text.sample import Sample
+from itool_jax.training import replay
+from itool_jax.training.replay import CurriculumOrder, DifficultyFeatures, ReplaySettings, ScoredSample
 
 Item = TypeVar("Item")
 ORDERS: list[CurriculumOrder] = ["easy_to_hard", "mixed", "hard_to_easy"]

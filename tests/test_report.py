@@ -17,8 +17,10 @@ from itool_jax.config import Config
 from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import wilson_interval
 from itool_jax.main import main
+from itool_jax.report import data as report_data
 from itool_jax.report import page, server
-from itool_jax.stages import report, report_data, report_trees
+from itool_jax.report import trees as report_trees
+from itool_jax.stages import report
 from tests.conftest import read, write
 from tests.runs import ITERATIONS, PHASES, Made, copy_run
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from itool_jax.report import data as report_data
 from itool_jax.report import page, server
-from itool_jax.stages import report, report_data
+from itool_jax.stages import report
 from tests.conftest import read, write
 from tests.runs import Made, copy_run
 from tests.test_report import HOSTILE, make_hostile, of

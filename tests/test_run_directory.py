@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
-from itool_jax import config, files, preemption, run_directory
+from itool_jax import config
 from itool_jax.main import PREEMPTED
-from itool_jax.preemption import PreemptionError
-from itool_jax.stages import generate, outputs, score
-from itool_jax.stages.sources import fingerprints
+from itool_jax.stages import generate, score
+from itool_jax.store import directory as run_directory
+from itool_jax.store import outputs
+from itool_jax.store.sources import fingerprints
+from itool_jax.system import files, preemption
+from itool_jax.system.preemption import PreemptionError
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import BREADTH, ITERATIONS, N_STAGES, PHASES, STEP_FILES, WATCHED, Made, again, contents, copy_run
 

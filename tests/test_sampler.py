@@ -13,10 +13,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax import sampler
+from itool_jax.inference import sampler
+from itool_jax.inference.sampler import (
+    GenerateSettings,
+    Policy,
+    Steps,
+    generate,
+    row_keys,
+    stable_hash,
+    target_log_probs,
+)
 from itool_jax.model import hf
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, Steps, generate, row_keys, stable_hash, target_log_probs
 from itool_jax.text.chat import load_tokenizer
 from itool_jax.text.padding import bucket, group, pad, target_width
 from itool_jax.text.steps import StepTable, build_step_table, split_steps

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from itool_jax import sampler
 from itool_jax.config import Config
+from itool_jax.evaluation import draws
+from itool_jax.inference import sampler
+from itool_jax.inference.sampler import GenerateSettings, Policy, target_log_probs
 from itool_jax.mcts.pairs import PairSettings, preference_pairs
 from itool_jax.mcts.policy import OWN_BUCKET, PATH_BUCKET, PROMPT_BUCKET, ModelPolicy, Searched
 from itool_jax.mcts.search import FinishedTree, Response, SearchSettings, State, Step, search
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
-from itool_jax.sampler import GenerateSettings, Policy, target_log_probs
-from itool_jax.stages import draws
 from itool_jax.stages import search as stage
-from itool_jax.stages.base import Base
+from itool_jax.store.base import Base
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from itool_jax import checkpoint, train
 from itool_jax.data.batches import PairRow, collate_pairs
-from itool_jax.losses import LossSettings
+from itool_jax.inference.sampler import GenerateSettings, Policy, generate, target_log_probs
 from itool_jax.mcts.policy import ModelPolicy, Searched
 from itool_jax.mcts.search import SearchSettings, search
 from itool_jax.mcts.value import SelfEvaluationSettings
@@ -21,11 +20,14 @@ from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
-from itool_jax.sampler import GenerateSettings, Policy, generate, target_log_probs
+from itool_jax.store import checkpoint
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
 from itool_jax.text.padding import collate, collate_packed
 from itool_jax.text.sample import Sample
 from itool_jax.text.steps import build_step_table
+from itool_jax.training import loop as train
+from itool_jax.training.losses import LossSettings
+from itool_jax.training.settings import WarmupSettings
 from tests import tiny
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -205,17 +207,17 @@ def test_meshes_are_checked() -> None:
 
 
 def test_micro_batches_are_counted_in_rows_a_device() -> None:
-    settings = train.WarmupSettings(batch_size=24, micro_batch=2)
+    settings = WarmupSettings(batch_size=24, micro_batch=2)
     assert settings.n_micro() == 12
     with use_mesh(MeshSettings(data=2, fsdp=2)):
         assert settings.n_micro() == 3
-        assert train.WarmupSettings(batch_size=8, micro_batch=8).n_micro() == 1
-        assert train.WarmupSettings(batch_size=24).n_micro() == 1
+        assert WarmupSettings(batch_size=8, micro_batch=8).n_micro() == 1
+        assert WarmupSettings(batch_size=24).n_micro() == 1
     message = r"^warmup.batch_size=24: warmup.micro_batch=2 must divide a device's 3$"
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=message):
         settings.n_micro()
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of the 8"):
-        train.WarmupSettings(batch_size=4).n_micro()
+        WarmupSettings(batch_size=4).n_micro()
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (4, 2, 1)], ids=str)

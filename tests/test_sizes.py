@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from itool_jax import config as settings
-from itool_jax import memory, train
 from itool_jax.config import Config
 from itool_jax.model.sharding import MeshSettings, use_mesh
-from itool_jax.stages import score, search, sizes
-from itool_jax.stages.run import Run
+from itool_jax.planning import memory, sizes
+from itool_jax.stages import score, search
+from itool_jax.store.run import Run
+from itool_jax.training import loop as train
 from tests.conftest import read
 from tests.runs import Made, again, copy_run, rewrite_config
 

@@ -13,8 +13,8 @@ from itool_jax.data.card import describe, lines, overlap
 from itool_jax.data.generated import GeneratedSettings
 from itool_jax.main import main
 from itool_jax.model.sharding import MeshSettings, use_mesh
-from itool_jax.run_directory import NO_RESULTS
-from itool_jax.stages.splits import load_splits
+from itool_jax.store.directory import NO_RESULTS
+from itool_jax.store.splits import load_splits
 from itool_jax.text.chat import Encoded
 from itool_jax.text.sample import Sample
 from tests.conftest import read, write

@@ -16,13 +16,15 @@ import pytest
 import yaml
 
 from itool_jax import config as settings
-from itool_jax import train
 from itool_jax.data.sources import load
-from itool_jax.files import write_jsonl
+from itool_jax.evaluation import results
+from itool_jax.evaluation.summary import COLUMNS, SEARCH_KEYS
 from itool_jax.model import forms
-from itool_jax.replay import is_drawn, split
-from itool_jax.stages import dpo, evaluate, iterate, score, search
-from itool_jax.stages.weights import Weights, restore_trained
+from itool_jax.stages import dpo
+from itool_jax.store.weights import Weights, restore_trained
+from itool_jax.system.files import write_jsonl
+from itool_jax.training import loop as train
+from itool_jax.training.replay import is_drawn, split
 from tests.conftest import read
 from tests.runs import (
     BREADTH,
@@ -159,7 +161,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
     for phase in summary["phases"]:
         assert set(phase) == {"name", "accuracy", "n", "standard_error", "seconds"}
         for name in ("accuracy", "n", "standard_error"):
-            assert set(phase[name]) == set(evaluate.CATEGORIES)
+            assert set(phase[name]) == set(results.CATEGORIES)
         assert phase["n"]["overall"] == n_test == sum(phase["n"][n] for n in ("easy", "medium", "hard", "irrelevance"))
         rows = read(made.folder / phase["name"] / "evaluation_test_all.jsonl")
         for name, accuracy in phase["accuracy"].items():
@@ -172,7 +174,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
         assert phase["seconds"] > 0
     assert [row["iteration"] for row in summary["search"]] == list(range(1, ITERATIONS + 1))
     for row, phase in zip(summary["search"], PHASES[2:], strict=True):
-        assert set(row) == {"iteration", *iterate.SEARCH_KEYS, *search.FOUND, *score.ABILITY}
+        assert set(row) == {"iteration", *SEARCH_KEYS, *results.FOUND, *results.ABILITY}
         trees = read(made.folder / phase / "trees.jsonl")
         assert row["prompts"] == row["trees"] == len(trees)
         assert row["pairs"] == len(read(made.folder / phase / "pairs.jsonl"))
@@ -186,7 +188,7 @@ def test_the_table_says_the_same(made: Made):
     for phase in summary["phases"]:
         shown = [line for line in lines if line.startswith(f"{phase['name']} ") and "±" in line]
         assert f"{100 * phase['accuracy']['overall']:.1f}±" in shown[0]
-        assert len(shown) == -(-sum(count > 0 for count in phase["n"].values()) // iterate.COLUMNS)
+        assert len(shown) == -(-sum(count > 0 for count in phase["n"].values()) // COLUMNS)
         assert max(map(len, shown)) <= 80
     for row in summary["comparisons"]:
         assert f"{row['phase']} against {row['against']}: {row['text']}\n" in made.output

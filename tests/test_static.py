@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-WORKER = "itool_jax/evaluation/bfcl_worker.py"
+WORKER = "itool_jax/evaluation/bfcl/worker.py"
 """The confined child, which runs the official scorer, and that evaluates."""
 
 FORBIDDEN_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve")

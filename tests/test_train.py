@@ -15,17 +15,19 @@ import optax
 import pytest
 from flax import nnx
 
-from itool_jax import checkpoint, losses, train
 from itool_jax.data.batches import PairRow, collate_pairs
-from itool_jax.losses import LossName, LossSettings, PairLogProbs
-from itool_jax.metrics import Metrics
+from itool_jax.inference.sampler import score
 from itool_jax.model.linear import Linear, LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.sampler import score
-from itool_jax.stages import training
+from itool_jax.store import checkpoint, training
+from itool_jax.system.metrics import Metrics
 from itool_jax.text.padding import PairBatch, TargetBatch, collate, collate_packed
-from itool_jax.train import PreferenceSettings, TrainingSettings, TrainState, WarmupSettings, train_step
+from itool_jax.training import loop as train
+from itool_jax.training import losses
+from itool_jax.training.loop import TrainState, train_step
+from itool_jax.training.losses import LossName, LossSettings, PairLogProbs
+from itool_jax.training.settings import PreferenceSettings, TrainingSettings, WarmupSettings
 from tests import tiny
 
 V, WIDTH = 24, 16

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from itool_jax.losses import LossSettings
-from itool_jax.train import PreferenceSettings, WarmupSettings
+from itool_jax.training.losses import LossSettings
+from itool_jax.training.settings import PreferenceSettings, WarmupSettings
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 10, 100, 1001])

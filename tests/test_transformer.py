@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from itool_jax.inference.sampler import Policy
 from itool_jax.model import attention, hf
 from itool_jax.model.attention import KeyValues, attend, attend_in_blocks
 from itool_jax.model.cache import Prefix, empty_suffix
@@ -23,7 +24,6 @@ from itool_jax.model.transformer import (
     abstract,
     rope_frequencies,
 )
-from itool_jax.sampler import Policy
 from tests import tiny
 from tests.conftest import shared_path
 

@@ -8,10 +8,12 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
-from itool_jax import config, messages, run_directory, untrusted
+from itool_jax import config
 from itool_jax.main import main
 from itool_jax.model import hf
-from itool_jax.stages.base import load_base
+from itool_jax.store import directory as run_directory
+from itool_jax.store.base import load_base
+from itool_jax.system import messages, untrusted
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
 

@@ -8,10 +8,12 @@ import pytest
 
 from itool_jax import config as settings
 from itool_jax.main import PREEMPTED
-from itool_jax.stages import plan, plan_time, training
+from itool_jax.planning import time as plan_time
+from itool_jax.stages import plan
 from itool_jax.stages.warmup import _curriculum, best_round, reached_plateau
+from itool_jax.store import training
 from itool_jax.text.chat import Encoded
-from itool_jax.train import WarmupSettings
+from itool_jax.training.settings import WarmupSettings
 from tests.conftest import read
 from tests.runs import CLOCK, Made, Row, again
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from itool_jax.inference.sampler import Policy
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, Params, abstract
-from itool_jax.sampler import Policy
 from itool_jax.text.chat import load_tokenizer
 
 T = TypeVar("T")

@@ -13,25 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.protocol import Task, Work, cpu, serve, timed
-from itool_jax import train
 from itool_jax.data.batches import PairRow, pair_batches, sft_batches
-from itool_jax.losses import LossSettings
+from itool_jax.inference.sampler import GenerateSettings, Policy, prefill, row_keys, sample_step, target_log_probs
+from itool_jax.inference.sampler import generate as sample
 from itool_jax.mcts.policy import ModelPolicy, Searched
 from itool_jax.mcts.search import Response, SearchSettings, State, search
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.metrics import Metrics
 from itool_jax.model import hf
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import Params, abstract
-from itool_jax.sampler import GenerateSettings, Policy, prefill, row_keys, sample_step, target_log_probs
-from itool_jax.sampler import generate as sample
-from itool_jax.stages import training
-from itool_jax.stages.base import Base
+from itool_jax.store import training
+from itool_jax.store.base import Base
+from itool_jax.system.metrics import Metrics
 from itool_jax.text.chat import Chat, Encoded, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample
 from itool_jax.text.steps import StepTable, build_step_table
+from itool_jax.training import loop as train
+from itool_jax.training.losses import LossSettings
+from itool_jax.training.settings import PreferenceSettings, WarmupSettings
 
 LANES = 16
 """Prompts searched together: two cores are full then."""
@@ -149,7 +150,7 @@ def _first_gold_steps(model: ModelPolicy) -> list[float]:
 
 
 def sft(task: Task) -> Work:
-    settings = train.WarmupSettings(
+    settings = WarmupSettings(
         batch_size=task["sizes"]["rows"],
         epochs=task["sizes"]["steps"],
         warmup_ratio=0.0,
@@ -162,7 +163,7 @@ def sft(task: Task) -> Work:
 
 
 def dpo(task: Task) -> Work:
-    settings = train.PreferenceSettings(
+    settings = PreferenceSettings(
         batch_size=task["sizes"]["rows"],
         epochs=task["sizes"]["steps"],
         warmup_ratio=0.0,

@@ -1,7 +1,7 @@
 """Links from the documentation to files of the repository, so that the built site has them as a checkout does.
 
-In: Markdown with links such as `[dpo](../itool_jax/losses.py#dpo)`, a path and the name of what is defined there. Out:
-a page of the site for each file that is linked, and links to the line of the definition in it.
+In: Markdown with links such as `[dpo](../itool_jax/training/losses.py#dpo)`, a path and the name of what is defined
+there. Out: a page of the site for each file that is linked, and links to the line of the definition in it.
 """
 
 import ast

@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from itool_jax.files import place, row_format
+from itool_jax.system.files import place, row_format
+from itool_jax.system.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 from itool_jax.text.sample import Row
-from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 PARQUET_ROWS = 64
 PACKED, SMALL = 100, 1 << 30

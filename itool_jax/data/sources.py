@@ -18,10 +18,10 @@ from itool_jax.data import benchmarks, formats
 from itool_jax.data.formats import Targets, samples_from_conversation
 from itool_jax.data.rows import SUFFIXES, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
-from itool_jax.files import place
+from itool_jax.system.files import place
+from itool_jax.system.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 from itool_jax.text.calls import calls_from_openai, write_calls
 from itool_jax.text.sample import RawSample, Row, Sample, content_id
-from itool_jax.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 
 HUB = "hf:"
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax.data.rows import read_rows
-from itool_jax.evaluation.bfcl import Verdict
-from itool_jax.files import place
+from itool_jax.evaluation.bfcl.checker import Verdict
+from itool_jax.system.files import place
 from itool_jax.text.calls import Call
 
 CATEGORIES = ("level_1", "level_2", "level_2_without_search")

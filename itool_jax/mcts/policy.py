@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from itool_jax.inference.sampler import Policy, choice_logits, prefill, row_keys, sample_step, score_step, stable_hash
 from itool_jax.mcts.search import Problem, Response, SearchSettings, State, Step, Turn
 from itool_jax.mcts.value import SelfEvaluationSettings, confidence, four_grade_confidence, outcome
 from itool_jax.model.cache import Prefix, empty_prefix, place
 from itool_jax.model.sharding import row_devices, to_host
-from itool_jax.sampler import Policy, choice_logits, prefill, row_keys, sample_step, score_step, stable_hash
 from itool_jax.text.chat import Chat, Encoded, EvaluationFrame, answer_ids, evaluation_frame
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample

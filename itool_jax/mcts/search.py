@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from itool_jax import losses
 from itool_jax.mcts.tree import (
     NO_PARENT,
     ROOT,
@@ -28,6 +27,7 @@ from itool_jax.mcts.tree import (
     new_tree,
     select_child,
 )
+from itool_jax.mcts.value import step_prior
 from itool_jax.text.steps import Granularity
 from itool_jax.types import IntB
 
@@ -540,7 +540,7 @@ def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings, confidenc
     outcome_BW = column(lambda node: node.outcome)
     confidence_BW = column(lambda node: node.confidence)
     length_BW = column(lambda node: len(node.step))
-    prior_BW = losses.step_prior(column(lambda node: node.log_prob), length_BW, s.prior_exponent)
+    prior_BW = step_prior(column(lambda node: node.log_prob), length_BW, s.prior_exponent)
     return Candidates(
         valid_W=column(lambda _: True, bool),
         prior_W=np.asarray(prior_BW),

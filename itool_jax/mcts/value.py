@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_calls, same_calls, value_key
@@ -144,3 +145,10 @@ def _without_defaults(call: Call, defaults: Mapping[str, Mapping[str, Hashable]]
     own = defaults[call.name]
     kept = {name: x for name, x in call.arguments.items() if name not in own or own[name] != value_key(x)}
     return Call(call.name, kept)
+
+
+def step_prior(log_prob_sum: ArrayLike, length: ArrayLike, exponent: float) -> jax.Array:
+    """Prior of a step (eq 5), exp(log_prob_sum / length^exponent); exponent 0: product, 1: geometric mean."""
+    return jnp.exp(
+        jnp.asarray(log_prob_sum, jnp.float32) / jnp.maximum(jnp.asarray(length, jnp.float32), 1.0) ** exponent
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from itool_jax.model import quantize
 from itool_jax.model.sharding import constrain, sharding_of
 from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
-from itool_jax.untrusted import inside, read_json
+from itool_jax.system.untrusted import inside, read_json
 
 UNDERSTOOD = frozenset(
     # what is read

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from itool_jax.report import page
-from itool_jax.untrusted import one_line
+from itool_jax.system.untrusted import one_line
 
 HOST, PORT, TRIES = "127.0.0.1", 8765, 20
 NAMES = ("127.0.0.1", "localhost")

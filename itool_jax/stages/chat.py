@@ -23,17 +23,17 @@ from itool_jax.data import generated
 from itool_jax.data.formats import samples_from_conversation
 from itool_jax.data.rows import read_rows
 from itool_jax.data.schemas import tool_schemas
-from itool_jax.files import write_jsonl
-from itool_jax.messages import console_out
+from itool_jax.inference.sampler import row_keys, stable_hash
+from itool_jax.inference.streaming import Stream, as_text
 from itool_jax.model.sharding import use_own_mesh
-from itool_jax.sampler import row_keys, stable_hash
-from itool_jax.stages.paths import BASE
-from itool_jax.stages.run import Run
-from itool_jax.streaming import Stream, as_text
+from itool_jax.store.paths import BASE
+from itool_jax.store.run import Run
+from itool_jax.system.files import write_jsonl
+from itool_jax.system.messages import console_out
+from itool_jax.system.untrusted import harmless, read_json
 from itool_jax.text import remarks
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
 from itool_jax.text.sample import Row
-from itool_jax.untrusted import harmless, read_json
 
 HELP = """\
 /reset         begins a new conversation, with the same tools and system message

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import jax
 from rich.text import Text
 
-from itool_jax import environment
 from itool_jax.config import Config
-from itool_jax.hosts import is_first
-from itool_jax.messages import console_out
+from itool_jax.doctor import machine
+from itool_jax.doctor import model as doctor_model
+from itool_jax.doctor.machine import Finding
 from itool_jax.model.transformer import abstract
-from itool_jax.stages import doctor_machine as machine
-from itool_jax.stages import doctor_model
-from itool_jax.stages.base import load_base
-from itool_jax.stages.doctor_machine import Finding
-from itool_jax.untrusted import harmless, redacted
+from itool_jax.store.base import load_base
+from itool_jax.system import environment
+from itool_jax.system.hosts import is_first
+from itool_jax.system.messages import console_out
+from itool_jax.system.untrusted import harmless, redacted
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 LEAST = 1e9

@@ -11,20 +11,21 @@ from typing import Any
 
 import grain
 
-from itool_jax import checkpoint, train
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, repeat_or_thin, sft_batches
-from itool_jax.files import write_jsonl
-from itool_jax.messages import say
-from itool_jax.replay import is_drawn
-from itool_jax.sampler import target_log_probs
-from itool_jax.stages import search, training
-from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
-from itool_jax.stages.paths import WARMUP, WEIGHTS, command, phase_name
-from itool_jax.stages.run import Run
-from itool_jax.stages.spread import by_row
-from itool_jax.stages.weights import PhasePolicy, training_graph
+from itool_jax.inference.sampler import target_log_probs
+from itool_jax.stages import search
+from itool_jax.store import checkpoint, training
+from itool_jax.store.cache import Figures, Phase, Step, Table, Task
+from itool_jax.store.paths import WARMUP, WEIGHTS, command, phase_name
+from itool_jax.store.run import Run
+from itool_jax.store.spread import by_row
+from itool_jax.store.weights import PhasePolicy, training_graph
+from itool_jax.system.files import write_jsonl
+from itool_jax.system.messages import say
 from itool_jax.text.chat import Encoded
+from itool_jax.training import loop as train
+from itool_jax.training.replay import is_drawn
 
 Row = dict[str, Any]
 Batches = grain.MapDataset

@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from itool_jax.config import Config
-from itool_jax.messages import say
 from itool_jax.model import export, forms, hf, quantize
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params, abstract
-from itool_jax.progress import progress
-from itool_jax.stages.base import model_folder
-from itool_jax.stages.paths import WARMUP, trained_phases
-from itool_jax.stages.run import Run
-from itool_jax.stages.sources import check_sources
-from itool_jax.stages.weights import Weights, merged_phases, restore_trained
+from itool_jax.store.base import model_folder
+from itool_jax.store.paths import WARMUP, trained_phases
+from itool_jax.store.run import Run
+from itool_jax.store.sources import check_sources
+from itool_jax.store.weights import Weights, merged_phases, restore_trained
+from itool_jax.system.messages import say
+from itool_jax.system.progress import progress
+from itool_jax.system.untrusted import inside
 from itool_jax.text.chat import Chat, load_tokenizer
-from itool_jax.untrusted import inside
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),

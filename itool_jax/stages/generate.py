@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from itool_jax.data.sources import read_samples
-from itool_jax.files import write_jsonl
-from itool_jax.messages import say
-from itool_jax.progress import progress
-from itool_jax.sampler import generate
-from itool_jax.stages import chat, outputs
-from itool_jax.stages.encoding import check_ids, check_room
-from itool_jax.stages.run import Run
-from itool_jax.stages.splits import data_file
-from itool_jax.stages.spread import by_row, map_across_hosts
+from itool_jax.inference.sampler import generate
+from itool_jax.stages import chat
+from itool_jax.store import outputs
+from itool_jax.store.encoding import check_ids, check_room
+from itool_jax.store.run import Run
+from itool_jax.store.splits import data_file
+from itool_jax.store.spread import by_row, map_across_hosts
+from itool_jax.system.files import write_jsonl
+from itool_jax.system.messages import say
+from itool_jax.system.progress import progress
 from itool_jax.text.chat import Encoded, encode_sample
 
 Row = dict[str, Any]

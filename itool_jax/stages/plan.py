@@ -13,13 +13,13 @@ from typing import Any
 from rich.table import Table
 
 from itool_jax.config import Config
-from itool_jax.files import write_json
-from itool_jax.messages import console_out, say
-from itool_jax.stages import plan_memory as memory
-from itool_jax.stages.plan_memory import SIZES, Hardware, Planner, StageNeed
-from itool_jax.stages.plan_time import Data, TimeModel, Workload, workloads
-from itool_jax.stages.sizes import Rows
-from itool_jax.stages.splits import divide, divide_replay
+from itool_jax.planning import estimate as memory
+from itool_jax.planning.estimate import SIZES, Hardware, Planner, StageNeed
+from itool_jax.planning.sizes import Rows
+from itool_jax.planning.time import Data, TimeModel, Workload, workloads
+from itool_jax.store.splits import divide, divide_replay
+from itool_jax.system.files import write_json
+from itool_jax.system.messages import console_out, say
 
 STAGES = ("warmup", "score", "search", "dpo", "evaluate")
 PURPOSES = {

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from itool_jax.config import Config
-from itool_jax.files import whole_file
-from itool_jax.hosts import is_first
-from itool_jax.messages import say
+from itool_jax.report import data as report_data
 from itool_jax.report import page, server
-from itool_jax.stages import report_data
-from itool_jax.untrusted import one_line
+from itool_jax.system.files import whole_file
+from itool_jax.system.hosts import is_first
+from itool_jax.system.messages import say
+from itool_jax.system.untrusted import one_line
 
 FILE = "report.html"
 TREE_BYTES = 128 << 20

@@ -11,23 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from itool_jax import losses, replay
 from itool_jax.config import Config
 from itool_jax.data.sources import read_samples
-from itool_jax.files import write_jsonl
+from itool_jax.evaluation import draws, results
+from itool_jax.inference.sampler import Policy, target_log_probs
 from itool_jax.mcts.policy import Searched
-from itool_jax.messages import say
-from itool_jax.sampler import Policy, target_log_probs
-from itool_jax.stages import cache, draws, outputs, splits
-from itool_jax.stages.cache import Figures, Step, Table, Task
-from itool_jax.stages.encoding import check_ids, check_lengths
-from itool_jax.stages.paths import BASE, command, phase_name
-from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples
-from itool_jax.stages.spread import Advance, by_row, map_across_hosts
-from itool_jax.stages.weights import PhasePolicy
+from itool_jax.model.log_probs import perplexity
+from itool_jax.store import cache, outputs, splits
+from itool_jax.store.cache import Figures, Step, Table, Task
+from itool_jax.store.encoding import check_ids, check_lengths
+from itool_jax.store.paths import BASE, command, phase_name
+from itool_jax.store.run import Run
+from itool_jax.store.splits import Samples
+from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.store.weights import PhasePolicy
+from itool_jax.system.files import write_jsonl
+from itool_jax.system.messages import say
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.training import replay
 
 Row = dict[str, Any]
 
@@ -80,7 +82,7 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
         right = _sampled_right(task, policy, searched)
     greedy = _right(task, policy, searched, n=1, temperature=0.0, part="greedy")
     write_jsonl(
-        task.folder / SCORES,
+        task.folder / results.SCORES,
         (
             row | {"rank": rank.get(row["id"]), "right": right.get(row["id"]), "greedy": greedy.get(row["id"])}
             for row in rows
@@ -144,17 +146,12 @@ def _ability(
     return found
 
 
-SCORES = "scores.jsonl"
-ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
-"""Figures of what the policy can do with the prompts that were chosen."""
-
-
 def _read(phase: cache.Phase) -> Table:
     origin = (phase.name, "score")
-    return Table(phase.folder / SCORES, ["id", "rank", "right"], origin, command(origin))
+    return Table(phase.folder / results.SCORES, ["id", "rank", "right"], origin, command(origin))
 
 
-SCORE = Step("score", [SCORES], score_buffer, _read)
+SCORE = Step("score", [results.SCORES], score_buffer, _read)
 
 
 def ranked_hardest(pool: Samples, scores: Table) -> Samples:
@@ -188,7 +185,7 @@ def _rows(encoded: Sequence[Encoded], log_probs: Sequence[float]) -> list[Row]:
             )
     counts = [len(row.target_ids) for row in encoded]
     # JSON has no infinity.
-    values = np.minimum(losses.perplexity(np.array(log_probs), np.array(counts)), np.finfo(np.float32).max).tolist()
+    values = np.minimum(perplexity(np.array(log_probs), np.array(counts)), np.finfo(np.float32).max).tolist()
     return [
         {"id": row.id, "n_tokens": n, "logprob_sum": log_prob, "perplexity": value}
         for row, n, log_prob, value in zip(encoded, counts, log_probs, values, strict=True)

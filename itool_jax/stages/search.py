@@ -9,34 +9,31 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itool_jax import replay
 from itool_jax.config import Config
+from itool_jax.evaluation import draws
+from itool_jax.evaluation.results import is_solved
 from itool_jax.evaluation.statistics import calibration_error, roc_auc
-from itool_jax.files import write_jsonl
+from itool_jax.inference.sampler import Policy
 from itool_jax.mcts.pairs import Pair, preference_pairs
 from itool_jax.mcts.policy import ModelPolicy, Searched
 from itool_jax.mcts.search import RIGHT, FinishedTree, is_reachable
 from itool_jax.mcts.search import grow as grow_trees
-from itool_jax.messages import say
-from itool_jax.sampler import Policy
-from itool_jax.stages import draws, score
-from itool_jax.stages.base import Base
-from itool_jax.stages.cache import Figures, Phase, Step, Table, Task
-from itool_jax.stages.paths import command, phase_name
-from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples, search_pool
-from itool_jax.stages.spread import Advance
-from itool_jax.stages.weights import PhasePolicy
+from itool_jax.stages import score
+from itool_jax.store.base import Base
+from itool_jax.store.cache import Figures, Phase, Step, Table, Task
+from itool_jax.store.paths import command, phase_name
+from itool_jax.store.run import Run
+from itool_jax.store.splits import Samples, search_pool
+from itool_jax.store.spread import Advance
+from itool_jax.store.weights import PhasePolicy
+from itool_jax.system.files import write_jsonl
+from itool_jax.system.messages import say
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat
 from itool_jax.text.steps import StepTable
+from itool_jax.training import replay
 
 Row = dict[str, Any]
-FOUND = (
-    *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
-    *("answers", "self_evaluation"),
-)
-"""Figures of what a search found."""
 REFUSAL_MARGIN = 0.05
 """How far the share of pairs whose gold is text may be from the training data's."""
 
@@ -225,14 +222,6 @@ def _figures(results: Sequence[Row], pairs: Sequence[Row], is_probability: bool)
             "flipped": flips / len(asked) if asked and is_probability else None,
         },
     }
-
-
-def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
-    """Whether a tree, as rows of its nodes, has a right response; with `own`, one without an injected step."""
-    whole = [True] * len(nodes)
-    for n, node in enumerate(nodes[1:], 1):
-        whole[n] = whole[node["parent"]] and node.get("sampled", True)
-    return any(node["terminal"] and node["outcome"] >= RIGHT and (whole[n] or not own) for n, node in enumerate(nodes))
 
 
 def _mean(values: Sequence[float]) -> float | None:

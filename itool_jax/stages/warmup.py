@@ -10,19 +10,22 @@ from typing import NamedTuple
 
 import grain
 
-from itool_jax import checkpoint, hosts, replay, train
 from itool_jax.data.batches import packed_batches, sft_batches
-from itool_jax.files import read_json, write_json
-from itool_jax.messages import say
-from itool_jax.stages import leakage, splits, training
-from itool_jax.stages.answers import answer_greedily
-from itool_jax.stages.cache import Figures, Step, Task
-from itool_jax.stages.paths import BASE, WARMUP, WEIGHTS
-from itool_jax.stages.run import Run
-from itool_jax.stages.splits import Samples
-from itool_jax.stages.weights import PhasePolicy, restore_trained, training_graph
+from itool_jax.evaluation import benchmark
+from itool_jax.evaluation.answers import answer_greedily
+from itool_jax.store import checkpoint, splits, training
+from itool_jax.store.cache import Figures, Step, Task
+from itool_jax.store.paths import BASE, WARMUP, WEIGHTS
+from itool_jax.store.run import Run
+from itool_jax.store.splits import Samples
+from itool_jax.store.weights import PhasePolicy, restore_trained, training_graph
+from itool_jax.system import hosts
+from itool_jax.system.files import read_json, write_json
+from itool_jax.system.messages import say
 from itool_jax.text.chat import Encoded
-from itool_jax.train import WarmupSettings
+from itool_jax.training import loop as train
+from itool_jax.training import replay
+from itool_jax.training.settings import WarmupSettings
 
 VALIDATION = 600
 """Validation samples that tell whether a round gained anything; fewer where there are not so many."""
@@ -33,7 +36,7 @@ PLATEAU = 0.005
 def run(run: Run) -> PhasePolicy:
     """Trains from the base unless that is done; returns the policy π0."""
     run.config.warmup.n_micro()
-    leakage.check(run)
+    benchmark.check_leakage(run)
     warmup_set, _ = splits.split_replay(run.splits.train, run.config)
     return run.phase(WARMUP).cached(TRAIN, run.policy(BASE), warmup_set)
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from itool_jax.system.untrusted import bounded, read_json
 from itool_jax.text.sample import RawSample, Sample
-from itool_jax.untrusted import bounded, read_json
 
 # What matters comes first: the embedded model was taught the rest.
 QUESTION_WITH_REFERENCE = (

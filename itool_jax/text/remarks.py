@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from itool_jax.system.untrusted import MAX_DEPTH
 from itool_jax.text.calls import Call
-from itool_jax.untrusted import MAX_DEPTH
 
 Tool = Mapping[str, Any]
 

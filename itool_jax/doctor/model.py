@@ -1,0 +1,197 @@
+"""Whether a model's folder and the data go together for a run: by the checks that the loaders make themselves.
+
+In: settings. Out: findings, and samples to show. No weight is read, nothing is written.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from itool_jax.config import Config
+from itool_jax.data.card import left_out_lines
+from itool_jax.doctor.machine import Finding
+from itool_jax.model import hf
+from itool_jax.store.base import load_base, model_folder, step_table
+from itool_jax.store.splits import divide, divide_replay, require_part
+from itool_jax.system.untrusted import harmless, one_line
+from itool_jax.text.calls import looks_like_calls
+from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
+from itool_jax.text.sample import Sample
+from itool_jax.text.steps import split_steps
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+QUESTION = {"role": "user", "content": "Weather in Zürich — and in 東京?"}
+ANSWER = '[get_weather(city="Zürich"), get_weather(city="東京")]'
+SHOWN = 160
+"""Characters of a prompt's end that are shown."""
+LISTED = 3
+"""Rows of the data that are named where they are wrong."""
+
+
+def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, list[Finding]]:
+    """What a check gives, or its error as a finding."""
+    try:
+        return check(), []
+    except (ValueError, OSError) as error:
+        return None, [Finding("error", what, one_line(error), remedy)]
+
+
+def model(config: Config) -> Iterator[Finding]:
+    """Configuration, weights by the headers of their files, tokenizer, special tokens, template."""
+    place = model_folder(config)
+    shapes, found = _refused("model", "take a supported model", lambda: hf.read_config(place, config.dtype))
+    yield from found
+    if shapes is None:
+        return
+    count = f"{shapes.n_layers} layers of {shapes.hidden_size}, vocabulary {shapes.vocab_size}"
+    yield Finding("ok", "model", f"{place}: {count}, context {shapes.max_length}")
+    held, found = _refused("weights", "download the model again", lambda: hf.checked(place, shapes)[1])
+    yield from found
+    if held is not None:
+        total = sum(math.prod(tensor.shape) for tensor in held.values())
+        yield Finding("ok", "weights", f"{len(held)} tensors of {total:,} numbers, as config.json asks for")
+    base, found = _refused("tokenizer", "take the tokenizer that belongs to the model", lambda: load_base(config))
+    yield from found
+    if base is not None:
+        yield from tokens(base.chat, base.config.vocab_size)
+        yield from template(base.chat, config)
+
+
+def tokens(chat: Chat, vocab_size: int) -> Iterator[Finding]:
+    """The tokens that end a response, and those of self-evaluation."""
+    yield Finding("ok", "tokenizer", f"{chat.n_ids} tokens of the model's {vocab_size}")
+    named = ", ".join(f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in chat.stop_ids)
+    if (largest := max(chat.stop_ids)) >= vocab_size:
+        text = f"token {largest} ends a response, and the model has {vocab_size} embeddings only"
+        yield Finding("error", "stop tokens", text, "correct eos_token_id in generation_config.json")
+    else:
+        yield Finding("ok", "stop tokens", f"{named}; the first ends a turn")
+
+
+def template(chat: Chat, config: Config) -> Iterator[Finding]:
+    """A conversation rendered, tokenised and decoded; and what loss masks and the search rely on."""
+    messages = ({"role": "system", "content": "Be brief."}, QUESTION)
+    rendered, found = _refused("template", "add chat_template.jinja to the folder", lambda: _render(chat, messages))
+    yield from found
+    if rendered is None:
+        return
+    prompt, whole = rendered
+    ids = chat.encode(prompt)
+    again = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    if again == prompt:
+        yield Finding("ok", "template", f"rendered, tokenised ({len(ids)} tokens) and decoded again, nothing changed")
+    else:
+        pairs = enumerate(zip(again, prompt, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(again), len(prompt)))
+        was, now = prompt[at : at + 20], again[at : at + 20]
+        text = f"decoded again, the prompt differs at character {at}: {was!r} became {now!r}"
+        yield Finding("warning", "template", text, "the model reads another text than the template writes")
+    if TOOL["function"]["name"] not in prompt:
+        yield Finding("error", "template", "the tools do not appear in the prompt", "take a template that writes tools")
+    yield _prefix(chat, prompt, whole, ids)
+    yield from _self_evaluation(chat, config)
+
+
+def _self_evaluation(chat: Chat, config: Config) -> Iterator[Finding]:
+    s = config.self_eval
+    gold, remedy = chat.encode(ANSWER) if s.reference == "gold" else None, "take another template or tokenizer"
+    ids, found = _refused("self-evaluation", remedy, lambda: answer_ids(chat, s.letters))
+    found += _refused("self-evaluation", remedy, lambda: evaluation_frame(chat, gold, s.scale))[1]
+    yield from found or [Finding("ok", "self-evaluation", f"the answers {', '.join(s.letters)} are the tokens {ids}")]
+
+
+def _render(chat: Chat, messages: tuple[dict[str, str], ...]) -> tuple[str, str]:
+    """The prompt, and the conversation with the answer behind it."""
+    prompt = chat.render(messages, (TOOL,), add_generation_prompt=True)
+    answered = (*messages, {"role": "assistant", "content": ANSWER})
+    return prompt, chat.render(answered, (TOOL,), add_generation_prompt=False)
+
+
+def _prefix(chat: Chat, prompt: str, whole: str, ids: list[int]) -> Finding:
+    """Whether a prompt is what a conversation begins with: as text, and as tokens, where the loss begins."""
+    what, own = "loss mask", [*ids, *chat.target_ids(ANSWER)]
+    if not whole.startswith(prompt):
+        text = "a prompt is not how the same conversation begins once it is answered"
+        mend = "it is trained as it is sampled here, and differs from what other trainers make of the template"
+        return Finding("warning", what, text, mend)
+    if chat.encode(whole)[: len(own)] != own:
+        text = "prompt and answer tokenised apart are other tokens than both together"
+        return Finding("warning", what, text, "serve with the same template: the model is trained on them apart")
+    return Finding("ok", what, f"a prompt's {len(ids)} tokens begin the answered conversation; the answer's follow")
+
+
+# Data -------------------------------------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """A sample to look at."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+def data(config: Config) -> tuple[list[Finding], list[Shown]]:
+    """What a run would make of the data, and samples of it: a call and a text, where there are any."""
+    skipped: list[str] = []
+    remedy = "check --data; --skip_bad_rows leaves wrong rows out"
+    made, found = _refused("data", remedy, lambda: divide(config, skipped))
+    if made is None:
+        return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in found], []
+    train, limit = made[0]["train"], load_base(config).config.max_length
+    lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
+    counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
+    text = f"{counts}; {statistics.median(lengths):.0f} tokens in the middle, {lengths[-1]} at most, of {limit}"
+    found = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
+    if config.benchmark is None:
+        found += _refused("evaluation", "", lambda: require_part(config))[1]
+    if skipped:
+        level = "warning" if config.skip_bad_rows else "error"
+        remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
+        found.append(Finding(level, "data", _first(skipped), remedy))
+    _, short = _refused("data", "add data", lambda: divide_replay(config, train.samples))
+    if (tokens := config.search.max_last_step_tokens) + lengths[-1] > limit:
+        text = f"a last step of {tokens} tokens behind the longest sample is more than the context"
+        mend = "responses end there; lower search.max_last_step_tokens, if at all"
+        short.append(Finding("warning", "data", text, mend))
+    by_kind: dict[bool, Shown] = {}
+    for sample, row in zip(train.samples, train.encoded, strict=True):
+        by_kind.setdefault(looks_like_calls(sample.target), Shown(sample, row))
+    return found + short, [by_kind[kind] for kind in (True, False) if kind in by_kind]
+
+
+def _first(skipped: Sequence[str]) -> str:
+    first = "; ".join(" ".join(line.split())[:200] for line in skipped[:LISTED])
+    return f"{len(skipped)} rows are wrong or too long, the first: {first}"
+
+
+def preview(config: Config, shown: Shown) -> Iterator[Text]:
+    """The end of a prompt, the tokens that are trained on, token by token, and the steps a search would take."""
+    chat = load_base(config).chat
+    decode = chat.tokenizer.decode
+    prompt = harmless(decode(shown.encoded.prompt_ids, skip_special_tokens=False))
+    before = Text("not trained  ", style="bold").append(f"…{prompt[-SHOWN:]}" if len(prompt) > SHOWN else prompt, "dim")
+    trained = Text("trained      ", style="bold")
+    for number, token in enumerate(shown.encoded.target_ids):  # two shades, so that tokens are told apart
+        trained.append(_visible(chat, token), "black on green" if number % 2 else "black on bright_green")
+    steps = Text("steps        ", style="bold")
+    table = step_table(config, config.search.granularity)
+    for number, step in enumerate(split_steps(table, shown.encoded.target_ids)):
+        steps.append(" | " if number else "", "bold red").append(harmless(decode(step, skip_special_tokens=False)))
+    yield Text(f"sample {shown.sample.id}: {len(shown.encoded.prompt_ids)} tokens of prompt, then the target")
+    yield from (before, trained, steps)
+
+
+def _visible(chat: Chat, token: int) -> str:
+    """A token's text, where a line's end and half a character show too."""
+    text = chat.tokenizer.decode([token], skip_special_tokens=False).replace("�", "·")
+    return harmless(text).replace("\n", "\\n")

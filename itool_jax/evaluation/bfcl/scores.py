@@ -1,0 +1,141 @@
+"""Responses to BFCL's questions in, scores as the leaderboard weighs them out."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from itool_jax.evaluation.bfcl.checker import Verdict, check
+from itool_jax.evaluation.bfcl.data import LIVE, MULTI_TURN, NON_LIVE, SIMPLE, Question
+from itool_jax.evaluation.statistics import (
+    PairedDifference,
+    paired_difference,
+    percentile_interval,
+    resampled_accuracies,
+)
+
+COLUMNS = ("non-live", "live", "multi-turn", "relevance", "irrelevance", "overall")
+"""Those of the paper's Table 1."""
+NEEDED = {
+    "non-live": NON_LIVE,
+    "live": LIVE,
+    "multi-turn": MULTI_TURN,
+    "relevance": ("live_relevance",),
+    "irrelevance": ("irrelevance", "live_irrelevance"),
+    "overall": NON_LIVE + LIVE + MULTI_TURN,
+}
+
+
+class Score(NamedTuple):
+    """One category's score."""
+
+    correct: int
+    total: int
+    """Questions that were answered."""
+    questions: int
+    """Questions there are; a part of them makes no official figure."""
+    failed: dict[str, str]
+    """Error type by question id."""
+    unanswered: int = 0
+    """Answered by a line of the harness instead of the model, such as of a prompt that does not fit its context."""
+
+    def kinds(self) -> Counter[str]:
+        """How many failed by error type."""
+        return Counter(self.failed.values())
+
+
+def judge(
+    questions: Sequence[Question], results: Mapping[str, Any], *, underscore_to_dot: bool = False
+) -> dict[str, Verdict]:
+    """The verdict on each single-turn response, by question id, in the order of the questions.
+
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name.
+    """
+    return {
+        q.id: check(q.functions, results[q.id], q.answer, q.category, underscore_to_dot=underscore_to_dot)
+        for q in questions
+        if q.id in results
+    }
+
+
+def score(verdicts: Mapping[str, Verdict], n_questions: int, unanswered: int = 0) -> Score:
+    """The score of a category's verdicts, of which there may be fewer than questions."""
+    failed = {name: str(verdict.error_type) for name, verdict in verdicts.items() if not verdict.valid}
+    return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed, unanswered)
+
+
+def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
+    """The columns of Table 1 as fractions; None where a category of a column was not run.
+
+    Overall is withheld also where a category was run in part.
+    """
+    accuracy = {name: found.correct / found.total for name, found in scores.items() if found.total}
+    columns = _columns(accuracy, scores)
+    return {column: columns.get(column) for column in COLUMNS}
+
+
+class Intervals(NamedTuple):
+    """95 % bootstrap intervals, questions resampled within each category."""
+
+    categories: dict[str, tuple[float, float]]
+    columns: dict[str, tuple[float, float]]
+    """Of the columns that `figures` gives."""
+
+
+def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_000) -> Intervals:
+    """The intervals of all accuracies, as fractions."""
+    random = np.random.default_rng(seed)
+    drawn = {
+        name: resampled_accuracies(found.correct, found.total, random, n_resamples)
+        for name, found in scores.items()
+        if found.total
+    }
+    columns = _columns(drawn, scores)
+    return Intervals(*({name: percentile_interval(x) for name, x in side.items()} for side in (drawn, columns)))
+
+
+def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
+    """The leaderboard's averages of accuracies, numbers or arrays of one shape, where all that they need is there."""
+
+    def mean(names: Sequence[str], of: Mapping[str, Any] = accuracy) -> Any:
+        return sum(of[name] for name in names) / len(names)
+
+    known = {column for column in COLUMNS if accuracy.keys() >= set(NEEDED[column])}
+    found = {}
+    if "non-live" in known:
+        others = [name for name in NON_LIVE if name not in SIMPLE]
+        found["non-live"] = mean(["simple", *others], {**accuracy, "simple": mean(SIMPLE)})
+    if "live" in known:
+        total = sum(scores[name].total for name in LIVE)
+        found["live"] = sum(accuracy[name] * scores[name].total for name in LIVE) / total
+    for column in known & {"multi-turn", "relevance", "irrelevance"}:
+        found[column] = mean(NEEDED[column])
+    if "overall" in known and all(scores[name].total == scores[name].questions for name in NEEDED["overall"]):
+        found["overall"] = mean(("non-live", "live", "multi-turn"), found)
+    return found
+
+
+def paired(now: Score, then: Score) -> PairedDifference:
+    """One run against another on the same questions, sample by sample. ValueError where they answered other ones."""
+    if now.total != then.total:
+        raise ValueError(f"{now.total} questions cannot be compared with {then.total}; evaluate both runs on the same")
+    either = now.failed.keys() | then.failed.keys()
+    both_right = [True] * (now.total - len(either))
+    marks = ([name not in side.failed for name in either] + both_right for side in (now, then))
+    return paired_difference(*marks)
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """All questions of some categories as one."""
+    failed = {name: error for found in scores for name, error in found.failed.items()}
+    correct, total, questions = (sum(column) for column in list(zip(*scores, strict=True))[:3])
+    return Score(correct, total, questions, failed)
+
+
+def as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """`{category: {"correct", "total", "failed": [ids]}}`."""
+    return {
+        name: {"correct": found.correct, "total": found.total, "failed": list(found.failed)}
+        for name, found in scores.items()
+    }

@@ -1,0 +1,268 @@
+"""BFCL's multi-turn conversations, and the official scorer, in a child process that may be killed at any time.
+
+In: questions, and a function that answers many conversations at once. Out: responses turn by turn, and verdicts.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from itool_jax.evaluation.bfcl import setup as bfcl_setup
+from itool_jax.evaluation.bfcl.checker import Verdict
+from itool_jax.evaluation.bfcl.data import (
+    MORE_FUNCTIONS,
+    MULTI_TURN,
+    Message,
+    Question,
+    shown_functions,
+    with_system_prompt,
+)
+
+MAX_STEPS = 20
+"""Steps of a turn; a model that has still not finished then has failed, as the leaderboard counts."""
+SECONDS = 60
+"""After so long without an answer the child is replaced; it stops itself before that where it can."""
+
+Answer = Callable[[Sequence[tuple[str, Sequence[Message]]]], Sequence[str]]
+"""(key, messages) of many conversations to the response to each. Raises nothing for what a model cannot take."""
+
+
+class SimulatorError(ValueError):
+    """The child died, hung, or could not do what it was told."""
+
+
+class Simulators:
+    """The official scorer as a child process: started when first asked, replaced when it dies, ended with the block.
+
+    It sees no environment variables and no network, and its working folder is a temporary one.
+    """
+
+    def __init__(self) -> None:
+        self._python = bfcl_setup.python()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="itool_bfcl_")
+
+    def __enter__(self) -> "Simulators":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def ask(self, command: Mapping[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
+        """The child's answer. Raises `SimulatorError`; the next command then gets a new child."""
+        child = self._child or self._start()
+        assert child.stdin is not None  # both are pipes
+        try:
+            text = json.dumps(command).encode() + b"\n"
+            while text:
+                text = text[child.stdin.write(text) :]
+            line = self._line(child, seconds)
+        except (BrokenPipeError, TimeoutError) as error:
+            self._stop()
+            raise SimulatorError(f"the simulators gave no answer to {command['do']} in {seconds} s") from error
+        answer = json.loads(line)
+        if "error" in answer:
+            raise SimulatorError(f"the simulators could not do {command['do']}: {answer['error']}")
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        worker = Path(__file__).with_name("worker.py")
+        surroundings = {"PATH": os.defpath, "BFCL_PROJECT_ROOT": self._folder.name, "OPENBLAS_NUM_THREADS": "1"}
+        self._child = subprocess.Popen(
+            [self._python, "-I", worker],
+            bufsize=0,  # nothing is left to be written when the pipes are closed
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=self._folder.name,
+            env=surroundings,
+            start_new_session=True,
+        )
+        return self._child
+
+    def _line(self, child: subprocess.Popen[bytes], seconds: float) -> bytes:
+        assert child.stdout is not None
+        line = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(seconds):
+                    raise TimeoutError
+                part = os.read(child.stdout.fileno(), 1 << 20)
+                if not part:
+                    raise BrokenPipeError
+                line += part
+        return line
+
+    def _stop(self) -> None:
+        """Ends the child and what it started; waits for nothing that they could withhold."""
+        if (child := self._child) is None:
+            return
+        self._child = None
+        for end in (lambda: os.killpg(child.pid, signal.SIGKILL), child.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            pipe.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+
+
+class _Conversation(NamedTuple):
+    """One question under way; its lists grow."""
+
+    question: Question
+    more: dict[str, list[dict[str, Any]]]
+    """Functions that a turn brings, by its number as text."""
+    messages: list[Message]
+    turns: list[list[str]]
+    """Responses of each turn so far."""
+    executed: list[str]
+    """The responses whose calls were executed, of all turns."""
+
+    def begin_turn(self) -> None:
+        number = str(len(self.turns))
+        if number in self.more:
+            more = MORE_FUNCTIONS.format(functions=self.more[number])
+            self.messages.append({"role": "user", "content": more})
+        elif self.turns:
+            self.messages.extend(self.question.turns[len(self.turns)])
+        self.turns.append([])
+
+    def end_turn(self) -> bool:
+        """Begins the next turn; False where there is none."""
+        if len(self.turns) == len(self.question.turns):
+            return False
+        self.begin_turn()
+        return True
+
+
+def converse(questions: Sequence[Question], answer: Answer, simulators: Simulators) -> Iterator[list[tuple[int, Any]]]:
+    """Holds all conversations at once, a step of each in every batch.
+
+    Yields those that ended after each step, (place of the question, its turns of steps). A turn ends when the model
+    answers without calls. A conversation that cannot be ended, because the simulators fail it, has its error as text
+    for a response, which the scorer counts as wrong.
+    """
+    documented = simulators.ask({"do": "functions"})["functions"]
+    active = [(place, _begin(question, documented)) for place, question in enumerate(questions)]
+    while active:
+        keys = [f"{c.question.id}/{len(c.turns)}/{len(c.turns[-1])}" for _, c in active]
+        texts = answer([(key, c.messages) for key, (_, c) in zip(keys, active, strict=True)])
+        going_on, ended = [], []
+        for (place, conversation), text in zip(active, texts, strict=True):
+            try:
+                goes_on = _step(conversation, text, simulators)
+                result: Any = conversation.turns
+            except SimulatorError as error:
+                goes_on, result = False, f"Error during inference: {error}"
+            if goes_on:
+                going_on.append((place, conversation))
+            else:
+                ended.append((place, result))
+        yield ended
+        active = going_on
+
+
+def _begin(question: Question, documented: Mapping[str, Sequence[dict[str, Any]]]) -> _Conversation:
+    functions = [function for name in question.row["involved_classes"] for function in documented[name]]
+    missed: dict[str, list[str]] = question.row.get("missed_function", {})
+    more = {turn: [f for name in names for f in functions if f["name"] == name] for turn, names in missed.items()}
+    held_back = {name for names in missed.values() for name in names}
+    shown = shown_functions([f for f in functions if f["name"] not in held_back], question.category)
+    conversation = _Conversation(question, more, with_system_prompt(question.turns[0], shown), [], [])
+    conversation.begin_turn()
+    return conversation
+
+
+def _step(conversation: _Conversation, text: str, simulators: Simulators) -> bool:
+    """Takes a response in and executes its calls; whether the conversation goes on."""
+    conversation.turns[-1].append(text)
+    conversation.messages.append({"role": "assistant", "content": text})
+    row = conversation.question.row
+    found = simulators.ask(
+        {
+            "do": "execute",
+            "steps": [*conversation.executed, text],
+            "config": row["initial_config"],
+            "classes": row["involved_classes"],
+            "long_context": "long_context" in conversation.question.category,
+        }
+    )
+    if found["calls"] is None:
+        return conversation.end_turn()
+    conversation.executed.append(text)
+    for call, result in zip(found["calls"], found["results"], strict=True):
+        conversation.messages.append({"role": "tool", "name": call, "content": result})
+    return len(conversation.turns[-1]) <= MAX_STEPS
+
+
+def official_verdicts(
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    simulators: Simulators,
+    *,
+    underscore_to_dot: bool = False,
+) -> dict[str, Verdict]:
+    """What the official scorer says of the responses to a category's questions, by id; the only judge of multi-turn.
+
+    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. A question whose scoring
+    dies or takes too long is failed with `simulator_error`.
+    """
+    failed = {}
+    for question in questions:
+        if question.id in results:  # each in a process of its own, where one answer can do nothing to others
+            try:
+                failed[question.id] = _official(question, results[question.id], simulators, underscore_to_dot)
+            except SimulatorError as error:
+                failed[question.id] = f"simulator_error:{error}"
+    return {name: Verdict(error is None, error) for name, error in failed.items()}
+
+
+def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
+    """The official scorer's verdicts on multi-turn responses, by id, without files of questions.
+
+    A row holds `id`, any text that is given once; `category`, such as `multi_turn_base`; `initial_config` and
+    `involved_classes` as the questions have them; `ground_truth`, the calls of each turn; and `model_output`, turns of
+    steps of text. Raises ValueError for other rows, and where the official scorer is not installed.
+    """
+    by_category: dict[str, dict[str, tuple[Question, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in _CASE if name not in row]
+        if missing or row["category"] not in MULTI_TURN:
+            problem = f'no "{missing[0]}"' if missing else f"{row['category']!r} is no multi-turn category of BFCL"
+            raise ValueError(f"row {number}: {problem}")
+        if any(row["id"] in cases for cases in by_category.values()):
+            raise ValueError(f"row {number}: {row['id']!r} is given twice")
+        question = Question(row["id"], row["category"], [], [], row["ground_truth"], {**row, "question": []})
+        by_category.setdefault(row["category"], {})[row["id"]] = question, row["model_output"]
+    found: dict[str, Verdict] = {}
+    with Simulators() as simulators:
+        for cases in by_category.values():
+            questions, results = zip(*cases.values(), strict=True)
+            found |= official_verdicts(questions, dict(zip(cases, results, strict=True)), simulators)
+    return found
+
+
+_CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth", "model_output")
+
+
+def _official(question: Question, result: Any, simulators: Simulators, underscore_to_dot: bool) -> str | None:
+    command = {
+        "do": "official",
+        "category": question.category,
+        "underscore_to_dot": underscore_to_dot,
+        "question": question.row,
+        "answer": question.answer,
+        "result": result,
+    }
+    return simulators.ask(command)["error_type"]

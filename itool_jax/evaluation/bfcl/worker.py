@@ -1,0 +1,276 @@
+"""The official BFCL scorer and simulators behind JSON lines: runs in the environment that `setup` makes.
+
+In: a command a line on stdin, `{"do": name, …}`. Out: an answer a line on stdout. Each command is carried out in a
+process of its own, forked for it and ended with it, since it executes text that models wrote: without network, rights,
+other processes, or files outside the working folder, and within a time. So one text can change nothing for the next.
+It keeps nothing between commands: a conversation comes with all its steps so far, and they are executed anew.
+Whoever starts it gives it an empty environment. Where that one dies, it removes its working folder.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SECONDS, GRACE_SECONDS = 30, 5
+ANSWER_BYTES = 1 << 28
+MEMORY_BYTES = 4 << 30
+FILE_BYTES = 1 << 28
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+CAPABILITY_VERSION = 0x20080522
+NOBODY = 65534
+FORBIDDEN = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill")
+FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
+FORBIDDEN += ("shutil.", "ctypes.", "pty.", "signal.", "os.listdir", "os.scandir", "resource.", "gc.")
+MODEL = "itool"
+
+Row = dict[str, Any]
+
+
+class _TimeUp(BaseException):
+    """A command took too long. No Exception, for the official code catches those."""
+
+
+class _AnyModel(dict):
+    """Takes the place of the official list of models, which imports every vendor's client."""
+
+    underscore_to_dot = False
+    """Whether the model was shown _ for every dot in a function's name."""
+
+    def __missing__(self, name: str) -> Any:
+        return SimpleNamespace(underscore_to_dot=self.underscore_to_dot)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"bfcl_eval.{name}")
+
+
+def execute(command: Row) -> Row:
+    """Runs the steps of a conversation: the last one's calls and their results, or null where it holds no calls."""
+    utils, run = _module("model_handler.utils"), _module("eval_checker.multi_turn_eval.multi_turn_utils")
+    calls, results = None, []
+    for text in command["steps"]:
+        try:
+            calls = utils.default_decode_execute_prompting(text)
+        except Exception:  # whatever the official reader stumbles over is no call
+            return {"calls": None, "results": []}
+        if run.is_empty_execute_response(calls):
+            return {"calls": None, "results": []}
+        results = run.execute_multi_turn_func_call(
+            calls, command["config"], command["classes"], MODEL, "conversation", command["long_context"]
+        )[0]
+    return {"calls": calls, "results": results}
+
+
+def official(command: Row) -> Row:
+    """What the official runner says of one response: its error type, or null where it is right.
+
+    The official code makes names of variables from ids and reads the category in them: it gets an id of its own form.
+    """
+    runner, handler = _module("eval_checker.eval_runner"), _handler()
+    _AnyModel.underscore_to_dot = command["underscore_to_dot"]
+    category, folder = command["category"], Path.cwd()
+    name = {"id": f"{category}_0"}
+    results, questions = [name | {"result": command["result"]}], [command["question"] | name]
+    answers = [name | {"ground_truth": command["answer"]}]
+    if "relevance" in category:
+        runner.relevance_file_runner(handler, results, questions, MODEL, category, folder)
+    elif "multi_turn" in category:
+        runner.multi_turn_runner(handler, results, questions, answers, MODEL, category, folder)
+    else:
+        language = {"java": "Java", "javascript": "JavaScript"}.get(category, "Python")
+        runner.ast_file_runner(handler, results, questions, answers, language, category, MODEL, folder)
+    lines = (folder / MODEL / f"BFCL_v3_{category}_score.json").read_text().splitlines()
+    if len(lines) == 1:
+        return {"error_type": None}
+    # Of a response that is no list of turns the official runner reports two errors; the first is the reason.
+    row = json.loads(lines[1])
+    return {"error_type": row["error_type"] if "error_type" in row else row["error"]["error_type"]}
+
+
+@functools.cache
+def documentation() -> dict[str, list[Row]]:
+    """The documented functions by class."""
+    files = _module("constants.category_mapping").MULTI_TURN_FUNC_DOC_FILE_MAPPING
+    folder = Path(_module("constants.eval_config").MULTI_TURN_FUNC_DOC_PATH)
+    read = {name: (folder / file).read_text().splitlines() for name, file in files.items()}
+    return {name: [json.loads(line) for line in lines] for name, lines in read.items()}
+
+
+def _handler() -> Any:
+    utils = _module("model_handler.utils")
+    return SimpleNamespace(
+        decode_ast=utils.default_decode_ast_prompting, decode_execute=utils.default_decode_execute_prompting
+    )
+
+
+COMMANDS: dict[str, Callable[[Row], Row]] = {"execute": execute, "official": official}
+COMMANDS["functions"] = lambda _: {"functions": documentation()}
+
+
+def answer(line: bytes) -> Row:
+    """The answer to one command; what goes wrong is told, not raised."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        command = json.loads(line)
+        return COMMANDS[command["do"]](command)
+    except (KeyboardInterrupt, _TimeUp):
+        return _error(f"it took more than {SECONDS} seconds")
+    except BaseException as error:  # the text that was executed may even exit
+        return _error(f"{type(error).__name__}: {error}"[:1000])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _error(reason: str) -> Row:
+    return {"error": reason}
+
+
+def _time_up(*_: object) -> None:
+    raise _TimeUp
+
+
+def _leave() -> bool:
+    """Leaves the network, all files but the working folder, and all processes but those to come.
+
+    Whether the system lets it; where it refuses, the rules of `_confine` have to do.
+    """
+    if os.geteuid() == 0:  # root may have any number of processes, whatever the limit
+        with contextlib.suppress(OSError):
+            os.chown(".", NOBODY, NOBODY)
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+    if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID):
+        return False
+    folder = os.getcwd()
+    if process := os.fork():  # the other one is the first in its world, which ends with it
+        os.waitpid(process, 0)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+    os.chroot(".")
+    os.chdir(os.sep)
+    return True
+
+
+def _confine(alone: bool) -> None:
+    """Takes the process's rights away, as far as the system lets it, and for good."""
+    readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix)})
+    writable = os.path.realpath(os.getcwd()) + os.sep
+    # The rights that came with the namespace, to leave this folder again among them, go.
+    if alone and ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()):
+        raise OSError("the rights of a new namespace could not be given up")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
+        resource.setrlimit(limit, (0, 0))
+    for module in (os, *map(importlib.import_module, ("posix", "_posixsubprocess", "subprocess"))):
+        for name in ("fork", "forkpty", "fork_exec", "_fork_exec", "posix_spawn", "posix_spawnp"):
+            vars(module).pop(name, None)
+    watched = (*FORBIDDEN, "open", "os.mkdir")  # not a global name, which what is executed could change
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "signal.setitimer" or not event.startswith(watched):
+            return
+        if event in ("open", "os.mkdir") and isinstance(arguments[0], str | bytes | os.PathLike):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            reads = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if path.startswith(writable) or (reads and path.startswith(readable)):
+                return
+        raise PermissionError(f"{event} is not allowed here")
+
+    sys.addaudithook(hook)
+
+
+def _in_a_process(line: bytes, alone: bool) -> bytes:
+    """The answer to a command as JSON, from a process of its own, which is gone when this returns."""
+    folder = f"command_{time.monotonic_ns()}"
+    os.mkdir(folder)
+    result, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.chdir(folder)
+            os.dup2(writer, 3)
+            os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+            signal.signal(signal.SIGALRM, _time_up)
+            _confine(alone)
+            reply = json.dumps(answer(line)).encode()
+            while reply:
+                reply = reply[os.write(3, reply) :]
+        finally:
+            os._exit(0)
+    os.close(writer)
+    found = _read(result, time.monotonic() + SECONDS + GRACE_SECONDS)
+    os.close(result)
+    _end(process, alone)
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _read(result: int, until: float) -> bytes:
+    """What a process writes before it closes its end, if it is one JSON object; else the reason why not."""
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= ANSWER_BYTES:
+        if not select.select([result], [], [], max(0, until - time.monotonic()))[0]:
+            return json.dumps(_error(f"it took more than {SECONDS} seconds")).encode()
+        if not (part := os.read(result, 1 << 20)):
+            break
+        parts.append(part)
+    try:
+        found = json.loads(b"".join(parts))
+        if isinstance(found, dict):
+            return json.dumps(found).encode()
+    except (ValueError, RecursionError):
+        pass
+    return json.dumps(_error("its process ended without an answer")).encode()
+
+
+def _end(process: int, alone: bool) -> None:
+    """Ends a process, and where there are no others but ours all that it may have started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(-1 if alone else process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def main() -> None:
+    """Serves commands until stdin ends."""
+    # What is executed may print, and exit() closes stdin: it gets others.
+    commands, replies = os.fdopen(os.dup(sys.stdin.fileno()), "rb"), os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    sys.modules["bfcl_eval.constants.model_config"] = SimpleNamespace(MODEL_CONFIG_MAPPING=_AnyModel())  # type: ignore
+    for name in ("eval_checker.eval_runner", "model_handler.utils", "constants.category_mapping"):
+        _module(name)
+    for path in _module("eval_checker.multi_turn_eval.multi_turn_utils").CLASS_FILE_PATH_MAPPING.values():
+        importlib.import_module(path)
+    importlib.import_module("_strptime")  # which datetime imports when first needed
+    documentation()
+    folder = os.getcwd()
+    alone = _leave()
+    gc.freeze()  # processes that are forked share what there is
+    for line in commands:
+        replies.write(_in_a_process(line, alone) + b"\n")
+        replies.flush()
+    if not alone:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

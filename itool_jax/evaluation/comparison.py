@@ -1,0 +1,74 @@
+"""Scores of a benchmark beside those of another run, question by question.
+
+In: scores, and the other run's `scores.json`. Out: what differs, printed and in a file.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from itool_jax.config import Config
+from itool_jax.evaluation.bfcl import scores as bfcl_scores
+from itool_jax.evaluation.bfcl.scores import Score
+from itool_jax.evaluation.statistics import PairedDifference, describe
+from itool_jax.system.files import write_json
+from itool_jax.system.messages import console_out, say
+from itool_jax.system.untrusted import read_json
+
+
+def read_scores(path: Path) -> dict[str, Score]:
+    """The scores of a `scores.json`. ValueError for another file, or none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; against wants another run's scores.json")
+    try:
+        content = read_json(path)
+        return {
+            name: Score(int(row["correct"]), int(row["total"]), int(row["total"]), dict.fromkeys(row["failed"], ""))
+            for name, row in content.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path} is no scores.json: {error!r}") from error
+
+
+def compare(config: Config, scores: Mapping[str, Score], output: Path | None) -> dict[str, Any]:
+    """Compares with the run that `against` scores, question by question; prints and keeps the differences."""
+    assert config.against is not None
+    theirs = read_scores(config.against)
+    shared = [category for category in scores if category in theirs]
+    if not shared:
+        raise ValueError(f"{config.against} has none of the categories {', '.join(scores)}")
+    found: dict[str, Any] = {}
+    if config.benchmark == "bfcl" and len(shared) > 1:  # API-Bank's categories share questions
+        pooled = [bfcl_scores.pooled([side[category] for category in shared]) for side in (scores, theirs)]
+        result = bfcl_scores.paired(*pooled)
+        found["all"] = {**result._asdict(), "text": describe(result)}
+        console_out.print(f"all {len(shared)} categories against {config.against}: {describe(result)}", soft_wrap=True)
+    for category in shared:
+        result = bfcl_scores.paired(scores[category], theirs[category])
+        ours_failed, theirs_failed = scores[category].failed, theirs[category].failed
+        only = {
+            "only_here": [name for name in theirs_failed if name not in ours_failed],
+            "only_there": [name for name in ours_failed if name not in theirs_failed],
+        }
+        found[category] = {**result._asdict(), "text": describe(result), **only}
+        console_out.print(f"{category} against {config.against}: {describe(result)}", soft_wrap=True)
+        for side, ids in only.items():
+            more = " …" if len(ids) > 8 else ""
+            console_out.print(
+                f"  right {side.replace('_', ' ')}, {len(ids)}: {' '.join(ids[:8])}{more}", soft_wrap=True
+            )
+    if output is not None:
+        write_json(output, found)
+        say(f"all questions that one has right and the other wrong are in {output}")
+    return found
+
+
+def fallen(found: Mapping[str, PairedDifference]) -> list[str]:
+    """A line for each category with fewer right answers than before, and whether that may be chance."""
+    lines = []
+    for category, x in found.items():
+        if x.difference < 0:
+            doubt = "significant" if x.significant else "not significant"
+            points = f"{100 * x.difference:+.1f} ± {100 * x.standard_error:.1f} points"
+            lines.append(f"{category} {points} (n={x.n}, p={x.p_value:.4f}, {doubt})")
+    return lines

@@ -1,0 +1,117 @@
+"""What finished stages left in a run directory: graded answers, figures of searches and trainings.
+
+In: settings and a phase. Out: marks by sample, comparisons of phases, and what a training changed.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itool_jax.config import Config
+from itool_jax.evaluation import comparison
+from itool_jax.evaluation.statistics import PairedDifference, paired_difference
+from itool_jax.mcts.search import RIGHT
+from itool_jax.store import columns
+from itool_jax.store.cache import Figures, read_figures
+
+Row = dict[str, Any]
+
+CATEGORIES = (
+    *("overall", "easy", "medium", "hard", "irrelevance", "multi_turn"),
+    *("long", "known_tools", "new_tools"),
+)
+WATCHED = 200
+"""Validation samples that are answered after each phase, to see whether training changed anything."""
+SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
+"""Below both of these hardly anything was trained: Δ of held-out pairs in nats, and the share of changed answers."""
+FOUND = (
+    *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
+    *("answers", "self_evaluation"),
+)
+"""Figures of what a search found."""
+ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
+"""Figures of what the policy can do with the prompts that were chosen."""
+SCORES = "scores.jsonl"
+
+
+def evaluation_name(config: Config) -> str:
+    """The name of the evaluation on the split and the number of samples that the settings name."""
+    return f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
+
+
+def watching(config: Config) -> Config:
+    """The settings of the evaluation that watches a training."""
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED))
+
+
+def what_training_changed(config: Config, phase: str, before: str) -> Figures:
+    """How far the training of a phase moved the policy, and whether that is hardly at all.
+
+    `changed` is the share of validation answers that differ from those of the phase before, None without validation
+    samples; `delta` is Δ (eq 11) on the pairs that were not trained on, in nats, None without any.
+    """
+    paths = [results_file(watching(config), name) for name in (phase, before)]
+    changed = n = None
+    if all(path.is_file() for path in paths):
+        tables = [columns.read_table(path, ["id", "response"]) for path in paths]
+        answers, earlier = ({row["id"]: row["response"] for row in table} for table in tables)
+        n = len(answers)
+        changed = sum(text != earlier.get(name) for name, text in answers.items()) / n
+    held_out = (read_figures(config.run_dir, phase, "dpo") or {}).get("held_out") or {}
+    delta = held_out.get("delta")
+    known = [value < limit for value, limit in ((delta, SMALL_DELTA), (changed, FEW_CHANGED)) if value is not None]
+    return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}
+
+
+def describe_training(phase: str, found: Figures) -> str:
+    """One line of what a training changed, plain where that is hardly anything."""
+    parts = []
+    if found["changed"] is not None:
+        parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
+    if found["delta"] is not None:
+        parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
+    line = f"{phase}: {', '.join(parts) or 'nothing was held out to see what training changed'}"
+    if found["hardly_trained"]:
+        line += "; hardly anything was trained: raise preference.learning_rate or preference.epochs, or give more pairs"
+    return line
+
+
+def results_file(config: Config, phase: str) -> Path:
+    """The file of a phase's graded responses."""
+    return config.run_dir / phase / f"{evaluation_name(config)}.jsonl"
+
+
+def read_results(config: Config, phase: str) -> dict[str, bool]:
+    """Whether each evaluated sample is right, by id."""
+    rows = columns.read_table(results_file(config, phase), ["id", "correct"])
+    return {row["id"]: row["correct"] for row in rows}
+
+
+def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference, list[str]]:
+    """One phase against another, sample by sample; and a line for each category that fell."""
+    lower = comparison.fallen(by_category(config, phase, before))
+    marks, before_marks = read_results(config, phase), read_results(config, before)
+    return paired_difference(list(marks.values()), [before_marks[name] for name in marks]), lower
+
+
+def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDifference]:
+    """Each category of one phase against another's, sample by sample."""
+    marks = read_results(config, before)
+    rows = columns.read_table(results_file(config, phase), ["id", "correct", "categories"])
+    if missing := [row["id"] for row in rows if row["id"] not in marks]:
+        path = results_file(config, before)
+        raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
+    found = {}
+    for name in CATEGORIES[1:]:
+        chosen = [row for row in rows if name in row["categories"]]
+        found[name] = paired_difference([row["correct"] for row in chosen], [marks[row["id"]] for row in chosen])
+    return found
+
+
+def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
+    """Whether a tree, as rows of its nodes, has a right response; with `own`, one without an injected step."""
+    whole = [True] * len(nodes)
+    for n, node in enumerate(nodes[1:], 1):
+        whole[n] = whole[node["parent"]] and node.get("sampled", True)
+    return any(node["terminal"] and node["outcome"] >= RIGHT and (whole[n] or not own) for n, node in enumerate(nodes))

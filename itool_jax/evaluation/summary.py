@@ -1,0 +1,155 @@
+"""The summary of a whole run: accuracies by phase, what searches and trainings came to, comparisons.
+
+In: the figures of finished stages. Out: `summary.json`'s content, and its table in the terminal.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from itool_jax.config import Config
+from itool_jax.evaluation import benchmark, results
+from itool_jax.evaluation.statistics import describe
+from itool_jax.store import columns
+from itool_jax.store.cache import read_figures
+from itool_jax.store.paths import BASE, WARMUP, done_file, phase_name
+from itool_jax.store.splits import has_part
+from itool_jax.system.files import read_json
+from itool_jax.system.messages import console_out, say
+
+SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
+MEASURED = ("accuracy", "n", "standard_error")
+COLUMNS = 6
+"""Categories that the summary's table shows beside each other; more go into a second one below."""
+
+
+def evaluated_phases(config: Config) -> list[str]:
+    """The phases that are evaluated, in order."""
+    iterations = range(1, config.iterations + 1)
+    chosen = iterations if config.evaluate.intermediate else iterations[-1:]
+    return [BASE, WARMUP, *map(phase_name, chosen)]
+
+
+def summarize(config: Config) -> dict[str, Any]:
+    """Summarizes the run from its stage results."""
+    evaluation = results.evaluation_name(config)
+    rows, kinds = (
+        [],
+        ("warmup", "score", "search", "dpo", evaluation, results.evaluation_name(results.watching(config))),
+    )
+    names = [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
+    for name in evaluated_phases(config):
+        before, names = names[: names.index(name) + 1], names[names.index(name) + 1 :]
+        figures = (
+            _figures(config, name, evaluation)
+            if has_part(config, config.evaluate.split)
+            else {key: {} for key in MEASURED}
+        )
+        seconds = sum(_seconds(config, phase, kind) for phase in before for kind in kinds)
+        measured = {key: figures[key] for key in MEASURED}
+        rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
+    searches, trainings = [], []
+    for i in range(1, config.iterations + 1):
+        name, before = phase_name(i), phase_name(i - 1)
+        figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
+        found = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.FOUND)}
+        searches.append({"iteration": i, **found, **{key: scored.get(key) for key in results.ABILITY}})
+        trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
+        trainings.append({"iteration": i, **trained, **results.what_training_changed(config, name, before)})
+    return {
+        "finished": True,
+        "seed": config.seed,
+        "model": config.model,
+        "data": config.data,
+        "device": jax.devices()[0].device_kind,
+        "split": config.evaluate.split,
+        "phases": rows,
+        "search": searches,
+        "training": trainings,
+        "comparisons": _comparisons(config),
+        "benchmark": _benchmark(config),
+    }
+
+
+def _benchmark(config: Config) -> dict[str, Any] | None:
+    """The benchmark's figures by phase; null without one."""
+    if config.benchmark is None:
+        return None
+    trained = evaluated_phases(config)[1:]
+    read = {phase: read_json(benchmark.results_folder(config, phase) / "summary.json") for phase in trained}
+    return {"name": config.benchmark, "phases": read}
+
+
+def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
+    figures = read_figures(config.run_dir, phase, stage)
+    assert figures is not None  # every stage was just run
+    wanted = {"search": SEARCH_KEYS, "score": (), "dpo": ("pairs", "steps")}.get(stage, MEASURED)
+    if bad := columns.fault(figures, wanted):
+        path = done_file(config.run_dir, phase, stage)
+        raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")
+    return figures
+
+
+def _seconds(config: Config, phase: str, stage: str) -> float:
+    figures = read_figures(config.run_dir, phase, stage)
+    return figures["seconds"] if figures else 0.0
+
+
+def _comparisons(config: Config) -> list[dict[str, Any]]:
+    """Each phase against the one before, and the last against the warm-up, paired over samples.
+
+    Without a held-out part it is the benchmark's categories that are compared.
+    """
+    names = evaluated_phases(config)
+    pairs = list(zip(names[1:], names, strict=False))
+    if names[-2] not in (BASE, WARMUP):
+        pairs.append((names[-1], WARMUP))
+    rows = []
+    held_out = has_part(config, config.evaluate.split)
+    for phase, before in pairs if held_out else pairs[1:]:  # a benchmark is not asked of the base model
+        result, lower = results.compared(config, phase, before) if held_out else (None, [])
+        if config.benchmark is not None and before != BASE:
+            lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
+        figures, text = (result._asdict(), describe(result)) if result else ({}, f"on {config.benchmark} only")
+        row = {"phase": phase, "against": before, **figures, "text": text, "regressions": lower}
+        rows.append(row)
+    return rows
+
+
+def _table(phases: Sequence[Mapping[str, Any]], names: Sequence[str], title: str | None) -> Table:
+    """The accuracies of some categories, a row a phase; a table with a title also has the time."""
+    # No frame and narrow gaps: the widest row just fits 80 columns.
+    table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
+    table.add_column("phase", no_wrap=True)
+    for name in names:
+        table.add_column(f"{name}\nn={phases[0]['n'][name]}", justify="right")
+    if title is not None:
+        table.add_column("time", justify="right")
+    for phase in phases:
+        cells = [f"{100 * phase['accuracy'][n]:.1f}±{100 * phase['standard_error'][n]:.1f}" for n in names]
+        table.add_row(phase["name"], *cells, *([f"{phase['seconds']:.0f}s"] if title is not None else []))
+    return table
+
+
+def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
+    """Prints the summary as a table, and what is significant of it."""
+    names = [name for name, count in summary["phases"][0]["n"].items() if count]
+    title = f"exact answers, % ± standard error, {summary['split']} part" if names else "time of each phase"
+    for first in range(0, max(1, len(names)), COLUMNS):
+        console_out.print(_table(summary["phases"], names[first : first + COLUMNS], title if first == 0 else None))
+    for row in summary["search"]:
+        per_second = row["generated_tokens"] / max(row["seconds"], 1e-9)
+        console_out.print(
+            f"search {row['iteration']}: {row['prompts']} prompts, {row['pairs']} pairs, "
+            f"{row['generated_tokens']} tokens, {per_second:.0f} tokens/s",
+            soft_wrap=True,
+        )
+    for row in summary["training"]:
+        console_out.print(results.describe_training(f"training {row['iteration']}", row), soft_wrap=True)
+    for row in summary["comparisons"]:
+        console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
+        for line in row["regressions"]:
+            console_out.print(f"  lower: {line}", soft_wrap=True)
+    say(f"everything is in {config.run_dir}{more}")

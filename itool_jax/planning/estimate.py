@@ -1,0 +1,364 @@
+"""What each stage of a run takes of a device, the largest sizes that fit, and what to change where none does.
+
+In: settings, the data as token ids, and what a device has. Out: bytes by purpose, from the compiler's analysis of the
+very programs that the stages run. Nothing is allocated.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from itool_jax.config import Config, is_out_of_memory
+from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices, use_mesh
+from itool_jax.model.transformer import ModelConfig
+from itool_jax.planning import memory, sizes
+from itool_jax.planning.memory import Need
+from itool_jax.store.base import load_base
+from itool_jax.system.devices import HERE, Device, device_like, device_of
+from itool_jax.system.messages import say
+from itool_jax.system.untrusted import one_line
+from itool_jax.text.padding import bucket, target_width
+
+# For devices that are not here the host compiles. It would make copies of weights in float32, all at once and before
+# the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16. And it would
+# drop barriers first and then join what is computed twice: all layers' NF4 kernels decoded would be kept.
+HOST_FLAGS = (
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
+    "--xla_backend_optimization_level=0",
+)
+SIZES = {"warmup": "warmup.micro_batch", "search": "search.batch", "dpo": "preference.micro_batch"}
+"""The setting that a stage's memory depends on most."""
+TOKENS = "generate.tokens_per_batch"
+"""What the stages that only run the model depend on."""
+
+
+class Hardware(NamedTuple):
+    """Devices that a run is planned for, and who compiles for them."""
+
+    device: Device | None
+    """None where the devices are here and of a kind without a data sheet."""
+    name: str
+    n_devices: int
+    limit: int
+    """Bytes that programs may take of each."""
+    answers: str
+    """Whose analysis it is."""
+    on_host: bool
+    """Whether the host's compiler stands for another one."""
+    tpus: Sequence[Any] = ()
+    """Devices that only the TPU's compiler knows."""
+
+
+class StageNeed(NamedTuple):
+    """What a stage needs at one size."""
+
+    stage: str
+    size: int
+    """Of the setting in `SIZES`, or tokens a batch."""
+    need: Need | None
+    """None where the compiler itself refused for want of memory."""
+
+    def fits(self, limit: int) -> bool:
+        """Whether a device has as much."""
+        return self.need is not None and self.need.total <= limit
+
+
+def hardware_of(config: Config) -> Hardware:
+    """The devices of `--plan.device`; those of the host are made to stand for them before JAX is first used."""
+    p, needed = config.plan, math.prod((max(1, config.mesh.data), config.mesh.fsdp, config.mesh.tensor))
+    if p.device == HERE:
+        here = jax.devices()
+        if (count := p.count or len(here)) > len(here):
+            raise ValueError(f"plan.count={count}, and {len(here)} devices are here; name theirs with --plan.device")
+        kind = here[0].device_kind
+        limit = int(memory.device_limit() * p.memory_share / memory.SHARE)
+        return Hardware(device_like(kind), kind, count, limit, f"the compiler for {kind}, which is here", False)
+    device, count = device_of(p.device), p.count or needed
+    limit = int(device.gigabytes * 1e9 * p.memory_share)
+    tpus, reason = _tpus(device, count) if device.topology else ((), "")
+    if tpus:
+        return Hardware(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
+    _host_devices(count)
+    answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
+    answers += f"; the TPU's did not answer ({reason}), and lays arrays out otherwise" if device.topology else ""
+    return Hardware(device, p.device, count, limit, answers, True)
+
+
+def _host_devices(count: int) -> None:
+    """Makes the host look like as many devices; ValueError where JAX was used before and has fewer."""
+    given = os.environ.get("XLA_FLAGS")
+    flags = (given or "").split()
+    flags += [f for f in (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS) if not _set(flags, f)]
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    try:
+        here = len(jax.devices("cpu"))  # XLA reads its flags here, once
+    finally:
+        if given is None:
+            del os.environ["XLA_FLAGS"]
+        else:
+            os.environ["XLA_FLAGS"] = given
+    if here < count:
+        raise ValueError(f"plan.count={count}, and JAX runs on {here} devices already; plan in a process of its own")
+
+
+def _set(flags: Sequence[str], flag: str) -> bool:
+    return any(f.split("=")[0] == flag.split("=")[0] for f in flags)
+
+
+def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
+    """Devices as the TPU's compiler describes them, or why there are none."""
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the cloud about this machine, at length
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    flat = device.topology in ("v5e", "v6e")
+    for power in range(11):
+        sides = [1 << (power + 2 - i) // 3 for i in range(3)] if not flat else [1 << power // 2, 1 << (power + 1) // 2]
+        try:
+            name = f"{device.topology}:{'x'.join(map(str, sides))}"
+            found = topologies.get_topology_desc(name, platform="tpu").devices
+        except Exception as error:  # libtpu is missing, too old, or knows no such slice: the host answers instead
+            if power == 0 or "libtpu" in str(error):
+                return (), one_line(error)[:80]
+            continue
+        if len(found) >= count:
+            return found[:count], ""
+    return (), f"it knows no slice of {count}"
+
+
+@contextlib.contextmanager
+def on(hardware: Hardware, mesh: MeshSettings) -> Iterator[None]:
+    """Inside, programs are compiled for the hardware, laid out as the mesh."""
+    if not hardware.tpus:
+        with use_mesh(mesh):
+            yield
+        return
+    shape = (mesh.data, mesh.fsdp, mesh.tensor)
+    devices = np.array(hardware.tpus[: math.prod(shape)]).reshape(shape)
+    with jax.set_mesh(Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))):
+        yield
+
+
+def laid_out(config: Config, hardware: Hardware) -> Config:
+    """The settings with a number for `mesh.data`: a mesh that is not given takes all devices that are planned for."""
+    mesh, count = config.mesh, hardware.n_devices
+    if mesh.data == 0 or mesh == MeshSettings():
+        mesh = dataclasses.replace(mesh, data=max(1, count // (mesh.fsdp * mesh.tensor)))
+    if (needed := math.prod((mesh.data, mesh.fsdp, mesh.tensor))) > count:
+        raise ValueError(
+            f"mesh of data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor} needs {needed} devices; set plan.count"
+        )
+    return dataclasses.replace(config, mesh=mesh)
+
+
+# What a stage needs -----------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Needs of a run's stages on some devices; each is compiled once."""
+
+    def __init__(self, config: Config, rows: sizes.Rows, hardware: Hardware):
+        self.config, self.rows, self.hardware = config, rows, hardware
+        self.plans: dict[str, sizes.Plan] = {}
+        self.need = functools.cache(self._need)
+
+    def candidates(self, stage: str) -> list[int]:
+        """Sizes of a stage that come into question."""
+        if stage == "search":
+            return sizes.search_batches(self.config, len(self.rows.buffer))
+        share = sizes.training_settings(self.config, SIZES[stage]).share()
+        return [n for n in range(1, share + 1) if share % n == 0]
+
+    def as_set(self, stage: str) -> StageNeed:
+        """What a stage needs with the size that is set; with the largest that fits where that is auto."""
+        if stage not in SIZES:
+            return self.need_at(stage, self.config.generate.tokens_per_batch)
+        if (value := self.config.flat()[SIZES[stage]]) == "auto":
+            return self.largest(stage)
+        if stage != "search":
+            with on(self.hardware, self.config.mesh):
+                share = sizes.training_settings(self.config, SIZES[stage]).share()
+            value = min(value or share, share)
+        return self.need_at(stage, value)
+
+    def need_at(self, stage: str, size: int) -> StageNeed:
+        """What a stage needs at a size."""
+        return StageNeed(stage, size, self.need(stage, size))
+
+    def largest(self, stage: str) -> StageNeed:
+        """A stage at the largest size that fits, or at the smallest."""
+        with on(self.hardware, self.config.mesh):
+            candidates = self.candidates(stage)
+        size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
+        return self.need_at(stage, size)
+
+    def no_larger_than(self, found: StageNeed) -> str | None:
+        """What a size is the whole of, so that no larger one was looked at; None where a larger one did not fit."""
+        with on(self.hardware, self.config.mesh):
+            largest = self.candidates(found.stage)[-1]
+        if found.size < largest:
+            return None
+        if found.stage != "search":
+            return "a device's whole share of a batch"
+        prompts = sizes.hardest(self.config, len(self.rows.buffer))
+        return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
+
+    def fewer_tokens(self, stage: str) -> StageNeed:
+        """A stage that only runs the model, with as many tokens a batch as fit, or as few as a quarter."""
+        now = self.config.generate.tokens_per_batch
+        return next(
+            (f for n in (2, 4) if (f := self.need_at(stage, now // n)).fits(self.hardware.limit)),
+            self.need_at(stage, now),
+        )
+
+    def _need(self, stage: str, size: int) -> Need | None:
+        """What a stage needs, said as it is found; None where the compiler refuses for want of memory."""
+        need = self._compiled(stage, size)
+        amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB a device"
+        say(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
+        return need
+
+    def _compiled(self, stage: str, size: int) -> Need | None:
+        model = load_base(self.config).config
+        if self.hardware.on_host and model.dtype == "bfloat16":
+            model = dataclasses.replace(model, dtype="float16")
+        with on(self.hardware, self.config.mesh):
+            programs = self._plan(stage)(size)
+            try:
+                return max((p.at_depth(model) for p in programs), key=lambda need: need.total)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+
+    def _plan(self, stage: str) -> sizes.Plan:
+        if stage not in self.plans:
+            self.plans[stage] = self._sized(stage) if stage in SIZES else self._other(stage)
+        return self.plans[stage]
+
+    def _sized(self, stage: str) -> sizes.Plan:
+        return sizes.plan_of(self.config, SIZES[stage], self.rows)
+
+    def _other(self, stage: str) -> sizes.Plan:
+        lora, limit = self.config.lora, self.config.generate.max_tokens
+        rows = [*self.rows.warmup, *self.rows.buffer]
+        if stage == "score":
+            width = max(target_width(len(row.prompt_ids), len(row.target_ids)) for row in self.rows.buffer)
+            return lambda n: [memory.Program(lambda model: memory.scoring(model, lora, max(1, n // width), width))]
+        wide = max(bucket(len(row.prompt_ids) - 1) for row in rows)
+        return lambda n: [
+            memory.Program(lambda model: memory.responding(model, lora, max(1, n // wide), wide, limit), memory.LOOP)
+        ]
+
+
+def _bytes(need: Need | None) -> float:
+    return float("inf") if need is None else need.total
+
+
+# What to change ---------------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """Settings that make a run fit, and what the stages then need."""
+
+    settings: dict[str, Any]
+    found: list[StageNeed]
+
+
+def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
+    """The first change with which all of these stages fit, sizes alone or other settings too; None where none helps."""
+    settings: dict[str, Any] = {}
+    tried = [settings, *changes(planner.config, planner.hardware, load_base(planner.config).config)]
+    for settings in tried:
+        try:
+            config = with_settings(planner.config, settings)
+            found = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
+        except ValueError:  # a batch that this mesh cannot share out
+            continue
+        if found is not None:
+            return found._replace(settings=settings | found.settings)
+        say(f"{as_arguments(settings) or 'a smaller size alone'} does not make it fit")
+    return None
+
+
+def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
+    """Sizes with which the stages fit, as they are set where that fits; None where one does not fit at its least."""
+    settings: dict[str, Any] = {}
+    found: list[StageNeed] = []
+    for stage in stages:
+        now = planner.as_set(stage)
+        if not now.fits(planner.hardware.limit):
+            now = planner.largest(stage) if stage in SIZES else planner.fewer_tokens(stage)
+            if not now.fits(planner.hardware.limit):
+                return None
+            name = SIZES.get(stage, TOKENS)
+            settings[name] = min(settings.get(name, now.size), now.size)
+        found.append(now)
+    return Change(settings, found)
+
+
+def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Settings that save memory, the ones that cost least first; one by one, then together."""
+    single: list[dict[str, Any]] = []
+    if config.dtype == "float32":
+        single.append({"dtype": "bfloat16"})
+    if model.remat != "layers":
+        single.append({"remat": "layers"})
+    count = hardware.n_devices // config.mesh.tensor
+    meshes = [n for n in (1 << power for power in range(1, 11)) if config.mesh.fsdp < n <= count and count % n == 0]
+    single += [{"mesh.data": count // n, "mesh.fsdp": n} for n in meshes]
+    if config.lora.rank == 0:
+        single.append({"lora.rank": 16})
+    if config.quantize == "none":
+        single.append({"quantize": "nf4"} | ({"lora.rank": 16} if config.lora.rank == 0 else {}))
+    yield from single
+    # The strongest together: all that is not a mesh with each mesh, the least first.
+    plain = {name: value for change in single if "mesh.fsdp" not in change for name, value in change.items()}
+    halves = {name: value for name, value in plain.items() if name != "quantize"}
+    for both in (halves, plain):
+        for mesh in ({}, *({"mesh.data": count // n, "mesh.fsdp": n} for n in meshes)):
+            if both and both | mesh not in single:
+                yield both | mesh
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The settings with some of them changed, by their names on the command line."""
+    for name, value in settings.items():
+        if "." in name:
+            config = sizes.with_size(config, name, value)
+    plain: dict[str, Any] = {name: value for name, value in settings.items() if "." not in name}
+    return dataclasses.replace(config, **plain)
+
+
+def as_arguments(settings: dict[str, Any]) -> str:
+    """As they are written on a command line."""
+    return " ".join(f"--{name}={value}" for name, value in settings.items())
+
+
+def parameters(config: Config) -> tuple[int, int]:
+    """How many the model has, and how many of them, or of adapters beside them, are trained."""
+    _, base, adapters = memory.abstract(dataclasses.replace(load_base(config).config, nf4=False), config.lora)
+    total, beside = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (base, adapters))
+    return total, beside if config.lora.rank else total
+
+
+def copies(config: Config, hardware: Hardware) -> int:
+    """How many copies of the model run, each on its share of the devices."""
+    with on(hardware, config.mesh):
+        return row_devices(running=True)
+
+
+def devices_used(config: Config) -> int:
+    """Devices that the mesh takes."""
+    return math.prod(mesh_shape(config.mesh))

@@ -1,0 +1,312 @@
+"""What programs take of a device's memory, by the compiler's own analysis, and the largest size that fits.
+
+In: shapes of a model, settings, and a size. Out: bytes a device. Nothing is allocated and no weights are needed:
+programs are compiled for the mesh in use and not run.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from itool_jax.inference import sampler
+from itool_jax.mcts.search import SearchSettings
+from itool_jax.model.cache import Prefix, empty_prefix
+from itool_jax.model.linear import LoraSettings
+from itool_jax.model.lora import beside
+from itool_jax.model.sharding import placed, row_devices
+from itool_jax.model.transformer import SHORT_STACK, ModelConfig, abstract
+from itool_jax.text.padding import PairBatch, TargetBatch
+from itool_jax.text.steps import N_STATES, StepTable
+from itool_jax.training import loop as train
+from itool_jax.training.losses import LossSettings
+
+Shape = jax.ShapeDtypeStruct
+LIMIT = "ITOOL_DEVICE_GB"
+"""Environment variable that overrides what a device has."""
+SHARE = 0.9
+"""Of a device's memory that programs are given; the rest is for what the analysis does not see."""
+
+
+class Need(NamedTuple):
+    """Bytes a device, by purpose: what is there before a program runs, what it needs besides, and what it makes."""
+
+    weights: int
+    """Of the base; of a small model also the copy that adapters are merged into."""
+    adapters: int
+    optimizer: int
+    caches: int
+    """Keys and values of prompts."""
+    batch: int
+    """The rest of what the program reads, and what the compiler adds to it, such as padding."""
+    temporaries: int
+    """Activations, gradients, logits, and in a search the rows' own keys and values."""
+    outputs: int
+
+    @property
+    def arguments(self) -> int:
+        """What is there before the program runs."""
+        return sum(self[:5])
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+class Held(NamedTuple):
+    """Bytes a device of what stays while programs run."""
+
+    weights: int = 0
+    adapters: int = 0
+    optimizer: int = 0
+    caches: int = 0
+
+
+class Lengths(NamedTuple):
+    """Padded widths of what a search reads, in tokens."""
+
+    prompt: int
+    asked: int
+    """The prompt with the reference answer and the question behind it."""
+    path: int
+    """The response so far."""
+    own: int
+    """A response, and the end of the question about it."""
+
+
+def _need(program: Any, held: Held, unread: int = 0) -> Need:
+    """What a lowered program needs beside what is held, of which it does not read `unread` bytes."""
+    found = program.compile().memory_analysis()
+    read = found.argument_size_in_bytes - (sum(held) - unread)
+    return Need(*held, max(0, read), found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes)
+
+
+class Program(NamedTuple):
+    """A program by the model that it is compiled for, and from how many layers on each adds as much as the last."""
+
+    need: Callable[[ModelConfig], Need]
+    steady: int = 4
+
+    def at_depth(self, model: ModelConfig) -> Need:
+        """What a deep model needs, from two shallower ones of its widths.
+
+        Compiling takes as long as a model that runs has layers, many minutes for 80. Where it has few, it is compiled.
+        """
+        # Not fewer than it takes for the stack to be a loop, as it is in a deep model.
+        low = self.steady if model.remat != "none" else max(self.steady, SHORT_STACK + 1)
+        if model.n_layers <= max(2 * low, SHORT_STACK):
+            return self.need(model)
+        high = low + low // 2
+        few, more = (self.need(dataclasses.replace(model, n_layers=n)) for n in (low, high))
+        times = (model.n_layers - high) / (high - low)
+        return Need(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
+
+
+LOOP = 12
+"""`Program.steady` of loops that sample: in fewer layers their caches are less than what they need at the start."""
+
+
+def training(
+    loss: LossSettings | None,
+    model: ModelConfig,
+    lora: LoraSettings,
+    n_micro: int,
+    rows: int,
+    length: int,
+    packed: bool = False,
+    targets: int | None = None,
+) -> Need:
+    """A training step of `rows` rows of `length` tokens in `n_micro` parts; SFT where there is no preference loss.
+
+    A row has room for `targets`: unless it says so, half its length, and all of it for pairs of long steps.
+    """
+    graph, base, adapters = abstract(model, lora)
+    optimizer = train.adamw(0.01, 1.0)
+    own, frozen = (adapters, _stored(base, model.dtype)) if lora.rank else (base, {})
+    state = placed(jax.eval_shape(lambda x: train.TrainState(x, optimizer.init(x)), own))
+    fn = train.sft_loss(graph) if loss is None else train.preference_loss(graph, loss)
+    batch = _batch(loss is not None, rows, length, packed, targets)
+    key, rate = _array(dtype=jax.eval_shape(jax.random.key, 0).dtype), _array(dtype=jnp.float32)
+    trained = (0, _bytes(state.trainable)) if lora.rank else (_bytes(state.trainable), 0)
+    held = Held(_bytes(placed(frozen)) + trained[0], trained[1], _bytes(state.optimizer))
+    return _need(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate), held)
+
+
+def _batch(pairs: bool, rows: int, length: int, packed: bool, targets: int | None) -> TargetBatch | PairBatch:
+    """Shapes of a batch; from the host, so that it lies where the program wants it."""
+    targets = targets or (length if pairs else length // 2)
+    batch = TargetBatch(
+        _array(rows, length),
+        _array(rows, targets),
+        _array(rows, targets),
+        _array(rows, targets, dtype=jnp.bool_),
+        _array(rows, length) if packed else None,
+    )
+    if not pairs:
+        return batch
+    number = _array(rows, dtype=jnp.float32)
+    return PairBatch(batch, _array(rows, length), (number, number), (number, number), _array(rows, dtype=jnp.bool_))
+
+
+def _array(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return Shape(shape, dtype)
+
+
+def _stored(base: Any, dtype: str) -> Any:
+    """Weights of the base as a run holds them: in `dtype`, but for four-bit codes and their scales."""
+
+    def stored(path: Any, leaf: Shape) -> Shape:
+        coded = "kernel" in [part.key for part in path[:-1]]
+        return leaf if coded else Shape(leaf.shape, jnp.dtype(dtype))
+
+    return jax.tree.map_with_path(stored, base)
+
+
+class _Running(NamedTuple):
+    """A model that runs, as shapes."""
+
+    graph: Any
+    weights: Any
+    held: Held
+    unread: int
+    """Bytes that are held and not read."""
+
+
+def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
+    graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), lora)
+    base = placed(_stored(base, model.dtype), running=True)
+    if not lora.rank:
+        return _Running(graph, base, Held(_bytes(base)), 0)
+    # Adapters are merged into a copy of a small model, and stand beside the weights of others (`store.weights`).
+    if model.dtype == "float32" and not model.nf4:
+        graph = abstract(dataclasses.replace(model, stacked=False))[0]
+        return _Running(graph, base, Held(2 * _bytes(base)), _bytes(base))
+    adapters = placed(adapters, running=True)
+    return _Running(graph, beside(base, adapters), Held(_bytes(base), _bytes(adapters)), 0)
+
+
+def searching(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A search of `batch` prompts: the more of a round of last steps and one of questions about them."""
+    given = (model, lora, search, lengths, batch)
+    return max(proposing(*given), asking(*given), key=lambda need: need.total)
+
+
+def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A round of last steps; what the questions read, the caches of the prompts with the reference, is kept beside."""
+    graph, weights, held, unread = _running(model, lora)
+    prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
+    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.max_last_step_tokens, search.max_step_tokens)
+    draws = _draws(batch * search.breadth)
+    step = sampler.sample_step.lower(graph, limit, weights, step_table(model.vocab_size), prompt, *path, *draws)
+    return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
+
+
+def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+    """A round of questions about last steps; the caches of the prompts alone are kept beside."""
+    graph, weights, held, unread = _running(model, lora)
+    prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
+    rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
+    ask = sampler.choice_logits.lower(
+        graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2)
+    )
+    return _need(ask, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
+
+
+def _draws(rows: int) -> tuple[Any, ...]:
+    """Shapes of what `sampler.sample_step` takes a row: keys, limits, whether all is asked for; and the temperature."""
+    key = jax.eval_shape(jax.random.key, 0).dtype
+    return _array(rows, dtype=key), _array(rows), _array(rows, dtype=jnp.bool_), _array(dtype=jnp.float32)
+
+
+def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Need:
+    """Log-probabilities of the targets of `rows` rows of `width` tokens."""
+    graph, weights, held, unread = _running(model, lora)
+    return _need(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), held, unread)
+
+
+def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> Need:
+    """Responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
+    graph, weights, held, unread = _running(model, lora)
+    prompt = _placed_like(sampler.prefill.lower(graph, weights, _array(rows, width), _array(rows)).compile())
+    inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
+    held = held._replace(caches=_bytes(prompt))
+    return _need(sampler.sample_step.lower(graph, limit, weights, *inputs), held, unread)
+
+
+def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:
+    """Shapes of the caches of `batch` prompts, and where they lie."""
+    count = row_devices(running=True)
+    new = sampler.prefill.eval_shape(graph, weights, _array(count, width), _array(count))
+    return _placed_like(empty_prefix.lower(new, batch).compile())
+
+
+def _placed_like(made: Any) -> Any:
+    """Shapes of what a compiled program gives, and where they lie."""
+
+    def place(leaf: Any, where: Any) -> Shape:
+        return Shape(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, made.out_info, made.output_shardings)
+
+
+def _bytes(tree: Any) -> int:
+    """Of shapes that lie somewhere, what one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def step_table(vocab_size: int) -> StepTable:
+    """A table of step boundaries of any model: only its shape matters here."""
+    cells, flags = np.zeros((vocab_size, N_STATES), np.int16), np.zeros(vocab_size, bool)
+    level: Any = np.int32(0)
+    return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, level)
+
+
+# What fits --------------------------------------------------------------------------------------------------
+
+
+def device_limit() -> int:
+    """Bytes that programs may take on each device; of all devices of all processes, the least."""
+    if LIMIT in os.environ:
+        found = float(os.environ[LIMIT]) * 1e9
+    else:
+        devices = jax.local_devices()
+        stats = [device.memory_stats() or {} for device in devices]
+        found = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
+    if jax.process_count() > 1:
+        found = float(np.min(multihost_utils.process_allgather(np.float32(found))))
+    return int(found)
+
+
+def _host_bytes() -> int:
+    """Memory of the host that is free for new work."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def largest(candidates: Sequence[int], need: Callable[[int], float], limit: int) -> tuple[int, dict[int, float]]:
+    """The largest of some sizes that needs no more than `limit`, the smallest where none does; and what was looked at.
+
+    The very largest is tried first, then halves of the rest: larger sizes need more, and that is all that is assumed.
+    """
+    sizes, tried = sorted(candidates), {}
+    fitting, beyond = 0, len(sizes)  # the first so many fit; those from there on do not
+    middle = beyond - 1
+    while fitting < beyond:
+        tried[sizes[middle]] = need(sizes[middle])
+        if tried[sizes[middle]] <= limit:
+            fitting = middle + 1
+        else:
+            beyond = middle
+        middle = (fitting + beyond) // 2
+    return sizes[max(fitting - 1, 0)], tried

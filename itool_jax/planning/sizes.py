@@ -1,0 +1,232 @@
+"""Sizes that are left to the device's memory (`auto`), and what to turn down where it was too little.
+
+In: the settings, the model's shapes and the data. Out: settings with numbers, and `sizes.json` in the run directory,
+which keeps them: a run that goes on, be it elsewhere, uses those that it began with.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from itool_jax.config import Config, is_out_of_memory
+from itool_jax.mcts.search import SearchSettings
+from itool_jax.mcts.value import SelfEvaluationSettings
+from itool_jax.model.sharding import use_own_mesh
+from itool_jax.planning import memory
+from itool_jax.store.base import load_base
+from itool_jax.store.run import Run
+from itool_jax.store.splits import search_pool, split_replay
+from itool_jax.system import hosts
+from itool_jax.system.files import read_json, write_json
+from itool_jax.system.messages import current_stage, say
+from itool_jax.text.chat import Chat, Encoded, evaluation_frame
+from itool_jax.text.padding import bucket, target_width
+from itool_jax.training.settings import TrainingSettings
+
+FILE = "sizes.json"
+MOST = 256
+"""The largest search.batch that auto looks at."""
+STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preference.micro_batch": "dpo"}
+OTHER_STAGES = "generate.tokens_per_batch"
+"""What stages that only run the model are turned down by."""
+Need = Callable[[int], float]
+Plan = Callable[[int], list[memory.Program]]
+
+
+def resolved(run: Run) -> Run:
+    """The settings with a number for each size that is `auto` and that the stage needs, the same on all processes."""
+    config, flat = run.config, run.config.flat()
+    names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
+    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if names else {}
+    for name in names:
+        candidates = _candidates(run, name)
+        value = known.get(name, 0)
+        if value < 1 or (
+            name != "search.batch" and value not in candidates
+        ):  # a mesh that shares batches out otherwise
+            size = _find(run, name, candidates)
+            known[name] = value = hosts.broadcast_from_primary(f"size {name}", lambda size=size: size)
+            write_json(config.run_dir / FILE, known)
+        run = run.with_settings(with_size(run.config, name, value))
+    return run
+
+
+def _known(config: Config) -> dict[str, int]:
+    """What the run keeps."""
+    path = config.run_dir / FILE
+    found = read_json(path) if path.exists() else {}
+    return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
+
+
+def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
+    """The largest candidate that fits; says so."""
+    config = run.config
+    limit = memory.device_limit()
+    with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
+        value, needs = memory.largest(candidates, need_of(run, name), limit)
+    fits = f"needs {_gb(needs[value])} of {_gb(limit)} a device by the compiler's estimate"
+    larger = min((size for size in needs if size > value), default=None)
+    beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
+    short = "" if needs[value] <= limit else "; it may not fit, and there is no smaller one"
+    say(f"{name}=auto: {value}, which {fits}{beyond}{short}")
+    return value
+
+
+def _candidates(run: Run, name: str) -> list[int]:
+    """Sizes to look at: powers of two times the devices that share prompts, or what divides a device's share."""
+    if name != "search.batch":
+        share = training_settings(run.config, name).share()
+        return [size for size in range(1, share + 1) if share % size == 0]
+    return search_batches(run.config, len(search_pool(run.splits.train, run.config).samples))
+
+
+def search_batches(config: Config, buffer: int) -> list[int]:
+    """Values of search.batch to look at, for a replay buffer of so many samples."""
+    count = memory.row_devices(running=True)
+    wanted = min(MOST, hardest(config, buffer))
+    return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
+
+
+def hardest(config: Config, buffer: int) -> int:
+    """About how many prompts an iteration searches, of a replay buffer of so many samples."""
+    return max(1, round(config.replay.hardest_fraction * buffer))
+
+
+def training_settings(config: Config, name: str) -> TrainingSettings:
+    """The training that a size belongs to."""
+    return config.warmup if name.startswith("warmup") else config.preference
+
+
+def with_size(config: Config, name: str, value: int) -> Config:
+    """The settings with a number for a size."""
+    section, field = name.split(".")
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+
+
+# What a size needs ------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Training samples as token ids: those of the warm-up, and the replay buffer."""
+
+    warmup: list[Encoded]
+    buffer: list[Encoded]
+
+
+def need_of(run: Run, name: str) -> Need:
+    """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
+    warmup, _ = split_replay(run.splits.train, run.config)
+    rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
+    plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
+    return total(lambda size: max((p.need(model) for p in plan(size)), key=lambda need: need.total))
+
+
+def plan_of(config: Config, name: str, rows: Rows) -> Plan:
+    """The programs by the value of a size that need most, for the longest rows that are possible."""
+    if name == "search.batch":
+        lengths = search_lengths(load_base(config).chat, rows.buffer, config.search, config.self_eval)
+        given = (config.lora, config.search, lengths)
+        return lambda size: [
+            memory.Program(lambda model: memory.proposing(model, *given, size), memory.LOOP),
+            memory.Program(lambda model: memory.asking(model, *given, size)),
+        ]
+    settings, is_warmup = training_settings(config, name), name.startswith("warmup")
+    prefers = not is_warmup and config.preference.control != "sft_same_prompts"
+    found = rows.warmup if is_warmup else rows.buffer
+    # Chosen steps and own right answers are shorter than pairs.
+    width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
+    pack = config.warmup.pack if is_warmup else 0
+    loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
+    shape = (settings.batch_size, max(width, pack), pack > 0)
+    share = settings.share()
+    return lambda size: [memory.Program(lambda model: memory.training(loss, model, config.lora, share // size, *shape))]
+
+
+def total(need: Callable[[int], memory.Need]) -> Need:
+    """In bytes; what the compiler itself refuses for want of memory needs more than there is."""
+
+    def bytes_of(size: int) -> float:
+        try:
+            return need(size).total
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return float("inf")
+
+    return bytes_of
+
+
+def search_lengths(
+    chat: Chat, rows: Sequence[Encoded], s: SearchSettings, self_eval: SelfEvaluationSettings
+) -> memory.Lengths:
+    """Padded widths of a search of any of these samples, as the searcher pads them; responses may be the gold's."""
+    longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.target_ids))
+    gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
+    frame = evaluation_frame(chat, gold, self_eval.scale)
+    prompt, target = max(len(row.prompt_ids) for row in rows), max(len(row.target_ids) for row in rows)
+    path = max((s.max_depth - 1) * s.max_step_tokens, target)
+    return memory.Lengths(
+        bucket(prompt, 256),
+        bucket(max(prompt, len(longest.prompt_ids) + len(frame.before)), 256),
+        1 + bucket(path, 64),
+        bucket(max(path, (s.max_depth - 1) * s.max_step_tokens + s.max_last_step_tokens) + len(frame.after), 64),
+    )
+
+
+def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
+    """Padded width of the longest pair that a search of these samples may find: a prompt, a response, another step."""
+    s, limit = config.search, load_base(config).config.max_length
+    step = max(s.max_last_step_tokens, s.max_step_tokens, *(len(row.target_ids) for row in rows))
+    response = (s.max_depth - 1) * s.max_step_tokens + step
+    longest = max(len(row.prompt_ids) for row in rows)
+    return bucket(max(min(longest + response, limit) + step, 2 * step))
+
+
+# Where it was too little ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Turns a device's want of memory into one line: in which stage, what to turn down, and what that would need."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(advice(run, current_stage() or run.config.stage, str(error))) from error
+
+
+def advice(run: Run, where: str, error: str) -> str:
+    """What to do where `where`, a stage or phase/stage, ran out of memory."""
+    config = run.config
+    stage = where.rpartition("/")[2]
+    name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
+    flat, text = config.flat(), " ".join(error.split())[:160]
+    now, less = flat[name], flat[name] // 2 or None
+    if name in STAGE_OF and name != "search.batch":
+        share = training_settings(config, name).share()
+        now = min(now or share, share)
+        less = max((c for c in _candidates(run, name) if c < now), default=None)
+    down = f"lower {name}, now {now}{_estimate(run, name, now)}"
+    down += f", to {less}{_estimate(run, name, less)}" if less else ", which is the least"
+    down += ", in another --run_dir" if name == "search.batch" and config.run_dir.exists() else ""
+    other = "set remat, quantize=nf4 or a larger mesh.fsdp"
+    return f"out of device memory in {where} ({text}); {down}; or {other}"
+
+
+def _estimate(run: Run, name: str, size: int) -> str:
+    """`: about 3.2 GB`, where the compiler says so: a device without memory may refuse even that."""
+    if name not in STAGE_OF:
+        return ""
+    try:
+        need = need_of(run, name)(size)
+    except (RuntimeError, ValueError, OSError):
+        return ""
+    return f" (about {_gb(need)} a device)"
+
+
+def _gb(size: Any) -> str:
+    return f"{size / 1e9:.3g} GB"

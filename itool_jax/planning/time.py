@@ -1,0 +1,233 @@
+"""How much work each stage of a run is, and how long it takes at the speeds that are assumed.
+
+In: settings and data. Out: tokens and seconds a stage, by the formulas of `itool_jax.planning.roofline`. What only the
+run itself can tell is taken from the gold responses: trees are full, sampled responses have the gold's steps and
+lengths, and a loop over many rows lasts as long as the longest tenth of them begins. Loading, compiling and saving are
+left out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from itool_jax.config import Config
+from itool_jax.data.batches import packed_batches, sft_batches
+from itool_jax.planning.roofline import Machine, decode, forward, full_step, lora_step
+from itool_jax.store.base import load_base, step_table
+from itool_jax.system.devices import Device
+from itool_jax.text.calls import looks_like_calls
+from itool_jax.text.chat import Encoded, evaluation_frame
+from itool_jax.text.padding import bucket, group, target_width
+from itool_jax.text.sample import Sample
+from itool_jax.text.steps import split_steps
+from itool_jax.training import replay
+
+LOOKED_AT = 256
+"""Gold responses that are cut into steps."""
+
+
+class Workload(NamedTuple):
+    """What a stage does in a whole run."""
+
+    stage: str
+    what: str
+    tokens: int
+    """That the model reads or samples."""
+    padded: int
+    """With the padding, where the stage knows its batches beforehand."""
+    seconds: float
+    """On all devices together; not a number where no data sheet tells what one can do."""
+
+
+class Data(NamedTuple):
+    """What is trained on and evaluated, which may be nothing."""
+
+    warmup: list[Sample]
+    pool: list[Sample]
+    """What searched prompts are chosen from."""
+    encoded: dict[str, Encoded]
+    evaluated: list[Encoded]
+
+    def rows(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Their token ids."""
+        return [self.encoded[sample.id] for sample in samples]
+
+
+class TimeModel:
+    """Seconds that work takes on `count` devices, which hold `copies` of the model, at the shares that are assumed."""
+
+    def __init__(self, config: Config, device: Device | None, count: int, copies: int):
+        self.model, self.rank, self.plan = load_base(config).config, config.lora.rank, config.plan
+        self.count, self.copies = count, copies
+        nan = float("nan")
+        bandwidth, peak = (device.bandwidth * 1e9, device.teraflops * 1e12) if device is not None else (nan, nan)
+        self.machine = Machine(bandwidth=bandwidth, peak=peak)
+
+    def train(self, rows: float, length: float, logits: float) -> float:
+        """Training on rows of so many tokens, of which `logits` are targets."""
+        shape = (self.model, 1, round(length), round(logits))
+        work = lora_step(*shape, self.rank) if self.rank else full_step(*shape)
+        # The weights, which a step reads once for all its rows, are never what it waits for.
+        return rows * work.flops / self.machine.peak / self.count / self.plan.training_share
+
+    def read(self, rows: float, length: float, logits: float, before: float = 0) -> float:
+        """Passes over rows of so many tokens, behind cached ones."""
+        work = forward(self.model, 1, round(length), round(logits), round(before))
+        return rows * work.flops / self.machine.peak / self.count / self.plan.scoring_share
+
+    def sample(self, tokens: float, rows: float, prompts: float, prompt: float, own: float) -> float:
+        """So many tokens of each of some rows at once, `prompts` prompts among them, each row with `own` before it."""
+        share = [max(1, round(x / self.copies)) for x in (rows, prompts)]
+        work = decode(self.model, share[0], round(prompt), share[1], round(own))
+        return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.plan.decode_share
+
+
+def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> list[Workload]:
+    """The stages of a run that searches `batch` prompts at a time."""
+    found = [_warmup(config, data, time_model)]
+    if config.iterations:
+        trees = _trees(config, data)
+        prompts = config.iterations * _hardest(config, data.pool)
+        found.append(_scores(config, data, time_model, max(1, min(batch, prompts // config.iterations))))
+        found.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
+        found.append(_preferences(config, data, time_model, trees, prompts))
+    return [*found, _evaluation(config, data, time_model)] if data.evaluated else found
+
+
+def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
+    """From the very batches that the warm-up makes."""
+    s, rows = config.warmup, data.rows(data.warmup)
+    thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
+    batches: list[grain.MapDataset] = []
+    if not s.most_epochs:
+        return Workload("warmup", "none, as warmup.epochs is 0", 0, 0, 0.0)
+    for number, ids in enumerate(part for part in thirds if part):
+        given = ([data.encoded[i] for i in ids], s.batch_size, s.most_epochs, config.seed + number)
+        batches.append(packed_batches(given[0], s.pack, *given[1:]) if s.pack else sft_batches(*given))
+    shapes = [batch.tokens_BT.shape for part in batches for batch in part]
+    padded, n = sum(map(math.prod, shapes)), sum(shape[0] for shape in shapes)
+    tokens = s.most_epochs * sum(map(_length, rows))
+    seconds = time_model.train(n, padded / n, s.most_epochs * sum(len(row.target_ids) for row in rows) / n)
+    most = f" at most, {s.max_epochs} rounds (their validation is left out)" if s.epochs == "auto" else ""
+    return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps{most}", tokens, padded, seconds)
+
+
+def _scores(config: Config, data: Data, time_model: TimeModel, batch: int) -> Workload:
+    rows, n = data.rows(data.pool), config.iterations
+    widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
+    groups = list(group(widths, config.generate.tokens_per_batch))
+    count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
+    seconds = n * time_model.read(count, padded / count, _mean_target(rows))
+    # K answers to each prompt of the pool, or of those that are searched, and a greedy one to these.
+    k, searched = config.replay.samples, _hardest(config, data.pool)
+    drawn = len(rows) if config.replay.select == "mixed" else searched
+    lanes = max(1, min(batch, batch * config.search.breadth // k))
+    loop = min(float(np.quantile([len(row.target_ids) for row in rows], 0.9)), config.generate.max_tokens)
+    prompt = float(np.mean([len(row.prompt_ids) for row in rows]))
+    seconds += n * time_model.read(drawn + searched, prompt, 0)
+    seconds += n * math.ceil(drawn / lanes) * time_model.sample(loop, lanes * k, lanes, prompt, loop / 2)
+    seconds += n * math.ceil(searched / batch) * time_model.sample(loop, batch, batch, prompt, loop / 2)
+    answers = drawn * k + searched
+    tokens = n * (sum(map(_length, rows)) + round(answers * _mean_target(rows) + (drawn + searched) * prompt))
+    what = f"{n} × {len(rows)} samples, {answers} answers"
+    return Workload("score", what, tokens, n * padded + tokens - n * sum(map(_length, rows)), seconds)
+
+
+class _ExpectedTree(NamedTuple):
+    """What the gold responses let expect of a tree, on average."""
+
+    expansions: float
+    states: float
+    tokens: float
+    """Sampled ones."""
+    step: float
+    loop: float
+    """Tokens of a round: what the longest tenth of the steps begin with."""
+    path: float
+    """Tokens of a response at the end."""
+    around: float
+    """Tokens of the question about a state, and of the reference before it."""
+
+
+def _trees(config: Config, data: Data) -> _ExpectedTree:
+    s, rows, base = config.search, data.rows(data.pool), load_base(config)
+    table = step_table(config, s.granularity)
+    found: list[tuple[float, float, float]] = []
+    steps: list[int] = []
+    for row in rows[:LOOKED_AT]:
+        lengths = [len(step) for step in split_steps(table, row.target_ids)]
+        lengths = [*lengths[: s.max_depth - 1], sum(lengths[s.max_depth - 1 :])][: len(lengths)]
+        level, expansions, states, tokens = 1, 0, 0, 0
+        for length in lengths:
+            expansions, level = expansions + level, level * s.breadth
+            states, tokens = states + level, tokens + level * length
+        part = min(1.0, s.n_simulations * s.max_depth / expansions)
+        found.append((part * expansions, part * states, part * tokens))
+        steps += lengths
+    gold = base.chat.content_ids(rows[0].target_ids) if config.self_eval.reference == "gold" else None
+    frame = evaluation_frame(base.chat, gold, config.self_eval.scale)
+    expansions, states, tokens = np.mean(found, axis=0).tolist()
+    loop = float(np.quantile(steps, 0.9))
+    return _ExpectedTree(expansions, states, tokens, float(np.mean(steps)), loop, _mean_target(rows), len(frame.after))
+
+
+def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int, batch: float) -> Workload:
+    """Prompts with and without the reference; a round of sampled steps an expansion; a question a state."""
+    rows = data.rows(data.pool)
+    prompt, breadth = float(np.mean([len(row.prompt_ids) for row in rows])), trees.states / trees.expansions
+    rounds = math.ceil(prompts / batch) * trees.expansions
+    question = trees.path / 2 + trees.around  # a state is half a response on average
+    seconds = [
+        time_model.read(prompts, 2 * prompt + trees.path, 0),
+        rounds * time_model.sample(trees.loop, batch * breadth, batch, prompt, trees.path / 2 + trees.loop / 2),
+        time_model.read(prompts * trees.states, question, 1, prompt),
+    ]
+    tokens = prompts * (2 * prompt + trees.path + trees.tokens + trees.states * question)
+    what = f"{prompts} trees of {trees.states:.0f} states, {prompts * trees.tokens / 1e6:.2f} M sampled"
+    return Workload("search", what, round(tokens), round(tokens), math.fsum(seconds))
+
+
+def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int) -> Workload:
+    """The reference's log-probabilities of both sides of each pair, and the training."""
+    s, rows = config.preference, data.rows(data.pool)
+    pairs = prompts * config.plan.pairs_a_tree
+    before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
+    width = bucket(round(before + 2 * trees.step))
+    trained = pairs * (1 - config.pairs.held_out)
+    steps = config.iterations * math.ceil(trained / config.iterations / s.batch_size) * s.epochs
+    seconds = time_model.read(2 * pairs, before + trees.step, trees.step)
+    seconds += time_model.train(steps * s.batch_size, width, 2 * trees.step)
+    tokens = trained * s.epochs * (before + 2 * trees.step) + 2 * pairs * (before + trees.step)
+    what = f"{trained:.0f} pairs, {steps} steps"
+    return Workload("dpo", what, round(tokens), round(steps * s.batch_size * width + 2 * pairs * before), seconds)
+
+
+def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
+    """Greedy responses of every phase, in the batches that evaluation makes."""
+    rows, n = data.evaluated, config.iterations + 2
+    groups = list(group([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch))
+    loop = float(np.quantile([len(row.target_ids) for row in rows], 0.9))
+    loop = min(loop, config.generate.max_tokens)
+    seconds = math.fsum(
+        time_model.read(count, width, 0) + time_model.sample(loop, count, count, width, loop / 2)
+        for _, width, count in groups
+    )
+    tokens, padded = sum(map(_length, rows)), sum(width * count for _, width, count in groups)
+    return Workload("evaluate", f"{n} × {len(rows)} samples", n * tokens, n * padded, n * seconds)
+
+
+def _hardest(config: Config, pool: Sequence[Sample]) -> int:
+    """How many samples an iteration searches."""
+    scored = [replay.ScoredSample(s.id, 1.0, looks_like_calls(s.target)) for s in pool]
+    return len(replay.select_hardest(scored, config.replay))
+
+
+def _length(row: Encoded) -> int:
+    return len(row.prompt_ids) + len(row.target_ids)
+
+
+def _mean_target(rows: Sequence[Encoded]) -> float:
+    return float(np.mean([len(row.target_ids) for row in rows]))

@@ -1,0 +1,176 @@
+"""The search trees of a run as its report shows them.
+
+In: `trees.jsonl` and `pairs.jsonl` of an iteration, and the samples that were searched. Out: an entry of each tree for
+the report's index, the tree itself as compact JSON, and figures of the iteration's search.
+"""
+
+import functools
+import itertools
+import re
+import statistics as numbers
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from itool_jax.data import sources
+from itool_jax.evaluation.errors import error_kind
+from itool_jax.evaluation.results import is_solved
+from itool_jax.report.page import as_json
+from itool_jax.store import columns
+from itool_jax.text.sample import Sample
+
+Row = dict[str, Any]
+NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold", "sampled")
+"""What the report keeps of a node, in this order."""
+PAIR = ("node", "chosen_node", "rejected_node", "q_chosen", "q_rejected")
+STOP = re.compile(r"(?:<[^<>\s]{1,40}>\s*)+$")
+"""The stop tokens at the end of a response, as tokenizers write them."""
+LONGEST_STOP = 200
+"""Characters of them."""
+ROUNDED = 5
+SHORT = 240
+GAPS = [0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]
+"""Bounds of the classes that gaps in Q are counted in; the last class is open."""
+
+
+class ReportTree(NamedTuple):
+    """A tree: its entry in the index, and itself as JSON."""
+
+    entry: Row
+    text: str
+
+
+@functools.lru_cache(maxsize=3)
+def samples(path: Path, changed: int) -> dict[str, Sample]:
+    """The samples of a part of the data by id; read again only where the file has changed since."""
+    del changed  # the cache looks at it
+    return {sample.id: sample for sample in sources.load(path)} if path.stat().st_size else {}
+
+
+def prompt(sample: Sample, number: Callable[[Sequence[Row]], int]) -> Row:
+    """What the model is shown of a sample; `number` gives a list of tools its place."""
+    messages = [{"role": str(m.get("role")), "content": _content(m)} for m in sample.messages]
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return {"question": asked[-1] if asked else "", "messages": messages, "tools": number(sample.tools)}
+
+
+def _content(message: Row) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else "" if content is None else as_json(content)
+
+
+def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) -> list[ReportTree]:
+    """The trees of an iteration in the order they were searched."""
+    train = run_dir / "data/train.jsonl"
+    known = samples(train, train.stat().st_mtime_ns) if train.is_file() else {}
+    rows, pairs = _tables(phase)
+    by_tree: dict[str, list[Row]] = {}
+    for pair in pairs:
+        by_tree.setdefault(pair["tree"], []).append(pair)
+    return [_report_tree(row, by_tree.get(row["id"], []), known.get(row["id"]), phase.name, number) for row in rows]
+
+
+def _tables(phase: Path) -> tuple[list[Row], list[Row]]:
+    """The trees and the pairs of an iteration, none where it was not searched yet."""
+    files = [phase / name for name in ("trees.jsonl", "pairs.jsonl")]
+    if not all(path.is_file() for path in files):
+        return [], []
+    times = [path.stat().st_mtime_ns for path in files]
+    return _trees(files[0], times[0]), _pairs(files[1], times[1])
+
+
+@functools.lru_cache(maxsize=16)
+def _trees(path: Path, _: int) -> list[Row]:
+    return columns.read_table(path, ["id", "gold", "nodes"])
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs(path: Path, _: int) -> list[Row]:
+    return columns.read_table(path, ["tree", *PAIR, "chosen_ids", "rejected_ids"])
+
+
+def _report_tree(
+    row: Row, pairs: Sequence[Row], sample: Sample | None, phase: str, number: Callable[[Sequence[Row]], int]
+) -> ReportTree:
+    shown = prompt(sample or Sample(id=row["id"], messages=()), number)
+    ends = {n: _kind(row, n) for n, node in enumerate(row["nodes"]) if node["terminal"]}
+    entry = {
+        "phase": phase,
+        "id": row["id"],
+        "question": shown["question"][:SHORT],
+        "solved": is_solved(row["nodes"]),
+        "by_gold": is_solved(row["nodes"], own=False) and not is_solved(row["nodes"]),
+        "kinds": sorted({kind for kind in ends.values() if kind}),
+        "nodes": len(row["nodes"]),
+        "pairs": len(pairs),
+    }
+    nodes = [[_rounded(node.get(name, True)) for name in NODE] for node in row["nodes"]]
+    paired = [[_rounded(pair[name]) for name in PAIR] for pair in pairs]
+    tree = {**shown, "gold": row["gold"], "nodes": nodes, "pairs": paired, "ends": ends}
+    return ReportTree(entry, as_json(tree))
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, ROUNDED) if isinstance(value, float) else value
+
+
+def _kind(row: Row, node: int) -> str | None:
+    """The kind of error of the response that ends at a node; None where it is right.
+
+    Its last step holds the stop token where the model ended it.
+    """
+    if row["nodes"][node]["outcome"] >= 1:
+        return None
+    text = response(row["nodes"], node)
+    stop = STOP.search(text, max(0, len(text) - LONGEST_STOP))
+    return error_kind(row["gold"], text[: stop.start()] if stop else text, finished=stop is not None)
+
+
+def response(nodes: Sequence[Row], node: int) -> str:
+    """The text from the root to a node."""
+    steps = []
+    while node > 0:
+        steps.append(nodes[node]["text"] + nodes[node].get("observed", ""))
+        node = nodes[node]["parent"]
+    return "".join(reversed(steps))
+
+
+def statistics(phase: Path) -> Row | None:
+    """Figures of an iteration's trees and pairs; None where it was not searched yet."""
+    rows, pairs = _tables(phase)
+    if not rows:
+        return None
+    with_pairs = {pair["tree"] for pair in pairs}
+    gold = {row["id"]: [node["gold"] for node in row["nodes"]] for row in rows}
+    gaps = [pair["q_chosen"] - pair["q_rejected"] for pair in pairs]
+    return {
+        "phase": phase.name,
+        "trees": len(rows),
+        "verdicts": Counter(_verdict(row) for row in rows),
+        "nodes": sum(len(row["nodes"]) for row in rows),
+        "pairs": len(pairs),
+        "trees_without_pairs": sum(row["id"] not in with_pairs for row in rows),
+        "gaps": _histogram(gaps),
+        "median_gap": numbers.median(gaps) if gaps else None,
+        "first_step": sum(pair["node"] == 0 for pair in pairs),
+        "chosen_is_gold": sum(_at(gold.get(pair["tree"], []), pair["chosen_node"]) for pair in pairs),
+        "chosen_injected": sum(not pair.get("chosen_sampled", True) for pair in pairs),
+        "chosen_tokens": sum(len(pair["chosen_ids"]) for pair in pairs),
+        "rejected_tokens": sum(len(pair["rejected_ids"]) for pair in pairs),
+    }
+
+
+def _verdict(row: Row) -> str:
+    """Whether the responses that the search of a tree came to are right."""
+    ends = {node["outcome"] >= 1 for node in row["nodes"] if node["terminal"]}  # less is a near miss, where graded
+    return "none" if not ends else "mixed" if len(ends) == 2 else "right" if True in ends else "wrong"
+
+
+def _histogram(gaps: Sequence[float]) -> list[Row]:
+    bounds = [*GAPS, float("inf")]
+    return [{"from": low, "n": sum(low <= gap < high for gap in gaps)} for low, high in itertools.pairwise(bounds)]
+
+
+def _at(marks: Sequence[bool], node: int) -> bool:
+    return node < len(marks) and marks[node]

@@ -1,0 +1,57 @@
+"""The checkpoint that a run starts from: where its files are, its shapes, tokenizer and chat template."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from itool_jax.config import Config
+from itool_jax.model import hf
+from itool_jax.model.sharding import use_own_mesh
+from itool_jax.model.transformer import ModelConfig
+from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.text.steps import Granularity, StepTable, build_step_table
+
+DEEP = 8
+"""Layers beyond which remat=auto computes whole layers again in the backward pass."""
+
+
+class Base(NamedTuple):
+    """A checkpoint without its weights, which `store.weights` owns."""
+
+    config: ModelConfig
+    chat: Chat
+
+
+def model_folder(config: Config) -> Path:
+    """The folder of the model's files."""
+    return _find_model(config.model, not config.looks_only, config.stage != "doctor")
+
+
+@functools.lru_cache(maxsize=1)
+def _find_model(name: str, weights: bool, fetch: bool) -> Path:
+    return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights, fetch)
+
+
+def load_base(config: Config) -> Base:
+    """The shapes and the tokenizer of the checkpoint, read once; ValueError if they do not go together."""
+    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
+    if (n := base.chat.n_ids) > base.config.vocab_size:
+        raise ValueError(
+            f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
+        )
+    return base
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
+    model = hf.read_config(folder, dtype)
+    remat = ("layers" if model.n_layers > DEEP else "none") if remat == "auto" else remat
+    return Base(dataclasses.replace(model, nf4=nf4, remat=remat), Chat(load_tokenizer(str(folder))))
+
+
+def step_table(config: Config, granularity: Granularity) -> StepTable:
+    """Step boundaries and stop tokens of the model's vocabulary."""
+    base = load_base(config)
+    with use_own_mesh(config.mesh):
+        return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)

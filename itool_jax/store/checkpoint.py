@@ -1,0 +1,252 @@
+"""Orbax checkpoints of pytrees: a policy's adapters, the optimizer's state, the data position.
+
+In: a folder and a pytree of arrays. Out: the folder, complete or absent; and the tree again, shaped like a given one.
+Each checkpoint holds checksums of its files, written last: what is damaged is named, and never used.
+"""
+
+import contextlib
+import errno
+import gc
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from itool_jax.model.sharding import to_host
+from itool_jax.system import hosts
+from itool_jax.system.files import whole_file
+from itool_jax.system.messages import say
+from itool_jax.system.untrusted import read_json
+
+CHECKSUMS = "checksums.json"
+COSTS = 0.02
+"""Share of a training's time that its checkpoints may take."""
+
+
+def save(folder: Path, tree: Any) -> str:
+    """Writes `tree` to `folder` and returns its digest; an earlier one is replaced only when the new one is complete.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the earlier one is untouched.
+    """
+    import orbax.checkpoint as ocp  # slow to import
+
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with _disk_errors(folder):
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial, tree, force=True)
+            if hosts.is_first():
+                seal(partial)
+        if hosts.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        for left in folder.parent.glob(f"{partial.name}*") if hosts.is_first() else ():
+            shutil.rmtree(left, ignore_errors=True)
+    hosts.barrier(f"{folder} is there")
+    return digest(tree)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Makes errors of the disk of what the storage library makes of them."""
+    try:
+        yield
+    except ValueError as error:
+        full = "No space left" in str(error)
+        number, reason = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, _reason(error))
+        raise OSError(number, reason, str(folder)) from error
+
+
+def digest(tree: Any) -> str:
+    """A hash of all the tree's values: equal for equal trees, however they are laid out on devices."""
+    found = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.asarray(to_host(leaf)).tobytes())
+    return found.hexdigest()
+
+
+def restore(folder: Path, like: Any) -> Any:
+    """The tree saved in `folder`, with the structure, shapes, types and shardings of `like`: arrays, or shapes alone.
+
+    Raises:
+        ValueError: the folder is missing or damaged, or a tensor is missing, extra or of another shape; names it.
+    """
+    import orbax.checkpoint as ocp
+
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} does not exist; run the stage that writes it first")
+    folder = folder.absolute()
+    if (CHECKSUMS in os.listdir(folder)) and (bad := damage(folder)):  # without: of an earlier version
+        raise ValueError(f"checkpoint {folder}: {bad}; delete it to compute it again")
+    with _quiet():
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                if (metadata := checkpointer.metadata(folder).item_metadata) is not None:  # None where it is damaged
+                    _compare(metadata.tree, like)
+                return checkpointer.restore(folder, like)
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # no damage: of jax's, another process is gone, or a device is full
+        except Exception as error:  # damage comes out as errors of many kinds, bare ones among them
+            reason = _reason(error)
+        # Other reads that failed come to their ends while nobody listens: their frames are freed in here.
+        time.sleep(0.5)
+        gc.collect()
+    raise ValueError(f"checkpoint {folder}: {reason}; delete it to compute it again")
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of a complete checkpoint."""
+    found = json.dumps(_checksums(folder), indent=0).encode()
+    with whole_file(folder / CHECKSUMS) as file:
+        file.write(found)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where it is whole and as it was written."""
+    try:
+        sealed = read_json(folder / CHECKSUMS)
+        found = _checksums(folder)
+        wrong = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
+    except FileNotFoundError:
+        return "it was not finished"
+    except (ValueError, AttributeError):
+        wrong = [CHECKSUMS]
+    return f"{wrong[0]} is damaged" if wrong else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """A hash of each file in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / CHECKSUMS:
+            with path.open("rb") as file:
+                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return found
+
+
+class Training:
+    """A training that goes on: its state, kept every so often beside it, the last two times.
+
+    `every` is the number of steps between; 0 makes it as small as costs `COSTS` of the time.
+    """
+
+    def __init__(self, folder: Path, every: int = 0):
+        import orbax.checkpoint as ocp
+
+        self.folder, self.every = folder.absolute(), every
+        self.kept, self.next, self.time = 0, every or 1, 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.sealing: Future[None] | None = None
+        hosts.broadcast_from_primary(f"checkpoints of {folder}", self._drop_damaged)
+        with _quiet():
+            self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def _drop_damaged(self) -> None:
+        """Removes what was not finished, and names what is damaged."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.iterdir()):
+            if bad := damage(path):
+                if "damaged" in bad:
+                    say(f"checkpoint {path}: {bad}; the one before it is used")
+                shutil.rmtree(path)
+
+    def _seal(self) -> None:
+        """Waits for the newest checkpoint to be complete."""
+        self.manager.wait_until_finished()
+        for path in self.folder.iterdir() if hosts.is_first() else ():
+            if path.name.isdigit() and not (path / CHECKSUMS).exists():
+                seal(path)
+
+    def restore(self, like: Any) -> tuple[int, Any, Any] | None:
+        """Steps done, the state, shaped and laid out as `like`, and the data's position; None where there is none."""
+        import orbax.checkpoint as ocp
+
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        with _quiet():
+            found = self.manager.restore(step, args=wanted)
+        self.kept, self.next = step, step + (self.every or 1)
+        return step, found["state"], found["data"]
+
+    def due(self, step: int) -> bool:
+        """Whether the state is to be kept after so many steps."""
+        return step >= self.next
+
+    def save(self, step: int, state: Any, position: Any) -> None:
+        """Begins to write the state after so many steps, and the data's position; the arrays may be changed at once."""
+        import orbax.checkpoint as ocp
+
+        start = time.monotonic()
+        self._wait()
+        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
+        with _quiet():
+            self.manager.save(step, args=parts)
+        self.sealing = self.thread.submit(self._seal)
+        end = time.monotonic()
+        apart = self.every or 1
+        if not self.every and self.time:
+            apart = max(1, math.ceil((end - start) / (start - self.time) * (step - self.kept) / COSTS))
+        self.kept, self.next, self.time = step, step + apart, end
+
+    def _wait(self) -> None:
+        if self.sealing is not None:
+            with _disk_errors(self.folder):
+                self.sealing.result()
+
+    def finish(self) -> None:
+        """Waits until the last state is on disk."""
+        self._wait()
+        self.thread.shutdown()
+        with _quiet():
+            self.manager.close()
+
+
+def _compare(found: Any, wanted: Any) -> None:
+    """ValueError names the first tensor that is missing, extra or of another shape."""
+    found, wanted = _shapes(found), _shapes(wanted)
+    for name in sorted(found | wanted):
+        if name not in found:
+            raise ValueError(f"tensor {name} is missing")
+        if name not in wanted:
+            raise ValueError(f"tensor {name} is unexpected")
+        if found[name] != wanted[name]:
+            raise ValueError(f"tensor {name} has shape {found[name]}, expected {wanted[name]}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong, without the storage library's own settings behind it."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text.partition(" [tensorstore_spec")[0].removesuffix(".")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from printing the traceback of every thread and read that met an error; the first is raised."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled, sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        yield
+    finally:
+        logger.disabled, sys.unraisablehook = before

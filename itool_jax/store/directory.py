@@ -1,0 +1,151 @@
+"""A run directory belongs to one process at a time, and to one set of settings, which it keeps in config.yaml.
+
+In: the settings of a command. Out: a lock on what it writes to, and its settings saved, or compared with those saved.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from itool_jax.config import Config, Recipe, Runtime, current_value
+from itool_jax.system import untrusted
+from itool_jax.system.files import remove_unfinished, whole_file
+from itool_jax.system.hosts import DistributedSettings, is_first
+
+LOCK = ".lock"
+NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "report.html", "profile", "tensorboard", "wandb")
+"""What a run directory may hold before anything was computed."""
+
+
+def binding_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings that commands on one run directory must share."""
+    settings = config.flat(Recipe)
+    if _evaluates_benchmark(config):
+        del settings["data"]  # the benchmark's, not the run's
+    return settings
+
+
+@contextlib.contextmanager
+def lock(config: Runtime) -> Iterator[None]:
+    """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
+
+    The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process is at work there; names it.
+    """
+    output = config.output
+    unseen = config.stage in ("export", "report") or (
+        output is None and (config.stage == "generate" or config.results is not None)
+    )
+    if (
+        not is_first() or unseen or (output is not None and output.exists() and not output.is_file())
+    ):  # a pipe or a device, say
+        yield
+        return
+    path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(200) or "another process"
+            raise ValueError(f"{path.parent} is in use by {holder}; wait for it, or choose another folder") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        if output is None:
+            remove_unfinished(config.run_dir)
+        try:
+            yield
+        finally:
+            if config.output is not None:
+                path.unlink(missing_ok=True)
+
+
+def save_or_check(config: Config) -> None:
+    """Saves the settings in the run directory; one with finished work must have been made with the same.
+
+    Of those that are there already, `iterate` renews the number of iterations that it goes on to.
+    Stages that write one file of their own need no run directory, only a place for that file.
+
+    Raises:
+        ValueError: it was made with other settings; names the first.
+    """
+    if not config.keeps_run:
+        if config.output is not None and config.output.is_dir():
+            raise ValueError(f"output {config.output} is a folder, not a file")
+        if config.output is not None:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+        return
+    if config.stage == "export" and not config.run_dir.is_dir():
+        raise ValueError(f"run directory {config.run_dir} does not exist")
+    path = config.run_dir / "config.yaml"
+    if check(config):
+        saved = untrusted.read_yaml(path)
+        if config.stage == "iterate" and saved.get("iterations") != config.iterations:
+            _save(path, saved | {"iterations": config.iterations})
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    # Those are for this command alone.
+    alone = {"output": None, "overwrite": False, "against": None, "official": False}
+    lasting = dataclasses.replace(config, **alone, distributed=DistributedSettings())
+    if _evaluates_benchmark(config):
+        lasting = dataclasses.replace(lasting, data=Config.data)
+    _save(path, lasting.flat())
+
+
+def _save(path: Path, settings: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def check(config: Config) -> bool:
+    """Whether the run directory holds work that was begun with the same settings; ValueError where with others."""
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"run directory {config.run_dir} is a file; choose another --run_dir")
+    path = config.run_dir / "config.yaml"
+    # A command that failed before it computed anything binds nobody to its settings.
+    begun = path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir())
+    if begun:
+        _check_saved(path, config)
+    return begun
+
+
+def check_weights(config: Config) -> None:
+    """ValueError where the run directory is none, or its weights are of another model or kind than these settings."""
+    path = config.run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{config.run_dir} is no run directory: it holds no config.yaml")
+    _check_saved(path, config, ("model", "lora.", "quantize"))
+
+
+def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> None:
+    """ValueError where settings whose names begin with one of `only` are not those saved."""
+    mend = "choose another --run_dir"
+    try:
+        saved = untrusted.read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error
+    binding = {name: value for name, value in binding_settings(config).items() if name.startswith(only)}
+    for name, value in binding.items():
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"{path} is damaged, or of another version: it holds no {name}; {mend}")
+        if current_value(name, saved[name]) != value:
+            raise ValueError(
+                f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "
+                f"{mend} or the same settings"
+            )
+
+
+def _evaluates_benchmark(config: Runtime) -> bool:
+    """Whether --data is a benchmark's."""
+    return config.stage == "evaluate" and config.benchmark is not None

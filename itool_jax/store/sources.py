@@ -1,0 +1,52 @@
+"""Hashes of the model's and the data's files, so that a run never goes on with others under the same names."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from itool_jax.config import Config
+from itool_jax.data.rows import SUFFIXES
+from itool_jax.model import hf
+from itool_jax.store.base import model_folder
+from itool_jax.system.files import read_json
+
+SOURCES = "data/sources.json"
+ALL = ("model", "data", "samples.test_file")
+"""The settings that name files which a run is made from."""
+
+
+def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
+    """A hash of each file of the model and of the data by its name; big files are not read whole."""
+    hashes: dict[str, Any] = {}
+    for name in names:
+        given = config.flat()[name]
+        if given is None or (name == "data" and given == "generated"):
+            continue
+        path = model_folder(config) if name == "model" else Path(given)
+        patterns = hf.FILES if name == "model" else [f"*{ending}" for ending in SUFFIXES]
+        paths = [path] if path.is_file() else sorted(p for pattern in patterns for p in path.glob(pattern))
+        hashes[name] = {path.name: _ends(path) for path in paths if path.is_file()}
+    return hashes
+
+
+def _ends(path: Path, size: int = 1 << 20) -> str:
+    """A hash of a file's length, beginning and end."""
+    with path.open("rb") as file:
+        length, beginning = path.stat().st_size, file.read(size)
+        file.seek(max(0, length - size))
+        return hashlib.blake2b(b"%d " % length + beginning + file.read(), digest_size=16).hexdigest()
+
+
+def check_sources(config: Config, names: Sequence[str] = ALL) -> None:
+    """ValueError names the first file of the model or the data that is not what the run began with."""
+    path = config.run_dir / SOURCES
+    if not path.exists():
+        return
+    then, now = read_json(path), fingerprints(config, names)
+    for name in now:
+        if not isinstance(then.get(name), dict):
+            raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
+        if changed := sorted(f for f in then[name] | now[name] if then[name].get(f) != now[name].get(f)):
+            source = f"{changed[0]} of --{name}={config.flat()[name]}"
+            raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")

@@ -1,0 +1,130 @@
+"""What a run was made in: versions, devices, code and command line, kept in `environment.json` of the run directory.
+
+In: the command line. Out: a list of sessions, of which one more is added where anything differs from the last one; and
+one line about what does. Another environment never ends a run: its results may differ in their last bits, that is all.
+"""
+
+import collections
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from itool_jax.system.files import whole_file
+from itool_jax.system.untrusted import read_json, redacted
+
+FILE = "environment.json"
+PACKAGES = (
+    *("itool-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers"),
+    *("tokenizers", "safetensors", "datasets", "libtpu"),
+)
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+"""Of XLA: kernels on GPU that compute the same each time, and none chosen by how fast it happened to be."""
+
+
+def make_deterministic() -> None:
+    """Sets what XLA needs to compute the same bits each time; only before the first use of a device."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in DETERMINISTIC if flag not in flags)])
+
+
+def programs_folder() -> Path:
+    """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or a folder of our own."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
+
+
+def keep_programs() -> None:
+    """Compiled programs are kept for the next process."""
+    jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def record(folder: Path, arguments: Sequence[str]) -> str | None:
+    """Adds this session to the file in `folder` unless it is like the last one; returns what changed, for the user."""
+    now = describe(arguments)
+    sessions = _read(folder / FILE)
+    before = sessions[-1] if sessions else None
+    if before is None or {**before, "time": now["time"]} != now:
+        with whole_file(folder / FILE) as file:
+            file.write(json.dumps({"sessions": [*sessions, now]}, indent=2).encode() + b"\n")
+    changes = list(_changes(before, now)) if before is not None else []
+    if not changes:
+        return None
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    return f"this run goes on in another environment: {', '.join(changes[:4])}{more}; its last bits may differ"
+
+
+def describe(arguments: Sequence[str]) -> dict[str, Any]:
+    """The process and what it runs on, as plain values; secrets of the command line are hidden."""
+    devices = jax.devices()
+    return {
+        "time": round(time.time(), 3),
+        "command": redacted(shlex.join(arguments)),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "backend": jax.default_backend(),
+        "devices": dict(collections.Counter(device.device_kind for device in devices)),
+        "processes": jax.process_count(),
+        "flags": {name: redacted(os.environ[name]) for name in FLAGS if os.environ.get(name)},
+        "code": _code(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter and are there; a plugin for accelerators counts too."""
+    there = {dist.name.lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
+    return {
+        name: there[name] for name in sorted(there) if name in PACKAGES or name.startswith(("jax-cuda", "jax-rocm"))
+    }
+
+
+def _code() -> dict[str, Any] | None:
+    """The commit of the checkout this runs from, and whether its files are as committed; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else {"commit": commit, "dirty": status != ""}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The sessions so far; none where there is no such file, or where it is damaged: it decides nothing."""
+    try:
+        sessions = read_json(path)["sessions"]
+        return [session for session in sessions if isinstance(session, dict)]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """`jax 0.10.1 → 0.10.2` for each value that differs, but for the time and the command."""
+    for name in sorted((before.keys() | now.keys()) - {"time", "command"}):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping) and name != "devices":
+            yield from _changes(a, b)
+        elif a != b:
+            yield f"{name} {_shown(a)} → {_shown(b)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} x {kind}" for kind, count in value.items())
+    return "none" if value is None else str(value)[:60]

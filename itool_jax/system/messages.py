@@ -1,0 +1,80 @@
+"""Messages to the user and to the log of a run.
+
+In: texts. Out: stderr, and `log.jsonl` in the run directory: time, stage, level and text of every message, of progress,
+of the begin and end of each stage, and of errors. Of several processes, only the first one writes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from itool_jax.system.hosts import is_first
+from itool_jax.system.untrusted import redacted
+
+console = Console(stderr=True, highlight=False)
+console_out = Console(highlight=False)
+"""For tables, which of several processes the first one prints."""
+
+
+@dataclasses.dataclass
+class _Log:
+    path: Path | None = None
+    """`log.jsonl` of the run directory in use, if any."""
+    stage: str | None = None
+
+
+_log = _Log()
+
+
+def open_log(folder: Path) -> None:
+    """Appends all messages to `log.jsonl` in a folder, too, from now on."""
+    _log.path = folder / "log.jsonl"
+
+
+def close_log() -> None:
+    """Stops writing to `log.jsonl` and forgets the stage."""
+    _log.path = _log.stage = None
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr, so that stdout holds results only, and logs it."""
+    if is_first():
+        note("info", text)
+        console.print(redacted(text), markup=False, soft_wrap=True)
+
+
+def fail(text: str) -> None:
+    """Prints and logs the error that ends a command, in every process."""
+    with contextlib.suppress(OSError):  # the disk that is full may be what it is about
+        note("error", text)
+    print(redacted(text), file=sys.stderr)
+
+
+def note(level: str, text: str) -> None:
+    """Appends a line to `log.jsonl` only."""
+    if _log.path is not None:
+        row = {"time": round(time.time(), 3), "stage": _log.stage, "level": level, "text": redacted(text)}
+        with _log.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def working_on(phase: str, stage: str) -> Iterator[None]:
+    """Logs the begin and end of a stage, and marks all lines between with it; a stage that fails stays marked."""
+    before, start = _log.stage, time.monotonic()
+    _log.stage = f"{phase}/{stage}"
+    note("info", "begin")
+    yield
+    note("info", f"end after {time.monotonic() - start:.1f} s")
+    _log.stage = before
+
+
+def current_stage() -> str | None:
+    """Returns the stage that is running or that failed, `phase/stage`; None outside of any."""
+    return _log.stage

@@ -1,0 +1,192 @@
+"""Settings of SFT and of preference training.
+
+A recipe says what is trained, a runtime how it is computed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from itool_jax.model import sharding
+from itool_jax.training.losses import LossSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """AdamW with a cosine schedule, over some epochs of batches."""
+
+    section: ClassVar[str] = "training"
+
+    learning_rate: float
+    """Highest learning rate."""
+    batch_size: int
+    """Samples (or pairs) a step."""
+    epochs: int | Literal["auto"]
+    """Passes over the data."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    warmup_ratio: float = 0.1
+    """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
+    clip_norm: float = 1.0
+    """Largest norm of a gradient; larger ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{self.section}.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"{self.section}.warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
+        rise = self.warmup_ratio * n_steps
+        if step < rise:
+            return self.learning_rate * (step + 1) / (rise + 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
+
+    def rates(self, spans: Sequence[int]) -> list[float]:
+        """Learning rate of each step of a training: a rise and a fall in each span of so many steps."""
+        return [self.rate(step, n_steps) for n_steps in spans for step in range(n_steps)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRuntime:
+    """How a training is computed: in which parts, and saved how often."""
+
+    section: ClassVar[str] = "training"
+
+    micro_batch: int | Literal["auto"] = 0
+    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
+    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 0:
+            raise ValueError(f"{self.section}.checkpoint_every must not be negative, got {self.checkpoint_every}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings(TrainingRuntime, TrainingRecipe):
+    """All settings of a training."""
+
+    def __post_init__(self) -> None:
+        TrainingRecipe.__post_init__(self)
+        TrainingRuntime.__post_init__(self)
+        if self.micro_batch != "auto" and (self.micro_batch < 0 or self.batch_size % max(1, self.micro_batch)):
+            raise ValueError(
+                f"{self.section}.micro_batch must divide {self.section}.batch_size={self.batch_size}, "
+                f"got {self.micro_batch}"
+            )
+
+    def n_micro(self) -> int:
+        """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
+        assert self.micro_batch != "auto", f"{self.section}.micro_batch was not resolved"
+        share, name = self.share(), f"{self.section}.batch_size={self.batch_size}"
+        if self.micro_batch and share % min(self.micro_batch, share):
+            raise ValueError(f"{name}: {self.section}.micro_batch={self.micro_batch} must divide a device's {share}")
+        return share // min(self.micro_batch or share, share)
+
+    def share(self) -> int:
+        """Rows of a batch on each device of the mesh in use; ValueError where they cannot be shared out evenly."""
+        devices = sharding.row_devices()
+        share, rest = divmod(self.batch_size, devices)
+        if rest:
+            name = f"{self.section}.batch_size={self.batch_size}"
+            raise ValueError(f"{name} must be a multiple of the {devices} devices of mesh.data and mesh.fsdp")
+        return share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupRecipe(TrainingRecipe):
+    """Warm-up: supervised fine-tuning from easy to hard (section 4.2)."""
+
+    section: ClassVar[str] = "warmup"
+
+    learning_rate: float = 5e-5
+    """Highest learning rate."""
+    batch_size: int = 16
+    """Samples a step."""
+    epochs: int | Literal["auto"] = 1
+    """Passes over each of the three parts before the next; 0 trains nothing. auto takes rounds of one pass over each,
+    until a round gains less than half a point of accuracy on the validation part."""
+    max_epochs: int = 6
+    """Most rounds that epochs=auto takes."""
+    schedule: Literal["per_part", "span"] = "per_part"
+    """Learning rate: a rise and a fall for each of the three parts, or one over all three. With epochs=auto, the same
+    in each round."""
+    order: Literal["easy_to_hard", "mixed", "hard_to_easy"] = "easy_to_hard"
+    """Order of the three parts; the others are for comparison."""
+    pack: int = 0
+    """Width in tokens of rows that hold several samples each, none seeing another; batch_size then counts such rows.
+    0 gives each sample a row."""
+
+    def __post_init__(self) -> None:
+        TrainingRecipe.__post_init__(self)
+        if self.epochs != "auto" and self.epochs < 0:
+            raise ValueError(f"warmup.epochs must not be negative, got {self.epochs}")
+        if self.max_epochs < 1:
+            raise ValueError(f"warmup.max_epochs must be positive, got {self.max_epochs}")
+        if self.pack < 0:
+            raise ValueError(f"warmup.pack must not be negative, got {self.pack}")
+
+    @property
+    def most_epochs(self) -> int:
+        """Passes over each part, at most."""
+        return self.max_epochs if self.epochs == "auto" else self.epochs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WarmupSettings(WarmupRecipe, TrainingSettings):
+    """Warm-up: supervised fine-tuning from easy to hard (section 4.2)."""
+
+    def __post_init__(self) -> None:
+        WarmupRecipe.__post_init__(self)
+        TrainingSettings.__post_init__(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe(LossSettings, TrainingRecipe):
+    """Preference training on the searched pairs (section 4.3, eq 10 and 11)."""
+
+    section: ClassVar[str] = "preference"
+
+    learning_rate: float = 5e-6
+    """Highest learning rate."""
+    batch_size: int = 8
+    """Pairs a step."""
+    epochs: int = 2
+    """Passes over the pairs of an iteration."""
+    reference: Literal["iteration", "warmup"] = "iteration"
+    """Policy that losses with a reference measure from: the one that the iteration began with, or the warm-up's."""
+    merge: bool = False
+    """Merge the adapters into the weights when an iteration begins, in the weights' type, and train new ones; else the
+    same adapters are trained on."""
+    control: Literal["none", "sft_same_prompts", "swapped"] = "none"
+    """What to compare with, for as many steps. sft_same_prompts: fine-tuning on the gold responses of the pairs'
+    prompts. swapped: chosen and rejected exchanged in half of the pairs, at random, which must gain nothing."""
+
+    def __post_init__(self) -> None:
+        LossSettings.__post_init__(self)
+        TrainingRecipe.__post_init__(self)
+        if self.epochs < 1:
+            raise ValueError(f"preference.epochs must be positive, got {self.epochs}")
+        if self.control == "swapped" and self.loss == "raft":
+            raise ValueError("preference.control=swapped exchanges steps of pairs, and preference.loss=raft has none")
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What the loss alone depends on."""
+        return LossSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossSettings)})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceSettings(PreferenceRecipe, TrainingSettings):
+    """Preference training on the searched pairs (section 4.3, eq 10 and 11)."""
+
+    def __post_init__(self) -> None:
+        PreferenceRecipe.__post_init__(self)
+        TrainingSettings.__post_init__(self)
