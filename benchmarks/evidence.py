@@ -53,10 +53,10 @@ FIXED = ("--config=demo", "--warmup.epochs=auto", "--warmup.max_epochs=6", "--ge
 epoch that gains less than 0.5 points on the first 600 validation samples, after six at the latest."""
 CORPORA: dict[str, tuple[str, ...]] = {"many": (), "clean": ("--generated.writers=1",)}
 """The default corpus, whose training answers are a mixture of several writers' habits; and one writer's."""
-NONE, SFT = "none", "sft_same_prompts"
-"""The arm without preference training, which is the warm-up; and fine-tuning on the gold responses."""
+NONE, DEFAULT, SFT = "none", "default", "sft_same_prompts"
+"""The arm without preference training, which is the warm-up; the default run; fine-tuning on the gold responses."""
 ARMS: dict[str, tuple[str, ...]] = {
-    "default": (),
+    DEFAULT: (),
     SFT: ("--preference.control=sft_same_prompts",),
     "chosen_steps": ("--preference.loss=chosen_steps",),
     "raft": ("--preference.loss=raft",),
@@ -70,7 +70,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 """What each arm changes; `gold_pairs` makes its pairs as paper_v1 does."""
 OWN_SEARCH = ("gold_pairs", "whole_rejected")
 """Arms whose settings change the search of iteration 1."""
-REPORTED: dict[str, tuple[str, ...]] = {"many": tuple(ARMS), "clean": ("default", SFT, "chosen_steps")}
+REPORTED: dict[str, tuple[str, ...]] = {"many": tuple(ARMS), "clean": (DEFAULT, SFT, "chosen_steps")}
 """Arms that are reported, by corpus."""
 DEVELOPED = "many"
 """The corpus that rates are chosen on; they hold for the other one too."""
@@ -430,6 +430,10 @@ def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> 
             ", ".join(fallen(finished[arm], warmup)) or "none",
         ]
         lines.append(f"| {' | '.join(columns_of_arm)} |")
+    others = [arm for arm in arms if arm != DEFAULT]
+    if DEFAULT in arms and others:
+        found = [f"{arm} {_difference(finished[DEFAULT], finished[arm])}" for arm in others]
+        lines += ["", f"The default against the other arms, in points: {' · '.join(found)}"]
     return "\n".join(lines)
 
 
@@ -485,6 +489,8 @@ def compute(s: Settings) -> None:
         s.cells.mkdir(parents=True, exist_ok=True)
         write_json(s.cells / f"{cell.name}.json", kept)
         results = read_results(s.cells)
+        _write_table(s.cells, results)
+    if results and not s.plan:
         _write_table(s.cells, results)
     print(report(results))
     if unknown := [cell.arm for cell in cells_left(results, s.only) if not cell.known]:

@@ -213,6 +213,7 @@ def test_the_table_of_made_up_cells() -> None:
     sft = row_of(text, SFT)
     assert sft[3:] == ["+0.00 [+0.00, +0.00]", "", "1.0000, 1.0000, 1.0000", "1.0000, 1.0000, 1.0000", "none"]
     assert "raft" not in text.split("whole test part")[1]  # its reported cells are not finished
+    assert text.rstrip().endswith(f"The default against the other arms, in points: {SFT} {default[3]}")
 
 
 def test_p_values_are_adjusted_over_the_arms_of_a_seed() -> None:
