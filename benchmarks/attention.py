@@ -1,8 +1,8 @@
-"""Attention over caches on an accelerator: `python -m benchmarks.attention`, two minutes.
+"""Measures attention over caches on an accelerator: `python -m benchmarks.attention`, two minutes.
 
-First ways to attend to one cache while decoding, each against the least time that reading keys and values takes, and
-against ours in its results. Then the kernels of a decode step of a few layers of an 8B shape, by a trace, those that
-take the most time first. `--small` takes tiny shapes, to see that everything works.
+First compares ways to attend to one cache while decoding: their time with the least time for reading keys and values,
+and their results with ours. Then traces the kernels of a decode step of a few layers of an 8B shape, and lists the
+slowest first. `--small` uses tiny shapes, to check that everything works.
 """
 
 import dataclasses
@@ -29,27 +29,27 @@ from itool_jax.planning.roofline import Machine
 
 Array = Any
 MOST = 12
-"""Kernels shown."""
+"""Number of kernels shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Shapes, and what the shares are of."""
+    """Shapes, and the machine to compare with."""
 
     small: bool = False
-    """Tiny shapes, to see that everything works."""
+    """Use tiny shapes, to check that everything works."""
     rows: tuple[int, ...] = (32, 128)
-    """Rows of the decode steps; the last also of the single attention."""
+    """Numbers of rows to decode. The comparison of single attentions uses the last."""
     layers: int = 8
-    """Of the model that decodes."""
+    """Number of layers of the model that decodes."""
     caches: int = 6
-    """That are attended to one after the other, so that none is still in the processor's own memory."""
+    """Number of caches to attend to in turn, so that none is still in on-chip memory."""
     machine: Machine = dataclasses.field(default_factory=Machine)
-    """The defaults are an H200's."""
+    """Peak rates of the device; the defaults are an H200's."""
 
 
 def grouped(q: Array, k: Array, v: Array, mask: Array, accumulate: Any) -> Array:
-    """One product for the queries of a group of heads; k is [B, H, D, K]."""
+    """Attends with one product for the queries of a group of heads; k is [B, H, D, K]."""
     queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
     scores = jnp.matmul(queries, k, preferred_element_type=accumulate).astype(jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1).astype(v.dtype)
@@ -57,7 +57,7 @@ def grouped(q: Array, k: Array, v: Array, mask: Array, accumulate: Any) -> Array
 
 
 def sums(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """The same without products of matrices."""
+    """Does the same without matrix products."""
     queries = q.reshape(len(q), k.shape[1], -1, q.shape[-1]).astype(jnp.float32)
     each = [queries[:, :, g] for g in range(queries.shape[2])]
     scores = jnp.stack([(x[..., None] * k.astype(jnp.float32)).sum(-2) for x in each], 2) * q.shape[-1] ** -0.5
@@ -66,12 +66,12 @@ def sums(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def library(q: Array, k: Array, v: Array, mask: Array, implementation: Any) -> Array:
-    """JAX's own attention, whose caches are [B, K, H, D]."""
+    """Calls JAX's own attention, whose caches are [B, K, H, D]."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=implementation)
 
 
 def ways(on_gpu: bool) -> dict[str, Callable[..., Array]]:
-    """What is compared, ours first."""
+    """Returns the implementations to compare, ours first."""
     found: dict[str, Callable[..., Array]] = {
         "ours": lambda q, k, v, mask: attend(q, [KeyValues(k, v, mask)]),
         "a product a group": functools.partial(grouped, accumulate=jnp.float32),
@@ -83,7 +83,7 @@ def ways(on_gpu: bool) -> dict[str, Callable[..., Array]]:
 
 
 def compare(s: Settings, rows: int, heads: int, group: int, size: int, keys: int) -> Iterator[tuple[str, float, float]]:
-    """Name, seconds and the largest difference from ours of each way, over caches as each wants them to lie."""
+    """Yields name, seconds and largest difference from ours of each implementation, with caches in its own layout."""
     key, dtype = jax.random.key(0), jnp.bfloat16
     q = jax.random.normal(key, (rows, 1, heads * group, size), dtype)
     caches = [
@@ -103,7 +103,7 @@ def compare(s: Settings, rows: int, heads: int, group: int, size: int, keys: int
 
 
 def kernels(work: Callable[[], Any]) -> Counter[str]:
-    """Microseconds of each kernel while `work` runs; empty where the trace tells of none."""
+    """Returns the microseconds of each kernel while `work` runs; empty if the trace has none."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             jax.block_until_ready(work())

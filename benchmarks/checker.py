@@ -1,8 +1,9 @@
-"""`python -m benchmarks.checker`: how the BFCL and API-Bank checkers agree with the official ones, how fast, how safe.
+"""Measures our BFCL and API-Bank checkers against the official ones: `python -m benchmarks.checker`.
 
-In: the public data (ITOOL_SHARED, default ../shared): cases with official verdicts, and real outputs of two models with
-official scores. Out: a table of agreement by category, cases a second, and with --fuzz=N the slowest of N mutated
-outputs; as JSON with --json=FILE. Any exception but the reader's own ends the program.
+Shows how far they agree, how fast and how safe ours are. In: the public data (ITOOL_SHARED, default ../shared): cases
+with official verdicts, and real outputs of two models with official scores. Out: a table of agreement by category,
+cases per second, and with --fuzz=N the slowest of N mutated outputs; as JSON with --json=FILE. Any exception but the
+reader's own ends the program.
 """
 
 import dataclasses
@@ -58,30 +59,30 @@ PIECES = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Options of the comparison."""
 
     fuzz: int = 0
-    """Mutated outputs to check, besides."""
+    """Number of mutated outputs to check as well."""
     seed: int = 0
-    """Of the mutations."""
+    """Random seed of the mutations."""
     json: Path | None = None
-    """File for the figures."""
+    """File to write the figures to."""
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a gzipped JSONL file."""
+    """Reads the rows of a gzipped JSONL file."""
     with gzip.open(path, "rt") as file:
         return [json.loads(line) for line in file]
 
 
 def verdict(row: Row) -> tuple[bool, str | None]:
-    """Ours on a case."""
+    """Returns our verdict on a case."""
     dots = row.get("underscore_to_dot", False)
     return check(row["functions"], row["model_output"], row["possible_answer"], row["category"], underscore_to_dot=dots)
 
 
 def cases(rows: list[Row]) -> Row:
-    """Agreement by category over the cases on which the official decoders of v3 and v4 agree."""
+    """Computes agreement by category, over the cases on which the official decoders of v3 and v4 agree."""
     counts: dict[str, Counter[str]] = {}
     start = time.perf_counter()
     found = [verdict(row) for row in rows]
@@ -100,7 +101,7 @@ def cases(rows: list[Row]) -> Row:
 
 
 def outputs(shared: Path) -> Row:
-    """Real outputs: the categories in which counts and failing ids are the official ones."""
+    """Compares counts and failing ids on real outputs with the official ones, by category."""
     found, n, seconds = {}, 0, 0.0
     for folder in sorted((shared / "data/bfcl_outputs").iterdir()):
         official = json.loads((folder / "official_scores.json").read_text())
@@ -123,7 +124,7 @@ def outputs(shared: Path) -> Row:
 
 
 def api_bank_cases(rows: list[Row]) -> Row:
-    """Agreement with the official evaluator, which executes."""
+    """Computes agreement with the official evaluator, which executes calls."""
     answers = [Call(row["ground_truth"]["api_name"], row["ground_truth"]["param_dict"]) for row in rows]
     equal = [
         api_bank.check(row["model_output"], answer).valid == row["verdict"]
@@ -137,7 +138,7 @@ def api_bank_cases(rows: list[Row]) -> Row:
 
 
 def mutations(texts: list[str], seed: int) -> Iterator[str]:
-    """Texts cut, repeated, nested, spliced and sprinkled with what readers stumble over."""
+    """Yields texts that are cut, repeated, nested, spliced and sprinkled with pieces that readers stumble over."""
     chance = random.Random(seed)
     while True:
         text = chance.choice(texts)
@@ -161,7 +162,7 @@ def mutations(texts: list[str], seed: int) -> Iterator[str]:
 
 
 def fuzz(rows: list[Row], n: int, seed: int) -> Row:
-    """Checks and reads `n` mutated outputs; the slowest, in seconds, and how many were still read."""
+    """Checks and reads `n` mutated outputs; returns the slowest, in seconds, and how many could still be read."""
     texts = mutations([row["model_output"] for row in rows], seed)
     slowest, right, read_count, start = (0.0, ""), 0, 0, time.perf_counter()
     for number, text in enumerate(itertools.islice(texts, n)):
@@ -181,7 +182,7 @@ def fuzz(rows: list[Row], n: int, seed: int) -> Row:
 
 
 def main(settings: Settings) -> None:
-    """Prints all of it."""
+    """Runs the comparison, prints the results and writes the JSON."""
     shared = Path(os.environ.get("ITOOL_SHARED") or "../shared")
     rows = read(shared / "data/bfcl_v3/checker_cases_dev.jsonl.gz")
     found: Row = {

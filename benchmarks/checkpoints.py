@@ -1,8 +1,7 @@
-"""What keeping the state of a training costs: `python -m benchmarks.checkpoints --json=OUT`.
+"""Measures what checkpoints cost a training: `python -m benchmarks.checkpoints --json=OUT`.
 
-Trains the same steps without checkpoints and with them, as often as a run keeps them by itself, one after the other
-and several times. Prints how large a checkpoint is, how long one takes, how many there were, and what share of the
-time they cost.
+Trains the same steps without checkpoints and with them, as often as a run saves them by default, in turn and several
+times. Prints the size of a checkpoint, the time to save one, their number, and their share of the time.
 """
 
 import dataclasses
@@ -35,34 +34,34 @@ from itool_jax.training.settings import WarmupSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is trained, and how often."""
+    """Trainings to measure."""
 
     model: str = "embedded"
-    """A folder, or the embedded model."""
+    """Folder of the model, or `embedded` for the embedded one."""
     steps: int = 200
-    """Steps of each training, of 8 rows of 256 tokens."""
+    """Steps per training, of 8 rows of 256 tokens."""
     rounds: int = 3
-    """Trainings of each kind."""
+    """Number of trainings of each kind."""
     ranks: tuple[int, ...] = (16, 0)
-    """lora.rank; 0 trains all weights."""
+    """Values of lora.rank to measure; 0 trains all weights."""
     json: Path | None = None
-    """File for the rows."""
+    """File to write the rows to."""
 
 
 class Counted(Training):
-    """Counts what it keeps."""
+    """Checkpoints that record their number, their size and the time they block."""
 
     saves, blocking, size = 0, 0.0, 0
 
     def save(self, step: int, state: Any, position: Any) -> None:
-        """As it is, and how long the training waited for it."""
+        """Saves as usual, and adds the time the training waited."""
         start = time.monotonic()
         super().save(step, state, position)
         self.blocking += time.monotonic() - start
         self.saves += 1
 
     def finish(self) -> None:
-        """As it is, and how large the last one is."""
+        """Finishes as usual, and records the size of the last checkpoint."""
         start = time.monotonic()
         super().finish()
         self.blocking += time.monotonic() - start
@@ -71,7 +70,7 @@ class Counted(Training):
 
 
 def main(s: Settings) -> list[dict[str, Any]]:
-    """Trains, prints the table, and writes the JSON."""
+    """Trains, prints the table and writes the JSON."""
     where = model_folder(Config(stage="warmup", model=s.model))
     rows = []
     print("kind          MB   saves  ms a save  share by waiting  share by the clock")
@@ -90,7 +89,7 @@ def main(s: Settings) -> list[dict[str, Any]]:
 
 
 def measure(where: Path, rank: int, s: Settings) -> dict[str, Any]:
-    """One kind of training, without and with checkpoints."""
+    """Measures one kind of training, without and with checkpoints."""
     random = np.random.default_rng(0)
     config, base = hf.load(where)
     encoded = [Encoded(str(i), *random.integers(0, config.vocab_size, (2, 120)).tolist()) for i in range(8 * s.steps)]

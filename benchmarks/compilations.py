@@ -1,7 +1,7 @@
-"""What compiling costs a run of the program: how many programs, how long, and how fast a second start is.
+"""Measures what compiling costs a run: how many programs, how long, and how fast a second start is.
 
-Starts `python -m itool_jax.main --config=smoke` twice, with an empty compilation cache and with the one it left
-behind, and then its search alone: from the start of the process to the last tree, so that the first step took less.
+Starts `python -m itool_jax.main --config=smoke` twice, with an empty compilation cache and with the one it left. Then
+starts the search alone. Times run from the start of the process to the last tree, so the first step took less.
 """
 
 import os
@@ -22,17 +22,17 @@ SMALL = ["--iterations=1", "--generated.train=60", "--generated.validation=10", 
 
 
 class Start(NamedTuple):
-    """One start of the program."""
+    """Measurements of one start of the program."""
 
     programs: int
     of_the_model: int
-    """Programs that a search asks the model by."""
+    """Number of model programs that a search uses."""
     compiling: float
     seconds: float
 
 
 def rows(work: Path, *, small: bool) -> list[dict[str, Any]]:
-    """Rows of the table: programs and seconds of the first start, of a second one, and of a search by itself."""
+    """Returns rows of the table: programs and seconds of a first start, a second start, and a search alone."""
     arguments = ["--config=smoke", *(SMALL if small else [])]
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
@@ -59,7 +59,7 @@ def _row(name: str, value: float, unit: str, shapes: str) -> dict[str, Any]:
 
 
 def _start(arguments: list[str], folder: Path) -> Start:
-    """Runs the program in the run directory `run` of a folder, with its compilation cache beside it."""
+    """Runs the program in the run directory `run` of a folder, with its compilation cache in the same folder."""
     environment = {"JAX_LOG_COMPILES": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "itool_jax.main", *arguments, f"--run_dir={folder / 'run'}"]
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.fuzz --seconds=60 --targets calls files`: readers against hostile input, guided by coverage.
+"""Fuzzes readers with coverage guidance: `python -m benchmarks.fuzz --seconds=60 --targets calls files`.
 
-Each target of `benchmarks.fuzz_targets` runs in a process of its own: under atheris where it is installed (`pip install
--e '.[fuzz]'`), else drawn at random from its seeds and pieces. Out: a table of executions, the slowest input and what
-was found new; inputs that broke a promise are kept in a folder, and run again with `--again=FILE` and its target.
+Each target of `benchmarks.fuzz_targets` runs on hostile input in its own process: under atheris if it is installed
+(`pip install -e '.[fuzz]'`), else with random mixes of its seeds and pieces. Out: a table of executions, the slowest
+input and new findings. Inputs that broke a promise are kept in a folder; `--again=FILE` with the target reruns one.
 """
 
 import dataclasses
@@ -27,35 +27,35 @@ from rich.console import Console
 from rich.table import Table
 
 SLOW, HANG, MEMORY, LONGEST = 10.0, 60.0, 4 << 30, 1 << 16
-"""Seconds that an input may take, after which it is taken for a hang; bytes of memory; bytes of an input."""
+"""Seconds an input may take, seconds after which it counts as hung, bytes of memory, and bytes per input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is fuzzed."""
+    """Options of the fuzzer."""
 
     seconds: float = 60.0
-    """Time for each target."""
+    """Seconds per target."""
     targets: tuple[str, ...] = ()
-    """Names of targets; all where none is given."""
+    """Names of the targets to fuzz; all if none is given."""
     seed: int = 0
-    """Of what is drawn."""
+    """Random seed."""
     guided: bool = True
-    """Whether atheris is used where it is installed."""
+    """Use atheris if it is installed."""
     findings: Path = Path("fuzz-findings")
     """Folder for inputs that broke a promise."""
     corpus: Path | None = None
-    """Folder that keeps inputs which reached new code, by target, for the next time."""
+    """Folder that keeps inputs which reached new code, by target, for later runs."""
     json: Path | None = None
-    """File for the results."""
+    """File to write the results to."""
     again: Path | None = None
-    """An input to run again, alone."""
+    """Input file to run again, alone."""
     child: str = ""
-    """For the program's own use: the file to write a target's result to."""
+    """Internal: the file to write a target's result to."""
 
 
 class Session:
-    """Runs one target on one input after the other, and keeps count."""
+    """Runner of one target on one input after another, with counts and findings."""
 
     def __init__(self, settings: Settings, name: str, run: Callable[[bytes], None]):
         self.settings, self.name, self.run = settings, name, run
@@ -65,8 +65,8 @@ class Session:
         self.current = mmap.mmap(os.open(f"{settings.child}.input", os.O_RDWR), LONGEST + 8)
 
     def execute(self, data: bytes) -> None:
-        """Runs the target, keeps what is found; ends the process when its time is over."""
-        if not self.executions:  # else atheris ends the process where an alarm of ours comes late
+        """Runs the target and keeps findings; ends the process when its time is over."""
+        if not self.executions:  # otherwise atheris ends the process if our alarm comes late
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
         self.current[:8] = len(data).to_bytes(8, "little")
         self.current[8 : 8 + len(data)] = data
@@ -76,7 +76,7 @@ class Session:
         except Exception as error:
             self._keep(data, error)
         taken = time.monotonic() - begin
-        if taken > SLOW and self.name != "template":  # whose own bound that is
+        if taken > SLOW and self.name != "template":  # it has this time limit itself
             self._keep(data, TimeoutError("slow"))
         if taken > self.slowest:
             self.slowest, self.slowest_input = taken, data
@@ -105,7 +105,7 @@ class Session:
 
 
 def mutated(rng: random.Random, seeds: list[bytes], pieces: list[bytes]) -> bytes:
-    """A seed with some of its bytes replaced by pieces, by others, or by bytes from elsewhere in it."""
+    """Returns a seed with some bytes replaced by pieces, by random bytes, or by bytes from elsewhere in it."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 8))):
         begin = rng.randrange(len(data) + 1)
@@ -143,7 +143,7 @@ def child(settings: Settings) -> None:
             target.run(data)
 
     for seed in target.seeds:
-        run(seed)  # what is imported late is not counted
+        run(seed)  # late imports are not timed
     session = Session(settings, name, run)
     if guide is not None and target.guided:
         _guided(guide, settings, session, target.seeds, target.pieces)
@@ -161,7 +161,7 @@ def _atheris() -> Any:
 
 
 def _guided(guide: Any, settings: Settings, session: Session, seeds: list[bytes], pieces: list[bytes]) -> None:
-    """Hands over to atheris, which begins with the seeds and draws from the pieces."""
+    """Hands over to atheris, which starts from the seeds and draws from the pieces."""
     session.guided = True
     corpus = (settings.corpus or Path(tempfile.mkdtemp(prefix="itool_corpus_"))) / session.name
     corpus.mkdir(parents=True, exist_ok=True)
@@ -174,14 +174,14 @@ def _guided(guide: Any, settings: Settings, session: Session, seeds: list[bytes]
         rng = random.Random(seed)
         return guide.Mutate(data, size) if rng.random() < 0.5 else mutated(rng, [data], pieces)[:size]
 
-    # No timeout of its own: that would take the timer with which the program bounds a template.
+    # No atheris timeout: it would take over the timer that limits a template's rendering.
     flags = [f"-seed={settings.seed + 1}", "-timeout=0", "-rss_limit_mb=0", f"-max_len={LONGEST}", f"-dict={words}"]
     guide.Setup([sys.argv[0], *flags, str(corpus)], session.execute, custom_mutator=mutate)
     guide.Fuzz()
 
 
 def fuzz(settings: Settings, name: str) -> dict[str, Any]:
-    """One target in a process of its own; what it died or hung of is a finding too."""
+    """Fuzzes one target in its own process; a crash or a hang is a finding too."""
     with tempfile.TemporaryDirectory(prefix="itool_fuzz_") as scratch:
         result, current = Path(scratch) / "result.json", Path(scratch) / "result.json.input"
         current.write_bytes(bytes(LONGEST + 8))
@@ -230,7 +230,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main(settings: Settings) -> int:
-    """Fuzzes the chosen targets; returns 1 where something was found."""
+    """Fuzzes the chosen targets; returns 1 if anything was found."""
     if settings.child:
         child(settings)
     from benchmarks.fuzz_targets import TARGETS

@@ -1,7 +1,7 @@
-"""What is fuzzed: one function a reader, from any bytes. It returns, or raises where the reader breaks its promise.
+"""Fuzz targets: one function per reader, which takes any bytes and raises if the reader breaks its promise.
 
-The promise: a result, or ValueError or OSError whose text names the file, which is what `main` makes one line of. Time
-and memory are for the caller to watch.
+The promise: a reader returns a result, or raises ValueError or OSError whose text names the file; `main` prints these
+as one line. The caller limits time and memory.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ Row = dict[str, Any]
 
 
 class BrokenPromiseError(Exception):
-    """A reader raised something else, or a message that does not name its file."""
+    """Error of a reader that raised another exception, or one whose message does not name its file."""
 
 
 class Target(NamedTuple):
-    """A function of bytes, what to begin with, and pieces to put together."""
+    """A function of bytes, its seed inputs, and pieces to combine."""
 
     run: Callable[[bytes], None]
     seeds: list[bytes]
     pieces: list[bytes]
     guided: bool = True
-    """Whether what it runs is this package's own, whose coverage says something."""
+    """True if it runs this package's own code, so that coverage is informative."""
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _place() -> Path:
 
 
 def _keeps_promise(path: Path, read: Callable[[], Any]) -> Any:
-    """What is read; None where the file is refused as it should be."""
+    """Returns what `read` returns; None if the file is refused as promised."""
     try:
         return read()
     except (ValueError, OSError) as error:
@@ -74,7 +74,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-# Texts of a model ---------------------------------------------------------------------------------------------
+# Model outputs ------------------------------------------------------------------------------------------------
 
 KINDS = {
     "simple": ("string", "integer", "float", "boolean", "array", "tuple", "dict", "any"),
@@ -85,7 +85,7 @@ ALLOWED = ["", "x", 1, 1.5, True, [1, "x"], {"k": ["v"]}, [{"k": ["v"]}]]
 
 
 def _question(category: str) -> tuple[list[Row], list[Row]]:
-    """A function with a parameter of every kind, and its possible answers."""
+    """Returns a function with a parameter of every kind, and its possible answers."""
     items = {"simple": "dict", "java": "long", "javascript": "Boolean"}[category]
     properties = {f"p{i}": {"type": kind, "items": {"type": items}} for i, kind in enumerate(KINDS[category])}
     function = {"name": "f", "parameters": {"type": "dict", "properties": properties, "required": []}}
@@ -96,9 +96,9 @@ QUESTIONS = {category: _question(category) for category in KINDS}
 
 
 def calls(data: bytes) -> None:
-    """The reader of the reward: what it reads, it writes and reads again."""
+    """Fuzzes the reward's reader: calls stay the same when they are written and read again."""
     read_calls(_text(data))
-    found = read_calls(data.decode("utf-8", "replace"))  # half characters do not come back
+    found = read_calls(data.decode("utf-8", "replace"))  # partial characters do not survive a round trip
     if found is not None:
         again = read_calls(write_calls(found))
         if again is None or not same_calls(found, again):
@@ -106,7 +106,7 @@ def calls(data: bytes) -> None:
 
 
 def responses(data: bytes) -> None:
-    """The readers and checkers of benchmarks: no text raises."""
+    """Fuzzes the readers and checkers of benchmarks: no text may raise."""
     text = _text(data)
     for language in ("Python", "Java", "JavaScript"):
         with contextlib.suppress(bfcl_read.UnreadableError):
@@ -120,14 +120,14 @@ def responses(data: bytes) -> None:
 
 
 def files(data: bytes) -> None:
-    """Files of rows; the first byte says of which kind."""
+    """Fuzzes files of rows; the first byte selects the file type."""
     suffixes = (*SUFFIXES, ".parquet.gz", ".JSON", "")
     path = _written("d" + suffixes[data[0] % len(suffixes)] if data else "d.jsonl", data[1:])
     _keeps_promise(path, lambda: list(read_rows(path)))
 
 
 def samples(data: bytes) -> None:
-    """Rows of every form, as training data, data to score, and questions; what is read is written into a prompt."""
+    """Fuzzes rows of every format, as training data, data to score, and questions; turns the samples into prompts."""
     path = _written("samples.jsonl", data)
     for read in (sources.load, sources.load_questions, functools.partial(sources.read_samples, need_target=False)):
         for sample in _keeps_promise(path, functools.partial(read, path)) or ():
@@ -135,7 +135,7 @@ def samples(data: bytes) -> None:
 
 
 def questions(data: bytes) -> None:
-    """Questions and answers of BFCL and of API-Bank, one row each, and a file of scores."""
+    """Fuzzes questions and answers of BFCL and API-Bank, one row each, and a file of scores."""
     lines = data.split(b"\n")
     path = _written("BFCL_v3_simple.json", lines[0])
     _written("possible_answer/BFCL_v3_simple.json", lines[-1])
@@ -156,7 +156,7 @@ def questions(data: bytes) -> None:
 
 
 def _model() -> Path:
-    """A folder with the embedded model's config, tokenizer and template; its weights are those of the last target."""
+    """Returns a folder with the embedded model's config, tokenizer and template; its weights are the last target's."""
     home, source = _place() / "model", Path(settings.__file__).parent / "embedded" / "model"
     home.mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -170,13 +170,13 @@ def _chat() -> Chat:
 
 
 def model_config(data: bytes) -> None:
-    """config.json."""
+    """Fuzzes config.json."""
     path = _written("config/config.json", data)
     _keeps_promise(path, lambda: hf.read_config(path.parent, "float32"))
 
 
 def weights(data: bytes) -> None:
-    """model.safetensors: what stands there, read as the header says, and whether it is what config.json asks for."""
+    """Fuzzes model.safetensors: reading it by its header, and checking it against config.json."""
     path = _written(f"weights/{hf.WEIGHTS}", data)
     if _keeps_promise(path, lambda: hf._tensors(path.parent)) is not None:
         path = _model() / hf.WEIGHTS
@@ -185,21 +185,21 @@ def weights(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """The index of a model of several files, none of which is there."""
+    """Fuzzes the index of a model of several files, all of them missing."""
     (_model() / hf.WEIGHTS).unlink(missing_ok=True)
     path = _written(f"model/{hf.INDEX}", data)
     _keeps_promise(path.parent, lambda: hf.load(path.parent))
 
 
 def tokenizer(data: bytes) -> None:
-    """tokenizer.json, the other files being right."""
+    """Fuzzes tokenizer.json; the other files are valid."""
     path = _model() / "tokenizer.json"
     path.write_bytes(data)
     _keeps_promise(path.parent, lambda: Chat(load_tokenizer(str(path.parent))).encode("hi"))
 
 
 def template(data: bytes) -> None:
-    """A chat template."""
+    """Fuzzes a chat template."""
     chat = _chat()
     before = chat.tokenizer.chat_template
     chat.tokenizer.chat_template = _text(data).encode("utf-8", "replace").decode()
@@ -214,7 +214,7 @@ def template(data: bytes) -> None:
 
 
 def config_file(data: bytes) -> None:
-    """A YAML file of settings, and the one that a run keeps."""
+    """Fuzzes a YAML file of settings, and the one that a run keeps."""
     path = _written("c.yaml", data)
     parsed = _keeps_promise(path, lambda: settings.parse(["--stage=iterate", f"--config={path}", "--run_dir=r"]))
     _written("run/config.yaml", data)
@@ -226,7 +226,7 @@ def config_file(data: bytes) -> None:
 
 
 def run_files(data: bytes) -> None:
-    """Files of a run: what marks a stage as done, tables, sources, a journal."""
+    """Fuzzes files of a run: markers of finished stages, tables, sources and a journal."""
     run = settings.Config(stage="iterate", run_dir=_place() / "run", model=str(_place() / "nothing"))
     path = _written("run/warmup/warmup.json", data)
     _keeps_promise(path, lambda: read_figures(run.run_dir, "warmup", "warmup"))
@@ -244,7 +244,7 @@ def run_files(data: bytes) -> None:
     _keeps_promise(path, reopen)
 
 
-# What to begin with -------------------------------------------------------------------------------------------
+# Seeds and pieces ---------------------------------------------------------------------------------------------
 
 TOOL = {"name": "f", "description": "d", "parameters": {"a": {"type": "int, optional", "description": "x"}}}
 TURNS = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "[f(a=1)]"}]

@@ -1,13 +1,12 @@
-"""An 8B-shaped random Llama on one accelerator: `python -m benchmarks.gpu --json=OUT`.
+"""Measures an 8B-shaped random Llama on one accelerator: `python -m benchmarks.gpu --json=OUT`.
 
-On an H100 most of the time is compiling: 400 s for the decoding rows alone; `--kinds` and `--layers` ask for less.
+On an H100 most of the time is compiling: 400 s for the decoding rows alone; `--kinds` and `--layers` reduce it.
 
-In bfloat16: decoding, prefill, scoring, a search, and steps of LoRA SFT and DPO, each with its share of what the
-hardware allows (`itool_jax.planning.roofline`): of the memory's bandwidth for decoding, of peak operations for the
-rest, where what is computed again to save memory does not count. Before anything is timed, cached log-probabilities are
-compared with uncached ones. Behind each of search, SFT and DPO stands the memory that it took at most and the one that
-the compiler's analysis plans for it (`itool_jax.planning.memory`). `--small` takes a tiny model in float32, to see that
-all works.
+In bfloat16, measures decoding, prefill, scoring, a search, and steps of LoRA SFT and DPO, each with its share of what
+the hardware allows (`itool_jax.planning.roofline`): of memory bandwidth for decoding, of peak operations for the rest,
+where recomputation to save memory does not count. Before timing, compares cached log-probabilities with uncached ones.
+Search, SFT and DPO also show the most memory they took and the memory planned by the compiler's analysis
+(`itool_jax.planning.memory`). `--small` uses a tiny model in float32, to check that everything works.
 """
 
 import ctypes
@@ -62,16 +61,16 @@ class Sizes:
     prompt: int
     new: int
     batches: tuple[int, ...]
-    """Rows of decoding."""
+    """Numbers of rows to decode."""
     rows: int
     """Rows of prefill, scoring and training."""
     length: int
     target: int
     step: int
     micro: int
-    """Rows of training that are computed at once."""
+    """Rows per micro-batch of training."""
     prompts: int
-    """Of the search."""
+    """Prompts of the search."""
     trees: SearchSettings
 
 
@@ -112,11 +111,11 @@ HOST = dataclasses.replace(
     prompts=8,
     trees=SearchSettings(batch=8, n_simulations=1, max_depth=2, max_last_step_tokens=32),
 )
-"""A model of 0.2 billion parameters, for a processor and its memory."""
+"""Sizes for a CPU and its memory: a model of 0.2 billion parameters."""
 
 
 def small() -> Sizes:
-    """For two cores and some seconds; vocabulary and layers are those of the smallest model of `inputs`."""
+    """Returns sizes for two cores and a few seconds; vocabulary and layers are those of `inputs`' smallest model."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(inputs.MODELS["tiny"]))
         model = hf.read_config(Path(folder), "float32")
@@ -138,22 +137,22 @@ def small() -> Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The command line."""
+    """Command-line options."""
 
     small: bool = False
-    """Tiny model and shapes, to see that everything works."""
+    """Use a tiny model and shapes, to check that everything works."""
     host: bool = False
-    """A model of 0.2 billion parameters in float32, for a machine without an accelerator: what its memory shows."""
+    """Use a float32 model of 0.2 billion parameters, to measure memory on a machine without an accelerator."""
     machine: Machine = dataclasses.field(default_factory=Machine)
-    """What the shares are of; the defaults are an H200's."""
+    """Peak rates that shares refer to; the defaults are an H200's."""
     kinds: tuple[Literal["decode", "prefill", "scoring", "sft", "dpo", "search"], ...] = KINDS
-    """What is measured."""
+    """Kinds of work to measure."""
     layers: int = 0
-    """Layers of the model, where it should have fewer; programs then compile sooner."""
+    """Number of layers of the model; fewer layers compile sooner. 0 keeps the model's own number."""
     rounds: int = 3
-    """Measured rounds, of which the median counts."""
+    """Number of measured rounds, of which the median counts."""
     json: Path | None = None
-    """File for the rows of the table."""
+    """File to write the rows of the table to."""
 
 
 def main(settings: Settings) -> list[Row]:
@@ -167,24 +166,24 @@ def main(settings: Settings) -> list[Row]:
         rows.append(row | {"device": device(), "dtype": sizes.model.dtype, "peak_memory_gb": peak_memory()})
         share = f"{row['share']:6.1%}" if row["share"] is not None else " " * 6
         print(f"{row['name']:<34} {row['rate']:10.5g} {row['unit']:<9} {share}  {row['of']}", flush=True)
-        if settings.json is not None:  # what was measured is kept, whatever comes next
+        if settings.json is not None:  # results are kept even if a later measurement fails
             settings.json.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"on {device()}, {sizes.model.dtype}; most memory in use: {peak_memory() or float('nan'):.1f} GB")
     return rows
 
 
 def peak_memory() -> float | None:
-    """Gigabytes of the device that were in use at once; None where it does not tell."""
+    """Returns the device's peak memory in use, in GB; None if it does not report it."""
     found = jax.local_devices()[0].memory_stats()
     return found["peak_bytes_in_use"] / 1e9 if found else None
 
 
 def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[Any, Row]:
-    """Does some work that reads `held`, and compares its memory with the plan; both in GB of this device.
+    """Does work that reads `held`, and compares its memory with the plan; both in GB of this device.
 
-    The device only tells the most that was ever in use. So a block of memory is taken first, as large as what was in
-    use at most before, less half of what the work needs: then the work itself reaches a new height. Where the device is
-    the host, it is the process's memory that counts, when the work is done again, with all programs compiled.
+    The device only reports the peak since the start. So a block is allocated first, as large as that peak less what is
+    in use now and less half of what the work needs; the work itself then reaches a new peak. On the host, the process's
+    memory is measured while the work runs a second time, with all programs compiled.
     """
     stats = jax.local_devices()[0].memory_stats
     before, block = stats(), None
@@ -206,7 +205,7 @@ def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[
 
 
 def _forget_peak() -> int:
-    """Bytes of this process now; from now on Linux counts anew how many there were at most."""
+    """Returns this process's bytes, and makes Linux count their peak from now on."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -214,13 +213,13 @@ def _forget_peak() -> int:
 
 
 def _process(name: str) -> int:
-    """Bytes, as /proc tells of them: VmRSS now, VmHWM at most."""
+    """Returns bytes from /proc: VmRSS is the current value, VmHWM the peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
-    """All rows of the table; the weights are made once, to run first and then to train."""
+    """Yields all rows of the table; the weights are made once, first for inference and then for training."""
     running = dataclasses.replace(s.model, stacked=False)
     policy = Policy(abstract(running)[0], random_weights(running))
     ids = np.random.default_rng(0).integers(8, s.model.vocab_size, (max(*s.batches, s.rows), s.length + 2 * s.step))
@@ -242,7 +241,7 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
         taken = timed(lambda: sampler.score(*policy, batch))
         work = roofline.forward(s.model, s.rows, s.length, s.target)
         yield _row("scoring", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
-    weights = forms.to_train(policy.params)  # empties the policy's
+    weights = forms.to_train(policy.params)  # consumes the policy's
     pairs = [PairRow(*_parts(row, s), (0.0, 0.0), (1, 1)) for row in ids[: s.rows]]
     width = bucket(s.length + 2 * s.step)
     pair_batch = collate_pairs(pairs, width, s.rows)
@@ -280,7 +279,7 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
 
 
 def _parts(ids: np.ndarray, s: Sizes) -> list[list[int]]:
-    """A prompt and two steps."""
+    """Splits ids into a prompt and two steps."""
     return [part.tolist() for part in np.split(ids, [s.length, s.length + s.step])]
 
 
@@ -292,7 +291,7 @@ def _row(name: str, amount: float, unit: str, taken: float, work: Work | None, m
 
 
 def seconds(work: Callable[[], Any], rounds: int) -> float:
-    """Median of some rounds, after one that compiles."""
+    """Returns the median seconds of some rounds, after one that compiles."""
     jax.block_until_ready(work())
     found = []
     for _ in range(rounds):
@@ -303,7 +302,7 @@ def seconds(work: Callable[[], Any], rounds: int) -> float:
 
 
 def random_weights(config: ModelConfig) -> Params:
-    """Weights to run, made on the device; norms are ones."""
+    """Makes inference weights on the device; norms are ones."""
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def make(shape: tuple[int, ...], spread: float, key: jax.Array) -> jax.Array:
@@ -318,7 +317,7 @@ def random_weights(config: ModelConfig) -> Params:
 
 
 def compare_cached(policy: Policy, ids: np.ndarray, s: Sizes) -> None:
-    """Raises RuntimeError where log-probabilities behind a cache are not those of a whole pass."""
+    """Raises RuntimeError if log-probabilities after a cache differ from those of a full pass."""
     rows, fork = ids[:2, : s.prompt + s.step].tolist(), s.prompt
     whole = sampler.score(*policy, collate([(row[:fork], row[fork:]) for row in rows], bucket(len(rows[0])), 2))
     prefix = sampler.prefill(*policy, *pad([row[: fork - 1] for row in rows], fork))
@@ -331,7 +330,7 @@ def compare_cached(policy: Policy, ids: np.ndarray, s: Sizes) -> None:
 
 
 def decoding(policy: Policy, ids: np.ndarray, new: int) -> Callable[[], Any]:
-    """Sampling of `new` tokens for rows of a prompt each, which is computed beforehand."""
+    """Returns a function that samples `new` tokens per row, after prompts that are prefilled beforehand."""
     rows = len(ids)
     table = memory.step_table(policy.params["embedding"].shape[0])  # no stop token: all rows run to the end
     prefix = sampler.prefill(*policy, *pad([row[:-1].tolist() for row in ids], ids.shape[1]))
@@ -353,7 +352,7 @@ def decoding(policy: Policy, ids: np.ndarray, new: int) -> Callable[[], Any]:
 
 
 def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -> Row:
-    """A search, the second time."""
+    """Measures a search, the second time it runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs.save_tokenizer(folder, config.vocab_size)
@@ -377,7 +376,7 @@ def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -
 
 
 def training(loss: LossSettings | None, weights: Params, batch: Any, s: Sizes) -> tuple[Callable[[], Any], Any]:
-    """A training step of adapters after the other, and the state that it begins with."""
+    """Returns a function that does one training step of adapters after another, and the shapes of its initial state."""
     lora = LoraSettings()
     graph, optimizer = abstract(s.model, lora)[0], train.adamw(0.01, 1.0)
     fn = train.sft_loss(graph) if loss is None else train.preference_loss(graph, loss)

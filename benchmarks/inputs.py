@@ -1,4 +1,4 @@
-"""What is measured: random checkpoints as Hugging Face folders, and a file a task with token ids and sizes.
+"""Writes the benchmarks' inputs: random checkpoints as Hugging Face folders, and task files of token ids and sizes.
 
 In: a work folder. Out: `tasks`, the paths of JSON files that every side reads, so that all do the same work.
 """
@@ -28,7 +28,7 @@ LLAMA: Row = {
     "model_type": "llama",
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # the only one that Tunix computes
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # the only type that Tunix computes
     "tie_word_embeddings": False,
     "hidden_act": "silu",
     "attention_bias": False,
@@ -42,7 +42,7 @@ def _shape(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv
     return LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads}
 
 
-# 35 M weights; 260 M weights, a gigabyte in float32; and as small as vLLM takes.
+# 35 M weights; 260 M weights, a gigabyte in float32; and the smallest that vLLM takes.
 MODELS = {
     "35m": _shape(8192, 512, 1664, 8, 8, 4),
     "1gb": _shape(8192, 1024, 4096, 16, 16, 8),
@@ -86,8 +86,10 @@ UNITS = {
 
 
 def tasks(work: Path, suite: str, *, small: bool) -> list[Path]:
-    """Writes the tasks of a suite, smallest first, and the checkpoints they need, once; the last is the one that
-    peers do too."""
+    """Writes a suite's tasks, smallest first, and the checkpoints they need unless they exist.
+
+    Peers run only the last task.
+    """
     sizes = (SMALL if small else FULL)[suite]
     found: list[Path] = []
     for size in sizes:
@@ -103,19 +105,19 @@ def tasks(work: Path, suite: str, *, small: bool) -> list[Path]:
 
 
 def checkpoint(work: Path, name: str) -> Path:
-    """A folder with random weights and a tokenizer that fits them."""
+    """Returns a folder with random weights and a matching tokenizer."""
     folder, raw = work / "models" / name, MODELS[name]
     if not (folder / "config.json").exists():
         save_tokenizer(folder, raw["vocab_size"])
         (folder / "config.json").write_text(json.dumps(raw))
         params = random_params(folder)
-        (folder / "config.json").unlink()  # comes last: it tells that the folder is whole
+        (folder / "config.json").unlink()  # written last: it marks a complete folder
         export.save(folder, params, raw)
     return folder
 
 
 def random_params(folder: Path) -> Any:
-    """Weights whose logits are spread by two or three nats, so that greedy tokens are seldom close."""
+    """Makes weights whose logits spread by two or three nats, so that greedy tokens are seldom close."""
     _, shapes, _ = abstract(hf.read_config(folder, "float32"))
     rng = np.random.default_rng(0)
 
@@ -128,14 +130,14 @@ def random_params(folder: Path) -> Any:
 
 
 def spread(path: tuple[Any, ...], shape: tuple[int, ...]) -> float:
-    """Standard deviation of a random weight; 0 for the scale of a norm, which is 1."""
+    """Returns the standard deviation of a random weight; 0 for the scale of a norm, which is 1."""
     if path[-1].key == "scale":
         return 0.0
     return {"embedding": shape[-1] / 6, "lm_head": shape[0] / 6}.get(path[-1].key, shape[-2]) ** -0.5
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
-    """Byte-pair pieces of generated samples, as many as the model has ids, and the embedded model's chat template."""
+    """Saves byte-pair pieces of generated samples, as many as the model has ids, and the embedded model's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -156,7 +158,7 @@ def save_tokenizer(folder: Path, size: int) -> None:
 
 
 def _rows(suite: str, size: Row, model: Path) -> Task:
-    """Token ids of a task, the same in every run."""
+    """Returns the token ids of a task, the same in every run."""
     if suite == "import":
         return {}
     if suite == "search":
@@ -177,7 +179,7 @@ def _rows(suite: str, size: Row, model: Path) -> Task:
 
 
 def search_rows(size: Row, model: Path) -> Task:
-    """Samples with calls as answers, prompts of equal length, and everything a program without itool_jax must know."""
+    """Returns samples answered by calls, with prompts of equal length and all a program without itool_jax needs."""
     chat = Chat(load_tokenizer(str(model)))
     table = build_step_table(chat.tokenizer, "call", len(chat.tokenizer), chat.stop_ids)
     problems = []
@@ -191,7 +193,7 @@ def search_rows(size: Row, model: Path) -> Task:
 
 
 def _samples(count: int) -> Iterator[Sample]:
-    """Samples whose answer is calls, with enough tools for any prompt length."""
+    """Yields samples whose answer is calls, with enough tools for any prompt length."""
     found = (make_sample("train", i, 1) for i in range(10_000))
     for i, sample in zip(range(count), (s for s in found if s.category == "calls"), strict=False):
         rng = random.Random(i)
@@ -201,6 +203,6 @@ def _samples(count: int) -> Iterator[Sample]:
 
 
 def _fit(ids: list[int], length: int, tail: int = 8) -> list[int]:
-    """A prompt cut to a length, its end kept."""
+    """Cuts a prompt to a length, keeping its end."""
     assert len(ids) >= length, f"a prompt of {len(ids)} tokens is shorter than {length}"
     return [*ids[: length - tail], *ids[-tail:]]

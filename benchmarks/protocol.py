@@ -1,7 +1,7 @@
-"""How the parent and the programs it measures talk: a JSON object a line, over the child's stdin and stdout.
+"""Connects the parent with the measured programs: one JSON object per line, over the child's stdin and stdout.
 
-In the child: `serve`, with a function a suite that loads, warms up and returns `Work`. In the parent: `Child` and
-`alternate`. Needs nothing but the standard library, because children live in environments of their own.
+The child calls `serve` with a function per suite that loads, warms up and returns `Work`. The parent uses `Child` and
+`alternate`. Needs only the standard library, because children run in their own environments.
 """
 
 import json
@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TAIL = 2000  # characters of a failed child's log that are shown
+TAIL = 2000  # characters shown of a failed child's log
 
 Task = dict[str, Any]
-"""What to do, as `benchmarks.inputs` wrote it."""
+"""A task, as `benchmarks.inputs` wrote it."""
 Round = Callable[[], tuple[float, float]]
-"""One measured round: amount of work done, in the suite's unit, and the seconds it took."""
+"""One measured round: the amount of work done, in the suite's unit, and the seconds it took."""
 
 
 class Work(NamedTuple):
     """A suite that is loaded and warmed up."""
 
     check: dict[str, list[Any]]
-    """What both sides must agree on: `values`, numbers; `tokens`, rows of token ids."""
+    """Results both sides must agree on: `values` are numbers, `tokens` are rows of token ids."""
     round: Round
 
 
 def timed(work: Callable[[], float]) -> Round:
-    """A round that is all of a function, which returns the amount of work."""
+    """Returns a round that times a function, which returns its amount of work."""
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()
@@ -43,7 +43,7 @@ def timed(work: Callable[[], float]) -> Round:
 
 
 def cpu() -> str:
-    """Name and number of the processors."""
+    """Returns the number and name of the processors."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} x {names[0] if names else 'CPU'}"
@@ -52,13 +52,13 @@ def cpu() -> str:
 def serve(suites: Mapping[str, Callable[[Task], Work]], device: Callable[[], str] = cpu) -> None:
     """Answers the parent until it closes the pipe."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries goes to the log
     work: Work | None = None
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "prepare":
             task = json.loads(Path(request["task"]).read_text())
-            work = None  # what the last suite held must not be in the way of this one
+            work = None  # frees the last suite before loading this one
             work = suites[task["suite"]](task)
             reply: dict[str, Any] = {"check": work.check, "device": device()}
         else:
@@ -69,7 +69,7 @@ def serve(suites: Mapping[str, Callable[[Task], Work]], device: Callable[[], str
 
 
 class Child:
-    """A program under measurement, seen from the parent; it is idle unless asked."""
+    """A program under measurement, seen from the parent; it is idle between requests."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Child:
             )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request; RuntimeError, with the end of its log, where the child died."""
+        """Returns the answer to a request; raises RuntimeError, with the end of the log, if the child died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -107,7 +107,7 @@ class Child:
         return json.loads(answer)
 
     def rate(self) -> float:
-        """Work a second in one round."""
+        """Runs one round and returns work per second."""
         answer = self.ask(do="round")
         return answer["amount"] / answer["seconds"]
 
@@ -128,13 +128,16 @@ class Child:
 
 
 def alternate(children: Sequence[Child], rounds: int) -> list[list[float]]:
-    """Rates of each child in each round; in a round one child runs after the other."""
+    """Returns the rates of each child in each round; within a round, one child runs after another."""
     by_round = [[child.rate() for child in children] for _ in range(rounds)]
     return [list(rates) for rates in zip(*by_round, strict=True)]
 
 
 def disagreement(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> dict[str, float]:
-    """Largest relative error of numbers, share of rows of tokens that differ; a side may tell fewer than the other."""
+    """Returns the largest relative error of numbers, and the share of rows of tokens that differ.
+
+    A side may return fewer rows than the other.
+    """
     found: dict[str, float] = {}
     for kind in a.keys() & b.keys():
         pairs = list(zip(a[kind], b[kind], strict=False))

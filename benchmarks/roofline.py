@@ -1,7 +1,7 @@
-"""What the hardware allows: `python -m benchmarks.roofline` prints the table of docs/performance.md.
+"""Prints what the hardware allows, the table of docs/performance.md: `python -m benchmarks.roofline`.
 
-From operations and bytes of each kind of work (`itool_jax.planning.roofline`): the limits of an 8B model, and the hours
-of the paper's whole recipe. Nothing here runs a model.
+Computes the limits of an 8B model, and the hours of the paper's whole recipe, from the operations and bytes of each
+kind of work (`itool_jax.planning.roofline`). Nothing here runs a model.
 """
 
 import dataclasses
@@ -17,25 +17,25 @@ from itool_jax.planning.roofline import Machine, Work, decode, forward, lora_ste
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The paper's experiment; its numbers, and where it gives none, what is assumed of the data."""
+    """The paper's experiment, with assumptions about the data where the paper gives no numbers."""
 
     samples: int = 11300
     warmup_share: float = 0.9
     hardest: int = 226
-    """Prompts searched in an iteration."""
+    """Prompts searched per iteration."""
     iterations: int = 3
     prompt: int = 1024
-    """Tokens of a prompt (assumed)."""
+    """Tokens per prompt (assumed)."""
     target: int = 96
-    """Tokens of a response (assumed)."""
+    """Tokens per response (assumed)."""
     step: int = 48
-    """Tokens of a sampled step (assumed; the limit is 64)."""
+    """Tokens per sampled step (assumed; the limit is 64)."""
     states: int = 39
-    """Evaluated states of a tree (a full tree of breadth and depth 3)."""
+    """Evaluated states per tree (a full tree of breadth and depth 3)."""
     question: int = 96
     """Tokens of a state and of the question about it (assumed)."""
     pairs: int = 5
-    """Preference pairs of a tree (assumed)."""
+    """Preference pairs per tree (assumed)."""
     preference_epochs: int = 2
     batch: int = 64
     """Prompts searched together."""
@@ -43,7 +43,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shares:
-    """What of the least time's speed is reached."""
+    """Shares of the hardware's maximum speed that are reached."""
 
     decode: float = 0.60
     training: float = 0.45
@@ -51,7 +51,7 @@ class Shares:
 
 
 def hours(c: ModelConfig, machine: Machine, r: Recipe, shares: Shares) -> dict[str, float]:
-    """Hours of each stage of the recipe on one device."""
+    """Returns the hours of each stage of the recipe on one device."""
     n, whole, expansions = r.iterations, r.prompt + r.target, r.states / 3
     reached = {
         "warm-up": (lora_step(c, round(r.samples * r.warmup_share), whole, r.target), shares.training),
@@ -76,7 +76,7 @@ def hours(c: ModelConfig, machine: Machine, r: Recipe, shares: Shares) -> dict[s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is projected."""
+    """Inputs of the projection."""
 
     machine: Machine = dataclasses.field(default_factory=Machine)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)

@@ -1,10 +1,11 @@
-"""Speed, side by side with peers: `python -m benchmarks.run --suite=generate,score --peers --json=OUT`.
+"""Compares our speed with peers': `python -m benchmarks.run --suite=generate,score --peers --json=OUT`.
 
-Ours and each peer do the same work on the same random checkpoint and token ids, each in a process and environment of
-its own, warmed up, in float32. They must agree on what they compute; then rounds alternate, one program at a time.
+Ours and each peer do the same work on the same random checkpoint and token ids, each in its own process and
+environment, warmed up, in float32. They must agree on what they compute; then rounds alternate, one program at a time.
 Prints a table of rates (more is better) with ratios to each peer, and writes the rows as JSON: `ours` and `theirs` are
-medians over the rounds and `ratio` theirs; `median` and `spread` are the median and the extremes of the rounds' ratios,
-or of our rates where there is no peer; `agree` is the worst error of what both sides computed.
+medians over the rounds, and `ratio` is the ratio of these medians; `median` and `spread` are the median and the
+extremes of the rounds' ratios, or of our rates without a peer; `agree` is the worst error between what both sides
+computed.
 """
 
 import contextlib
@@ -33,22 +34,22 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Options of the benchmark."""
 
     suite: str = ",".join(SUITES)
-    """Suites, with commas."""
+    """Suites to run, separated by commas."""
     peers: bool = False
-    """Compare with other programs; makes their environments in the work folder when they are not there."""
+    """Compare with other programs. Their environments are made in the work folder if they are missing."""
     only: str = ",".join(peer.name for peer in PEERS)
-    """Peers to compare with, with commas."""
+    """Peers to compare with, separated by commas."""
     rounds: int = 5
-    """Measured rounds of each program."""
+    """Measured rounds per program."""
     json: Path | None = None
-    """File for the rows of the table."""
+    """File to write the rows of the table to."""
     small: bool = False
-    """Tiny model and shapes, to see that everything works."""
+    """Use a tiny model and shapes, to check that everything works."""
     work: Path | None = None
-    """Folder for checkpoints, environments and logs, kept for the next time; default: a temporary one."""
+    """Folder that keeps checkpoints, environments and logs for later runs. Default: a temporary folder."""
 
     def __post_init__(self) -> None:
         known = {"suite": SUITES, "only": [peer.name for peer in PEERS]}
@@ -80,12 +81,12 @@ def main(settings: Settings) -> list[Row]:
 
 
 def measure_suite(suite: str, settings: Settings, work: Path, ours: Child) -> Iterator[Row]:
-    """Rows of a suite, one a size and peer, as they are measured."""
+    """Yields the rows of a suite as they are measured, one per size and peer."""
     if suite == "compile":
         yield from compilations.rows(work, small=settings.small)
         return
     *growing, full = inputs.tasks(work, suite, small=settings.small)
-    for task in growing:  # they show how our rate grows; only the full size is compared
+    for task in growing:  # shows how our rate grows; only the full size is compared
         yield from measure(task, ours, {}, 1)
     with contextlib.ExitStack() as stack:
         others = {name: stack.enter_context(child) for name, child in start_peers(suite, settings, work)}
@@ -93,7 +94,7 @@ def measure_suite(suite: str, settings: Settings, work: Path, ours: Child) -> It
 
 
 def start_peers(suite: str, settings: Settings, work: Path) -> Iterator[tuple[str, Child]]:
-    """The peers of a suite by name; those that cannot be installed are left out, and said to be."""
+    """Yields the peers of a suite by name; reports and skips those that cannot be installed."""
     for peer in PEERS if settings.peers else ():
         if suite in peer.suites and peer.name in settings.only.split(","):
             try:
@@ -121,7 +122,7 @@ def measure(path: Path, ours: Child, others: Mapping[str, Child], rounds: int) -
 
 
 def _prepare(name: str, child: Child, path: Path, check: dict[str, list[Any]]) -> float | None:
-    """The worst error between a peer and us; None, said aloud, for a peer that fails or computes something else."""
+    """Returns the worst error between a peer and us; reports and returns None if the peer fails or disagrees."""
     try:
         found = disagreement(check, child.ask(do="prepare", task=str(path))["check"])
     except RuntimeError as error:
@@ -163,7 +164,7 @@ HEADER = f"{'name':<21} {'peer':<10} {'ours':>10} {'theirs':>10} {'unit':<9} {'r
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Formats a row of the table."""
 
     def number(value: float | None, width: int, form: str) -> str:
         return f"{'' if value is None else format(value, form):>{width}}"

@@ -1,8 +1,8 @@
-"""How a search's time and memory grow: `python -m benchmarks.scaling --json=OUT`.
+"""Measures how a search's time and memory grow: `python -m benchmarks.scaling --json=OUT`.
 
-Searches a small random Llama while one size grows and the others stay: prompts, prompt length, breadth, simulations.
-Prints seconds and the process's memory above what it had, and the slopes of both on log axes: 1 is linear, 0 constant.
-Each search runs in a process of its own, once to compile and once to be timed.
+Searches with a small random Llama while one size grows and the others stay the same: prompts, prompt length, breadth,
+simulations. Prints seconds and the memory added to the process, and the slopes of both on log axes: 1 is linear, 0
+constant. Each search runs in its own process, once to compile and once to be timed.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured; each tuple is a line of the figure, and its middle what the other lines keep."""
+    """Sizes to measure. Each tuple is a line of the figure; the other lines use its middle value."""
 
     prompts: tuple[int, ...] = (8, 16, 32, 64, 128)
-    """Prompts searched."""
+    """Numbers of prompts to search."""
     length: tuple[int, ...] = (256, 512, 1024)
-    """Tokens of a prompt."""
+    """Prompt lengths in tokens."""
     breadth: tuple[int, ...] = (2, 3, 4)
-    """search.breadth"""
+    """Values of search.breadth."""
     simulations: tuple[int, ...] = (2, 4, 8, 16)
-    """search.n_simulations"""
+    """Values of search.n_simulations."""
     batch: int = 8
-    """search.batch"""
+    """Value of search.batch."""
     model: str = "tiny"
-    """Which model of `benchmarks.inputs`."""
+    """Name of the model in `benchmarks.inputs`."""
     json: Path | None = None
-    """File for the rows."""
+    """File to write the rows to."""
 
 
 def main(s: Settings) -> list[Row]:
@@ -67,12 +67,12 @@ def main(s: Settings) -> list[Row]:
 
 
 def slope(sizes: tuple[int, ...], values: list[float]) -> float:
-    """Of a line through the points on log axes."""
+    """Returns the slope of a line through the points on log axes."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Row:
-    """The second of two equal searches in this process: its seconds, its states, and the memory of both."""
+    """Runs two equal searches; returns the seconds and states of the second, and the memory of both."""
     import jax
 
     from benchmarks import inputs
@@ -107,7 +107,7 @@ def search_once(model: str, batch: int, sizes: dict[str, int], work: Path) -> Ro
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had; Linux counts what its parent had in what getrusage tells."""
+    """Returns the peak memory of this process; on Linux, getrusage would include what its parent had."""
     if (status := Path("/proc/self/status")).exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,7 +1,7 @@
-"""Step-level search of one prompt at a time, as plain code: the algorithm of `itool_jax.mcts` without its batching.
+"""Searches step by step, one prompt at a time, in plain code: the algorithm of `itool_jax.mcts` without its batching.
 
-One candidate is generated after the other, and each new state is scored and judged by calls of its own, in the manner
-of the public code of arXiv 2405.00451. In: a problem and the model as functions. Out: the root of its tree.
+Generates one candidate after another, and scores and judges each new state with separate calls, like the public code of
+arXiv 2405.00451. In: a problem and the model as functions. Out: the root of its tree.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ SENTENCE_ENDS = (".", "!", "?", "\n")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SerialSettings:
-    """Sizes of a tree; named as those of `itool_jax.mcts.search`."""
+    """Sizes of a tree, named as in `itool_jax.mcts.search`."""
 
     breadth: int
     max_depth: int
@@ -26,21 +26,21 @@ class SerialSettings:
 
 
 class Model(NamedTuple):
-    """The policy and the grader, one state at a time."""
+    """Policy and grader as functions of one state at a time."""
 
     sample: Callable[[Ids, int, bool, int], Ids]
-    """A step after a response so far: (response, longest, whether it is the whole remainder, which candidate)."""
+    """Samples a step after a response so far: (response, most tokens, whether it is the whole remainder, candidate)."""
     log_prob: Callable[[Ids, Ids], float]
     """Sum of log π of a step after a response so far."""
     judge: Callable[[Ids], float]
     """Confidence C of a response so far (eq 7)."""
     grade: Callable[[Ids, bool], float]
-    """Outcome O of a whole response; whether it ended by a stop token."""
+    """Outcome O of a whole response, given whether it ended with a stop token."""
 
 
 @dataclasses.dataclass
 class Node:
-    """A state, and the edge into it."""
+    """A state and the edge into it."""
 
     path: Ids
     depth: int
@@ -55,28 +55,28 @@ class Node:
 
 
 def search(gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> Node:
-    """The tree of one prompt."""
+    """Builds the tree of one prompt."""
     root = Node([], 0)
     for number in range(1 + s.n_simulations):
         walk = [root]
         while not walk[-1].terminal:
             if not walk[-1].children:
                 expand(walk[-1], gold_steps, stop_ids, model, s)
-            gold = gold_child(walk[-1], gold_steps, s) if number == 0 else None  # the first walk is down the gold
+            gold = gold_child(walk[-1], gold_steps, s) if number == 0 else None  # the first walk follows the gold
             walk.append(gold or select(walk[-1], s.exploration))
         back_up(walk)
     return root
 
 
 def gold_child(node: Node, gold_steps: list[Ids], s: SerialSettings) -> Node | None:
-    """The child that the gold's next step leads to."""
+    """Returns the child that the gold's next step leads to, if any."""
     whole = node.depth + 1 >= s.max_depth
     step = next_gold_step(node.path, gold_steps, whole)[: s.max_last_step_tokens if whole else s.max_step_tokens]
     return next((child for child in node.children if step and child.path == node.path + step), None)
 
 
 def select(node: Node, exploration: float) -> Node:
-    """The child of highest PUCT (eq 5), the first where tied."""
+    """Returns the child of highest PUCT (eq 5), the first if tied."""
 
     def puct(child: Node) -> float:
         return child.q + exploration * child.prior * math.sqrt(node.visits) / (1 + child.visits)
@@ -100,7 +100,7 @@ def expand(node: Node, gold_steps: list[Ids], stop_ids: Ids, model: Model, s: Se
 
 
 def next_gold_step(path: Ids, gold_steps: list[Ids], whole: bool) -> Ids:
-    """What the gold says next, where the response so far is the gold's: its next step, or all of it."""
+    """Returns the gold's next step, or all of its remainder, if the response so far is the gold's; else nothing."""
     gold = [token for step in gold_steps for token in step]
     if path != gold[: len(path)]:
         return []
@@ -113,7 +113,7 @@ def next_gold_step(path: Ids, gold_steps: list[Ids], whole: bool) -> Ids:
 
 
 def back_up(walk: list[Node]) -> None:
-    """Counts a simulation and renews V and Q from its leaf to the root (eq 8 and 9)."""
+    """Counts a simulation, and updates V and Q from its leaf to the root (eq 8 and 9)."""
     for node in reversed(walk):
         node.visits += 1
         visits = sum(child.visits for child in node.children)
@@ -122,14 +122,15 @@ def back_up(walk: list[Node]) -> None:
 
 
 def nodes_below(node: Node) -> int:
-    """How many states were judged."""
+    """Counts the judged states."""
     return sum(1 + nodes_below(child) for child in node.children)
 
 
 def ends_step(before: str, step: str) -> bool:
-    """Whether a step ends here: the text of a response up to the step, and the step's own, as decoded so far.
+    """Returns whether a step ends here, given the response's text before the step, and the step's own text so far.
 
-    In a list of calls, where brackets outside strings are back at list level; else where a sentence is.
+    In a list of calls, a step ends where brackets outside strings are back at list level; elsewhere at the end of a
+    sentence.
     """
     if not (before + step).lstrip().startswith("["):
         return step.rstrip(" \"'").endswith(SENTENCE_ENDS) and any(c.isalnum() for c in step)

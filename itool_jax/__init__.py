@@ -1,11 +1,11 @@
-"""iTool in JAX: teaches language models to call tools, from their own mistakes.
+"""iTool in JAX: teaches language models to call tools by learning from their own mistakes.
 
     model = itool_jax.load("embedded")          # or a model folder, a hub name, a run directory
     answer = model.generate("play a song", tools)
     tree = model.search({"messages": messages, "tools": tools, "target": "[play(song=1)]"})
 
-What is named here is the public interface; `python -m itool_jax.main --help` is the program. JAX is imported when one
-of the names is first used.
+The names exported here are the public API; `python -m itool_jax.main --help` shows the command line. JAX is imported
+when one of the names is first used.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The library: a model that answers, scores and searches, in a script or a notebook.
+"""Python API: a model that generates, scores and searches, for scripts and notebooks.
 
 In: a model folder, a hub name, `embedded`, or a run directory. Out: a `Model`, whose methods do what the stages of the
-same names do, with the same settings. Errors are those of the program: ValueError with one line that says what to mend.
+same names do, with the same settings. Errors are the program's: ValueError with one line that says what to fix.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ from itool_jax.text.padding import target_width
 from itool_jax.text.sample import Row, Sample, sample_row
 
 Message = Mapping[str, Any]
-"""{"role", "content"} as OpenAI writes it; an assistant's may have `tool_calls`."""
+"""{"role", "content"} in OpenAI's format; an assistant message may have `tool_calls`."""
 Tool = Mapping[str, Any]
 """A function in OpenAI's schema, bare or as {"type": "function", "function": ...}."""
 Conversation = str | Sequence[Message]
-"""Messages, or a text, which is one message of the user."""
+"""A list of messages, or a text, which becomes one user message."""
 
 
 def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str | None = None) -> "Model":
-    """A model with its tokenizer and weights, on the devices that are here.
+    """Loads a model with its tokenizer and weights onto the available devices.
 
     Args:
-        source: a folder in Hugging Face layout, a hub name, `embedded`, or the directory of a run.
-        settings: settings of the program as its command line has them, such as "--dtype=bfloat16".
-        phase: of a run, whose weights: base, warmup, iteration_1, ...; the last that has any.
+        source: a folder in Hugging Face layout, a hub name, `embedded`, or a run directory.
+        settings: command-line settings, such as "--dtype=bfloat16".
+        phase: the phase of a run whose weights to load: base, warmup, iteration_1, ...; default: the last with weights.
 
     Raises:
-        ValueError: there is no such model, phase or setting, or a file of it is damaged.
+        ValueError: the model, phase or setting does not exist, or a file is damaged.
     """
     path = Path(source).expanduser()
     arguments = ["--stage=generate"]
@@ -70,30 +70,30 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
 
 
 class Score(NamedTuple):
-    """How probable a model finds a target."""
+    """Probability of a target under a model."""
 
     log_prob: float
-    """Sum of log π of the target's tokens, the end of turn among them, in nats."""
+    """Sum of log π over the target's tokens, including the end of turn, in nats."""
     n_tokens: int
     perplexity: float
-    """exp(-log_prob / n_tokens): 1 is certainty."""
+    """exp(-log_prob / n_tokens); 1 means certain."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SearchTree:
-    """A finished search tree; printed, it is drawn as text."""
+    """A finished search tree; printing it draws it as text."""
 
     id: str
     gold: str
-    """The target that responses were judged by."""
+    """The target that responses were graded against."""
     nodes: list[Row]
     """Rows with node, parent, depth, text, token_ids, visits (N), q, value (V), prior, outcome (O), confidence (C),
-    terminal, and gold: whether the response so far is the target's. The first is the root."""
+    terminal, and gold, true if the response so far matches the target. The first row is the root."""
     pairs: list[Row]
     """Preference pairs, as in pairs.jsonl: prompt, chosen, rejected, their token ids, q and visits."""
 
     def to_dict(self) -> Row:
-        """The tree as a row of trees.jsonl; `pairs` are rows of pairs.jsonl already."""
+        """Returns the tree as a row of trees.jsonl; `pairs` already holds rows of pairs.jsonl."""
         return {"id": self.id, "gold": self.gold, "nodes": self.nodes}
 
     def __repr__(self) -> str:
@@ -107,7 +107,7 @@ class SearchTree:
             yield from self._lines(row["node"], f"{indent}{'   ' if last else '│  '}")
 
     def _label(self, row: Row) -> str:
-        """Text, N, Q, p, C, O where the response ends, and what the step is."""
+        """Formats a node: text, N, Q, p, C, O if the response ends here, and marks for gold, chosen and rejected."""
         sides = [side for side in ("chosen", "rejected") for p in self.pairs if p[f"{side}_node"] == row["node"]]
         notes = ["gold"] * row["gold"] + sides
         text = f"{row['text'] or '(nothing)'}  N={row['visits']} Q={row['q']:+.2f} p={row['prior']:.2f}"
@@ -116,7 +116,7 @@ class SearchTree:
 
 
 class Model:
-    """A model ready to run; made by `load`."""
+    """A model ready to run, created by `load`."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -164,17 +164,17 @@ class Model:
         max_tokens: int | None = None,
         seed: int | None = None,
     ) -> str | list[str]:
-        """The model's answer to a conversation, or a list with the answer to each of a list of them.
+        """Generates the model's answer to a conversation, or a list of answers to a list of conversations.
 
         Args:
-            messages: a conversation that ends with a turn of the user or of a tool, or a list of conversations.
-            tools: those of all conversations.
-            temperature: 0 is greedy; as the setting generate.temperature says.
-            max_tokens: the longest answer; as the setting generate.max_tokens says.
-            seed: of the sampling; a conversation's answer depends on it and on nothing else in the list.
+            messages: a conversation that ends with a user or tool turn, or a list of conversations.
+            tools: the tools of all conversations.
+            temperature: 0 is greedy; default: the setting generate.temperature.
+            max_tokens: maximum length of an answer; default: the setting generate.max_tokens.
+            seed: sampling seed; a conversation's answer does not depend on the others in the list.
 
         Raises:
-            ValueError: a conversation or tool is malformed, or does not fit the context with room for an answer.
+            ValueError: a conversation or tool is malformed, or leaves no room for an answer in the context.
         """
         several = isinstance(messages, Sequence) and not isinstance(messages, str)
         alone = not several or isinstance(next(iter(messages), None), Mapping)
@@ -187,7 +187,7 @@ class Model:
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = dataclasses.replace(self.config.generate, **changes)
         chat, limit = self._base.chat, self._base.config.max_length
-        # An id is made of the content, or the place in the list would decide what is sampled.
+        # Ids come from the content; otherwise the position in the list would change what is sampled.
         encoded = [encode_sample(chat, from_rows([row], need_target=False)[0]) for row in rows]
         check_room(encoded, limit, room=1)
         settings = _fitting(settings, encoded)
@@ -201,15 +201,15 @@ class Model:
         return texts[0] if alone else texts
 
     def score(self, messages: Conversation, target: str | Message, tools: Sequence[Tool] | None = None) -> Score:
-        """How probable the model finds a target as the answer to a conversation.
+        """Computes the model's probability of a target as the answer to a conversation.
 
         Args:
             messages: the conversation before the target.
             target: a bracketed list of calls, a text, or an assistant message with `tool_calls`.
-            tools: of the conversation.
+            tools: the tools of the conversation.
 
         Raises:
-            ValueError: a part is malformed, or together they do not fit the context; or the weights are damaged.
+            ValueError: an argument is malformed, they do not fit the context together, or the weights are damaged.
         """
         rows = [{"messages": _messages(messages), "tools": tools, "target": target}]
         with self._working():
@@ -227,12 +227,12 @@ class Model:
     def search(
         self, samples: Mapping[str, Any] | Sample | Sequence[Mapping[str, Any] | Sample], **settings: Any
     ) -> SearchTree | list[SearchTree]:
-        """The search tree of a sample, with its preference pairs, or a list with that of each of a list of samples.
+        """Searches a sample and returns its tree with preference pairs, or a list of trees for a list of samples.
 
         Args:
-            samples: {"messages", "tools", "target"}, perhaps with "id", as in a data file.
-            settings: of the search, by the names of `itool_jax.mcts.search.SearchSettings`: n_simulations, breadth,
-                max_depth, temperature, ...; those not named are as the model was loaded.
+            samples: {"messages", "tools", "target"} and optionally "id", as in a data file; or a list of them.
+            settings: fields of `itool_jax.mcts.search.SearchSettings`, such as n_simulations, breadth, max_depth or
+                temperature; the others keep the values the model was loaded with.
 
         Raises:
             ValueError: a sample is malformed or does not fit the context, or a setting is out of range.
@@ -247,7 +247,7 @@ class Model:
         found = from_rows(rows, need_target=True)
         if not found:
             return []
-        # As many lanes as there are samples: a tree does not depend on its neighbours.
+        # No more lanes than samples, rounded up to a power of two: a tree does not depend on its neighbours.
         most = 64 if self.config.search.batch == "auto" else self.config.search.batch
         lanes = min(most, 1 << (len(found) - 1).bit_length())
         config = dataclasses.replace(
@@ -268,14 +268,14 @@ class Model:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """Inside, programs run as in the stages: on the mesh, and float32 as such."""
+        """Runs programs as the stages do: on the mesh, and float32 in full precision."""
         precise = jax.default_matmul_precision("highest") if self._precision else contextlib.nullcontext()
         with precise, use_mesh(self.config.mesh), use_own_mesh(self.config.mesh):
             yield
 
 
 def _fitting(settings: GenerateSettings, encoded: Sequence[Encoded]) -> GenerateSettings:
-    """Batches of no more rows than there are samples, rounded up to a power of two: what a row gives is its own."""
+    """Limits batches to the number of samples, rounded up to a power of two; a row's result does not depend on it."""
     width = max((target_width(len(row.prompt_ids), len(row.target_ids)) for row in encoded), default=1)
     tokens = width << max(len(encoded) - 1, 0).bit_length()
     return dataclasses.replace(settings, tokens_per_batch=min(settings.tokens_per_batch, tokens))

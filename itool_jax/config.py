@@ -1,8 +1,9 @@
-"""All settings of a run: the dataclasses that live beside the code they steer, composed; YAML and command line in.
+"""All settings of a run, read from YAML files and the command line.
 
-`Recipe` declares the settings that define a run, and `Runtime` those that say what one command does, where and how.
-`Config` is both; its sections warmup, preference and generate hold settings of both kinds. A YAML file holds only what
-differs from the defaults; the command line wins over it.
+Each section is a dataclass that lives next to the code it configures. `Recipe` holds the settings that define a run,
+and `Runtime` those that say what one command does, where and how. `Config` combines the two; its sections warmup,
+preference and generate hold settings of both kinds. A YAML file lists only values that differ from the defaults. The
+command line overrides it.
 """
 
 import contextlib
@@ -43,15 +44,15 @@ Stage = Literal[
 ]
 
 BENCHMARK_STAGES = ("iterate", "evaluate", "export", "plan", "doctor")
-"""Those that may be given a benchmark: it is asked by the first two."""
+"""Stages that accept a benchmark. Only the first two run it."""
 ONCE_TRUE_OR_FALSE: dict[str, dict[bool, str]] = {
     "preference.control": {False: "none", True: "sft_same_prompts"},
     "search.inject_gold": {False: "never", True: "always"},
 }
-"""Settings that were true or false in earlier versions, and what these values are called now."""
+"""Settings that were booleans in earlier versions, with the current name of each value."""
 DEMO = "demo"
 CONFIG_ALIASES = {"paper": "paper_v1"}
-"""Other names of configs that come with the program."""
+"""Alternative names of the bundled configs."""
 PROGRAM = "python -m itool_jax.main"
 
 
@@ -60,24 +61,24 @@ class EvaluateSettings:
     """Evaluation after each phase."""
 
     limit: int = 400
-    """Samples of the split to evaluate, always the same ones; 0 is all of them."""
+    """Number of samples of the split to evaluate, always the same ones. 0 = all."""
     split: Literal["test", "validation"] = "test"
-    """Which part: settings are chosen on validation, claims made on test."""
+    """Split to evaluate on. Tune settings on validation; report results on test."""
     intermediate: bool = True
-    """Evaluate after each iteration; else after the last one only, beside base and warm-up."""
+    """Evaluate after every iteration. If false, evaluate only the base, the warm-up and the last iteration."""
     phase: str | None = None
-    """Phase evaluated on a benchmark: base, warmup, iteration_2, or all; the last one that has weights."""
+    """Phase to evaluate on a benchmark, such as base, warmup or iteration_2, or all. Default: the last with weights."""
     benchmark_data: Path | None = None
-    """Folder of the benchmark's data where --data is something else; else what the official scorer brings."""
+    """Folder with the benchmark's data, if --data names something else. Default: data of the official scorer."""
     benchmark_limit: int = 0
-    """Questions of each category of a benchmark, the first ones; 0 is all, which official figures need."""
+    """Use only the first N questions of each benchmark category. 0 = all, as official figures require."""
     layout: Literal["v3", "v4"] = "v3"
-    """Names of the files that BFCL responses are written to."""
+    """Naming scheme of the BFCL response files."""
     underscore_to_dot: bool = False
-    """The model of --results was shown _ for every dot in a function's name, as OpenAI's interface wants it."""
+    """The model behind --results saw function names with _ for every dot, as OpenAI's API requires."""
     benchmarks: tuple[str, ...] = ()
-    """Evaluation data, files or folders, whose questions and tools the data card looks for among the training samples:
-    BFCL's questions, API-Bank's tests, or any form of training data."""
+    """Files or folders of evaluation data to check for leakage: the data card reports which of their questions and
+    tools occur in the training samples. Accepts BFCL questions, API-Bank tests, and any training data format."""
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -88,17 +89,17 @@ class EvaluateSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What of a run is exported, and how."""
+    """Export of a run's weights."""
 
     kind: Literal["merged", "adapter"] = "merged"
-    """A whole model, adapters merged into its weights, as transformers reads it; or the adapters alone, for PEFT."""
+    """merged = a whole model for transformers, with the adapters merged in; adapter = the adapters alone, for PEFT."""
     phase: str | None = None
-    """Phase whose weights are exported, such as warmup or iteration_2; the last one that has any."""
+    """Phase to export, such as warmup or iteration_2. Default: the last phase with weights."""
     base: Literal["original", "dequantized"] | None = None
-    """What adapters trained beside four-bit weights are merged into: the original 16-bit weights, or what the four bits
-    stand for, which is what they were trained with. It must be said where quantize is nf4."""
+    """Weights to merge adapters into after training with quantize=nf4, where it is required. original = the 16-bit
+    weights; dequantized = the values of the four-bit weights, with which the adapters were trained."""
     shard_gigabytes: float = 5.0
-    """Largest size of a weight file."""
+    """Maximum size of a weight file, in GB."""
 
     def __post_init__(self) -> None:
         if not self.shard_gigabytes > 0:
@@ -107,25 +108,25 @@ class ExportSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run is: the settings that its results depend on. They bind the run directory."""
+    """Settings that define a run: its results depend on them, and they are fixed for the run directory."""
 
     model: str = "embedded"
-    """Model folder in Hugging Face layout, a hub name, or the embedded checkpoint."""
+    """Model folder in Hugging Face layout, Hub name, or embedded (the bundled checkpoint)."""
     data: str = "generated"
-    """Training data: a file, a folder, hf:OWNER/NAME, or the generated corpus; the folder with the questions and
-    answers when a benchmark is evaluated."""
+    """Training data: a file, a folder, hf:OWNER/NAME, or generated (the generated corpus). When evaluating a benchmark:
+    the folder with its questions and answers."""
     skip_bad_rows: bool = False
-    """Leave out training rows that are wrong or too long for the model, and list them; else the first ends the run."""
+    """Skip and list training rows that are invalid or too long for the model. If false, the first one ends the run."""
     seed: int = 0
-    """Seed of everything random, but for the generated corpus, which is always the same."""
+    """Seed of all randomness, except the generated corpus, which is always the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and matrix products; adapters, optimizer, softmax and losses are float32 always."""
+    """Type of weights and matrix products. Adapters, optimizer, softmax and losses are always float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """nf4 keeps the layers' weights in four bits and trains adapters beside them (QLoRA)."""
+    """nf4 = store the layers' weights in four bits and train adapters on top (QLoRA)."""
     deterministic: bool = False
-    """Have a GPU compute the same bits every time: XLA takes deterministic kernels only, and tries out no longer which
-    of several is the fastest. By XLA's documentation they may be slower, and a few operations have none and are
-    refused; what it costs here was not measured. Elsewhere it changes nothing."""
+    """Make GPU results reproducible bit for bit: XLA uses only deterministic kernels and no autotuning. XLA's
+    documentation says they may be slower (not measured here), and a few operations without one are refused. No effect
+    on other devices."""
     lora: LoraSettings = LoraSettings()
     generated: GeneratedSettings = GeneratedSettings()
     samples: SamplesSettings = SamplesSettings()
@@ -150,48 +151,47 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What one command does, where and how. Commands on one run directory may differ in these."""
+    """Settings of one command: what it does, where and how. They may differ between commands on one run directory."""
 
     stage: Stage
-    """What to run: iterate is the whole loop, of which warmup, score, search, dpo and evaluate are parts; plan and
-    doctor come before a run, report, export and generate after it."""
+    """Stage to run. iterate is the whole loop; warmup, score, search, dpo and evaluate are its parts. Use plan and
+    doctor before a run; report, export and generate after it."""
     config: str | None = None
-    """YAML file, or the name of one in configs/; several joined by commas, later ones win. Without a model, data or
-    config of your own it is demo."""
+    """YAML file, or name of one in configs/. Join several with commas; later ones override earlier ones. Default: demo,
+    if no model, data or config is given."""
     run_dir: Path = Path("runs/default")
-    """Where a run keeps everything; finished work found there is not done again."""
+    """Directory for everything a run writes. Finished work found there is reused."""
     output: Path | None = None
-    """File to write, for score and generate on a data file of their own, for evaluate with results, and for plan; for
-    export, the folder to write."""
+    """File to write, for plan, for score and generate on a separate data file, and for evaluate with results. For
+    export: the folder to write."""
     watch: bool = False
-    """For the stage report: serve it on this machine and follow the run, until Ctrl-C."""
+    """Serve the report on this machine and follow the run, until Ctrl-C (stage report)."""
     overwrite: bool = False
-    """Replace an exported folder that is there already."""
+    """Replace an existing exported folder (stage export)."""
     chat: bool = False
-    """Have generate talk with you in the terminal, instead of answering a data file."""
+    """Chat in the terminal instead of answering a data file (stage generate)."""
     tools: Path | None = None
-    """JSON file of the tools in a chat: OpenAI's schemas, or bare functions, one or a list; else some of the demo's."""
+    """JSON file with the tools of a chat: one OpenAI schema or bare function, or a list. Default: tools of the demo."""
     benchmark: Literal["bfcl", "api_bank"] | None = None
-    """Public benchmark: evaluate takes it in place of the held-out part, iterate beside it after every phase."""
+    """Public benchmark. evaluate uses it instead of the held-out split; iterate uses both, after every phase."""
     categories: tuple[str, ...] = ()
-    """The benchmark's categories. BFCL's by name, or all, single_turn (which is the default), non_live, live or
-    multi_turn (which runs the official simulators); API-Bank's level_1, level_2 and level_2_without_search."""
+    """Categories of the benchmark. BFCL: names, or all, single_turn (the default), non_live, live, multi_turn (runs the
+    official simulators). API-Bank: level_1, level_2, level_2_without_search."""
     results: Path | None = None
-    """Folder of BFCL result files, whoever made them, that evaluate scores; no model is run."""
+    """Folder of BFCL result files, from any source, for evaluate to score without running a model."""
     against: Path | None = None
-    """Another run's scores.json, with which evaluate compares a benchmark question by question."""
+    """scores.json of another run. evaluate compares the two on a benchmark, question by question."""
     official: bool = False
-    """Have the official BFCL scorer judge the same responses, and show both."""
+    """Also judge the responses with the official BFCL scorer, and show both results."""
     iterations: int = 3
-    """Rounds of score, search, preference training."""
+    """Rounds of scoring, search and preference training."""
     iteration: int = 1
-    """Which round the stages score, search and dpo work on when run alone."""
+    """Round that score, search and dpo work on when run alone."""
     remat: Literal["auto", "none", "layers", "dots"] = "auto"
-    """What the backward pass computes again to save memory: nothing, whole layers, or all but matrix products; auto is
-    layers for models of more than eight."""
+    """Values that the backward pass recomputes to save memory: none; layers = whole layers; dots = all but matrix
+    products. auto = layers for models of more than eight layers, else none."""
     profile: bool = False
-    """Trace a few steps of each kind of work, once it is warm, into profile/ in the run directory, for Perfetto and
-    XProf."""
+    """Trace a few warm steps of each kind of work into profile/ in the run directory, for Perfetto and XProf."""
     log: LogSettings = LogSettings()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
@@ -231,7 +231,7 @@ class Runtime:
             raise ValueError(f"chat is for the stage generate, got it with stage {self.stage}")
         if self.chat and self.output is not None:
             raise ValueError("output is for generate on a data file, got it with chat, where /save FILE writes one")
-        if self.generate.phase is not None and self.stage not in ("generate", "export"):  # a file is tried with export
+        if self.generate.phase is not None and self.stage not in ("generate", "export"):  # files are checked as export
             raise ValueError(f"generate.phase is for the stage generate, got it with stage {self.stage}")
         if self.tools is not None and not self.chat:
             raise ValueError("tools is for a chat; in a data file each sample has its own. Set --chat")
@@ -249,17 +249,17 @@ class Runtime:
 
     @property
     def looks_only(self) -> bool:
-        """Whether the command changes nothing of a run, nor runs the model."""
+        """True if the command neither changes a run nor runs the model."""
         return self.stage in ("plan", "doctor")
 
     @property
     def resumes(self) -> bool:
-        """Whether the same command goes on where this one was interrupted."""
+        """True if rerunning an interrupted command resumes it."""
         return self.stage != "export" and not self.looks_only and (self.keeps_run or self.output is not None)
 
     @property
     def keeps_run(self) -> bool:
-        """Whether the command works in the run directory; some write one file of their own, or none."""
+        """True if the command writes to the run directory; other commands write a single file, or none."""
         alone = self.output is not None and self.stage != "export"
         writes = self.stage not in ("generate", "report") and not self.looks_only
         return writes and self.results is None and not alone
@@ -267,7 +267,7 @@ class Runtime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Runtime, Recipe):
-    """iTool: improves how a language model uses tools, by step-level tree search and preference training."""
+    """iTool: improves a language model's tool use by step-level tree search and preference training."""
 
     warmup: WarmupSettings = WarmupSettings()
     preference: PreferenceSettings = PreferenceSettings()
@@ -283,15 +283,15 @@ class Config(Runtime, Recipe):
                 raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
 
     def flat(self, kind: type[Recipe] | type[Runtime] | None = None) -> dict[str, Any]:
-        """Returns all settings, or those of one kind, by their command-line names, as plain values."""
+        """Returns all settings, or those of one kind, as plain values by command-line name."""
         return dict(_leaves(self, kind or Config))
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The settings of a command line; `--help` is printed and exits with 0.
+    """Returns the settings of a command line; `--help` prints the help and exits with 0.
 
     Raises:
-        ValueError: one line that names the setting, and the YAML file where it stands in one.
+        ValueError: a setting is wrong; one line that names it, and the YAML file if it comes from one.
     """
     arguments = [_at_home(argument) for argument in arguments]
     if not {"--stage", "--help", "-h"} & {argument.split("=")[0] for argument in arguments}:
@@ -311,20 +311,20 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def _at_home(argument: str) -> str:
-    """An argument whose ~ the shell left alone, as most do behind an equals sign."""
+    """Expands a ~ after an equals sign, which most shells leave alone."""
     name, equals, value = argument.partition("=")
     return f"{name}={Path(value).expanduser()}" if equals and value.startswith("~/") else argument
 
 
 def current_value(name: str, value: Any) -> Any:
-    """The value of a setting as it is called now; files and runs of earlier versions may hold true or false."""
+    """Returns the current name of a setting's value; files and runs of earlier versions may hold true or false."""
     return ONCE_TRUE_OR_FALSE[name][value] if name in ONCE_TRUE_OR_FALSE and isinstance(value, bool) else value
 
 
 def _current(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with the flags of settings that were once true or false as the values of today.
+    """Rewrites the flags of former boolean settings to their current values.
 
-    `--preference.control` is such a flag where no value follows it.
+    `--preference.control` is such a flag if no value follows it.
     """
     flags: dict[str, str] = {}
     for name, values in ONCE_TRUE_OR_FALSE.items():
@@ -337,7 +337,7 @@ def _current(arguments: Sequence[str]) -> list[str]:
 
 
 def _parse(arguments: list[str]) -> Config:
-    """What tyro makes of them, its errors as one line."""
+    """Parses the arguments with tyro; reports its errors as one line."""
     arguments = _current(arguments)
     printed = io.StringIO()
     try:
@@ -350,7 +350,7 @@ def _parse(arguments: list[str]) -> Config:
 
 
 def _one_line(box: str) -> str:
-    """The text in a box that tyro printed, without its frame, colours and last part, which points to --help."""
+    """Extracts the text of a box printed by tyro, without frame, colours and the last part, which points to --help."""
     lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines:
@@ -359,12 +359,12 @@ def _one_line(box: str) -> str:
         elif line and not line.startswith(("╭", "╰", "+")):
             parts[-1].append(line)
     text = "; ".join(" ".join(part) for part in (parts[:-1] or parts))
-    # tyro puts the section before what a dataclass of ours says, which names the setting itself.
+    # tyro prefixes our dataclasses' errors with the section, but they already name the setting.
     return re.sub(r"^Error parsing \w+: ", "", text) + "; see --help"
 
 
 def _given(arguments: list[str], name: str) -> str | None:
-    """What follows --config or --stage, the last time; ValueError where there are two of --config."""
+    """Returns the value of --config or --stage, the last one given; ValueError if --config is given twice."""
     flat = [part for argument in arguments for part in argument.split("=", 1)]
     places = [i for i, part in enumerate(flat) if part == name]
     if len(places) > 1 and name == "--config":
@@ -373,14 +373,14 @@ def _given(arguments: list[str], name: str) -> str | None:
 
 
 def _names(chosen: str | None) -> list[str]:
-    """The configs that --config names; that of a run may lie in a folder whose name holds commas."""
+    """Splits --config into names; an existing file is kept whole, since a run's path may contain commas."""
     if chosen is None:
         return []
     return [chosen] if Path(chosen).is_file() else chosen.split(",")
 
 
 def find_config(name: str) -> Path:
-    """The YAML file of that name among the configs that come with the program, or of that path."""
+    """Returns the path of a bundled config of that name, or of the YAML file at that path."""
     package = Path(__file__).parent
     folders = (package / "configs", package.parent / "configs")
     file = f"{CONFIG_ALIASES.get(name, name)}.yaml"
@@ -392,9 +392,9 @@ def find_config(name: str) -> Path:
 
 
 def _file_arguments(path: Path, stage: str | None) -> list[str]:
-    """A YAML file as command-line arguments, so that one parser checks both.
+    """Converts a YAML file to command-line arguments, so that one parser checks both.
 
-    A run's own has the benchmark that the run was evaluated on, which most stages have no use for.
+    Drops the benchmark for stages that do not accept one: a run's own file holds the one it was evaluated on.
     """
     try:
         content = untrusted.read_yaml(path)
@@ -405,7 +405,7 @@ def _file_arguments(path: Path, stage: str | None) -> list[str]:
     flat = dict(_flatten(content))
     if (
         path.name == "config.yaml" and (path.parent / "environment.json").is_file()
-    ):  # that of a run, which may have been moved or copied since
+    ):  # the file of a run, which may have been moved or copied since
         flat["run_dir"] = str(path.parent)
     if unknown := sorted(set(flat) - set(Config(stage="iterate").flat())):
         raise ValueError(f"{path}: unknown setting {unknown[0]}; `--help` lists all")
@@ -429,7 +429,7 @@ def _argument(name: str, value: Any) -> list[str]:
 
 
 def _flatten(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of nested sections, each with its dotted name."""
+    """Yields (dotted name, value) for every value of nested sections."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{head}{key}.")
@@ -438,7 +438,7 @@ def _flatten(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(settings: Any, kind: type, head: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings that the dataclass `kind` and its sections declare, each with its dotted name."""
+    """Yields (dotted name, value) for every setting that the dataclass `kind` and its sections declare."""
     for field in dataclasses.fields(kind):
         value = getattr(settings, field.name)
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
@@ -455,12 +455,12 @@ MEMORY_SETTINGS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory for a program."""
+    """Returns true if a device ran out of memory."""
     return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def describe_error(error: BaseException, where: Path | None = None) -> str:
-    """One line for the user; `where` is what was being written, for errors that name no file."""
+    """Formats an error as one line for the user; `where` is the path being written, for errors that name no file."""
     text = untrusted.one_line(error)
     if isinstance(error, MemoryError):
         text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or give less data"

@@ -1,4 +1,4 @@
-"""`python -m itool_jax.main --stage=…`: reads the settings, runs the stage, turns errors of the user into one line."""
+"""`python -m itool_jax.main --stage=…`: reads the settings, runs the stage, and reports user errors in one line."""
 
 import dataclasses
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 from itool_jax.system.allocator import keep_freed_memory
 
 if __name__ == "__main__":
-    keep_freed_memory()  # before the imports below, which take a second and would come twice
+    keep_freed_memory()  # may restart the program, so it comes before the imports below, which take a second
 
 from itool_jax import config as settings
 from itool_jax.config import Config
@@ -24,8 +24,8 @@ USAGE_ERROR, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code; raises if the program itself is at fault.
 
-    The code is 0, or 2 for an error that the user can fix, 75 after a request to stop, 130 after Ctrl-C, and 141 if
-    nothing reads the output any more.
+    The code is 0 on success, 2 for an error that the user can fix, 75 after a request to stop, 130 after Ctrl-C, and
+    141 if the reader of the output is gone.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     config = None
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
         return BROKEN_PIPE
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
@@ -65,19 +65,19 @@ def _user_can_fix(error: Exception) -> bool:
 
 
 def _tell_other_processes(error: Exception, line: str) -> None:
-    """Leaves with the error, unless the error only follows from that of another process, which then ends this one."""
-    if isinstance(error, RuntimeError) and not _user_can_fix(error):  # perhaps a collective that another one left
+    """Reports the error to the other processes, unless it follows from another's failure, which then ends this one."""
+    if isinstance(error, RuntimeError) and not _user_can_fix(error):  # maybe a collective that another process left
         hosts.await_verdict()
     hosts.leave(line)
 
 
 def run(config: Config, arguments: Sequence[str] = ()) -> None:
     """Runs the stage of `config`, in its run directory if it has one."""
-    if config.stage == "report":  # follows a run that holds the devices, so it must not start JAX
+    if config.stage == "report":  # must not start JAX: a running command may hold the devices
         _stage(config).run(config)
         return
     _configure_jax(config)
-    if config.looks_only:  # chooses its devices itself
+    if config.looks_only:  # these stages choose their devices themselves
         _stage(config).run(config)
         return
     _join_processes(config)
@@ -89,8 +89,8 @@ def _stage(config: Config) -> Any:
 
 
 def _configure_jax(config: Config) -> None:
-    """Keeps compiled programs between commands, and multiplies float32 matrices in full precision."""
-    import jax  # slow to import; --help and errors of the command line come without it
+    """Enables the persistent compilation cache, and full precision for float32 matrix products."""
+    import jax  # slow to import, and --help and command-line errors do not need it
 
     from itool_jax.system import environment
 
@@ -100,7 +100,7 @@ def _configure_jax(config: Config) -> None:
 
 
 def _join_processes(config: Config) -> None:
-    """Joins the other processes of the command, and listens to requests to stop if the command can be resumed."""
+    """Joins the command's other processes; listens for stop requests if the command can be resumed."""
     from itool_jax.system import environment
 
     trackers.require(config.log)
@@ -113,7 +113,7 @@ def _join_processes(config: Config) -> None:
 
 
 def _on_devices_here(config: Config) -> Config:
-    """Shrinks the mesh to the devices here, for stages that use a trained model on any machine."""
+    """Shrinks the mesh to the available devices, for stages that use a trained model on any machine."""
     from itool_jax.model.sharding import mesh_here
 
     if config.stage not in ("generate", "export"):
@@ -125,7 +125,7 @@ def _on_devices_here(config: Config) -> Config:
 
 
 def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
-    """Runs a stage while no other command writes to the run directory or output, under the settings kept there."""
+    """Locks the run directory or output, saves or checks the settings there, and runs the stage."""
     from itool_jax.model.sharding import use_mesh
     from itool_jax.system import environment
 
@@ -135,7 +135,7 @@ def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
             open_log(config)
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
                 messages.say(line)
-        from itool_jax.planning import sizes  # slow to import; wrong settings are refused before it
+        from itool_jax.planning import sizes  # slow to import; wrong settings have been rejected by now
         from itool_jax.store.run import Run
 
         directory_run = sizes.resolved(Run(config))
@@ -144,7 +144,7 @@ def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
 
 
 def open_log(config: Config) -> None:
-    """Writes messages, numbers and traces to the run directory from now on; of several processes, the first does."""
+    """Starts writing messages, metrics and traces to the run directory; only the first process does."""
     close_log()
     if hosts.is_first():
         metrics.attach_trackers(trackers.open_trackers(config.log, config.run_dir, config.flat()))
@@ -153,7 +153,7 @@ def open_log(config: Config) -> None:
 
 
 def close_log() -> None:
-    """Ends what `open_log` began; does nothing if it did not."""
+    """Closes what `open_log` opened, if anything."""
     messages.close_log()
     progress.trace_into(None)
     metrics.close_trackers()

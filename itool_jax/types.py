@@ -1,6 +1,6 @@
-"""The key of dimension letters, and names for the array types that several modules share.
+"""Defines the dimension letters and the array types that several modules share.
 
-Every array of rank two or more ends in its letters, `log_probs_BTV`:
+The name of every array of rank two or more ends in its dimension letters, as in `log_probs_BTV`:
 
     B  batch: samples, or trees of a search      L  layers
     T  time: positions of a token sequence       H  attention heads
@@ -10,7 +10,7 @@ Every array of rank two or more ends in its letters, `log_probs_BTV`:
     P  prompts, shared by rows of a batch        R  target positions of a row, or rows that share a prompt
     A  answers to a question                     F  rotary frequencies
 
-The aliases hold for arrays of JAX and of NumPy alike; tests check them, and they cost nothing otherwise.
+The aliases apply to JAX and NumPy arrays alike. Tests check them; outside tests they cost nothing.
 """
 
 import jax

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A run on GPU nodes of a Kubernetes cluster: its name (a-z, 0-9, -), how many nodes, and an image made with launch/Dockerfile.cuda:
+# Starts a run on GPU nodes of a Kubernetes cluster. Arguments: the run's name (a-z, 0-9, -), the number of nodes, an image
+# built from launch/Dockerfile.cuda, and settings:
 #   launch/gke.sh mine 2 IMAGE --config=models/llama3.1-8b --data=/runs/FILE.jsonl --run_dir=/runs/mine
-# ACCELERATOR and GPUS say what a node has. The cluster needs JobSet and the storage of launch/gke_storage.yaml. What is
-# applied is kept in NAME.yaml: `kubectl delete -f mine.yaml` ends the run, and the same command goes on with it.
+# ACCELERATOR and GPUS describe a node. The cluster needs JobSet and the storage of launch/gke_storage.yaml. The applied
+# manifest is kept in NAME.yaml: `kubectl delete -f mine.yaml` ends the run, and the same command resumes it.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 [[ ${1:-} =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${2:-} =~ ^[1-9][0-9]*$ && ${3:-} ]] || { grep '^# ' "$0" >&2; exit 2; }

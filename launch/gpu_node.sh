@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on all GPUs of this machine, which share the weights, and its model as a folder for vLLM or transformers:
+# Runs on all GPUs of this machine, which share the weights, and exports the model as a folder for vLLM or transformers:
 #   launch/gpu_node.sh runs/mine --config=models/llama3.1-8b --data=FILE.jsonl
-# GPUS takes fewer of them; EXPORT=adapter writes the adapters alone, as a run with --config=…,24gb wants it. Where the
-# machine can be taken away, give it a run directory that stays, and the same command when it is back.
+# GPUS limits their number. EXPORT=adapter writes only the adapters, as needed for --config=…,24gb. If the machine can be
+# preempted, use a run directory on storage that persists, and rerun the same command when the machine is back.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 [[ ${1:--} != -* ]] || { grep '^# ' "$0" >&2; exit 2; }

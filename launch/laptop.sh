@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The default run on this machine: two cores and 4 GB are enough. Settings are passed on, for instance --seed=1.
+# Starts the default run on this machine: two cores and 4 GB are enough. Passes settings on, such as --seed=1.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes on this machine, as if each were a host, to try what many hosts do:
+# Starts several processes on this machine, as if each were a host, to try out multi-host runs:
 #   launch/processes.sh 2 --run_dir=runs/two
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else exec "$@"; fi; }
@@ -17,7 +17,7 @@ done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null' TERM INT
 code=0
 for pid in "${pids[@]}"; do
-    while kill -0 "$pid" 2> /dev/null; do wait "$pid" || true; done # a signal ends a wait, and not yet the process
+    while kill -0 "$pid" 2> /dev/null; do wait "$pid" || true; done # a signal ends the wait, but not yet the process
     wait "$pid" || code=$?
 done
 exit "$code"

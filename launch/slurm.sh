@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A run on several nodes, one process a node; what it takes is passed on:
+# Starts a run on several nodes, one process per node; passes settings on:
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh --config=models/llama3.1-8b --data=FILE.jsonl --run_dir=/shared/runs/mine
-# The run directory must be one that all nodes see. Two minutes before the time is over, and where the job is preempted,
-# Slurm sends SIGTERM to the processes: they keep what they have and end with code 75. After that, and where one was lost
-# (the others end with 69; srun gives the highest code, which is the lost one's signal), the job is queued again and goes
-# on where it was; RESTARTS bounds how often after a loss.
+# All nodes must see the run directory. Two minutes before the time limit, and when the job is preempted, Slurm sends
+# SIGTERM to the processes: they save their state and exit with code 75. Then the job is requeued and resumes. It is also
+# requeued if a process is lost, at most RESTARTS times. The others then exit with 69; srun returns the highest code,
+# which is the lost process's signal.
 #SBATCH --job-name=itool
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Many runs of one process each, every config with every seed: here 2 × 3 of them, in runs/grid/CONFIG/SEED:
+# Starts many runs of one process each, every config with every seed: here 2 × 3 runs, in runs/grid/CONFIG/SEED:
 #   sbatch --array=0-5 --gpus=1 launch/slurm_array.sh runs/grid 'demo demo,ablations/ipo' '0 1 2' --iterations=2
-# What follows the seeds is passed on. A run whose time is over, that is preempted or killed is queued again, as by
-# launch/slurm.sh, and goes on where it was.
+# Arguments after the seeds are passed on. A run that reaches its time limit, is preempted or is killed is requeued and
+# resumes, as with launch/slurm.sh.
 #SBATCH --job-name=itool-array
 #SBATCH --ntasks=1
 #SBATCH --requeue
@@ -29,6 +29,6 @@ run srun --cpu-bind=none \
 code=$?
 lost=$((code == 69 || code > 128))
 if ((code == 75 || (lost && ${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-20}))); then
-    run scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # SLURM_JOB_ID is the whole array's in one of them
+    run scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # for one task, SLURM_JOB_ID is the whole array's id
 fi
 exit "$code"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A run on all hosts of a Cloud TPU slice, from one's own machine; the package must be installed on its hosts:
+# Starts a run on all hosts of a Cloud TPU slice, from your own machine; the package must be installed on the hosts:
 #   launch/tpu_pod.sh NAME ZONE --config=models/llama3.1-8b --data=/shared/FILE.jsonl --run_dir=/shared/runs/mine
-# Data and run directory must be where all hosts see them (Filestore, or a bucket mounted with gcsfuse). Before
-# maintenance the hosts get SIGTERM: the run keeps what it has and ends with code 75; this script then starts it again
-# when the slice is back, as it does where a host was lost (69) or the connection broke (255), RESTARTS times at most.
-# PYTHON is the hosts' Python with the package, 3.11 or newer: PYTHON=venv/bin/python, say.
+# All hosts must see the data and the run directory (Filestore, or a bucket mounted with gcsfuse). Before maintenance the
+# hosts get SIGTERM: the run saves its state and exits with code 75, and this script restarts it when the slice is back.
+# It also restarts after a lost host (69) or a broken connection (255), at most RESTARTS times.
+# PYTHON is the hosts' Python with the package, 3.11 or newer, such as PYTHON=venv/bin/python.
 set -uo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 (($# >= 2)) || { grep '^# ' "$0" >&2; exit 2; }
@@ -23,6 +23,6 @@ while true; do
     while [[ $state != READY ]]; do
         sleep 30
         state=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)') || exit "$code"
-        [[ $state != PREEMPTED ]] || exit "$code" # such a slice does not come back
+        [[ $state != PREEMPTED ]] || exit "$code" # a preempted slice does not come back
     done
 done

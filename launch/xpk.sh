@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on a TPU slice of a GKE cluster made by xpk, which writes the JobSet: its name, the cluster, the slice's type, and
-# the image made with launch/Dockerfile.cpu and --build-arg EXTRA=tpu:
+# Starts a run on a TPU slice of a GKE cluster made by xpk, which writes the JobSet. Arguments: the run's name, the cluster,
+# the slice's type, an image built from launch/Dockerfile.cpu with --build-arg EXTRA=tpu, and settings:
 #   launch/xpk.sh mine CLUSTER v5litepod-16 IMAGE --config=models/llama3.1-8b --data=/runs/FILE.jsonl --run_dir=/runs/mine
-# STORAGE is the name of storage that `xpk storage create` or `attach` made known, mounted on all hosts.
+# STORAGE names storage that was registered by `xpk storage create` or `attach`; it is mounted on all hosts.
 set -euo pipefail
 run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}"; else "$@"; fi; }
 (($# >= 4)) || { grep '^# ' "$0" >&2; exit 2; }

@@ -271,5 +271,5 @@ def test_the_official_scorer_agrees_on_real_outputs(simulators: Simulators) -> N
 
 def test_without_the_environment_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ITOOL_BFCL", str(tmp_path))
-    with pytest.raises(ValueError, match=r"is not installed in .*; run python -m itool_jax\.evaluation\.bfcl_setup"):
+    with pytest.raises(ValueError, match=r"is not installed in .*; run python -m itool_jax\.evaluation\.bfcl\.setup"):
         Simulators()

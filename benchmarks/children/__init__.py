@@ -1,1 +1,1 @@
-"""The programs that are measured: ours and its peers, each a process that `benchmarks.run` starts and asks."""
+"""Measured programs, ours and its peers', each a process that `benchmarks.run` starts and queries."""

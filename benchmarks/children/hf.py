@@ -1,4 +1,4 @@
-"""Hugging Face transformers on PyTorch: batched generation, scoring and loading."""
+"""Runs Hugging Face transformers on PyTorch: batched generation, scoring and loading."""
 
 import os
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import transformers
 
 from benchmarks.protocol import Task, Work, serve, timed
 
-ROWS_PER_FORWARD = 8  # of scoring: faster here than all rows at once, whose logits alone are gigabytes
+ROWS_PER_FORWARD = 8  # for scoring: faster here than all rows at once, whose logits alone are gigabytes
 
 
 def load(task: Task) -> Any:
-    """The model, ready to generate without stopping early."""
+    """Loads the model, ready to generate without stopping early."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(task["seed"])
     model = transformers.AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32).eval()
@@ -24,7 +24,7 @@ def load(task: Task) -> Any:
 
 
 def sampler(model: Any, ids_BT: torch.Tensor, new: int) -> Callable[[bool], torch.Tensor]:
-    """Continues all rows by `new` tokens, by sampling at temperature 1 or greedily."""
+    """Returns a function that continues all rows by `new` tokens, sampled at temperature 1 or greedy."""
 
     def run(sample: bool) -> torch.Tensor:
         drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
@@ -47,7 +47,7 @@ def search_batched(task: Task) -> Work:
 
 
 def log_prob_sums(model: Any, ids_BT: torch.Tensor, n_targets: int) -> torch.Tensor:
-    """Sums of log π over the last tokens of each row, whose logits alone are computed."""
+    """Returns the sums of log π over the last tokens of each row; computes logits only for these."""
     with torch.inference_mode():
         logits = model(ids_BT, logits_to_keep=n_targets + 1, use_cache=False).logits[:, :-1].float()
     targets = ids_BT[:, -n_targets:, None]

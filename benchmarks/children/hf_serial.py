@@ -1,5 +1,6 @@
-"""Search on Hugging Face generate, a prompt and a candidate at a time, in the manner of the public code of
-arXiv 2405.00451: every candidate reads its prompt again, is scored by a forward of its own, and judged by another.
+"""Searches with Hugging Face generate, one prompt and candidate at a time, like the public code of arXiv 2405.00451.
+
+Every candidate reads its prompt again, and is scored by one forward pass and judged by another.
 """
 
 import itertools
@@ -17,7 +18,7 @@ N_CHECKED = 2
 
 
 class StepEnd(transformers.StoppingCriteria):
-    """Decodes what was generated after each token, and stops where the step ends."""
+    """Stopping criterion that decodes the new text after each token and stops where the step ends."""
 
     def __init__(self, tokenizer: Any, prompt_length: int, path: list[int]):
         self.tokenizer, self.start, self.before = tokenizer, prompt_length, tokenizer.decode(path)
@@ -64,7 +65,7 @@ class Serial:
         return logits.softmax(-1)[0].item()
 
     def grade(self, path: list[int], finished: bool) -> float:
-        """Calls compared as text without spaces: a stricter reading than the package's, and as cheap."""
+        """Compares calls as text without spaces: stricter than the package's reading, and as cheap."""
         gold, text = self.problem["sample"]["target"], self.tokenizer.decode(path, skip_special_tokens=True)
         return 1.0 if finished and gold.split() == text.split() else -1.0
 
@@ -73,7 +74,7 @@ class Serial:
 
 
 def search(task: Task) -> Work:
-    """A round is the whole search of one prompt, the next one each time."""
+    """Measures the whole search of one prompt per round, the next prompt each time."""
     model, tokenizer = load(task), transformers.AutoTokenizer.from_pretrained(task["model"])
     settings = serial.SerialSettings(**task["sizes"]["settings"])
     problems = itertools.cycle(task["problems"])
@@ -87,7 +88,7 @@ def search(task: Task) -> Work:
 
 
 def _first_gold_steps(model: Any, tokenizer: Any, task: Task, limit: int) -> Sequence[float]:
-    """For the first problems: log-probability and self-evaluation of the gold's first step; generation is warm then."""
+    """Returns log-probability and self-evaluation of the first problems' first gold steps; warms up generation."""
     found: list[float] = []
     for problem in task["problems"][:N_CHECKED]:
         one, step = Serial(model, tokenizer, task, problem), problem["gold_steps"][0][:limit]

@@ -1,4 +1,4 @@
-"""This package, as `benchmarks.run` measures it: through the functions that its stages call."""
+"""Runs this package for `benchmarks.run`, through the functions that its stages call."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ from itool_jax.training.losses import LossSettings
 from itool_jax.training.settings import PreferenceSettings, WarmupSettings
 
 LANES = 16
-"""Prompts searched together: two cores are full then."""
+"""Number of prompts searched together, enough to fill two cores."""
 
 
 def load(task: Task) -> tuple[Base, Policy]:
@@ -45,13 +45,13 @@ def load(task: Task) -> tuple[Base, Policy]:
 
 
 def step_table(base: Base, *, endless: bool) -> StepTable:
-    """Where steps end; an endless one knows no stop token, so that every response has its full length."""
+    """Returns the table of step ends; an endless one has no stop token, so that every response has its full length."""
     table = build_step_table(base.chat.tokenizer, "call", base.config.vocab_size, base.chat.stop_ids)
     return table._replace(is_stop_V=jnp.zeros_like(table.is_stop_V)) if endless else table
 
 
 def in_order(batches: Iterable[list[tuple[int, Any]]]) -> list[Any]:
-    """The values of all rows of some batches, by their index."""
+    """Returns the values of all rows of some batches, in order of their index."""
     return [value for _, value in sorted(itertools.chain.from_iterable(batches))]
 
 
@@ -82,7 +82,7 @@ def score(task: Task) -> Work:
 
 
 def search_batched(task: Task) -> Work:
-    """Several samples of each prompt, which is computed once: what an expansion of the search does."""
+    """Measures several samples of each prompt, which is prefilled once, as in an expansion of the search."""
     base, policy = load(task)
     table, prompts = step_table(base, endless=True), task["prompts"]
     candidates, new = task["sizes"]["candidates"], task["sizes"]["new"]
@@ -110,7 +110,7 @@ def search_batched(task: Task) -> Work:
 
 
 def search_trees(task: Task) -> Work:
-    """The search with its prefill, of all problems."""
+    """Measures the search of all problems, including prefill."""
     base, policy = load(task)
     table = step_table(base, endless=False)
     batch = [searched(problem) for problem in task["problems"]]
@@ -134,14 +134,14 @@ def search_trees(task: Task) -> Work:
 
 
 def searched(problem: dict[str, Any]) -> Searched:
-    """A problem of a task."""
+    """Converts a problem of a task for the search."""
     row = {key: tuple(value) if isinstance(value, list) else value for key, value in problem["sample"].items()}
     sample = Sample(**row)
     return Searched(sample, Encoded(sample.id, problem["prompt_ids"], problem["target_ids"]))
 
 
 def _first_gold_steps(model: ModelPolicy) -> list[float]:
-    """For each problem: log-probability and self-evaluation of the gold's first step."""
+    """Returns log-probability and self-evaluation of the gold's first step, for each problem."""
     limit = model.settings.max_step_tokens
     steps = [problem.gold_steps[0][:limit] for problem in model.problems[: model.settings.lanes]]
     proposals = model.propose([State(b, b, [], limit, False, step) for b, step in enumerate(steps)])
@@ -187,7 +187,10 @@ def dpo(task: Task) -> Work:
 
 
 def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, values: Any = ()) -> Work:
-    """Steps of the training loop; the check is the losses, up to where the adapters' random start tells."""
+    """Measures steps of the training loop, and returns their losses to check.
+
+    Of adapters only the first loss is checked, before their random start matters.
+    """
     config, params = hf.load(Path(task["model"]))
     lora = LoraSettings(**task["sizes"]["lora"])
     trainable: Params = params
@@ -200,7 +203,7 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
         trained = training.train_resumably(
             loss(graph),
             settings,
-            (jax.tree.map(jnp.copy, trainable), frozen),  # training uses them up
+            (jax.tree.map(jnp.copy, trainable), frozen),  # training consumes them
             batches,
             seed=task["seed"],
             what=task["name"],
@@ -215,7 +218,7 @@ def _training(task: Task, loss: Any, settings: Any, batches: Any, amount: int, v
 
 
 def load_weights(task: Task) -> Work:
-    """Loading of a checkpoint, until every weight has been read."""
+    """Measures loading a checkpoint until every weight has been read."""
 
     def load_and_sum() -> float:
         _, params = hf.load(Path(task["model"]), stacked=False)
@@ -243,13 +246,13 @@ SUITES = {
 
 
 def device() -> str:
-    """The accelerator, or the processors."""
+    """Returns the name of the accelerator or of the processors."""
     kind = jax.devices()[0].device_kind
     return cpu() if kind == "cpu" else f"{jax.device_count()} x {kind}"
 
 
 if __name__ == "__main__":
-    # As itool_jax.main sets it for float32; the compilation cache comes with the environment.
+    # The same settings as in itool_jax.main for float32; the environment sets the compilation cache.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_default_matmul_precision", "highest")
     serve(SUITES, device)

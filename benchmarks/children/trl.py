@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer and DPOTrainer on PyTorch, with PEFT's adapters, timed from the first step's beginning to the last
-one's end inside a real `train()`.
+"""Runs TRL's SFTTrainer and DPOTrainer on PyTorch, with PEFT's adapters.
+
+Times them inside a real `train()`, from the beginning of the first step to the end of the last.
 """
 
 import os
@@ -20,7 +21,7 @@ ALPHA = 32.0
 
 
 class Clock(transformers.TrainerCallback):
-    """When the steps of a `train()` began and ended, and their losses."""
+    """Callback that records when the steps of a `train()` began and ended, and their losses."""
 
     def __init__(self) -> None:
         self.start = self.end = 0.0
@@ -41,7 +42,7 @@ class Clock(transformers.TrainerCallback):
 
 
 class TokenDpoTrainer(trl.DPOTrainer):
-    """A DPOTrainer for pairs that are token ids already."""
+    """A DPOTrainer for pairs that are already token ids."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
@@ -67,7 +68,10 @@ def dpo(task: Task, precompute: bool = False) -> Work:
 
 
 def _arguments(task: Task) -> dict[str, Any]:
-    """As ours trains: one batch a step, AdamW, a cosine without a rise, float32, no activations computed twice."""
+    """Returns arguments that match our training: one batch per step, AdamW, cosine without warm-up, no recomputation.
+
+    Everything is float32.
+    """
     torch.set_num_threads(os.cpu_count() or 1)
     return {
         "output_dir": tempfile.mkdtemp(dir=task["out"]),
@@ -110,13 +114,13 @@ def _work(trainer: Any, amount: float, task: Task) -> Work:
 
     run()
     losses = [log["loss"] for log in clock.logs]
-    # Of preferences the log-probabilities too: before the first step their loss is ln 2 whatever the model.
+    # For preferences also the log-probabilities: before the first step, the loss is ln 2 for any model.
     values = [clock.logs[0][f"logps/{side}"] for side in ("chosen", "rejected") if f"logps/{side}" in clock.logs[0]]
     return Work({"values": [*values, *(losses[:1] if task["sizes"]["lora"]["rank"] else losses)]}, run)
 
 
 def cached_dpo(task: Task) -> Work:
-    """DPO with the reference's log-probabilities computed beforehand, which TRL does when asked."""
+    """Runs DPO with the reference's log-probabilities computed beforehand, an option of TRL."""
     return dpo(task, precompute=True)
 
 

@@ -1,4 +1,4 @@
-"""Tunix on JAX: its sampler, and its trainers with qwix' adapters, in float32."""
+"""Runs Tunix on JAX: its sampler, and its trainers with qwix adapters, in float32."""
 
 import json
 import time
@@ -42,7 +42,7 @@ def load(task: Task) -> tuple[ModelConfig, Any]:
 
 
 class Rows:
-    """A tokenizer whose texts are the numbers of the task's prompts; no token ends a response."""
+    """A tokenizer whose texts are the indices of the task's prompts; no token ends a response."""
 
     def __init__(self, prompts: Sequence[list[int]]):
         self.prompts = prompts
@@ -131,8 +131,8 @@ def dpo(task: Task) -> Work:
 
 
 def _training(trainer: Any, batch: Any, amount: float, task: Task, names: Sequence[str]) -> Work:
-    """A round is some steps inside a `train()`; the check is what the first step tells."""
-    trainer.is_managed_externally = True  # the trainer goes on where it was, rather than skip what it has seen
+    """Measures some steps inside a `train()` per round; checks the metrics of the first step."""
+    trainer.is_managed_externally = True  # the trainer continues instead of skipping what it has seen
     steps = task["sizes"]["steps"]
 
     def run() -> tuple[float, float]:

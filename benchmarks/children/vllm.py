@@ -1,4 +1,4 @@
-"""vLLM's build for processors, in float32: greedy generation, and several samples a prompt."""
+"""Runs vLLM's CPU build in float32: greedy generation, and several samples per prompt."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ def _work(task: Task, candidates: int) -> Work:
     engine, prompts = _engine(task)
 
     def run(temperature: float) -> list[list[int]]:
-        engine.reset_prefix_cache()  # candidates share their prompt; rounds do not
+        engine.reset_prefix_cache()  # candidates share their prompt's cache; rounds must not
         new = task["sizes"]["new"]
         settings = vllm.SamplingParams(n=candidates, temperature=temperature, max_tokens=new, ignore_eos=True)
         answers = engine.generate(prompts, settings, use_tqdm=False)
         return [list(one.token_ids) for answer in answers for one in answer.outputs]
 
-    # Greedy candidates are all alike, and vLLM refuses more than one of them.
+    # Greedy candidates are identical, and vLLM refuses to make more than one.
     greedy = [list(row) for row in _greedy(engine, prompts, task) for _ in range(candidates)]
     run(float(candidates > 1))
     return Work({"tokens": greedy}, timed(lambda: sum(map(len, run(float(candidates > 1))))))

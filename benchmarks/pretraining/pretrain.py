@@ -1,8 +1,8 @@
-"""Trains the embedded checkpoint from nothing: `python -m benchmarks.pretraining.pretrain --output DIR`.
+"""Trains the embedded checkpoint from scratch: `python -m benchmarks.pretraining.pretrain --output DIR`.
 
 Out: a Hugging Face folder (config.json, model.safetensors, tokenizer, chat template, model card with the measured
-accuracy). The corpus is `data.generated`'s pretraining part: short samples first, then all; in the second half also
-questions of self-evaluation, about answers spoiled by hand and about the model's own answers.
+accuracy). The corpus is `data.generated`'s pretraining part: short samples first, then all. From 0.4 of the steps on it
+also has self-evaluation questions about answers spoiled by rules, from 0.6 on also about the model's own answers.
 """
 
 import dataclasses
@@ -35,27 +35,27 @@ from itool_jax.text.steps import build_step_table, split_steps
 from itool_jax.training.loop import TrainState, sft_loss, train_step
 from itool_jax.training.replay import curriculum, sample_features
 
-SPOILED_SHARE, OWN_SHARE = 0.12, 0.15  # of all rows: self-evaluation of answers spoiled by hand; of the model's own
+SPOILED_SHARE, OWN_SHARE = 0.12, 0.15  # shares of rows that evaluate spoiled answers, and the model's own answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the embedded checkpoint is trained."""
+    """Training options of the embedded checkpoint."""
 
     output: Path
-    """Folder of the new checkpoint."""
+    """Folder for the new checkpoint."""
     start: Path | None = None
-    """Folder of a checkpoint of this script to train on; without one, training begins from a structured start."""
+    """Folder of a checkpoint of this script to train further. Without one, training begins from a structured start."""
     seed: int = 0
     """Seed of weights, corpus and order."""
     tokens: float = 18e6
-    """Tokens to train on, padding included."""
+    """Tokens to train on, including padding."""
     short_tokens: float = 3e6
-    """Tokens in the beginning that come from short samples only."""
+    """Tokens at the beginning that come from short samples only; at most 0.4 of `tokens`."""
     learning_rate: float = 2e-3
-    """Highest learning rate of AdamW."""
+    """Peak learning rate of AdamW."""
     tokens_per_batch: int = 2048
-    """Tokens in a batch, padding included."""
+    """Tokens per batch, including padding."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.short_tokens <= 0.4 * self.tokens:
@@ -63,7 +63,7 @@ class Settings:
 
 
 def model_config(vocab_size: int) -> ModelConfig:
-    """The embedded architecture: about a million weights."""
+    """Returns the embedded architecture: about a million weights."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=144,
@@ -81,7 +81,7 @@ def model_config(vocab_size: int) -> ModelConfig:
 
 
 def raw_config(config: ModelConfig, chat: Chat) -> dict[str, object]:
-    """The config.json that reads back as `config`."""
+    """Returns the config.json that reads back as `config`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -106,7 +106,7 @@ def raw_config(config: ModelConfig, chat: Chat) -> dict[str, object]:
 
 
 class Corpus:
-    """An endless stream of batches, made in a thread of its own."""
+    """An endless stream of batches, which `prefetched` makes in a thread."""
 
     def __init__(self, chat: Chat, settings: Settings, vocab_size: int):
         self.chat, self.settings = chat, settings
@@ -116,7 +116,7 @@ class Corpus:
         self.short_only, self.spoiled = True, False
 
     def row(self, index: int) -> tuple[list[int], list[int]]:
-        """Prompt and target of one row: a sample, or a question about an answer to it."""
+        """Returns prompt and target of one row: a sample, or a question about an answer to it."""
         rng = random.Random(f"{self.settings.seed}/{index}/row")
         draw = rng.random()
         if self.own and draw < OWN_SHARE:
@@ -130,7 +130,10 @@ class Corpus:
         return encoded.prompt_ids, encoded.target_ids
 
     def spoil(self, rng: random.Random, encoded: Encoded, other: Sample) -> list[int]:
-        """A wrong answer near the right one: a word of it changed, dropped or doubled, or another sample's answer."""
+        """Returns a wrong answer near the right one.
+
+        A token is changed or dropped, the first step is doubled, or another sample's answer is taken.
+        """
         ids = list(encoded.target_ids)
         place = rng.randrange(1, len(ids) - 1)
         kind = rng.randrange(4)
@@ -148,7 +151,7 @@ class Corpus:
     def question(
         self, rng: random.Random, encoded: Encoded, answer: list[int], right: bool
     ) -> tuple[list[int], list[int]]:
-        """A question of self-evaluation about a whole answer or its first steps, and the letter that answers it."""
+        """Returns a self-evaluation question about an answer or its first steps, and the letter that answers it."""
         gold = encoded.target_ids[:-1]
         steps = split_steps(self.table, answer)
         shown = [t for step in steps[: rng.randint(1, len(steps))] for t in step] if rng.random() < 0.5 else answer
@@ -158,7 +161,7 @@ class Corpus:
         return encoded.prompt_ids + before + shown + after, [letter, self.chat.end_of_turn]
 
     def batches(self, index: int) -> Iterator[padding.TargetBatch]:
-        """Shuffled batches of rows of similar width, from row `index` on, for ever."""
+        """Yields shuffled batches of rows of similar width, from row `index` on, forever."""
         window = 768
         while True:
             rows = [self.row(i) for i in range(index, index + window)]
@@ -173,7 +176,7 @@ class Corpus:
 
 
 def prefetched(batches: Iterator[padding.TargetBatch], depth: int = 8) -> Iterator[padding.TargetBatch]:
-    """The same batches, made ahead in a thread."""
+    """Yields the same batches, made ahead in a thread."""
     ready: queue.Queue = queue.Queue(depth)
 
     def work() -> None:
@@ -186,13 +189,13 @@ def prefetched(batches: Iterator[padding.TargetBatch], depth: int = 8) -> Iterat
 
 
 def held_out(count: int, chat: Chat, seed: int) -> tuple[list[Sample], list[Encoded]]:
-    """Samples that training never sees: names of their own, and another stream of tools."""
+    """Returns samples that training never sees, with other names and another stream of tools."""
     samples = [make_sample("pretraining_test", i, seed) for i in range(count)]
     return samples, [chat_format.encode_sample(chat, sample) for sample in samples]
 
 
 def answers(policy: Policy, corpus: Corpus, encoded: list[Encoded], temperature: float) -> list[list[int]]:
-    """The model's answers, end of turn removed."""
+    """Returns the model's answers, without the end of turn."""
     settings = GenerateSettings(max_tokens=96, temperature=temperature)
     prompts = [(e.id, e.prompt_ids) for e in encoded]
     batches = generate(policy, corpus.table, prompts, settings, max_length=1024, seed=1)
@@ -201,7 +204,7 @@ def answers(policy: Policy, corpus: Corpus, encoded: list[Encoded], temperature:
 
 
 def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tuple[Encoded, list[int], bool]]:
-    """The model's own answers to training samples at temperature 1, half of them wrong where there are enough."""
+    """Judges the model's own answers to training samples at temperature 1; half of them wrong if there are enough."""
     samples = [make_sample("pretraining", i, corpus.settings.seed) for i in range(start, start + count)]
     encoded = [chat_format.encode_sample(corpus.chat, sample) for sample in samples]
     found = answers(policy, corpus, encoded, temperature=1.0)
@@ -212,7 +215,7 @@ def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tu
 
 
 def accuracy(policy: Policy, corpus: Corpus, count: int) -> dict[str, tuple[float, float, int]]:
-    """(accuracy, standard error, n) of exact answers on held-out samples, overall and by part."""
+    """Returns (accuracy, standard error, n) of exact answers on held-out samples, overall and by part."""
     samples, encoded = held_out(count, corpus.chat, corpus.settings.seed)
     found = answers(policy, corpus, encoded, temperature=0.0)
     right = {e.id: ids == e.target_ids[:-1] for e, ids in zip(encoded, found, strict=True)}
@@ -246,7 +249,8 @@ def train(settings: Settings) -> None:
     state, key = TrainState(params, optimizer.init(params)), jax.random.key(settings.seed)
     starts = [int(share * n_steps) for share in (0.0, settings.short_tokens / settings.tokens, 0.4, 0.6, 0.8, 1.0)]
     for phase, (first, last) in enumerate(itertools.pairwise(starts)):
-        # 1. Short samples; 2. all; 3. questions about spoiled answers too; 4. and 5. also about the model's own.
+        # Phases: 1. short samples; 2. all; 3. also questions about spoiled answers; 4 and 5. also about the model's
+        # own.
         if first == last:
             continue
         corpus.short_only, corpus.spoiled = phase == 0, phase >= 2
@@ -291,7 +295,7 @@ The words of the default task's domains occurred in training as names of random 
 
 
 def write_card(settings: Settings, measured: dict[str, tuple[float, float, int]], n_weights: int) -> None:
-    """The model card, with what was measured."""
+    """Writes the model card with the measurements."""
     rows = "\n".join(f"| {name} (n={n}) | {100 * p:.1f} | {100 * e:.1f} |" for name, (p, e, n) in measured.items())
     count = measured["overall"][2]
     card = CARD.format(n_weights=n_weights, commands="\n".join(_commands(settings)), count=count, rows=rows)
@@ -299,7 +303,7 @@ def write_card(settings: Settings, measured: dict[str, tuple[float, float, int]]
 
 
 def _commands(settings: Settings) -> list[str]:
-    """The commands that led to a checkpoint, those of the one it started from first."""
+    """Returns the commands that led to a checkpoint, beginning with those of the one it started from."""
     indent, program = "    ", "python -m benchmarks.pretraining.pretrain"
     earlier: list[str] = []
     if settings.start is not None:

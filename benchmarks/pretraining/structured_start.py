@@ -1,17 +1,17 @@
-"""Initial weights that can already copy: what a small model would otherwise spend most of its training to find.
+"""Makes initial weights that can already copy, which a small model spends most of its training learning.
 
 The residual stream starts in orthogonal parts: a token's code, the codes of the tokens one and two back, the kind of
-the last marker (such as <|tools|>), and a constant. Heads of layer 0 look back by position and fill the middle parts;
-heads of layer 1 are induction heads: they find where the last one or two tokens stood before and copy what followed
+the last marker (such as <|tools|>), and a constant. Heads of layer 0 look back by position and fill the middle parts.
+Heads of layer 1 are induction heads: they find where the last one or two tokens occurred before and copy what followed
 (https://arxiv.org/abs/2209.11895). The rest starts mimetic: attending to similar tokens
-(https://arxiv.org/abs/2305.09828). In: a model's shapes and a seed. Out: its weights, to be trained as any.
+(https://arxiv.org/abs/2305.09828). In: a model's shapes and a seed. Out: its weights, to be trained as usual.
 """
 
 import numpy as np
 
 from itool_jax.model.transformer import ModelConfig, Params
 
-CONSTANT = 0.5  # share of every embedding that is the same for all tokens: it lets a head look by position alone
+CONSTANT = 0.5  # share of every embedding that is the same for all tokens; lets a head look by position alone
 SHARPNESS = 60.0  # logit by which a positional head prefers its offset, per unit of cosine
 MATCH = 40.0  # logit of a full match of an induction head
 COPY = 3.0  # weight of what an induction head copies, against the token's own code
@@ -22,7 +22,7 @@ Layer = dict[str, np.ndarray]
 
 
 def structured_start(config: ModelConfig, markers: list[int], seed: int) -> Params:
-    """Weights of a model without biases, of six heads or more; `markers` are ids that open a part of the prompt."""
+    """Returns weights of a model without biases, of six heads or more; `markers` are ids that open a prompt part."""
     rng = np.random.default_rng(seed)
     D, size = config.hidden_size, config.head_dim
     basis_DD = _orthonormal(rng, D)
@@ -39,7 +39,7 @@ def structured_start(config: ModelConfig, markers: list[int], seed: int) -> Para
     for head, copied in enumerate((code_1, code_2)):
         _attend_match(layers[1], head, [same], copied, COPY * copied, config)
         _attend_match(layers[1], head + 2, [same, same_two], copied, COPY * copied, config)
-    # Where a word stood before, and in which part of the prompt: in the question, say.
+    # Find where a word occurred before, and in which part of the prompt, such as the question.
     _attend_match(layers[1], 4, [code], part, part, config)
     stacked = {name: np.stack([layer[name] for layer in layers]).astype(np.float32) for name in layers[0]}
     linear = {name: {"kernel": kernel} for name, kernel in stacked.items()}
@@ -60,13 +60,13 @@ def _orthonormal(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _slow(read_SD: np.ndarray) -> np.ndarray:
-    """The rows of a projection that fall into slow rotary pairs, the others zero."""
+    """Returns the rows of a projection that fall into slow rotary pairs, with the others zero."""
     half = len(read_SD) // 2
     return read_SD * np.tile(np.arange(half) >= FAST_PAIRS, 2)[:, None]
 
 
 def _mimetic_layer(rng: np.random.Generator, config: ModelConfig) -> Layer:
-    """Kernels [in, out]: queries and keys read alike, values and outputs start small."""
+    """Returns kernels [in, out]: queries and keys read alike, values and outputs start small."""
     D, F, H, size = config.hidden_size, config.intermediate_size, config.n_heads, config.head_dim
 
     def noise(*shape: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def _mimetic_layer(rng: np.random.Generator, config: ModelConfig) -> Layer:
 def _look_back(
     layer: Layer, head: int, offset: int, constant: np.ndarray, code: np.ndarray, kept: np.ndarray, config: ModelConfig
 ) -> None:
-    """A head that attends `offset` tokens back and keeps that token's code."""
+    """Makes a head that attends `offset` tokens back and keeps that token's code."""
     size = config.head_dim
     own, half = slice(head * size, (head + 1) * size), size // 2
     angle = offset * config.rope_theta ** (-np.arange(half) / half)
@@ -109,7 +109,7 @@ def _look_for_marker(
     part: np.ndarray,
     config: ModelConfig,
 ) -> None:
-    """A head that attends to the last marker, by a rotary pair that tells near from far, and keeps its code."""
+    """Makes a head that attends to the last marker, by a rotary pair that tells near from far, and keeps its code."""
     size, D = config.head_dim, config.hidden_size
     own, pair = slice(head * size, (head + 1) * size), FAST_PAIRS
     strength = np.sqrt(SHARPNESS * np.sqrt(size))
@@ -130,7 +130,7 @@ def _attend_match(
     write: np.ndarray,
     config: ModelConfig,
 ) -> None:
-    """A head that attends to where all (current, kept) codes of `match` agree, and writes what it reads there."""
+    """Makes a head that attends to where all (current, kept) codes of `match` agree, and writes what it reads there."""
     D, size = config.hidden_size, config.head_dim
     own, half = slice(head * size, (head + 1) * size), size // 2
     query_SD, key_SD = np.zeros((size, D)), np.zeros((size, D))
@@ -138,7 +138,7 @@ def _attend_match(
         current, kept = match[pair % len(match)]
         for row in (pair, pair + half):
             query_SD[row], key_SD[row] = current[row], kept[row]
-    share = (half - FAST_PAIRS - 1) / (2 * half)  # of a token's code that these pairs see
+    share = (half - FAST_PAIRS - 1) / (2 * half)  # share of a token's code that these pairs see
     scale = np.sqrt(MATCH * np.sqrt(size) / (D * share))
     layer["q"][:, own], layer["k"][:, own] = scale * query_SD.T, scale * key_SD.T
     layer["v"][:, own] = 0.0

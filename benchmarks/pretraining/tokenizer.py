@@ -1,7 +1,7 @@
-"""The embedded checkpoint's tokenizer and chat template, built from the generator's words.
+"""Builds the embedded checkpoint's tokenizer and chat template from the generator's words.
 
-A word, a digit or a run of punctuation is cut greedily into the longest known pieces, so that a name reads the same
-wherever it stands and copying it is copying ids. Every byte is a piece of last resort: any text survives a round trip.
+A word, a digit or a run of punctuation is cut greedily into the longest known pieces, so that a name has the same ids
+everywhere and copying it is copying ids. Every byte is a fallback piece, so any text survives a round trip.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from itool_jax.data import lexicon
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|tools|>", "<|assistant|>", "<|tool|>", "<|unknown|>")
-# A space belongs to the little word behind it; types carry the punctuation around them.
+# A space belongs to the small word after it; types include the punctuation around them.
 SMALL_WORDS = (
     "a and then also the in on at by to for of from with without as is it you i any please can could want need help "
     "me not do that only"
@@ -23,14 +23,14 @@ OTHER_WORDS = (
 ).split()
 SIGNS = '[ ] ( ) { } = =" " \' , . : ; | _ - + * / ? ! < > @ # $ % & ~ ^ `'.split()
 PUNCTUATION = (*SIGNS, '", ', ", ", '"), ', "), ", ")]", '")]', "]", '"]', "()", "()]", "(), ", ": ")
-# Runs are cut at 64 characters: the pieces of one are found in cubic time.
+# Runs are cut at 64 characters, because finding the pieces of one takes cubic time.
 PATTERN = (
     r":(?:" + "|".join(TYPES) + r")\??(?:, |\)\n)?"
     r"| (?:" + "|".join(SMALL_WORDS) + r")(?![A-Za-z0-9])"
     r"|[A-Za-z]{1,64}|[0-9]|\n| |[^\sA-Za-z0-9]{1,64} ?|\s"
 )
 
-# The tools stand behind the first question, so that each tool can be read in the light of what is asked.
+# The tools follow the first question, so that each tool can be read in the light of what is asked.
 TEMPLATE = """\
 {%- set seen = namespace(question=false) -%}
 {%- for message in messages -%}
@@ -55,7 +55,7 @@ TEMPLATE = """\
 
 
 def pieces() -> list[str]:
-    """The known pieces of text, in their fixed order."""
+    """Returns the known pieces of text, in their fixed order."""
     types = [f":{t}{q}{end}" for t in TYPES for q in ("", "?") for end in ("", ", ", ")\n")]
     names = [*lexicon.NAME_STARTS, *lexicon.NAME_ENDS]
     spoken = {w for group in (lexicon.OPENINGS, lexicon.JOINTS) for text in group for w in text.split() if w.isalpha()}
@@ -71,7 +71,7 @@ def _phrase_words(domain: lexicon.Domain) -> set[str]:
 
 
 def build() -> Any:
-    """The tokenizer as a `tokenizers.Tokenizer`: greedy longest pieces over bytes written as printable characters."""
+    """Builds a `tokenizers.Tokenizer`: greedy longest pieces over bytes written as printable characters."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

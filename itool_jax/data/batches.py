@@ -1,7 +1,7 @@
-"""Training batches from encoded samples and pairs, as grain data sets.
+"""Makes training batches from encoded samples and pairs, as grain data sets.
 
-In: rows of token ids. Out: `TargetBatch`es and `PairBatch`es of few shapes, in a seeded order. Rows of similar
-length come together, which saves most of the padding; which batch comes when is random.
+In: rows of token ids. Out: `TargetBatch`es and `PairBatch`es of few shapes, in a seeded order. Rows of similar length
+share a batch, which saves most of the padding; the order of the batches is random.
 """
 
 import random
@@ -16,9 +16,9 @@ from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, coll
 
 Row = TypeVar("Row")
 
-OPEN_PACKS = 64  # packs that are looked through for room
-SHORT_STEP = 128  # tokens of a step that all pairs of a batch keep within, nearly always
-WINDOW = 16  # batches whose rows are sorted by length among themselves
+OPEN_PACKS = 64  # packs that are searched for free space
+SHORT_STEP = 128  # tokens; the steps of nearly all batches are no longer than this
+WINDOW = 16  # batches; rows are sorted by length within a window of this many
 
 
 class PairRow(NamedTuple):
@@ -32,13 +32,13 @@ class PairRow(NamedTuple):
 
 
 def repeat_or_thin(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """Returns `count` rows in a seeded order: some of them where there are more, else all equally often or one more."""
+    """Returns `count` rows in a seeded order: a subset, or all rows repeated with counts that differ by at most 1."""
     order = random.Random(f"repeat_or_thin/{seed}").sample(range(len(rows)), len(rows))
     return [rows[order[i % len(order)]] for i in range(count)]
 
 
 def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Makes batches of prompts and targets; the last of an epoch is filled up with masked rows."""
+    """Makes batches of prompts and targets; the last batch of an epoch is padded with masked rows."""
     widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
 
     def make(chosen: list[int]) -> TargetBatch:
@@ -49,7 +49,7 @@ def sft_batches(rows: Sequence[Encoded], batch_size: int, epochs: int, seed: int
 
 
 def packed_batches(rows: Sequence[Encoded], width: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Makes batches of rows that hold several samples each, `width` tokens or as many as the longest sample needs."""
+    """Makes batches whose rows hold several samples, `width` tokens each or more if the longest sample needs it."""
     width = max([width, *(target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows)])
     order: list[list[list[int]]] = []
     for epoch in range(epochs):
@@ -63,7 +63,7 @@ def packed_batches(rows: Sequence[Encoded], width: int, batch_size: int, epochs:
 
 
 def _pack(rows: Sequence[Encoded], width: int, rng: random.Random) -> list[list[int]]:
-    """Packs row numbers in a random order: each goes to the first open pack with room for it and its targets."""
+    """Packs row numbers in a random order, each into the first open pack with space for it and its targets."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []
     first_open = 0
@@ -82,7 +82,7 @@ def _pack(rows: Sequence[Encoded], width: int, rng: random.Random) -> list[list[
 
 
 def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
-    """Makes batches of pairs; the last of an epoch is filled up with pairs that do not count."""
+    """Makes batches of pairs; the last batch of an epoch is padded with pairs that do not count."""
     widths = [_pair_width(row) for row in rows]
 
     def make(chosen: list[int]) -> PairBatch:
@@ -92,13 +92,13 @@ def pair_batches(rows: Sequence[PairRow], batch_size: int, epochs: int, seed: in
 
 
 def _pair_width(row: PairRow) -> int:
-    """Width of a row that holds the pair, and whose half holds the longer step."""
+    """Returns the width of a row that fits the pair and whose half fits the longer step."""
     n_chosen, n_rejected = len(row.chosen_ids), len(row.rejected_ids)
     return bucket(max(len(row.prompt_ids) + n_chosen + n_rejected, 2 * n_chosen, 2 * n_rejected))
 
 
 def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
-    """Builds a batch of `count` pairs, the missing ones empty; short steps have room for few targets, so few logits."""
+    """Builds a batch of `count` pairs, padded with empty ones; short steps get few target slots, hence few logits."""
     longest = max((max(len(row.chosen_ids), len(row.rejected_ids)) for row in rows), default=0)
     n_targets = min(SHORT_STEP, width // 2) if longest <= SHORT_STEP else width // 2
     missing = _pair(PairRow([], [], [], (0.0, 0.0), (0, 0)), width, n_targets)._replace(real_B=np.array([False]))
@@ -106,9 +106,9 @@ def collate_pairs(rows: Sequence[PairRow], width: int, count: int) -> PairBatch:
 
 
 def _pair(row: PairRow, width: int, n_targets: int) -> PairBatch:
-    """Builds a batch of one pair: prompt, chosen and rejected step in one row, with `n_targets` targets a step."""
+    """Builds a batch of one pair: prompt, chosen and rejected step in one row, with `n_targets` targets per step."""
     prompt, chosen, rejected = row.prompt_ids, row.chosen_ids, row.rejected_ids
-    # The first token of either step is predicted where the prompt ends, any later one by the token before it.
+    # The last prompt token predicts the first token of either step; each later token is predicted by the one before it.
     fork = len(prompt) - 1
     middle = len(prompt) + len(chosen)
     chosen_positions = range(fork, fork + len(chosen))
@@ -143,7 +143,7 @@ def _batches(
 
 
 def _epoch(widths: Sequence[int], batch_size: int, seed: str) -> list[list[int]]:
-    """Chooses the row numbers of each batch of one pass."""
+    """Chooses the row numbers of each batch of one epoch."""
     rng = random.Random(seed)
     rows = rng.sample(range(len(widths)), len(widths))
     batches = []

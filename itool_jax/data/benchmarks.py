@@ -1,8 +1,8 @@
-"""One function for each form of the data that comes with a benchmark, API-Bank and BFCL: a row in, its samples out.
+"""Converts rows of the API-Bank and BFCL benchmarks to samples, one function per data form.
 
-In: a row as it is published. Out: samples. Those of test sets serve to find questions and tools again among training
-samples; what was answered between the turns of a BFCL dialogue is not known. A row of another form raises ValueError
-with the reason; who reads the file adds its name and the row.
+In: a row as published. Out: samples. Samples of test sets are used to find their questions and tools among training
+samples; the answers between the turns of a BFCL dialogue are unknown. A row of another form raises ValueError with the
+reason; the caller adds the file name and row.
 """
 
 import ast
@@ -16,20 +16,20 @@ from itool_jax.text.calls import read_calls
 from itool_jax.text.sample import Row, Sample, content_id
 
 MAX_CHARACTERS = 200_000
-"""A dialogue's, which is put together line by line in quadratic time."""
+"""Most characters in a dialogue, which is assembled line by line in quadratic time."""
 _API_BANK_BARE = re.compile(r"\b(\w++)=([^'\"\[{(][^,=)]*+)(?=[,)])")
 
 
 def from_bfcl(row: Row) -> list[Sample]:
-    """BFCL v3's questions: {id, question: a list of turns, each a list of messages, function}.
+    """Converts a BFCL v3 question: {id, question: a list of turns, each a list of messages, function}.
 
-    Each turn gives a sample without a target. Rows of several turns list no functions.
+    Each turn becomes a sample without a target. Multi-turn rows list no functions.
     """
     name, tools = field(row, "id", str), tool_schemas(row.get("function"))
     messages: list[Row] = []
     samples: list[Sample] = []
     for turn in field(row, "question", list):
-        if not turn:  # a turn that only brings a function
+        if not turn:  # a turn that only adds a function
             continue
         messages += [{key: field(message, key, str) for key in ("role", "content")} for message in turn]
         number = f"/{len(samples) + 1}" if samples else ""
@@ -38,16 +38,16 @@ def from_bfcl(row: Row) -> list[Sample]:
 
 
 def from_api_bank_test(row: Row) -> list[Sample]:
-    """API-Bank's tests of levels 1 and 2: {file, id, instruction, input, expected_output}, APIs in the instruction."""
+    """Converts an API-Bank test of level 1 or 2: {file, id, instruction (with the APIs), input, expected_output}."""
     listed = field(row, "instruction", str).partition("API descriptions:")[2]
     dialogue = {"input": f"{listed}\n{field(row, 'input', str)}", "output": field(row, "expected_output", str)}
     return [dataclasses.replace(sample, id=f"{row['file']}/{row['id']}") for sample in from_api_bank(dialogue)]
 
 
 def from_api_bank(row: Row) -> list[Sample]:
-    """API-Bank's level-3 training rows (arXiv 2304.08244): {instruction, input, output}.
+    """Converts an API-Bank level-3 training row (arXiv 2304.08244): {instruction, input, output}.
 
-    The tools are ToolSearcher and what earlier searches of the dialogue found. Unquoted values are quoted.
+    The tools are ToolSearcher and those that earlier searches of the dialogue found. Unquoted values are quoted.
     """
     head, found, dialogue = field(row, "input", str).partition("\nUser: ")
     if not found:
@@ -82,12 +82,12 @@ def _api_bank_tool(tool: Any) -> Row:
 
 
 def _api_bank_found(result: str) -> list[Row]:
-    """The tools among a call's results; results that are no Python literal hold none."""
+    """Returns the tools in a call's result; a result that is not a Python literal has none."""
     try:
         value = ast.literal_eval(result)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return []
-    # Some results list a tool's parameters as a set, without their types: such tools cannot be described.
+    # Some results list a tool's parameters as a set, without types; such tools cannot be described.
     return [
         tool
         for tool in (value if isinstance(value, list) else [value])

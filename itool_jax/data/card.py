@@ -1,4 +1,4 @@
-"""What a data set holds: the data card of a run.
+"""Makes the data card of a run, which describes its data set.
 
 In: samples by part, and the same as token ids. Out: counts, as a dictionary and as lines to print.
 """
@@ -13,13 +13,13 @@ from itool_jax.text.chat import Encoded
 from itool_jax.text.sample import Sample
 
 FIRST = 5
-"""How many ids of shared questions are printed; the card lists all."""
+"""Number of shared question ids that are printed; the card lists all."""
 NEAR = 0.7
-"""Share of common runs of three words (Jaccard) from which on two questions are near duplicates."""
+"""Two questions are near duplicates if they share at least this fraction of their runs of three words (Jaccard)."""
 
 
 def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, Any]:
-    """Counts of each part, and what of the held-out parts stands in the training part too."""
+    """Returns the counts of each part and the overlap of the held-out parts with the training part."""
     held_out = {name: part for name, part in parts.items() if name != "train"}
     return {
         "parts": {name: _counts(part, encoded[name]) for name, part in parts.items()},
@@ -28,10 +28,11 @@ def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequen
 
 
 def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
-    """What of each set stands in the training part.
+    """Returns the overlap of each set with the training part.
 
-    Questions count whatever their spacing and case, and near duplicates, which share most of their runs of three words
-    (`NEAR`), beside them; tools by name, whatever its case and punctuation. Ids are those of the set's samples.
+    Questions are compared regardless of spacing and case. Near duplicates, which share most of their runs of three
+    words (`NEAR`), are counted separately. Tools are compared by name, regardless of case and punctuation. Ids are
+    those of the set's samples.
     """
     questions = {_question(sample): sample.id for sample in train if _question(sample)}
     near = _NearDuplicates(questions)
@@ -55,10 +56,10 @@ def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> di
 
 
 class _NearDuplicates:
-    """Finds the training question that shares at least `NEAR` of its runs of words with another one.
+    """Index of training questions that finds near duplicates, by `NEAR`, of another question.
 
-    Two such sets share one of the rarest runs of either (prefix filtering, https://doi.org/10.1145/1242572.1242591),
-    so that only few are compared.
+    Near duplicates share one of the rarest runs of either (prefix filtering, https://doi.org/10.1145/1242572.1242591),
+    so only a few questions are compared.
     """
 
     def __init__(self, questions: Mapping[str, str]) -> None:
@@ -69,7 +70,7 @@ class _NearDuplicates:
                 self.places.setdefault(run, []).append(number)
 
     def find(self, text: str) -> str | None:
-        """The id of the first training sample with a near duplicate of `text`, or None."""
+        """Returns the id of the first training sample whose question is a near duplicate of `text`, or None."""
         runs = _runs(text)
         rarest = sorted(runs, key=lambda run: len(self.places.get(run, ())))[: int((1 - NEAR) * len(runs)) + 1]
         candidates = sorted({number for run in rarest for number in self.places.get(run, ())})
@@ -87,7 +88,7 @@ def _runs(text: str) -> set[str]:
 
 
 def lines(card: Mapping[str, Any]) -> list[str]:
-    """The card as text, a line a part."""
+    """Returns the card as lines of text, one per part."""
     left_out = f"{card['repeats_left_out']} repeats left out, {card['rows_skipped']} wrong rows skipped"
     found = [f"data {card['data']}: {left_out}, {card['too_long']} samples too long for the model; nothing truncated"]
     for name, c in card["parts"].items():
@@ -98,7 +99,7 @@ def lines(card: Mapping[str, Any]) -> list[str]:
 
 
 def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
-    """Why samples of the data are in no part or not used, by the counts of a card: a line a reason that holds."""
+    """Returns a line for each reason why samples are in no part or not used, with counts from a card."""
     no_test = "they follow no user turn, and any text would be right"
     reasons = {
         "validation_texts_left_out": f"texts left out of validation: {no_test}",
@@ -111,7 +112,7 @@ def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
 
 
 def overlap_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What `overlap` found as text, a line a set."""
+    """Returns the result of `overlap` as lines of text, one per set."""
     return [
         f"  {name} shares with train: {c['questions']} of {c['samples']} questions{_first(c['question_ids'])}, "
         f"{c['near_questions']} near duplicates{_first(c['near_question_ids'])}, a tool in "
@@ -127,7 +128,7 @@ def _first(ids: Collection[str]) -> str:
 def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, int]:
     calls = [read_calls(sample.target) for sample in samples]
     turns: dict[str, int] = {}
-    for sample in samples:  # a conversation's last sample holds those before it
+    for sample in samples:  # a conversation's last sample holds all turns before it
         key = sample.conversation or sample.id
         turns[key] = max(turns.get(key, 0), len(sample.messages) + 1)
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in encoded]
@@ -145,7 +146,7 @@ def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, 
 
 
 def _question(sample: Sample) -> str:
-    """The last thing the user said, whatever its spacing and case."""
+    """Returns the last user message, with spacing and case normalized."""
     said = [str(message["content"]) for message in sample.messages if message["role"] == "user"]
     return " ".join(said[-1].casefold().split()) if said else ""
 

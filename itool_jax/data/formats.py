@@ -1,9 +1,9 @@
-"""One function for each public data set: a row in, its samples out.
+"""Converts rows of public data sets to samples, one function per data set.
 
-In: a row as the data set is published. Out: samples whose calls, in history and target alike, are bracketed
-lists, `[get_weather(city="Paris")]`. Texts that only explain a data set's own output format are left out,
-since the chat template writes the tools. A row of another form raises ValueError with the reason; who reads
-the file adds its name and the row.
+In: a row as published. Out: samples whose calls, in history and target, are bracketed lists,
+`[get_weather(city="Paris")]`. Text that only explains a data set's own output format is left out, since the chat
+template writes the tools. A row of another form raises ValueError with the reason; the caller adds the file name and
+row.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from itool_jax.text.calls import Call, calls_from_openai, write_calls
 from itool_jax.text.sample import Row, Sample, content_id
 
 Targets = Literal["all", "after_user"]
-"""Which assistant turns of a conversation are samples: all, or those that follow a user turn."""
+"""Assistant turns of a conversation that become samples: all, or those that follow a user turn."""
 NO_CALL = "None of the available tools can help with this request."
-"""The target where a data set's answer is an empty list of calls."""
+"""Target used if a data set's answer is an empty list of calls."""
 
 _ROLES = {
     "system": "system",
@@ -43,22 +43,22 @@ _GLAIVE_OPENING, _GLAIVE_CLOSING = re.compile(r"\"arguments\"\s*+:\s*+'"), re.co
 _NO_SPACE = re.compile(r"\S")
 _TOOLBENCH_ACTION, _TOOLBENCH_INPUT = "Action:", re.compile(r"\nAction Input: *+")
 MAX_MESSAGES = 1000
-"""Messages of a conversation: each of its samples holds all messages before it, which takes quadratic memory."""
+"""Most messages in a conversation. Each of its samples holds all earlier messages, which takes quadratic memory."""
 
 
 def samples_from_conversation(
     conversation_id: str, messages: Sequence[Row], tools: tuple[Row, ...], targets: Targets, category: str = ""
 ) -> list[Sample]:
-    """One sample for each assistant turn, or for each that follows a user turn; other turns are history only.
+    """Makes one sample per assistant turn, or per assistant turn after a user turn; other turns are history only.
 
-    Turns without content are history, and so are those before the first user turn, which answer nothing. Samples that
-    follow a user turn are "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other turns are counted from the last
-    of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
+    Turns without content and turns before the first user turn, which answer nothing, are history too. Samples that
+    follow a user turn have the ids "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other turns are counted from
+    the last of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
     """
     if len(messages) > MAX_MESSAGES:
         raise ValueError(f"a conversation of {len(messages)} messages, more than {MAX_MESSAGES}")
     samples: list[Sample] = []
-    answers, turn = 0, 0  # turns after a user turn so far, and turns since the last of these, itself included
+    answers, turn = 0, 0  # turns after a user turn so far; turns since the last of these, inclusive
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     for i in range(first + 1, len(messages)):
         if messages[i]["role"] != "assistant" or not messages[i]["content"]:
@@ -78,15 +78,15 @@ def samples_from_conversation(
 
 
 def _until_user(messages: Sequence[Row], start: int) -> tuple[Row, ...]:
-    """The assistant's and tools' messages from `start` to the next of another role."""
+    """Returns the assistant and tool messages from `start` up to the next message of another role."""
     later = itertools.islice(messages, start, None)
     return tuple(itertools.takewhile(lambda message: message["role"] in ("assistant", "tool"), later))
 
 
 def from_toolace(row: Row, targets: Targets) -> list[Sample]:
-    """ToolACE (arXiv 2409.00920): {system, conversations: [{from: user|assistant|tool, value}]}.
+    """Converts a ToolACE row (arXiv 2409.00920): {system, conversations: [{from: user|assistant|tool, value}]}.
 
-    The list of tools is cut out of the system text; the rest of that text stays the system message.
+    The list of tools is cut out of the system text; the rest stays as the system message.
     """
     system = field(row, "system", str)
     tools, start, end = tools_inside(system)
@@ -96,11 +96,11 @@ def from_toolace(row: Row, targets: Targets) -> list[Sample]:
 
 
 def from_sharegpt(row: Row, targets: Targets) -> list[Sample]:
-    """Glaive, and what else LLaMA-Factory reads: {conversations: [{from, value}], tools}, `tools` being a JSON text.
+    """Converts a row of LLaMA-Factory's form, such as its Glaive: {conversations: [{from, value}], tools as JSON text}.
 
-    Turns are from human, gpt, function_call and observation; a text `system` may come with them.
+    Turns are from human, gpt, function_call and observation; the row may also have a text `system`.
     """
-    # Tables fill the tools and the system text that a row lacks with None.
+    # Tables hold None where a row has no tools or system text.
     tools = tool_schemas(field(row, "tools", str, list, NoneType))
     system = field(row, "system", str, NoneType) if "system" in row else None
     messages = [{"role": "system", "content": system}] if system else []
@@ -108,10 +108,9 @@ def from_sharegpt(row: Row, targets: Targets) -> list[Sample]:
 
 
 def from_glaive(row: Row, targets: Targets) -> list[Sample]:
-    """Glaive as its authors publish it, glaive-function-calling-v2: {system, chat}, both texts.
+    """Converts a row of Glaive as published by its authors, glaive-function-calling-v2: {system, chat}, both texts.
 
-    The system text lists the functions, a JSON object each, and says nothing else. What the assistant says before a
-    call is dropped.
+    The system text lists only the functions, one JSON object each. Assistant text before a call is dropped.
     """
     _, brace, listed = field(row, "system", str).partition("{")
     start, *turns = _GLAIVE_TURN.split(field(row, "chat", str))
@@ -123,9 +122,9 @@ def from_glaive(row: Row, targets: Targets) -> list[Sample]:
 
 
 def from_toolbench(row: Row, targets: Targets) -> list[Sample]:
-    """ToolBench (arXiv 2307.16789), its ReAct conversations: every action of each, or the first.
+    """Converts a ToolBench ReAct conversation (arXiv 2307.16789): every action, or the first.
 
-    Thoughts are dropped, and so is the tool Finish: an action that gives the final answer becomes it.
+    Thoughts and the tool Finish are dropped; an action that gives the final answer becomes that answer.
     """
     turns = _turns(row)
     if not turns or turns[0]["role"] != "system":
@@ -141,9 +140,9 @@ def from_toolbench(row: Row, targets: Targets) -> list[Sample]:
 
 
 def from_xlam(row: Row) -> list[Sample]:
-    """XLAM-60k (arXiv 2406.18518): {id, query, tools, answers}, the last two JSON texts.
+    """Converts an XLAM-60k row (arXiv 2406.18518): {id, query, tools, answers}, the last two JSON texts.
 
-    Where the list of answers is empty, the target is `NO_CALL`.
+    If the list of answers is empty, the target is `NO_CALL`.
     """
     answers = field(row, "answers", str, list)
     answers = read_json("answers", answers) if isinstance(answers, str) else answers
@@ -156,7 +155,7 @@ def from_xlam(row: Row) -> list[Sample]:
 
 
 def from_toolrl(row: Row) -> list[Sample]:
-    """ToolRL's SFT rows (arXiv 2504.13958): {instruction, input, output}, with tools in the instruction."""
+    """Converts a ToolRL SFT row (arXiv 2504.13958): {instruction, input, output}, with tools in the instruction."""
     _, found, rest = field(row, "instruction", str).partition("**Available Tools**")
     listed = rest.partition("\n\n**Steps for Each Turn**")[0]
     tools = tuple(_toolrl_tool(text) for text in re.split(r"\n(?=\d+\. Name: )", listed)[1:])
@@ -165,7 +164,7 @@ def from_toolrl(row: Row) -> list[Sample]:
     history = [
         _toolrl_message(tag, text.strip()) for tag, text in _toolrl_blocks(field(row, "input", str)) if tag != "think"
     ]
-    # The thought may itself mention the tags, so the answer is what follows the last thought.
+    # The thought may itself mention the tags, so the answer starts after the last thought.
     answers = _toolrl_blocks(field(row, "output", str).rpartition("</think>")[2])
     if not history or not answers:
         raise ValueError('"input" holds no dialogue or "output" no answer')
@@ -175,7 +174,7 @@ def from_toolrl(row: Row) -> list[Sample]:
 
 
 class SealTools(NamedTuple):
-    """The tools of Seal-Tools by name; their names by field ("Science/Geology") and by area ("Science")."""
+    """Seal-Tools' tools by name, and tool names by field ("Science/Geology") and by area ("Science")."""
 
     tools: dict[str, Row]
     fields: dict[str, list[str]]
@@ -184,14 +183,14 @@ class SealTools(NamedTuple):
 
 
 def seal_tools_entry(row: Row) -> tuple[str, Row]:
-    """The field and the tool of a row of tool.jsonl, {api_name, api_description, field, parameters, required}."""
+    """Returns field and tool of a row of tool.jsonl, {api_name, api_description, field, parameters, required}."""
     name, description = field(row, "api_name", str), field(row, "api_description", str)
     schema = flat_schema(field(row, "parameters", dict), field(row, "required", list))
     return field(row, "field", str), tool_schema({"name": name, "description": description, "parameters": schema})
 
 
 def seal_tools_catalogue(entries: Iterable[tuple[str, Row]]) -> SealTools:
-    """The catalogue of (field, tool) pairs."""
+    """Builds the catalogue from (field, tool) pairs."""
     catalogue = SealTools({}, {}, {}, {})
     for where, tool in entries:
         name = tool["function"]["name"]
@@ -203,11 +202,11 @@ def seal_tools_catalogue(entries: Iterable[tuple[str, Row]]) -> SealTools:
 
 
 def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int = 10) -> list[Sample]:
-    """Seal-Tools (arXiv 2405.08355): {id, query, calling: [{api, parameters}]}.
+    """Converts a Seal-Tools row (arXiv 2405.08355): {id, query, calling: [{api, parameters}]}.
 
-    Rows name the gold tools only. The candidates are these and distractors, of the same field first and then of
-    the same area, up to `n_candidates` in all, drawn and shuffled by the row's id. A value "API_call_2" names the
-    output of an earlier call.
+    Rows name only the gold tools. The candidates are the gold tools plus distractors, first from the same field, then
+    from the same area, up to `n_candidates` in all, drawn and shuffled with the row's id as seed. A value such as
+    "API_call_2" refers to the output of an earlier call.
     """
     name, calls = field(row, "id", str), field(row, "calling", list)
     calling = [{"name": field(call, "api", str), "arguments": field(call, "parameters", dict)} for call in calls]
@@ -223,7 +222,7 @@ def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int = 10) -> l
 
 
 def field(row: Any, key: str, *kinds: type) -> Any:
-    """The value of a row's key; ValueError where it is absent or of none of these types."""
+    """Returns the value of a row's key. Raises ValueError if it is absent or has none of these types."""
     if not isinstance(row, dict) or key not in row or not isinstance(row[key], kinds):
         names = {str: "text", list: "list", dict: "object", NoneType: "null"}
         raise ValueError(f'"{key}" is missing or no {" or ".join(names[kind] for kind in kinds)}')
@@ -231,7 +230,7 @@ def field(row: Any, key: str, *kinds: type) -> Any:
 
 
 def read_json(name: str, text: str) -> Any:
-    """The value of a JSON text inside a row; ValueError where it is not valid."""
+    """Parses a JSON text inside a row. Raises ValueError if it is not valid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -243,10 +242,10 @@ def _question(name: str, query: str, tools: tuple[Row, ...], target: str) -> Sam
 
 
 def _bracketed(calls: Sequence[Any]) -> str:
-    """The calls as a bracketed list.
+    """Writes calls as a bracketed list.
 
-    Published rows hold names with parts of values in them, `"1.5 hours"}], date`: where a name cannot stand
-    in a list, the signs that hinder it are left out, so that one such row does not spoil a data set.
+    Some published rows have names that contain parts of values, `"1.5 hours"}], date`. If a name is not allowed in a
+    list, the offending characters are removed, so that one such row does not make the data set unusable.
     """
     try:
         return write_calls(calls_from_openai(calls))
@@ -287,7 +286,7 @@ def _glaive_message(speaker: str, text: str) -> Row:
 
 
 def _glaive_call(text: str) -> Any:
-    """The call of {"name": "f", "arguments": '{"a": 1}'}: the single quotes keep it from being JSON."""
+    """Parses a call, {"name": "f", "arguments": '{"a": 1}'}, which the single quotes keep from being JSON."""
     opening, closing = _GLAIVE_OPENING.search(text), _GLAIVE_CLOSING.search(text)
     if opening and closing and opening.end() <= closing.start():
         unquoted = re.sub(r"(?<!\\)\\'", "'", text[opening.end() : closing.start()])
@@ -298,7 +297,7 @@ def _glaive_call(text: str) -> Any:
 
 
 def _json_values(text: str) -> list[Any]:
-    """The JSON values that stand in a text one after another."""
+    """Parses the JSON values that follow each other in a text."""
     values, at = [], 0
     while start := _NO_SPACE.search(text, at):
         try:
@@ -320,7 +319,7 @@ def _toolbench_answer(text: str) -> str:
 
 
 def _toolbench_action(text: str) -> tuple[str, str] | None:
-    r"""Name and input of the first action, "Thought: …Action: f\nAction Input: {…}"; None where there is none."""
+    r"""Returns name and input of the first action, "Thought: …Action: f\nAction Input: {…}"; None without one."""
     begin = len(text) - len(text.lstrip())
     if not text.startswith(("Thought:", _TOOLBENCH_ACTION), begin):
         return None
@@ -344,7 +343,7 @@ def _toolrl_tool(text: str) -> Row:
 
 
 def _toolrl_blocks(text: str) -> list[tuple[str, str]]:
-    """Tag and content of each block, `<obs>…</obs>`; what is not closed is none."""
+    """Returns tag and content of each block, `<obs>…</obs>`; unclosed blocks are ignored."""
     found, end, unclosed = [], 0, set()
     for opening in _TOOLRL_TAG.finditer(text):
         if opening.start() < end or opening[1] in unclosed:

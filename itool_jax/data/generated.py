@@ -1,11 +1,11 @@
-"""The generated tool-use corpora: a seed, a part and a count in, `Sample`s out, always the same ones.
+"""Generates tool-use corpora: a seed, a part and a count in, `Sample`s out, always the same ones.
 
-`pretraining` trains the embedded checkpoint: its own domains, and tools whose words are drawn at random.
-`train`, `validation` and `test` are the default task: other domains, with tools and names that no other part has;
+`pretraining` trains the embedded checkpoint; it has its own domains, and tools whose words are drawn at random.
+`train`, `validation` and `test` are the default task: other domains, each part with its own tools and names.
 `test_known` has the names of `test` and the tools of `train`.
 
-The golds of the task are written by one writer or by several with habits of their own, as real tool data is a mixture.
-All spellings are right by the reward, and a request is the same whoever writes its answer.
+The task's golds come from one writer, or from several with different habits, since real tool data is a mixture. The
+reward accepts all spellings, and a request does not depend on who writes its answer.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ Part = Literal["pretraining", "pretraining_test", "train", "validation", "test",
 # Shares, in percent, of the task's tools and of all made-up names that belong to each part.
 TOOL_SHARES = {"train": 60, "validation": 15, "test": 25}
 NAME_SHARES = {"pretraining": 40, "pretraining_test": 10, "train": 25, "validation": 10, "test": 15}
-KNOWN: Literal["test_known"] = "test_known"  # the part without tools and names of its own: train's tools, test's names
+KNOWN: Literal["test_known"] = "test_known"  # no tools or names of its own: train's tools, test's names
 
-# Shares, in percent, of the kinds of samples, and how many calls those of two kinds ask for.
+# Shares of the kinds of samples, in percent, and the possible numbers of calls for two kinds.
 PRETRAINING_KINDS = {"calls": 70, "irrelevance": 15, "multi_turn": 15}
 TASK_KINDS = {"calls": 60, "long": 10, "irrelevance": 15, "multi_turn": 15}
 N_CALLS = {"calls": (1, 1, 1, 2, 2, 3), "long": (4, 5, 6)}
@@ -36,10 +36,10 @@ CallOrder = Literal["as_asked", "reversed", "by_name"]
 
 
 class Manner(NamedTuple):
-    """How people speak in a corpus."""
+    """Style of the requests in a corpus."""
 
-    synonyms: float  # share of requests that use other words than the tool's name does
-    shuffled: float  # share of requests that name parameters in another order than the tool does
+    synonyms: float  # share of requests with other words than the tool's name
+    shuffled: float  # share of requests with the parameters in shuffled order
 
 
 PRETRAINING_MANNER = Manner(synonyms=0.4, shuffled=0.4)
@@ -47,21 +47,21 @@ TASK_MANNER = Manner(synonyms=0.5, shuffled=0.5)
 
 
 class Writer(NamedTuple):
-    """The habits of one who writes answers; a writer has them in every answer."""
+    """Habits of a writer of answers, the same in all answers."""
 
     arguments: ArgumentOrder
-    """Order of a call's arguments: as in the schema, alphabetical, the schema's reversed, or as in the request."""
+    """Order of a call's arguments: as in the schema, alphabetical, reversed schema, or as in the request."""
     calls: CallOrder
-    """Order of parallel calls: as the request asks for them, the reverse, or by the tools' names."""
+    """Order of parallel calls: as in the request, reversed, or by tool name."""
     defaults: bool
-    """Whether optional arguments that the request does not mention are written out with their default."""
+    """True to write optional arguments that the request does not mention, with their default."""
 
 
 CLEAN = Writer("schema", "as_asked", defaults=False)
 
 
 class Tool(NamedTuple):
-    """A tool and the words people may use for it."""
+    """A tool and the words that requests may use for it."""
 
     name: str
     description: str
@@ -71,7 +71,7 @@ class Tool(NamedTuple):
     meaning: str
 
     def schema(self) -> dict[str, Any]:
-        """The tool as an OpenAI function schema."""
+        """Returns the tool as an OpenAI function schema."""
         properties = {
             p.name: {"type": p.type}
             | ({"enum": list(p.options)} if p.options else {})
@@ -84,14 +84,14 @@ class Tool(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One call and the words that ask for it."""
+    """One call and the words that request it."""
 
     tool: Tool
-    arguments: dict[str, Any]  # in the order in which the words speak of them
+    arguments: dict[str, Any]  # in the order of the words
     words: str
 
     def call(self, writer: Writer = CLEAN) -> str:
-        """The call as a writer spells it."""
+        """Returns the call as a writer spells it."""
         arguments = dict(self.arguments)
         if writer.defaults:
             optional = {p.name: p.default for p in self.tool.parameters if p.default is not None}
@@ -105,9 +105,9 @@ class Request(NamedTuple):
 
 
 def writer_of(sample_id: str, writers: int) -> Writer:
-    """The writer of a sample among `writers`, by a hash of its id: nothing in the prompt tells who it is.
+    """Chooses one of `writers` for a sample by a hash of its id, so the prompt does not reveal the writer.
 
-    Among twelve, each order of arguments goes with each order of calls once; one writer is `CLEAN`.
+    Twelve writers cover each pair of argument order and call order once; a single writer is `CLEAN`.
     """
     number = _hash(f"writer of {sample_id}") % writers
     arguments, calls = get_args(ArgumentOrder), get_args(CallOrder)
@@ -115,7 +115,7 @@ def writer_of(sample_id: str, writers: int) -> Writer:
 
 
 def _answer(requests: Sequence[Request], writer: Writer) -> str:
-    """The list of calls as a writer spells it."""
+    """Returns the list of calls as a writer spells it."""
     ordered = sorted(requests, key=lambda request: request.tool.name) if writer.calls == "by_name" else requests
     ordered = ordered[::-1] if writer.calls == "reversed" else ordered
     return f"[{', '.join(request.call(writer) for request in ordered)}]"
@@ -138,7 +138,7 @@ def _share_of(text: str, shares: dict[str, int]) -> str:
 
 
 def _name(rng: random.Random, part: Part) -> str:
-    """A made-up name that belongs to `part`."""
+    """Draws a made-up name that belongs to `part`."""
     owner = "test" if part == KNOWN else part
     while True:
         name = rng.choice(lexicon.NAME_STARTS) + rng.choice(lexicon.NAME_ENDS)
@@ -156,7 +156,7 @@ def _tool(rng: random.Random, verb: Sequence[str], thing: Sequence[str], paramet
 
 
 def _domain_tools(part: Part, domain: Domain, rng: random.Random) -> list[Tool]:
-    """All tools of a domain that belong to a part; the task's tools are fixed, those of pretraining vary."""
+    """Returns all tools of a domain that belong to a part; the task's tools are fixed, those of pretraining vary."""
     if _is_pretraining(part):
         pairs = [(v, t) for v in rng.sample(lexicon.VERBS, 6) for t in domain.things]
         return [_tool(rng, v, t, domain.parameters) for v, t in pairs]
@@ -171,7 +171,7 @@ def _task_tools(part: Part, domain: Domain) -> tuple[Tool, ...]:
 
 
 def _task_tool(verb: Sequence[str], thing: Sequence[str], parameters: Sequence[Parameter]) -> Tool:
-    """A tool whose optional parameters have defaults, but for those that take a name."""
+    """Makes a tool whose optional parameters have defaults, except those that take a name."""
     rng = random.Random(f"{verb[0]} {thing[0]}")
     tool = _tool(rng, verb, thing, parameters)
     return tool._replace(
@@ -187,7 +187,7 @@ def _takes_name(parameter: Parameter) -> bool:
 
 
 def _random_tools(rng: random.Random) -> list[Tool]:
-    """Tools whose verbs, things and parameters are any words at all: they can only be told apart by reading."""
+    """Makes tools with random words as verbs, things and parameters, so that only reading can tell them apart."""
     words = list(lexicon.words())
     verbs = [rng.sample(words, 2) for _ in range(4)]
     things = [rng.sample(words, 2) for _ in range(3)]
@@ -228,7 +228,7 @@ def _literal(value: Any) -> str:
 
 
 def _request(rng: random.Random, tool: Tool, part: Part, given: tuple[str, Any, str] | None = None) -> Request:
-    """A call of `tool` and its words; `given` fixes one parameter: its name, value and phrase."""
+    """Draws a call of `tool` and its words; `given` fixes the name, value and phrase of one parameter."""
     said: list[tuple[str, Any, str]] = []  # name, value and phrase
     for parameter in tool.parameters:
         if given is not None and parameter.name == given[0]:
@@ -245,7 +245,7 @@ def _request(rng: random.Random, tool: Tool, part: Part, given: tuple[str, Any, 
 
 
 def _candidates(rng: random.Random, wanted: list[Tool], pool: list[Tool], count: int) -> list[Tool]:
-    """`count` distractors, half of them sharing a word with a wanted tool; no two tools mean or are called the same."""
+    """Draws up to `count` distractors, half of them sharing a word with a wanted tool; no name or meaning repeats."""
     words = {word for tool in wanted for word in tool.name.split("_")}
     others = rng.sample(pool, len(pool))
     close = [tool for tool in others if words & set(tool.name.split("_"))]
@@ -266,7 +266,7 @@ def _sentence(rng: random.Random, requests: list[Request]) -> str:
 def _earlier_turns(
     rng: random.Random, tool: Tool, part: Part, writer: Writer
 ) -> tuple[list[dict[str, str]], tuple[str, Any, str]]:
-    """A finished exchange about `tool`, and the parameter that the next question takes from it."""
+    """Makes a finished exchange about `tool`, and the parameter that the next request takes from it."""
     first = _request(rng, tool, part)
     result = _name(rng, part)
     turns = [
@@ -286,11 +286,11 @@ def _earlier_turns(
 def _follow_up(
     rng: random.Random, pool: list[Tool], part: Part, writer: Writer
 ) -> tuple[list[dict[str, str]], list[Tool], Request]:
-    """Earlier turns, the tools of both turns, and a request that refers back."""
+    """Makes earlier turns, the tools of both turns, and a request that refers back."""
     first = rng.choice(pool)
     turns, given = _earlier_turns(rng, first, part, writer)
     fits = [t for t in pool if any(_takes_name(p) and given[0] in ("", p.name) for p in t.parameters)]
-    if not fits:  # nothing takes a name: ask for the same tool once more
+    if not fits:  # no parameter takes a name: request the same tool again
         return turns, [first], _request(rng, first, part)
     tool = rng.choice(fits)
     if not given[0]:
@@ -308,9 +308,9 @@ def _pool(rng: random.Random, part: Part) -> list[Tool]:
 
 
 def make_sample(part: Part, index: int, seed: int, writers: int = 1) -> Sample:
-    """Sample number `index` of a part; `category` is its kind: calls, long, irrelevance or multi_turn.
+    """Makes sample number `index` of a part; its `category` is calls, long, irrelevance or multi_turn.
 
-    How many `writers` there are changes how calls are spelt, and nothing else.
+    The number of `writers` changes only how calls are spelt.
     """
     sample_id = f"{part}-{seed}-{index}"
     rng, writer = random.Random(f"{seed}/{part}/{index}"), writer_of(sample_id, writers)
@@ -337,7 +337,7 @@ def make_sample(part: Part, index: int, seed: int, writers: int = 1) -> Sample:
 
 
 def _distinct(rng: random.Random, pool: list[Tool], count: int) -> list[Tool]:
-    """Up to `count` tools of different names and meanings."""
+    """Draws up to `count` tools with different names and meanings."""
     chosen: list[Tool] = []
     for tool in rng.sample(pool, min(len(pool), 4 * count)):
         if len(chosen) < count and all(tool.name != t.name and tool.meaning != t.meaning for t in chosen):
@@ -346,24 +346,24 @@ def _distinct(rng: random.Random, pool: list[Tool], count: int) -> list[Tool]:
 
 
 def generate(part: Part, count: int, seed: int = 0, writers: int = 1) -> list[Sample]:
-    """The first `count` samples of a part."""
+    """Generates the first `count` samples of a part."""
     return [make_sample(part, index, seed, writers) for index in range(count)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedSettings:
-    """Sizes of the generated corpus, and who writes its answers."""
+    """Sizes of the generated corpus, and its number of writers."""
 
     train: int = 4000
-    """Training samples: warm-up and replay buffer."""
+    """Number of training samples, for warm-up and replay buffer."""
     validation: int = 600
-    """Samples for choosing settings, with tools and names that no other part has."""
+    """Number of validation samples, for choosing settings. Their tools and names are in no other part."""
     test: int = 2400
-    """Samples for claims, with names that no other part has: tools that no other part has and tools of the training
-    samples take turns."""
+    """Number of test samples, for final results. Their names are in no other part. Their tools alternate between new
+    ones, in no other part, and those of the training samples."""
     writers: int = 1
-    """How many write the answers, each with habits of their own: the order of arguments and of parallel calls, and
-    whether defaults are written out. All spellings are right; 1 writes every answer one way."""
+    """Number of writers of the answers. Writers differ in the order of arguments and of parallel calls, and in whether
+    they write out defaults; all spellings are right. 1 = all answers in one style."""
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test", "writers"):
@@ -372,7 +372,7 @@ class GeneratedSettings:
 
 
 def splits(settings: GeneratedSettings) -> dict[str, list[Sample]]:
-    """The default task: its train, validation and test split, always the same samples."""
+    """Returns the default task's train, validation and test splits, always the same samples."""
     turns: tuple[Part, Part] = ("test", KNOWN)
     return {
         "train": generate("train", settings.train, writers=settings.writers),

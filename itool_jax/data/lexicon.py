@@ -1,16 +1,16 @@
-"""The words of the generated corpora: verbs, things and parameters of the pretraining domains and the task domains.
+"""Words of the generated corpora: verbs, things and parameters of the pretraining and task domains.
 
-The two sets of domains share no thing and no parameter, so that a model trained on the first meets
-the second as new tools. Every word is one token of the embedded tokenizer.
+The two sets of domains share no thing and no parameter, so the tools of the second are new to a model trained on the
+first. Every word is one token of the embedded tokenizer.
 """
 
 from typing import Any, NamedTuple
 
 
 class Parameter(NamedTuple):
-    """A parameter and how people speak of it: `phrases` hold {} where the value goes.
+    """A parameter and the phrases for it; `phrases` hold {} where the value goes.
 
-    `default` is that of one tool's optional parameter; None is none.
+    `default` is the default of an optional parameter of one tool; None if it has none.
     """
 
     name: str
@@ -21,7 +21,7 @@ class Parameter(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """Things (name, synonym) and the parameters that the tools about them may have."""
+    """Things (name, synonym) and the parameters that their tools may have."""
 
     name: str
     things: tuple[tuple[str, str], ...]
@@ -221,14 +221,14 @@ TASK_DOMAINS = (
     ),
 )
 
-# Two syllables make a made-up name; the first of any with the second of any.
+# A made-up name is any start followed by any ending.
 NAME_STARTS = tuple(
     c + v for c in "Bal Bor Dan Del Fen Gar Hal Jor Kav Kel Lan Lor Mar Mel Nor".split() for v in "aeio"
 )
 NAME_STARTS += tuple(c + v for c in "Pal Pel Ras Ron Sal Ser Tal Tor Val Vor Wen Yar Zan Zel".split() for v in "aeio")
 NAME_ENDS = tuple(c + v for c in "b d f g k l m n p r s t v z ch sh".split() for v in "an en in on ul ar".split())
 
-# Words that made-up tools of the pretraining corpus are called by, besides all words above.
+# Further words for the random tools of the pretraining corpus, besides all words above.
 FILLERS = tuple(
     (
         "apple arrow basin beacon bell blanket bottle branch brick brush bucket button cabinet candle canyon carpet "
@@ -243,14 +243,14 @@ FILLERS = tuple(
     ).split()
 )
 
-# What people say besides: openings and joints of sentences; and the one refusal.
+# Openings and joints of sentences, and the only refusal.
 OPENINGS = ("please", "can you", "i want to", "could you", "i need to", "help me", "kindly", "you should")
 JOINTS = (" and ", " and then ", ", then ", " and also ")
 REFUSAL = "None of the tools can do that."
 
 
 def words() -> tuple[str, ...]:
-    """Every content word, sorted: verbs, things, parameters, options, fillers."""
+    """Returns every content word, sorted: verbs, things, parameters, options, fillers."""
     found = {word for verb in VERBS + TASK_VERBS for word in verb} | set(FILLERS)
     for domain in PRETRAINING_DOMAINS + TASK_DOMAINS:
         found.update(word for thing in domain.things for word in thing)

@@ -1,4 +1,4 @@
-"""Reads the rows of data files: one JSON object each, in JSON lines, a JSON array or parquet, gzipped or not.
+"""Reads the rows of data files, JSON objects in JSON lines, a JSON array or parquet, gzipped or not.
 
 In: a file. Out: its rows as dictionaries, with their numbers for messages.
 """
@@ -18,18 +18,18 @@ from itool_jax.text.sample import Row
 
 PARQUET_ROWS = 64
 PACKED, SMALL = 100, 1 << 30
-"""What a compressed file may come to: so many times its size, or so many bytes where that is more. A few kilobytes can
-stand for any number of zeros."""
+"""Limit on a file's unpacked size: this many times its size or this many bytes, whichever is larger. A few kilobytes
+can unpack to any number of zeros."""
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) -> Iterator[tuple[int, Row]]:
     """Yields (number from 1, row) of a .jsonl, .json (lines or one array) or .parquet file, .gz or not.
 
-    Where a list `skipped` is given, what is wrong with a row is put there and the next one read.
+    If a list `skipped` is given, problems with rows are added to it and reading continues.
 
     Raises:
-        ValueError: the file is missing or unreadable, or a row is no JSON object; names file and row.
+        ValueError: the file is missing or unreadable, or a row is not a JSON object; names file and row.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -47,7 +47,7 @@ def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) ->
 
 
 def refuse(reason: str, skipped: list[str] | None, cause: Exception | None = None) -> None:
-    """Puts the reason why a row is left out into `skipped`; ValueError with it where there is no such list."""
+    """Adds the reason why a row is left out to `skipped`; without such a list, raises ValueError with the reason."""
     if skipped is None:
         raise ValueError(reason) from cause
     skipped.append(" ".join(reason.split()))  # a reason may quote a text of several lines
@@ -67,7 +67,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _most(path: pathlib.Path) -> int:
-    """How many bytes a compressed file may come to."""
+    """Returns the most bytes that a file may unpack to."""
     return max(PACKED * path.stat().st_size, SMALL)
 
 
@@ -110,7 +110,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
     number, size, most = 0, 0, _most(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            # A few rows at a time: what they come to is not known before, for one value may stand in all of them.
+            # A few rows at a time: their unpacked size is unknown before, since one value may repeat in all of them.
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 if (size := size + batch.nbytes) > most:
                     raise ValueError(_too_large(path))

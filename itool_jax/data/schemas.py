@@ -1,9 +1,9 @@
-"""Tool definitions of many dialects made into OpenAI tool schemas.
+"""Converts tool definitions of many dialects to OpenAI tool schemas.
 
 In: definitions as data sets write them: bare functions, flat parameters, Python's types, lists inside texts.
-Out: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}; what is already of
-this form is returned as it is, but for what chat templates rely on: an absent description becomes "", absent
-parameters an object without properties.
+Out: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}. A definition already in this
+form is returned unchanged, except for what chat templates rely on: a missing description becomes "", missing parameters
+an object without properties.
 """
 
 import ast
@@ -15,9 +15,9 @@ from typing import Any
 from itool_jax.text.sample import Row
 
 MAX_TYPE = 1000
-"""Characters of a type's name; brackets in it take quadratic time."""
+"""Most characters in a type's name; brackets in it take quadratic time."""
 MAX_PLACES = 100
-"""Places of a text at which a list of tools is looked for; each may take time linear in the text."""
+"""Most positions in a text where a list of tools is searched for; each may take time linear in the text."""
 _JSON_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 _PYTHON_TYPES = {
     "str": "string",
@@ -34,9 +34,9 @@ _PYTHON_TYPES = {
 
 
 def json_type(name: str) -> Row:
-    """The JSON schema of a Python type's name: "List[int]" → {"type": "array", "items": {"type": "integer"}}.
+    """Returns the JSON schema of a Python type name: "List[int]" → {"type": "array", "items": {"type": "integer"}}.
 
-    "X, optional" and "Optional[X]" are X. A name of no JSON type, such as "Any", becomes a string.
+    "X, optional" and "Optional[X]" become X. A name without a JSON type, such as "Any", becomes a string.
     """
     if len(name) > MAX_TYPE:
         return {"type": "string"}
@@ -55,13 +55,13 @@ def json_type(name: str) -> Row:
 
 
 def json_schema(schema: Row) -> Row:
-    """The schema with Python's type names replaced at every level; a proper JSON schema stays as it is."""
+    """Replaces Python type names at every level of a schema; a proper JSON schema is unchanged."""
     out: Row = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
             out |= json_type(value)
         elif key == "properties" and isinstance(value, dict):
-            # Tables fill the properties a tool lacks with None.
+            # Tables hold None for properties that a tool lacks.
             kept = {name: item for name, item in value.items() if item is not None}
             out[key] = {name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()}
         elif key == "items" and isinstance(value, dict):
@@ -74,10 +74,10 @@ def json_schema(schema: Row) -> Row:
 
 
 def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
-    """The JSON schema of parameters written as {name: {"type", "description", "default"}}.
+    """Returns the JSON schema of parameters written as {name: {"type", "description", "default"}}.
 
-    Where `required` is not given, a parameter is required unless its type says "optional" or it has a
-    default.
+    Without `required`, a parameter is required unless its type says "optional" or it has a default. Raises ValueError
+    if the parameters or one of them is not an object.
     """
     if not isinstance(parameters, dict):
         raise ValueError("the parameters of a tool are not an object")
@@ -88,7 +88,7 @@ def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
             raise ValueError(f'parameter "{name}" is not described by an object')
         written = str(parameter.get("type", "string"))
         schema = json_schema({"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")})
-        # An empty default stands for none in these data sets.
+        # In these data sets, an empty default means no default.
         if parameter.get("default") not in ("", None):
             schema["default"] = _typed(parameter["default"], schema.get("type"))
         elif "optional" not in written.lower():
@@ -98,10 +98,10 @@ def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
 
 
 def tool_schema(tool: Any) -> Row:
-    """The OpenAI tool schema of one definition: a tool schema, or a bare function, parameters flat or not.
+    """Returns the OpenAI tool schema of one definition: a tool schema, or a bare function, parameters flat or not.
 
     Raises:
-        ValueError: the definition has no name, or parts of types that no chat template can write.
+        ValueError: the definition has no name, or parts whose types no chat template can write.
     """
     wrapped = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
     function = tool["function"] if wrapped else tool
@@ -112,7 +112,7 @@ def tool_schema(tool: Any) -> Row:
     if parameters is not None and not isinstance(parameters, dict):
         raise ValueError(f'the parameters of tool "{function["name"]}" are not an object')
     schema = json_schema(parameters or {"type": "object"}) if wrapped else _parameters(parameters or {})
-    # ToolACE writes a "required" of its own beside the parameters.
+    # ToolACE writes "required" beside the parameters.
     if not wrapped and function.get("required") and "required" not in schema:
         schema["required"] = function["required"]
     if schema.get("type") == "object" and schema.get("properties") is None:
@@ -121,12 +121,12 @@ def tool_schema(tool: Any) -> Row:
     _check_types(named)
     if not wrapped:
         return {"type": "function", "function": named}
-    # Nothing is lost of a tool schema, and what it has keeps its place.
+    # A tool schema keeps all its keys, in their order.
     return {**({} if "type" in tool else {"type": "function"}), **tool, "function": function | named}
 
 
 def tool_schemas(tools: Any) -> tuple[Row, ...]:
-    """The schemas of a list of definitions, which may be None or a JSON text."""
+    """Returns the schemas of a list of definitions, which may be None or a JSON text. Raises ValueError for others."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
@@ -142,7 +142,7 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
     """Finds the list of tool definitions inside a system text, as JSON or as Python writes it.
 
     Returns:
-        The list and the positions where it starts and ends; ([], len, len) where there is none.
+        The list and the positions of its start and end; ([], len, len) if there is none.
     """
     for match in itertools.islice(re.finditer(r"\[\s*+(\{|\])", text), MAX_PLACES):
         start = match.start()
@@ -164,7 +164,7 @@ def _check_types(function: Row) -> None:
 
 
 def _parameters(parameters: Row) -> Row:
-    # A flat parameter may itself be called "type" or "properties"; its value is then an object.
+    # A flat parameter may itself be named "type" or "properties"; its value is then an object.
     full = isinstance(parameters.get("type"), str) or ("properties" in parameters and "type" not in parameters)
     return json_schema(parameters) if full else flat_schema(parameters)
 
@@ -199,7 +199,7 @@ def _union(schemas: list[Row]) -> Row:
 
 
 def _typed(default: Any, kind: Any) -> Any:
-    """A default written as text, "3", as a value of its type, 3; unchanged where it is none."""
+    """Converts a default written as text, "3", to a value of its type, 3; returns it unchanged if it is not one."""
     if not isinstance(default, str) or kind not in ("integer", "number", "boolean", "object", "array"):
         return default
     try:

@@ -1,8 +1,8 @@
 """Reads tool-use data of any known form.
 
-In: a file, a folder of files, or `hf:OWNER/NAME` for a data set of the Hugging Face hub. The form is told by
-the content: the OpenAI form {id, messages, tools, target}, raw rows, ToolACE, ToolBench, xLAM-60k, Seal-
-Tools, ToolRL, Glaive or API-Bank; of evaluation data, BFCL's and API-Bank's tests too.
+In: a file, a folder of files, or `hf:OWNER/NAME` for a data set on the Hugging Face hub. The form is detected from the
+content: the OpenAI form {id, messages, tools, target}, raw rows, ToolACE, ToolBench, xLAM-60k, Seal-Tools, ToolRL,
+Glaive or API-Bank; for evaluation data also the tests of BFCL and API-Bank.
 Out: lists of samples with distinct ids. Errors are one line that names the file and the row.
 """
 
@@ -31,29 +31,29 @@ Numbered = list[tuple[int, Row]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesSettings:
-    """Which samples the data gives: the turns that are learned, the held-out parts, and how many are used."""
+    """Selection of samples: the turns to learn, the held-out parts, and how many samples to use."""
 
     targets: Targets = "all"
-    """Assistant turns of a conversation that warm-up trains on: all, those after a tool result or another assistant
-    turn too; or after_user, only those that follow a user turn. The search starts from the latter in any case. A row
-    with a target of its own is one sample."""
+    """Assistant turns that warm-up trains on: all (also those after a tool result or another assistant turn) or
+    after_user (only those after a user turn). The search always uses after_user. A row with its own target is one
+    sample."""
 
     test_share: float = 0.1
-    """Share of the data kept for the test part, conversations whole; unused with test_file and the generated corpus.
-    With 0 and no test_file a run is evaluated on a benchmark only."""
+    """Share of the data held out for the test part; conversations stay whole. Unused with test_file and the generated
+    corpus. With 0 and no test_file, a run is evaluated on a benchmark only."""
 
     validation_share: float = 0.05
-    """Share of the rest kept for the validation part; unused with the generated corpus, which has its own."""
+    """Share of the rest held out for the validation part. Unused with the generated corpus, which has its own."""
 
     test_file: str | None = None
-    """Data that is the test part, in any form that --data takes; its samples are left out of the other parts."""
+    """Data of the test part, in any form that --data accepts. Its samples are removed from the other parts."""
 
     fraction: float = 1.0
-    """Share of the training samples that is used, chosen by a hash of their ids and the seed, conversations whole; a
-    smaller share is part of a larger one."""
+    """Share of the training samples to use, chosen by a hash of their ids and the seed. Conversations stay whole. A
+    smaller share is a subset of a larger one."""
 
     limit: int = 0
-    """Most training samples that are used, the first by the same hash; 0 is all."""
+    """Most training samples to use, the first by the same hash; 0 = all."""
 
     def __post_init__(self) -> None:
         for name in ("test_share", "validation_share"):
@@ -68,13 +68,13 @@ class SamplesSettings:
 
 
 def load(source: Path, skipped: list[str] | None = None, targets: Targets = SamplesSettings.targets) -> list[Sample]:
-    """All training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
+    """Loads all training samples of a file, a folder or `hf:OWNER/NAME` (its split "train").
 
-    A conversation gives one sample for each assistant turn that `targets` names. Where a list `skipped` is given, a
-    wrong row is left out, and the reason put there.
+    A conversation yields one sample for each assistant turn that `targets` selects. If a list `skipped` is given, an
+    invalid row is left out and the reason added to the list.
 
     Raises:
-        ValueError: one line that names the source, and the row where one is wrong; or a row is raw.
+        ValueError: the source or a row is invalid, or a row is raw; one line that names the source and the row.
     """
     return _load(source, targets, need_target=True, for_training=True, skipped=skipped)
 
@@ -82,24 +82,24 @@ def load(source: Path, skipped: list[str] | None = None, targets: Targets = Samp
 def read_samples(
     source: Path, need_target: bool, targets: Targets = SamplesSettings.targets
 ) -> list[Sample | RawSample]:
-    """The samples of a file, a folder or `hf:OWNER/NAME`, raw ones and ones without a target among them.
+    """Reads the samples of a file, a folder or `hf:OWNER/NAME`, including raw ones and ones without a target.
 
     The raw forms are {id, prompt_ids, target_ids}, {id, prompt_ids} and {id, prompt}. In the OpenAI form, {id,
-    messages, tools, target}, a row is one sample: its target is a text or an assistant message, whose `tool_calls`
-    become a bracketed list; where there is none and the messages end with an assistant turn, that turn is the
-    target. A row without an id gets one made from its content. The public forms are read as `load` reads them.
+    messages, tools, target}, a row is one sample. Its target is a text or an assistant message, whose `tool_calls`
+    become a bracketed list; without one, a final assistant turn of the messages is the target. A row without an id gets
+    one derived from its content. The public forms are read as in `load`.
 
     Raises:
-        ValueError: one line that names the source, and the row where one is wrong; or an id stands twice in a file.
+        ValueError: the source or a row is invalid, or a file repeats an id; one line that names the source and the row.
     """
     return _load(source, targets, need_target, for_training=False, skipped=None)
 
 
 def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
-    """The samples of rows in the OpenAI form, {messages, tools, target}, as `read_samples` makes them.
+    """Converts rows in the OpenAI form, {messages, tools, target}, to samples, as `read_samples` does.
 
     Raises:
-        ValueError: one line that says which row is wrong, by its number from 1.
+        ValueError: a row is invalid; one line that gives its number, from 1.
     """
     read = functools.partial(_openai_or_raw, need_target=need_target, turns=None)
     found = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
@@ -109,12 +109,12 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
 
 
 def load_questions(source: Path) -> list[Sample]:
-    """The samples of evaluation data: what `load` reads, and the tests of BFCL, without targets, and of API-Bank.
+    """Loads the samples of evaluation data: the forms of `load`, and the tests of BFCL (without targets) and API-Bank.
 
-    A conversation gives one sample for each answer to a user turn: what it asks counts, once.
+    A conversation yields one sample for each answer to a user turn, so that each question counts once.
 
     Raises:
-        ValueError: one line that names the source, and the row where one is wrong.
+        ValueError: the source or a row is invalid; one line that names the source and the row.
     """
     name = os.fspath(source)
     if name.startswith(HUB):
@@ -131,7 +131,7 @@ def _questions(file: pathlib.Path) -> list[Sample]:
 
 
 def _test_reader(row: Row) -> Callable[[Row], list[Sample]] | None:
-    """The function that reads rows of a test set like this one; None where it is none."""
+    """Returns the function that reads a test set with rows like this one; None if it is not from a test set."""
     if {"instruction", "input", "expected_output"} <= row.keys():
         return benchmarks.from_api_bank_test
     return benchmarks.from_bfcl if {"id", "question"} <= row.keys() else None
@@ -168,7 +168,7 @@ def _samples(
     read: Callable[[Row], list[Any]] | None = None
     for number, row in rows:
         try:
-            if read is None or skipped is not None:  # a row that may be wrong tells nothing of the others
+            if read is None or skipped is not None:  # with invalid rows, one row's form says nothing about the others
                 read = _public_reader(row, where(number), pathlib.Path(name), targets) or plain
             if read is plain:
                 _refuse_repeated_id(row, number, first, where)
@@ -184,7 +184,7 @@ def _samples(
 
 
 def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -> Callable[[Row], list[Sample]] | None:
-    """The function that reads rows like this one; None for the OpenAI form and raw rows."""
+    """Returns the function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
     if keys & {"messages", "prompt_ids", "prompt"}:
         return None
@@ -211,7 +211,7 @@ def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Cal
 
 
 def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[Any]:
-    """The sample of a row; without a target, one for each of the `turns`, or one for the last turn if that is None."""
+    """Returns a row's sample; without a target, one per turn of `turns`, or only the last turn if `turns` is None."""
     if row.get("messages") is None and row.keys() & {"prompt_ids", "prompt"}:
         return [_raw(row, need_target)]
     messages = row.get("messages")
@@ -239,7 +239,7 @@ def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[A
 
 
 def _following(row: Row) -> tuple[Row, ...]:
-    """What a row says came after its target."""
+    """Returns the messages that follow a row's target."""
     given = row.get("following") or []
     if not isinstance(given, list):
         raise ValueError('"following" must be a list of messages')
@@ -281,7 +281,7 @@ def _id(row: Row) -> str:
 
 
 def _message(message: Any, number: int) -> Row:
-    """The message with text content: calls are a bracketed list in the history as they are in the target."""
+    """Returns the message with text content; calls become a bracketed list, in the history as in the target."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise ValueError(f"message {number} has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
@@ -291,7 +291,7 @@ def _message(message: Any, number: int) -> Row:
         content = _content(message)
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from error
-    # Tables fill absent keys with None.
+    # Tables hold None for missing keys.
     kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
     return kept | {"content": content}
 
@@ -316,7 +316,7 @@ def _target(target: Any) -> str:
 
 
 def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
-    """What `read` makes of a row, which may hold anything; where it fails, the reason with the place."""
+    """Applies `read` to a row, which may hold anything. Raises ValueError with the place and the reason if it fails."""
     try:
         found = read(row)
         if too_deep([(s.messages, s.tools, s.following) for s in found if isinstance(s, Sample)], MAX_DEPTH + 3):
@@ -331,10 +331,10 @@ def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
 
 
 def _distinct(samples: Iterable[Any]) -> list[Any]:
-    """Ids that repeat, as those made from content do where rows do: the second becomes "ID-2"."""
+    """Makes ids distinct: a repeated one becomes "ID-2". Ids derived from content repeat if rows do."""
     samples = list(samples)
     taken, out = {sample.id for sample in samples}, {}
-    counts: dict[str, itertools.count[int]] = {}  # of each id, or many of one would take quadratic time
+    counts: dict[str, itertools.count[int]] = {}  # by id, so that many repeats of one id take linear time
     for sample in samples:
         name, numbers = sample.id, counts.setdefault(sample.id, itertools.count(2))
         while name in out or (name != sample.id and name in taken):
@@ -347,7 +347,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
-    files = [file for file in files if not file.name.startswith("tool.jsonl")]  # Seal-Tools: no samples
+    files = [file for file in files if not file.name.startswith("tool.jsonl")]  # Seal-Tools' tools, not samples
     if not files:
         raise ValueError(f"{path} holds no data files ({', '.join(SUFFIXES)})")
     return files
@@ -371,7 +371,7 @@ def _hub_rows(name: str) -> Numbered:
 
     try:
         table = datasets.load_dataset(name.removeprefix(HUB), split="train")
-    except Exception as error:  # the hub raises errors of many libraries; all mean the same to the user
+    except Exception as error:  # the hub raises errors of many libraries; to the user all mean the same
         raise ValueError(
             f"{name} could not be fetched ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error

@@ -1,6 +1,6 @@
-"""What a machine has and lacks for a run: packages, devices, driver, disk, compilation cache, hub, other processes.
+"""Checks a machine for a run: packages, devices, driver, disk, compilation cache, Hub and other processes.
 
-In: settings. Out: findings, each with what to do. A file is written to try the disk, and taken away again.
+In: settings. Out: findings, each with a remedy. A file is written to test the disk, and then deleted.
 """
 
 import collections
@@ -28,13 +28,13 @@ from itool_jax.store.directory import check
 from itool_jax.system.untrusted import one_line
 
 TRIAL = 32 << 20
-"""Bytes that are written to try the disk."""
+"""Bytes written to test the disk."""
 SLOW = 20e6
-"""Bytes a second below which a disk is called slow."""
+"""Bytes per second below which a disk counts as slow."""
 NETWORK = 10.0
-"""Seconds that the hub is waited for."""
+"""Seconds to wait for the Hub."""
 DRIVERS = ((580, "cuda13"), (525, "cuda12"))
-"""The least NVIDIA driver for each build of JAX."""
+"""Minimum NVIDIA driver for each build of JAX."""
 CLUSTERS = {
     "SLURM_JOB_ID": "Slurm",
     "OMPI_MCA_orte_hnp_uri": "Open MPI",
@@ -46,7 +46,7 @@ Level = Literal["ok", "warning", "error"]
 
 
 class Finding(NamedTuple):
-    """One line of the doctor."""
+    """One line of the doctor's output."""
 
     level: Level
     what: str
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
 
 
 def packages(there: Mapping[str, str]) -> Iterator[Finding]:
-    """Python, what the package requires, and whether JAX, jaxlib and their plugins go together; by versions found."""
+    """Checks Python, the package's requirements, and that the installed JAX, jaxlib and plugins work together."""
     yield Finding("ok", "python", platform.python_version())
     if missing := _missing():
         line = f"pip install {' '.join(repr(name) for name in missing)}"
@@ -75,7 +75,7 @@ def packages(there: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _missing() -> list[str]:
-    """What the package requires, and is not there."""
+    """Returns the package's unmet requirements."""
     from packaging.requirements import Requirement
 
     try:
@@ -102,7 +102,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 class Gpu(NamedTuple):
-    """A GPU as the driver tells of it."""
+    """A GPU as the driver reports it."""
 
     name: str
     driver: str
@@ -110,7 +110,7 @@ class Gpu(NamedTuple):
 
 
 def gpus() -> list[Gpu]:
-    """What nvidia-smi finds; nothing where there is no such program, or no driver."""
+    """Returns the GPUs that nvidia-smi finds; empty if there is no such program or no driver."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -121,8 +121,8 @@ def gpus() -> list[Gpu]:
 
 
 def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
-    """What JAX sees, against what the driver does; the mesh, and whether batches can be shared out on it."""
-    logging.getLogger("jax").setLevel(logging.CRITICAL)  # what fails is said here, in a line
+    """Compares the devices that JAX and the driver see, and checks the mesh and how it divides batches."""
+    logging.getLogger("jax").setLevel(logging.CRITICAL)  # failures are reported below, in one line
     try:
         seen = jax.devices()
     except RuntimeError as error:
@@ -139,7 +139,7 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequence[str]) -> Iterator[Finding]:
-    """GPUs that JAX does not use, plugins of JAX without one, and types that its devices are slow with."""
+    """Reports GPUs that JAX does not use, JAX plugins without a GPU, and dtypes that are slow on the devices."""
     if found:
         driver = found[0].driver
         extra = next((name for least, name in DRIVERS if _numbers(driver) >= (least,)), None)
@@ -165,7 +165,7 @@ def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequ
 
 
 def _mesh(config: Config) -> Iterator[Finding]:
-    """By the checks that a run makes itself; each of several processes is taken to have as many devices as this one."""
+    """Applies a run's own mesh checks; assumes that each of several processes has as many devices as this one."""
     if config.distributed.auto:
         text = "not checked: it takes the devices of all processes, and only one's are here"
         yield Finding("warning", "mesh", text, "--stage=plan --plan.count=N looks at it on N devices")
@@ -188,7 +188,7 @@ def _mesh(config: Config) -> Iterator[Finding]:
 
 
 def run_directory(config: Config) -> Iterator[Finding]:
-    """Whether a run with these settings could work in the run directory, if it is there."""
+    """Checks that a run with these settings can use the run directory, if it exists."""
     try:
         check(config)
     except ValueError as error:
@@ -199,7 +199,7 @@ def run_directory(config: Config) -> Iterator[Finding]:
 
 
 def disk(folder: Path, needed: int) -> Iterator[Finding]:
-    """Room for `needed` bytes in the run directory, or where it will be, and how fast files are written and renamed."""
+    """Checks for `needed` free bytes where the run directory is or will be, and the speed of writes and renames."""
     place = _nearest(folder)
     free = shutil.disk_usage(place).free
     text = f"{free / 1e9:.1f} GB free in {place}, the run keeps about {needed / 1e9:.1f} GB"
@@ -227,7 +227,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def _try_disk(place: Path) -> tuple[float, float]:
-    """Bytes a second, and seconds of a rename; nothing is left behind."""
+    """Measures the write speed in bytes per second and the seconds of a rename; leaves no files."""
     with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as name:
         start = time.monotonic()
         with (Path(name) / "a").open("wb") as file:
@@ -240,7 +240,7 @@ def _try_disk(place: Path) -> tuple[float, float]:
 
 
 def compile_cache(folder: Path) -> Iterator[Finding]:
-    """Whether compiled programs can be kept for the next start."""
+    """Checks that compiled programs can be kept for the next start."""
     place = _nearest(folder)
     if not os.access(place, os.W_OK | os.X_OK):
         text = f"{folder} cannot be written to: every start compiles all programs again"
@@ -251,7 +251,7 @@ def compile_cache(folder: Path) -> Iterator[Finding]:
 
 
 def hub(config: Config) -> Iterator[Finding]:
-    """Access to the hub, where a name of it is used: token, cached files, or an answer."""
+    """Checks access to the Hub if a Hub name is used: token, cached files, or a response."""
     given = [source for source in (config.data, config.samples.test_file) if source and source.startswith("hf:")]
     names = [("dataset", source.removeprefix("hf:")) for source in given]
     if config.model != "embedded" and not Path(config.model).expanduser().is_dir():
@@ -276,7 +276,7 @@ def _hub_name(kind: str, name: str, offline: bool) -> Finding:
     try:
         snapshot_download(name, repo_type=kind, local_files_only=True)
         return Finding("ok", "hub", f"{kind} {name} is in the cache")
-    except Exception as error:  # not cached; or no name at all, which the hub's library says in many ways
+    except Exception as error:  # not cached, or an invalid name, which the Hub library reports in many ways
         if offline:
             remedy = "unset HF_HUB_OFFLINE, or download it first where there is a network"
             return Finding("error", "hub", f"{kind} {name} is not in the cache, and HF_HUB_OFFLINE is set", remedy)
@@ -284,7 +284,7 @@ def _hub_name(kind: str, name: str, offline: bool) -> Finding:
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=NETWORK)
         return Finding("ok", "hub", f"{kind} {name} can be downloaded, and is not yet")
-    except Exception as error:  # of many libraries: no network, no such name, no right to it
+    except Exception as error:  # from many libraries: no network, no such name, no permission
         text = _first_line(error) or reason
         gated = any(word in text for word in ("401", "403", "gated", "Gated"))
         remedy = "accept its licence on the hub, and hf auth login" if gated else "check the name and the network"
@@ -296,7 +296,7 @@ def _first_line(error: Exception) -> str:
 
 
 def processes(config: Config) -> Iterator[Finding]:
-    """Whether a run of several processes finds the others."""
+    """Checks that a run of several processes can find the others."""
     d, cluster = config.distributed, next((name for key, name in CLUSTERS.items() if os.environ.get(key)), None)
     if not d.several:
         if cluster == "Slurm" and int(os.environ.get("SLURM_NTASKS") or 1) > 1:

@@ -1,6 +1,6 @@
-"""Whether a model's folder and the data go together for a run: by the checks that the loaders make themselves.
+"""Checks that a model's folder and the data fit together for a run, with the loaders' own checks.
 
-In: settings. Out: findings, and samples to show. No weight is read, nothing is written.
+In: settings. Out: findings, and samples to show. No weights are read and nothing is written.
 """
 
 import math
@@ -33,13 +33,13 @@ TOOL = {
 QUESTION = {"role": "user", "content": "Weather in Zürich — and in 東京?"}
 ANSWER = '[get_weather(city="Zürich"), get_weather(city="東京")]'
 SHOWN = 160
-"""Characters of a prompt's end that are shown."""
+"""Characters shown from the end of a prompt."""
 LISTED = 3
-"""Rows of the data that are named where they are wrong."""
+"""Number of wrong rows of the data that are listed."""
 
 
 def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, list[Finding]]:
-    """What a check gives, or its error as a finding."""
+    """Returns a check's result, or its error as a finding."""
     try:
         return check(), []
     except (ValueError, OSError) as error:
@@ -47,7 +47,7 @@ def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, lis
 
 
 def model(config: Config) -> Iterator[Finding]:
-    """Configuration, weights by the headers of their files, tokenizer, special tokens, template."""
+    """Checks the configuration, weights (by their file headers), tokenizer, special tokens and template."""
     place = model_folder(config)
     shapes, found = _refused("model", "take a supported model", lambda: hf.read_config(place, config.dtype))
     yield from found
@@ -68,7 +68,7 @@ def model(config: Config) -> Iterator[Finding]:
 
 
 def tokens(chat: Chat, vocab_size: int) -> Iterator[Finding]:
-    """The tokens that end a response, and those of self-evaluation."""
+    """Reports the vocabulary size, and checks the tokens that end a response."""
     yield Finding("ok", "tokenizer", f"{chat.n_ids} tokens of the model's {vocab_size}")
     named = ", ".join(f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in chat.stop_ids)
     if (largest := max(chat.stop_ids)) >= vocab_size:
@@ -79,7 +79,7 @@ def tokens(chat: Chat, vocab_size: int) -> Iterator[Finding]:
 
 
 def template(chat: Chat, config: Config) -> Iterator[Finding]:
-    """A conversation rendered, tokenised and decoded; and what loss masks and the search rely on."""
+    """Renders, tokenises and decodes a conversation, and checks what loss masks and the search rely on."""
     messages = ({"role": "system", "content": "Be brief."}, QUESTION)
     rendered, found = _refused("template", "add chat_template.jinja to the folder", lambda: _render(chat, messages))
     yield from found
@@ -111,14 +111,14 @@ def _self_evaluation(chat: Chat, config: Config) -> Iterator[Finding]:
 
 
 def _render(chat: Chat, messages: tuple[dict[str, str], ...]) -> tuple[str, str]:
-    """The prompt, and the conversation with the answer behind it."""
+    """Renders the prompt alone, and the conversation with the answer."""
     prompt = chat.render(messages, (TOOL,), add_generation_prompt=True)
     answered = (*messages, {"role": "assistant", "content": ANSWER})
     return prompt, chat.render(answered, (TOOL,), add_generation_prompt=False)
 
 
 def _prefix(chat: Chat, prompt: str, whole: str, ids: list[int]) -> Finding:
-    """Whether a prompt is what a conversation begins with: as text, and as tokens, where the loss begins."""
+    """Checks that a conversation begins with its prompt: as text, and as tokens up to where the loss begins."""
     what, own = "loss mask", [*ids, *chat.target_ids(ANSWER)]
     if not whole.startswith(prompt):
         text = "a prompt is not how the same conversation begins once it is answered"
@@ -134,14 +134,14 @@ def _prefix(chat: Chat, prompt: str, whole: str, ids: list[int]) -> Finding:
 
 
 class Shown(NamedTuple):
-    """A sample to look at."""
+    """A sample to show."""
 
     sample: Sample
     encoded: Encoded
 
 
 def data(config: Config) -> tuple[list[Finding], list[Shown]]:
-    """What a run would make of the data, and samples of it: a call and a text, where there are any."""
+    """Checks the data as a run would load it, and picks samples of it: a call and a text, if there are any."""
     skipped: list[str] = []
     remedy = "check --data; --skip_bad_rows leaves wrong rows out"
     made, found = _refused("data", remedy, lambda: divide(config, skipped))
@@ -175,13 +175,13 @@ def _first(skipped: Sequence[str]) -> str:
 
 
 def preview(config: Config, shown: Shown) -> Iterator[Text]:
-    """The end of a prompt, the tokens that are trained on, token by token, and the steps a search would take."""
+    """Yields the end of a prompt, the trained tokens one by one, and the steps a search would take."""
     chat = load_base(config).chat
     decode = chat.tokenizer.decode
     prompt = harmless(decode(shown.encoded.prompt_ids, skip_special_tokens=False))
     before = Text("not trained  ", style="bold").append(f"…{prompt[-SHOWN:]}" if len(prompt) > SHOWN else prompt, "dim")
     trained = Text("trained      ", style="bold")
-    for number, token in enumerate(shown.encoded.target_ids):  # two shades, so that tokens are told apart
+    for number, token in enumerate(shown.encoded.target_ids):  # two alternating shades separate the tokens
         trained.append(_visible(chat, token), "black on green" if number % 2 else "black on bright_green")
     steps = Text("steps        ", style="bold")
     table = step_table(config, config.search.granularity)
@@ -192,6 +192,6 @@ def preview(config: Config, shown: Shown) -> Iterator[Text]:
 
 
 def _visible(chat: Chat, token: int) -> str:
-    """A token's text, where a line's end and half a character show too."""
+    """Decodes a token, with line ends and partial characters made visible."""
     text = chat.tokenizer.decode([token], skip_special_tokens=False).replace("�", "·")
     return harmless(text).replace("\n", "\\n")

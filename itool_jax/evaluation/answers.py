@@ -1,6 +1,6 @@
-"""Greedy answers of a policy to samples, each graded against the sample's target: exact calls, typed values.
+"""Answers samples greedily with a policy and grades each answer against the sample's target: exact calls, typed values.
 
-In: a policy and samples. Out: an `Answer` a sample, journaled in the folder of the step's work.
+In: a policy and samples. Out: one `Answer` per sample, journaled in the step's working folder.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ class Answer(NamedTuple):
 
     text: str
     finished: bool
-    """Whether it ends with a stop token, not at the length limit."""
+    """True if the answer ends with a stop token, False if it ran into the length limit."""
     correct: bool
 
 
 def answer_greedily(
     task: Task, policy: PhasePolicy, samples: Samples, what: str, folder: Path | None = None
 ) -> list[Answer]:
-    """Answers the samples, in their order; `folder` is where finished ones are journaled, if not the step's own."""
+    """Answers the samples in order; finished answers are journaled in `folder`, by default the step's own."""
     run, config = task.run, task.config
     table = run.step_table("sentence")
     greedy = dataclasses.replace(config.generate, temperature=0.0)

@@ -1,8 +1,8 @@
-"""API-Bank, levels 1 and 2: prompts for a model, and whether its call is the right one, without executing it.
+"""API-Bank, levels 1 and 2: makes prompts for a model and judges its call without executing it.
 
-In: the published test files. Out: verdicts. The official evaluator executes a call on a database of its own and
-compares what comes back API by API; here the name and all arguments must be the same text. `docs/evaluation.md` tells
-where the two differ, and on how many cases they agree.
+In: the published test files. Out: verdicts. The official evaluator executes each call on its own database and compares
+the results API by API; here the name and all arguments must match as text. `docs/evaluation.md` says where the two
+differ and on how many cases they agree.
 """
 
 import re
@@ -16,15 +16,15 @@ from itool_jax.system.files import place
 from itool_jax.text.calls import Call
 
 CATEGORIES = ("level_1", "level_2", "level_2_without_search")
-"""Level 2 as a whole, and without the calls of ToolSearcher, whose keywords are free text."""
+"""Level 2 is scored twice: as a whole, and without the calls of ToolSearcher, whose keywords are free text."""
 SEARCH = "ToolSearcher"
 MAX_CHARACTERS = 20_000
-"""A longer response holds no call: its pattern takes quadratic time."""
+"""A longer response is treated as having no call, because the pattern takes quadratic time."""
 
 _FILES = {"level_1": "level-1-api.json", "level_2": "level-2-api.json", "level_2_without_search": "level-2-api.json"}
 _CALL = re.compile(r"\[(\w+)\((.*)\)\]")
 _ARGUMENT = re.compile(r"""\b(\w+)\s*=\s*(?:['"](.+?)['"]|(\[.*\])|(\w+))""")
-# The published answers nest quotes: a value ends at the quote that a comma, a bracket or the end follows.
+# The published answers nest quotes: a value ends at the quote before the next argument or the end of the text.
 _WHOLE_ARGUMENT = re.compile(r"""\b(\w+)\s*=\s*(?:['"](.*?)['"](?=\s*(?:,\s*\w+\s*=|$))|([^'",\s][^,]*))""")
 
 
@@ -37,10 +37,10 @@ class Question(NamedTuple):
 
 
 def read_call(text: Any, argument: re.Pattern[str] = _ARGUMENT) -> Call | None:
-    """The call in a response, `[ApiName(key='value')]` anywhere in it, its values as text; None without one.
+    """Returns the call `[ApiName(key='value')]` found anywhere in a response, its values as text, or None without one.
 
-    As the official evaluator reads it, a quoted value ends at the next quote of either kind, so that some published
-    answers cannot be given.
+    As in the official evaluator, a quoted value ends at the next quote of either kind, so some published answers cannot
+    be given.
     """
     found = _CALL.search(text) if isinstance(text, str) and len(text) <= MAX_CHARACTERS else None
     if found is None:
@@ -50,9 +50,9 @@ def read_call(text: Any, argument: re.Pattern[str] = _ARGUMENT) -> Call | None:
 
 
 def check(model_output: Any, answer: Call) -> Verdict:
-    """Whether the response's call has the name and the arguments of `answer`; no text raises.
+    """Checks that the response's call has the name and the arguments of `answer`. No text raises an error.
 
-    Error types are those of the official evaluator that can be told without executing.
+    Error types are the official evaluator's, as far as they can be determined without executing the call.
     """
     call = read_call(model_output)
     if call is None:
@@ -68,7 +68,7 @@ def check(model_output: Any, answer: Call) -> Verdict:
 
 
 def question_file(folder: Path, category: str) -> Path:
-    """The file of a category's tests, plain or .gz. Raises ValueError where there is none."""
+    """Returns the file with a category's tests, plain or .gz. Raises ValueError if there is none."""
     for path in (folder / f"{_FILES[category]}{ending}" for ending in ("", ".gz")):
         if path.is_file():
             return path
@@ -76,9 +76,9 @@ def question_file(folder: Path, category: str) -> Path:
 
 
 def load_questions(folder: Path, category: str) -> list[Question]:
-    """The tests of a category from a folder with `level-1-api.json` and `level-2-api.json`, plain or .gz.
+    """Loads the tests of a category from a folder with `level-1-api.json` and `level-2-api.json`, plain or .gz.
 
-    Raises ValueError, naming file and row, for a missing file and for a row of another form.
+    Raises ValueError for a missing file, and for a row of another form, naming file and row.
     """
     path = question_file(folder, category)
     found = []
@@ -103,5 +103,5 @@ def _question(row: Mapping[str, Any]) -> Question:
 
 
 def judge(questions: Sequence[Question], results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """The verdict on each response, by question id."""
+    """Returns the verdict on each response, by question id."""
     return {q.id: check(results[q.id], q.answer) for q in questions if q.id in results}

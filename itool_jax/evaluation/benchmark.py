@@ -1,7 +1,8 @@
-"""A phase's policy on a public benchmark: its questions answered, the responses scored, runs compared.
+"""Evaluates a phase's policy on a public benchmark: answers the questions, scores the responses, compares runs.
 
-In: a phase with weights, or result files that anyone made, and the benchmark's data. Out, in `<phase>/<benchmark>/`:
-the responses (BFCL's in the leaderboard's layout), a `<category>.json` when it is done, `scores.json`, `summary.json`.
+In: a phase with weights, or result files from any source, and the benchmark's data. Out, in `<phase>/<benchmark>/`:
+responses (BFCL's in the leaderboard's layout), one `<category>.json` per finished category, `scores.json` and
+`summary.json`.
 """
 
 import dataclasses
@@ -37,14 +38,14 @@ from itool_jax.system.messages import console_out, say
 
 Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
-"""(key, messages) of each."""
+"""(key, messages) of each conversation."""
 
 UNFIT = "Error during inference: "
-"""How the leaderboard's result files begin where a model gave no answer."""
+"""Prefix of a response in the leaderboard's result files where a model gave no answer."""
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Scores result files, or evaluates the chosen phases of the run; returns the figures of each."""
+    """Scores result files, or evaluates the chosen phases of the run. Returns the figures of each."""
     config = run.config
     _check(config)
     if config.results is not None:
@@ -59,7 +60,7 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    """Raises ValueError, before any work, for what would be missing after it."""
+    """Checks settings, scorer and `against` before any work. Raises ValueError if one is invalid or missing."""
     if config.benchmark != "bfcl" and (config.official or config.results is not None):
         name = "results" if config.results is not None else "official"
         raise ValueError(f"{name} is for BFCL; set --benchmark=bfcl, got --benchmark={config.benchmark}")
@@ -70,7 +71,7 @@ def _check(config: Config) -> None:
 
 
 def evaluate(run: Run, phase: str) -> Figures:
-    """Answers and scores what is not done yet of the chosen categories; prints the table and returns the figures."""
+    """Answers and scores the chosen categories that are not done yet, prints the table and returns the figures."""
     config = run.config
     scores = {category: _score(_category(run, phase, category)) for category in categories(config)}
     figures = summarize(config, scores)
@@ -115,7 +116,10 @@ def score_results(config: Config) -> Figures:
 
 
 def categories(config: Config) -> tuple[str, ...]:
-    """The categories to run; BFCL's of one turn where none is chosen. Raises ValueError for what cannot be run here."""
+    """Returns the categories to run, for BFCL by default the single-turn ones.
+
+    Raises ValueError for a category that cannot be run here.
+    """
     if config.benchmark == "bfcl":
         chosen = bfcl_data.select(config.categories or ("single_turn",))
         if set(chosen) & set(bfcl_data.MULTI_TURN):
@@ -127,7 +131,7 @@ def categories(config: Config) -> tuple[str, ...]:
 
 
 def data_folder(config: Config) -> Path:
-    """Where the benchmark's questions are: evaluate.benchmark_data, else --data, else what the scorer brings."""
+    """Returns the folder of the questions: evaluate.benchmark_data, else --data, else the installed scorer's data."""
     if config.evaluate.benchmark_data is not None:
         return config.evaluate.benchmark_data
     if config.stage == "evaluate" and config.data != "generated":
@@ -138,14 +142,14 @@ def data_folder(config: Config) -> Path:
 
 
 def question_files(config: Config) -> list[str]:
-    """The files of the questions that a run is to be evaluated on, to be looked for in its training data."""
+    """Returns the files of the questions that a run is evaluated on, for the leakage check of its training data."""
     if config.benchmark is None:
         return []
     return sorted({str(_module(config).question_file(data_folder(config), name)) for name in categories(config)})
 
 
 def results_folder(config: Config, phase: str) -> Path:
-    """Where the responses of a phase and their scores are."""
+    """Returns the folder of a phase's responses and scores."""
     limit = config.evaluate.benchmark_limit
     return config.run_dir / phase / (f"{config.benchmark}_{limit}" if limit else str(config.benchmark))
 
@@ -166,7 +170,7 @@ def _response_file(config: Config, phase: str, category: str) -> Path:
 
 
 def _category(run: Run, phase: str, category: str) -> Figures:
-    """The figures of one category: answered, scored and written down unless that is done."""
+    """Returns the figures of one category, which is answered, scored and written first unless that is done."""
     config = run.config
     file, questions = _response_file(config, phase, category), _load(config, category)
     name = f"{results_folder(config, phase).name}/{category}"
@@ -180,7 +184,7 @@ def _category(run: Run, phase: str, category: str) -> Figures:
 def _answer_category(category: str, questions: Sequence[Any], file: Path, task: Task, policy: PhasePolicy) -> Figures:
     config = task.config
     asked = questions[: config.evaluate.benchmark_limit or None]
-    policy.running()  # by every process, whether it has questions or not
+    policy.running()  # on every process, even one without questions
     work = functools.partial(_answer, task.run, policy, category)
     answers = task.map(asked, work, f"{config.benchmark} {category}")
     if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
@@ -202,20 +206,20 @@ def _read_responses(config: Config, phase: str, category: str) -> dict[str, Any]
 
 
 def _scored(config: Config, questions: Sequence[Any], asked: Sequence[Any], results: Mapping[str, Any]) -> Score:
-    """The score of the responses to the questions that were asked, of all questions of a category."""
+    """Scores the responses to `asked`, a subset of a category's `questions`."""
     verdicts = _judge(config, asked, results)
     return bfcl_scores.score(verdicts, len(questions), sum(map(_unanswered, results.values())))
 
 
 def _unanswered(result: Any) -> bool:
-    """Whether, at some step, a line of the harness stands in place of the model's answer."""
+    """Returns True if, at any step, the harness wrote an error line in place of the model's answer."""
     if isinstance(result, list):
         return any(map(_unanswered, result))
     return isinstance(result, str) and result.startswith(UNFIT)
 
 
 def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """The verdicts on a category's responses; those of multi-turn are the official scorer's."""
+    """Judges a category's responses; multi-turn responses are judged by the official scorer."""
     if config.benchmark == "api_bank":
         return api_bank.judge(questions, results)
     if questions and questions[0].category in bfcl_data.MULTI_TURN:
@@ -225,7 +229,7 @@ def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any])
 
 
 def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[Any]) -> Iterator[Advance]:
-    """Answers questions; a multi-turn question is finished when its conversation has ended."""
+    """Answers questions. A multi-turn question is finished when its conversation has ended."""
     if category not in bfcl_data.MULTI_TURN:
         first = bfcl_data.first_messages if run.config.benchmark == "bfcl" else lambda question: list(question.messages)
         yield from by_row(_texts(run, policy, [(question.id, first(question)) for question in questions]))
@@ -243,7 +247,7 @@ def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[An
 
 
 def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Iterator[list[tuple[int, str]]]:
-    """The policy's answers to many conversations, (place, text), a batch at a time.
+    """Yields the policy's answers to many conversations, a batch at a time, as (index, text).
 
     A conversation longer than the model's context is answered by a line that says so, as on the leaderboard.
     """
@@ -261,7 +265,7 @@ def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Itera
 
 
 def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
-    """Accuracies by category and column with 95 % intervals, counts, and how many failed by kind of error."""
+    """Returns accuracies by category and column with 95 % intervals, counts, and failures by kind of error."""
     intervals = bfcl_scores.intervals(scores, config.seed)
     found: Figures = {
         "accuracy": {name: score.correct / score.total if score.total else None for name, score in scores.items()},
@@ -277,7 +281,7 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
 
 
 def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figures) -> None:
-    """Prints accuracies with their intervals, counts and most frequent errors; for BFCL Table 1's columns below."""
+    """Prints accuracies with their intervals, counts and most frequent errors; for BFCL also the columns of Table 1."""
     table = Table(title=f"{config.benchmark}, {name}: % right [95 % interval]", title_justify="left", box=None)
     for column in ("category", "right", "n", *(["unanswered"] if any(figures["unanswered"].values()) else [])):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=True)
@@ -321,7 +325,7 @@ def _count(column: str, scores: Mapping[str, Score]) -> str:
 def compare_official(
     config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
 ) -> None:
-    """Prints the official scorer's figures beside ours, and names every question they disagree on."""
+    """Prints the official scorer's figures beside ours, with up to five ids per category where the verdicts differ."""
     table = Table(title="the official scorer beside ours", title_justify="left", box=None)
     for column in ("category", "n", "official", "ours", "other verdict"):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=column != "other verdict")
@@ -343,7 +347,7 @@ def compare_official(
 
 
 def regressions(config: Config, before: str, phase: str) -> list[str]:
-    """A line for each category of the benchmark that fell from one phase to the next, and whether by chance."""
+    """Returns a line for each benchmark category that fell from one phase to the next, with its significance."""
     then, now = (read_scores(results_folder(config, name) / "scores.json") for name in (before, phase))
     found = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
     return fallen(found)
@@ -353,7 +357,7 @@ def regressions(config: Config, before: str, phase: str) -> list[str]:
 
 
 def check_leakage(run: Run) -> None:
-    """Adds to the data card what of the benchmarks stands among the training samples, unless it says so already."""
+    """Adds the overlap of the benchmarks with the training samples to the data card, unless it is there already."""
     hosts.broadcast_from_primary("benchmarks", functools.partial(_check_leakage, run))
 
 

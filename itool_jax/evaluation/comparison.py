@@ -1,6 +1,6 @@
-"""Scores of a benchmark beside those of another run, question by question.
+"""Compares the benchmark scores of two runs, question by question.
 
-In: scores, and the other run's `scores.json`. Out: what differs, printed and in a file.
+In: scores, and the other run's `scores.json`. Out: the differences, printed and in a file.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from itool_jax.system.untrusted import read_json
 
 
 def read_scores(path: Path) -> dict[str, Score]:
-    """The scores of a `scores.json`. ValueError for another file, or none."""
+    """Reads a `scores.json`. Raises ValueError if the file is missing or has another form."""
     if not path.is_file():
         raise ValueError(f"{path} is no file; against wants another run's scores.json")
     try:
@@ -31,7 +31,7 @@ def read_scores(path: Path) -> dict[str, Score]:
 
 
 def compare(config: Config, scores: Mapping[str, Score], output: Path | None) -> dict[str, Any]:
-    """Compares with the run that `against` scores, question by question; prints and keeps the differences."""
+    """Compares `scores` with the run in `against`, question by question; prints the differences and writes `output`."""
     assert config.against is not None
     theirs = read_scores(config.against)
     shared = [category for category in scores if category in theirs]
@@ -64,7 +64,7 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
 
 
 def fallen(found: Mapping[str, PairedDifference]) -> list[str]:
-    """A line for each category with fewer right answers than before, and whether that may be chance."""
+    """Returns a line for each category with fewer right answers than before, with the significance of the drop."""
     lines = []
     for category, x in found.items():
         if x.difference < 0:

@@ -1,7 +1,7 @@
-"""Whole answers that a policy samples itself, and how many of them are right.
+"""Samples complete answers from a policy and counts how many are right.
 
-In: a policy and samples. Out: a count a sample. The answers are grown as a search grows its first step, so that all of
-a prompt's share its cache.
+In: a policy and samples. Out: one count per sample. Answers are generated like the first step of a search, so all
+answers to a prompt share its cache.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from itool_jax.text.steps import StepTable
 
 
 def random_key(config: Config, iteration: int, purpose: str) -> jax.Array:
-    """The key of an iteration's draws; purposes are independent of each other."""
+    """Returns the random key of an iteration for one purpose; keys of different purposes are independent."""
     key = jax.random.fold_in(jax.random.key(config.seed), iteration)
     return jax.random.fold_in(key, stable_hash(purpose))
 
 
 def settings(config: Config, n: int, temperature: float) -> SearchSettings:
-    """`n` whole answers to each prompt, in no more rows and of no more prompts at once than the run's searches have."""
+    """Returns settings for `n` complete answers per prompt, with at most a search's rows and prompts at once."""
     search = config.search
     return dataclasses.replace(
         search,
@@ -45,9 +45,9 @@ def settings(config: Config, n: int, temperature: float) -> SearchSettings:
 def count_right(
     policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], settings: SearchSettings, key: jax.Array
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields after each batch, (index into `items`, how many of its answers are right).
+    """Yields (index into `items`, number of right answers) for each prompt of a batch, batch by batch.
 
-    Prompts with long golds wait for each other: a batch takes as long as its longest answer may be.
+    A batch takes as long as its longest possible answer, so prompts with long golds share batches.
     """
     no_question = SelfEvaluationSettings(weight=0.0)
     for group in by_prompt_width(items, settings.lanes):
@@ -68,16 +68,17 @@ def count_right(
 
 
 def _limit(item: Searched, settings: SearchSettings) -> int:
-    """The most tokens that an answer may have.
+    """Returns the most tokens that an answer may have.
 
-    Calls in far more tokens than the gold's are not the gold's calls; any text is right where the gold is one.
+    Where the gold is calls, an answer far longer than the gold cannot be right. Where the gold is text, any text is
+    right, so the full limit applies.
     """
     most = settings.max_last_step_tokens
     return min(most, 2 * len(item.encoded.target_ids) + 16) if looks_like_calls(item.sample.target) else most
 
 
 def by_prompt_width(items: Sequence[Searched], least: int) -> list[list[int]]:
-    """Indices of samples, grouped by padded prompt length; a group of less than `least` takes in the next."""
+    """Groups sample indices by padded prompt length; a group with fewer than `least` is merged with the next."""
 
     def width(i: int) -> int:
         return bucket(len(items[i].encoded.prompt_ids), PROMPT_BUCKET)

@@ -1,4 +1,4 @@
-"""In what way a wrong response is wrong: gold and response in, one of `KINDS` out."""
+"""Classifies wrong responses: gold and response in, one of `KINDS` out."""
 
 from collections import Counter
 
@@ -17,11 +17,11 @@ KINDS = {
     "wrong value": "the right functions and parameters, but a value differs",
     "other": "none of these",
 }
-"""Kinds and what they mean; of several that fit, the first one here is given."""
+"""Kinds of error and their meaning; if several fit, the first one here is reported."""
 
 
 def error_kind(gold: str, response: str, *, finished: bool) -> str:
-    """The kind of error of a response that was judged wrong."""
+    """Returns the kind of error of a response that was judged wrong."""
     if not finished:
         return UNFINISHED
     wanted, calls = read_calls(gold), read_calls(response)

@@ -1,6 +1,6 @@
-"""What finished stages left in a run directory: graded answers, figures of searches and trainings.
+"""Reads the results of finished stages from a run directory: graded answers, figures of searches and trainings.
 
-In: settings and a phase. Out: marks by sample, comparisons of phases, and what a training changed.
+In: settings and a phase. Out: marks by sample, comparisons of phases, and the effect of a training.
 """
 
 import dataclasses
@@ -22,34 +22,34 @@ CATEGORIES = (
     *("long", "known_tools", "new_tools"),
 )
 WATCHED = 200
-"""Validation samples that are answered after each phase, to see whether training changed anything."""
+"""Number of validation samples answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
-"""Below both of these hardly anything was trained: Δ of held-out pairs in nats, and the share of changed answers."""
+"""Below both, training had hardly any effect: Δ of held-out pairs in nats, and the share of changed answers."""
 FOUND = (
     *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
     *("answers", "self_evaluation"),
 )
-"""Figures of what a search found."""
+"""Figures of a search's result."""
 ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
-"""Figures of what the policy can do with the prompts that were chosen."""
+"""Figures of the policy's ability on the chosen prompts."""
 SCORES = "scores.jsonl"
 
 
 def evaluation_name(config: Config) -> str:
-    """The name of the evaluation on the split and the number of samples that the settings name."""
+    """Returns the evaluation's name, which holds the split and the number of samples from the settings."""
     return f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
 
 
 def watching(config: Config) -> Config:
-    """The settings of the evaluation that watches a training."""
+    """Returns the settings of the evaluation that monitors a training."""
     return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, split="validation", limit=WATCHED))
 
 
 def what_training_changed(config: Config, phase: str, before: str) -> Figures:
-    """How far the training of a phase moved the policy, and whether that is hardly at all.
+    """Measures how far the training of a phase moved the policy, and flags a training with hardly any effect.
 
     `changed` is the share of validation answers that differ from those of the phase before, None without validation
-    samples; `delta` is Δ (eq 11) on the pairs that were not trained on, in nats, None without any.
+    samples. `delta` is Δ (eq 11) on held-out pairs, in nats, None without any.
     """
     paths = [results_file(watching(config), name) for name in (phase, before)]
     changed = n = None
@@ -65,7 +65,7 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
 
 
 def describe_training(phase: str, found: Figures) -> str:
-    """One line of what a training changed, plain where that is hardly anything."""
+    """Describes the effect of a training in one line, with advice if it had hardly any."""
     parts = []
     if found["changed"] is not None:
         parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
@@ -78,25 +78,28 @@ def describe_training(phase: str, found: Figures) -> str:
 
 
 def results_file(config: Config, phase: str) -> Path:
-    """The file of a phase's graded responses."""
+    """Returns the path of a phase's graded responses."""
     return config.run_dir / phase / f"{evaluation_name(config)}.jsonl"
 
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
-    """Whether each evaluated sample is right, by id."""
+    """Reads the mark (right or wrong) of each evaluated sample, by id."""
     rows = columns.read_table(results_file(config, phase), ["id", "correct"])
     return {row["id"]: row["correct"] for row in rows}
 
 
 def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference, list[str]]:
-    """One phase against another, sample by sample; and a line for each category that fell."""
+    """Compares a phase with an earlier one, sample by sample; also returns a line for each category that fell."""
     lower = comparison.fallen(by_category(config, phase, before))
     marks, before_marks = read_results(config, phase), read_results(config, before)
     return paired_difference(list(marks.values()), [before_marks[name] for name in marks]), lower
 
 
 def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDifference]:
-    """Each category of one phase against another's, sample by sample."""
+    """Compares a phase with an earlier one in each category, sample by sample.
+
+    Raises ValueError if the earlier phase has no mark for a sample.
+    """
     marks = read_results(config, before)
     rows = columns.read_table(results_file(config, phase), ["id", "correct", "categories"])
     if missing := [row["id"] for row in rows if row["id"] not in marks]:
@@ -110,7 +113,7 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
 
 
 def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
-    """Whether a tree, as rows of its nodes, has a right response; with `own`, one without an injected step."""
+    """Returns True if a tree, given as node rows, has a right response; with `own`, one without an injected step."""
     whole = [True] * len(nodes)
     for n, node in enumerate(nodes[1:], 1):
         whole[n] = whole[node["parent"]] and node.get("sampled", True)

@@ -1,4 +1,4 @@
-"""Right-or-wrong marks of samples in; standard errors, paired tests and one line of plain words out."""
+"""Statistics of right-or-wrong marks: standard errors, intervals, paired tests and one-line descriptions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ SIGNIFICANCE_LEVEL = 0.05
 
 
 class PairedDifference(NamedTuple):
-    """Run a against run b on the same samples; accuracies are fractions, positive means that a is better."""
+    """Difference between runs a and b on the same samples, as fractions; positive means that a is better."""
 
     difference: float
     standard_error: float
@@ -22,7 +22,7 @@ class PairedDifference(NamedTuple):
 
 
 def standard_error(correct: Sequence[bool]) -> float:
-    """Binomial standard error sqrt(p(1-p)/n) of an accuracy, as a fraction; nan for no samples."""
+    """Returns the binomial standard error sqrt(p(1-p)/n) of an accuracy, as a fraction; nan for no samples."""
     if len(correct) == 0:
         return math.nan
     p = float(np.mean(np.asarray(correct, dtype=bool)))
@@ -30,8 +30,9 @@ def standard_error(correct: Sequence[bool]) -> float:
 
 
 def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of an accuracy over n > 0 samples; unlike ± 1.96 standard errors it holds near 0 and 1.
+    """Returns the 95 % score interval of an accuracy over n > 0 samples.
 
+    Unlike ± 1.96 standard errors, it is valid near 0 and 1.
     Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953.
     """
     z2 = 1.959964**2
@@ -39,25 +40,25 @@ def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
     low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
     return max(0.0, min(low, accuracy)), min(
         1.0, max(high, accuracy)
-    )  # rounded, a bound could miss an accuracy of 0 or 1
+    )  # rounding could move a bound past an accuracy of 0 or 1
 
 
 def resampled_accuracies(correct: int, total: int, random: np.random.Generator, n_resamples: int) -> np.ndarray:
-    """Accuracies, shape (n_resamples,), of bootstrap resamples of `total` answers, `correct` of them right.
+    """Returns the accuracies, shape (n_resamples,), of bootstrap resamples of `total` answers with `correct` right.
 
-    Drawing answers with replacement, each right with the share observed, is a binomial draw.
+    Drawing answers with replacement, each right with the observed share, is a binomial draw.
     """
     return random.binomial(total, correct / total, n_resamples) / total
 
 
 def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of bootstrapped figures."""
+    """Returns the 95 % percentile interval of bootstrapped figures."""
     low, high = np.quantile(resampled, (0.025, 0.975))
     return float(low), float(high)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over independent runs (seeds) and its standard error; nan where undefined, as the error of one."""
+    """Returns mean and standard error over independent runs (seeds); nan if undefined, such as the error of one run."""
     if len(values) == 0:
         return math.nan, math.nan
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -65,10 +66,10 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
-    """Accuracy of a minus accuracy of b, marked sample by sample in the same order: McNemar's exact test.
+    """Computes the accuracy of a minus that of b, with marks in the same sample order, and McNemar's exact test.
 
-    Wins are samples that only a gets right, losses those that only b does; the two-sided p-value asks whether
-    a fair coin would have split them so unevenly. Raises ValueError where the lengths differ.
+    Wins are samples that only a gets right, losses those that only b gets right. The two-sided p-value is the
+    probability that a fair coin splits them at least this unevenly. Raises ValueError if the lengths differ.
     """
     if len(a) != len(b):
         raise ValueError(f"paired runs must mark the same samples, got {len(a)} and {len(b)} marks")
@@ -84,7 +85,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
 
 
 class MeanDifference(NamedTuple):
-    """A mean over seeds and samples of paired differences, with a bootstrap interval; all are fractions."""
+    """Mean of paired differences over seeds and samples, with a bootstrap interval; all are fractions."""
 
     mean: float
     low: float
@@ -94,19 +95,19 @@ class MeanDifference(NamedTuple):
 def hierarchical_bootstrap(
     differences: Sequence[Sequence[float]], *, level: float = 0.99, draws: int = 10_000, seed: int = 0
 ) -> MeanDifference:
-    """The mean difference of two arms over seeds and samples, and the percentile interval of a two-level bootstrap.
+    """Returns the mean difference of two arms over seeds and samples, with the interval of a two-level bootstrap.
 
-    Each draw resamples the seeds with replacement, then the samples, and takes the mean. All seeds of a draw share its
-    samples, because they share the test part: if each seed drew its own, a sample that is hard for every seed would
-    count as many independent ones, and the interval would be too narrow. (Owen 2007, the pigeonhole bootstrap,
-    https://doi.org/10.1214/07-AOAS122.) Time and memory grow with the number of distinct columns, which is at most
-    3 ** seeds for right-or-wrong marks.
+    Each draw resamples the seeds with replacement, then the samples, and takes the mean. All seeds of a draw use the
+    same resampled samples, because they share the test part. If each seed drew its own, a sample that is hard for every
+    seed would count as many independent ones, and the interval would be too narrow (Owen 2007, the pigeonhole
+    bootstrap, https://doi.org/10.1214/07-AOAS122). Time and memory grow with the number of distinct columns, which is
+    at most 3 ** seeds for right-or-wrong marks.
 
     Args:
-        differences: for each seed, one arm's mark minus the other's by sample, all in one order: [seeds][samples].
-        level: share of the draws that the interval holds.
-        draws: bootstrap draws.
-        seed: of the draws.
+        differences: for each seed, one arm's mark minus the other's by sample, in one order: [seeds][samples].
+        level: share of the draws inside the percentile interval.
+        draws: number of bootstrap draws.
+        seed: random seed of the draws.
 
     Raises:
         ValueError: there is no seed or no sample, or the seeds have different numbers of samples.
@@ -115,7 +116,7 @@ def hierarchical_bootstrap(
         counts = [len(row) for row in differences]
         raise ValueError(f"a bootstrap needs one or more seeds with the same samples, got {counts} samples by seed")
     random, S = np.random.default_rng(seed), len(differences)
-    # Samples with equal differences in all seeds are alike: it is enough to draw how often each kind comes.
+    # Samples with equal differences in all seeds are interchangeable, so it is enough to draw the count of each kind.
     kinds_SK, counts_K = np.unique(np.asarray(differences, dtype=float), axis=1, return_counts=True)
     n = counts_K.sum()
     means_DS = random.multinomial(n, counts_K / n, draws) @ kinds_SK.T / n
@@ -125,9 +126,9 @@ def hierarchical_bootstrap(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P-values adjusted for their number by Holm's step-down method, in the order given.
+    """Adjusts p-values for multiple tests by Holm's step-down method; the order is kept.
 
-    Rejecting those below a level keeps the chance of any false rejection below it. Holm (1979),
+    Rejecting those below a level keeps the chance of any false rejection below that level. Holm (1979),
     https://www.jstor.org/stable/4615733.
     """
     adjusted, largest = {}, 0.0
@@ -138,7 +139,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def describe(difference: PairedDifference) -> str:
-    """One line in percentage points: "+5.2 ± 1.1 points (n=400, p=0.0001)"; says where nothing was gained."""
+    """Describes a difference in percentage points, "+5.2 ± 1.1 points (n=400, p=0.0001)", and says if it is no gain."""
     if difference.n == 0:
         return "no samples to compare, no significant gain"
     p_text = "p<0.0001" if difference.p_value < 0.0001 else f"p={difference.p_value:.4f}"
@@ -150,13 +151,13 @@ def describe(difference: PairedDifference) -> str:
 
 
 def _sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided binomial p-value at one half, in integers, so that no count is too large."""
+    """Returns the exact two-sided binomial p-value at one half; integer arithmetic allows counts of any size."""
     n, k = wins + losses, min(wins, losses)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def roc_auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
-    """How often a right one is scored above a wrong one, ties counting half; None where either is missing."""
+    """Returns the share of (right, wrong) pairs whose right one scores higher; ties count half. None without pairs."""
     scores_N, right_N = np.asarray(scores), np.asarray(right, dtype=bool)
     n_right, n_wrong = int(right_N.sum()), int((~right_N).sum())
     if not n_right or not n_wrong:
@@ -167,9 +168,9 @@ def roc_auc(scores: Sequence[float], right: Sequence[bool]) -> float | None:
 
 
 def calibration_error(probabilities: Sequence[float], right: Sequence[bool], bins: int = 10) -> float | None:
-    """Mean distance between the probability of being right and the share that is right, over bins of equal width.
+    """Computes the expected calibration error (https://arxiv.org/abs/1706.04599, eq 3); None for no values.
 
-    The expected calibration error (https://arxiv.org/abs/1706.04599, eq 3); None for no values.
+    This is the mean distance between the predicted probability and the share that is right, over bins of equal width.
     """
     if len(probabilities) == 0:
         return None

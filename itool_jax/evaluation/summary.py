@@ -1,6 +1,6 @@
-"""The summary of a whole run: accuracies by phase, what searches and trainings came to, comparisons.
+"""Summarizes a whole run: accuracies by phase, results of searches and trainings, comparisons.
 
-In: the figures of finished stages. Out: `summary.json`'s content, and its table in the terminal.
+In: the figures of finished stages. Out: the content of `summary.json`, and its table in the terminal.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ from itool_jax.system.messages import console_out, say
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
 MEASURED = ("accuracy", "n", "standard_error")
 COLUMNS = 6
-"""Categories that the summary's table shows beside each other; more go into a second one below."""
+"""Most categories in one table of the summary; the rest go into further tables below."""
 
 
 def evaluated_phases(config: Config) -> list[str]:
-    """The phases that are evaluated, in order."""
+    """Returns the evaluated phases, in order."""
     iterations = range(1, config.iterations + 1)
     chosen = iterations if config.evaluate.intermediate else iterations[-1:]
     return [BASE, WARMUP, *map(phase_name, chosen)]
@@ -74,7 +74,7 @@ def summarize(config: Config) -> dict[str, Any]:
 
 
 def _benchmark(config: Config) -> dict[str, Any] | None:
-    """The benchmark's figures by phase; null without one."""
+    """Returns the benchmark's figures by phase; None without a benchmark."""
     if config.benchmark is None:
         return None
     trained = evaluated_phases(config)[1:]
@@ -98,9 +98,9 @@ def _seconds(config: Config, phase: str, stage: str) -> float:
 
 
 def _comparisons(config: Config) -> list[dict[str, Any]]:
-    """Each phase against the one before, and the last against the warm-up, paired over samples.
+    """Compares each phase with the one before, and the last with the warm-up, paired over samples.
 
-    Without a held-out part it is the benchmark's categories that are compared.
+    Without a held-out part, only the benchmark's categories are compared.
     """
     names = evaluated_phases(config)
     pairs = list(zip(names[1:], names, strict=False))
@@ -108,7 +108,7 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
         pairs.append((names[-1], WARMUP))
     rows = []
     held_out = has_part(config, config.evaluate.split)
-    for phase, before in pairs if held_out else pairs[1:]:  # a benchmark is not asked of the base model
+    for phase, before in pairs if held_out else pairs[1:]:  # the base model is not evaluated on the benchmark
         result, lower = results.compared(config, phase, before) if held_out else (None, [])
         if config.benchmark is not None and before != BASE:
             lower += [f"{config.benchmark} {line}" for line in benchmark.regressions(config, before, phase)]
@@ -119,8 +119,8 @@ def _comparisons(config: Config) -> list[dict[str, Any]]:
 
 
 def _table(phases: Sequence[Mapping[str, Any]], names: Sequence[str], title: str | None) -> Table:
-    """The accuracies of some categories, a row a phase; a table with a title also has the time."""
-    # No frame and narrow gaps: the widest row just fits 80 columns.
+    """Makes a table of accuracies of some categories, one row per phase; a table with a title also has the time."""
+    # Without a frame and with narrow gaps, the widest row just fits 80 columns.
     table = Table(title=title, title_justify="left", box=None, collapse_padding=True, pad_edge=False)
     table.add_column("phase", no_wrap=True)
     for name in names:
@@ -134,7 +134,7 @@ def _table(phases: Sequence[Mapping[str, Any]], names: Sequence[str], title: str
 
 
 def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
-    """Prints the summary as a table, and what is significant of it."""
+    """Prints the summary: accuracies as tables, then a line per search, training and comparison."""
     names = [name for name, count in summary["phases"][0]["n"].items() if count]
     title = f"exact answers, % ± standard error, {summary['split']} part" if names else "time of each phase"
     for first in range(0, max(1, len(names)), COLUMNS):

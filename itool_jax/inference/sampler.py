@@ -1,8 +1,8 @@
-"""Compiled generation and scoring over a key-value cache that all rows of a prompt share.
+"""Generates and scores tokens in compiled programs over a key-value cache that all rows of a prompt share.
 
 In: a `Policy` and token ids. Out: sampled steps with their log-probabilities, log-probabilities of given
-targets, and answers to one-letter questions. Prompts are computed once (`prefill`); rows that continue them
-cache only their own tokens. Shapes are bucketed, so that a data set of any lengths compiles a handful of
+targets, and answers to one-letter questions. Each prompt is prefilled once; the rows that continue it
+cache only their own tokens. Shapes are bucketed, so that a data set of any lengths compiles only a few
 programs.
 """
 
@@ -35,16 +35,16 @@ class Policy(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """One sampled step a row; `tokens` are padded with 0 behind `length`."""
+    """One sampled step per row; `tokens_BT` is padded with 0 after `length_B`."""
 
     tokens_BT: Int[Array, "B T"]
     length_B: Int[Array, " B"]
     log_prob_B: Float[Array, " B"]
     """Sum of the tokens' log-probabilities at temperature 1."""
     stopped_B: Bool[Array, " B"]
-    """Whether the step ends the response with a stop token."""
+    """True if the step ends the response with a stop token."""
     complete_B: Bool[Array, " B"]
-    """Whether it ends where a step ends; else the limit cut it off."""
+    """True if it ends at a step boundary, False if the limit cut it off."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,11 +83,11 @@ def _extend(
 
     Args:
         model: the model.
-        shared: what the rows continue, one part after the other; each part is shared by a group of rows.
+        shared: consecutive prefixes that the rows continue; each prefix is shared by a group of rows.
         tokens_BT: right-padded.
-        length_B: tokens of each row.
-        at_BR: places among the T whose hidden states are wanted; None: those of the last tokens, R = 1.
-        spare: free slots that the new cache has beyond the T.
+        length_B: number of tokens in each row.
+        at_BR: indices into T whose hidden states to return; None: those of the last tokens, R = 1.
+        spare: free slots of the new cache beyond the T.
     """
     B, T = tokens_BT.shape
     start_B = sum((jnp.repeat(part.length_P, B // len(part.length_P)) for part in shared), jnp.zeros(B, jnp.int32))
@@ -112,7 +112,7 @@ def choice_logits(
 ) -> Array:
     """Computes the logits [B, A] of the answer tokens that may follow each row.
 
-    A row is a prompt, a path that the rows of a prompt share, and tokens of its own; the first two are computed once.
+    A row is a prompt, a path that all rows of the prompt share, and its own tokens; the first two are computed once.
     """
     model = nnx.merge(graph, params)
     path = _extend(model, [prefix], path_PS, path_length_P)
@@ -133,7 +133,7 @@ def score_step(
     """Sums log π over the step that follows each prompt and path [P]; paths and steps are right-padded."""
     model = nnx.merge(graph, params)
     P, T = step_PT.shape
-    # Each row is the path with its step directly behind it.
+    # Each row is the path, followed directly by its step.
     place_PT = path_length_P[:, None] + jnp.arange(T)
     row_PS = jnp.pad(path_PS, [(0, 0), (0, T)])
     row_PS = row_PS.at[jnp.arange(P)[:, None], place_PT].set(step_PT)
@@ -143,10 +143,10 @@ def score_step(
 
 
 def sample_token(logits_BV: Array, keys_B: Array, t: Array, temperature: Array, top_p: Array | float = 1.0) -> Array:
-    """Samples token t of each row by inverse transform of one uniform number a row; temperature 0 takes the best.
+    """Samples token t of each row by inverse transform of one uniform number per row; temperature 0 is greedy.
 
-    Where `top_p` is below 1, it is one of the likeliest tokens whose probabilities, at that temperature, add up to
-    that much (https://arxiv.org/abs/1904.09751).
+    With `top_p` below 1, samples only from the likeliest tokens whose probabilities at that temperature add up to
+    `top_p` (https://arxiv.org/abs/1904.09751).
     """
 
     def nucleus(weight_BV: Array) -> Array:
@@ -171,9 +171,9 @@ class _Decoding(NamedTuple):
     """State of the decode loop."""
 
     t: Int[Array, ""]
-    """Tokens sampled so far."""
+    """Number of tokens sampled so far."""
     token_B: Int[Array, " B"]
-    """The last of them, which is not in the cache yet."""
+    """Last sampled token, not yet in the cache."""
     suffix: Suffix
     automaton: StepState
     steps: Steps
@@ -200,24 +200,24 @@ def sample_step(
 
     Args:
         graph: the model's graph.
-        params: its weights.
         max_tokens: longest step, in tokens.
+        params: the model's weights.
         table: step boundaries and stop tokens.
-        prefix: P prompts without their last token; B = P · R rows continue them, R to a prompt.
-        path_PS: right-padded; the prompt's last token, then the response so far, the same for all R rows.
-        path_length_P: tokens of each path, the prompt's last one included.
-        keys_B: one random key a row; token t uses the key with t folded in.
-        limit_B: tokens a row may take, at most `max_tokens`; a row with limit 0 takes none.
+        prefix: P prompts without their last token; B = P · R rows continue them, R per prompt.
+        path_PS: right-padded; the prompt's last token, then the response so far, shared by its R rows.
+        path_length_P: number of tokens in each path, including the prompt's last one.
+        keys_B: one random key per row; token t uses the key with t folded in.
+        limit_B: most tokens per row, up to `max_tokens`; a row with limit 0 samples none.
         whole_B: rows whose step is the whole remainder, up to a stop token.
-        temperature: of the sampling; log-probabilities are those at temperature 1. 0 is greedy.
-        top_p: share of the probability that is sampled from, the likeliest tokens first.
-        turn_start_P: how many tokens of each response so far belong to earlier turns, whose steps do not count.
+        temperature: sampling temperature, 0 is greedy; log-probabilities are always at temperature 1.
+        top_p: nucleus sampling: share of the probability to sample from, likeliest tokens first.
+        turn_start_P: number of tokens in each response so far that belong to earlier turns, whose steps do not count.
     """
     model = nnx.merge(graph, params)
     (P, S), B = path_PS.shape, len(limit_B)
     to_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)
 
-    # 1. Prefill of the paths. Rows share the cache of their path; a row that has a path to itself writes on in it.
+    # 1. Prefill the paths. Rows share their path's cache; with one row per path, each row continues in that cache.
     path = _extend(model, [prefix], path_PS, path_length_P, spare=max_tokens if P == B else 0)
     if P == B:
         shared, suffix, first_slot = [prefix], path.suffix, S
@@ -228,7 +228,7 @@ def sample_step(
     first_position_B = to_rows(path.end_B)
 
     def sample(logits_BV: Array, state: _Decoding) -> _Decoding:
-        """Samples the next token of each row that is not done."""
+        """Samples the next token of each unfinished row."""
         t, live_B, steps = state.t, ~state.done_B, state.steps
         token_B = jnp.where(live_B, sample_token(logits_BV, keys_B, t, temperature, top_p), 0)
         log_prob_B = token_log_probs_from_logits(logits_BV, token_B)
@@ -256,7 +256,7 @@ def sample_step(
     def is_unfinished(state: _Decoding) -> Array:
         return ~state.done_B.all() & (state.t < max_tokens)
 
-    # 2. The first token, from the logits behind the path. 3. The others, in a loop.
+    # 2. Sample the first token from the logits after the path. 3. Sample the others in a loop.
     zeros_B = jnp.zeros(B, jnp.int32)
     none_B = jnp.zeros(B, bool)
     empty = Steps(jnp.zeros((B, max_tokens), jnp.int32), zeros_B, jnp.zeros(B), none_B, none_B)
@@ -268,7 +268,7 @@ def sample_step(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateRecipe:
-    """Which responses of a model count."""
+    """Limits on a model's responses."""
 
     max_tokens: int = 512
     """Longest response, in tokens."""
@@ -280,15 +280,15 @@ class GenerateRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateRuntime:
-    """How the responses of one command are sampled."""
+    """Settings of generation for one command."""
 
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     tokens_per_batch: int = 16384
-    """Prompt tokens in a batch, padding included; smaller needs less memory."""
+    """Prompt tokens per batch, including padding. Smaller batches need less memory."""
     phase: str | None = None
-    """Phase of the run in --run_dir whose weights answer, such as warmup or iteration_2, or last; else the model as it
-    is."""
+    """Phase of the run in --run_dir whose weights to use, for example warmup or iteration_2, or last. None: the base
+    model."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -307,13 +307,13 @@ class GenerateSettings(GenerateRuntime, GenerateRecipe):
 
 
 def stable_hash(text: str) -> int:
-    """Hashes a text to a number to fold into a random key, the same in every process."""
+    """Hashes a text to a number to fold into a random key; the same in every process."""
     return zlib.crc32(text.encode())
 
 
 @jax.jit
 def row_keys(key: Array, *folds_B: Array) -> Array:
-    """Derives a key for each row: `key` with each of the row's numbers folded in, in turn."""
+    """Derives a key for each row by folding the row's numbers into `key`, one after the other."""
 
     def fold(*numbers: Array) -> Array:
         return functools.reduce(jax.random.fold_in, numbers, key)
@@ -331,19 +331,19 @@ def generate(
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Generates whole responses to prompts, a batch at a time, narrowest prompts first.
 
-    A response depends on the seed, the prompt and its id, never on what else is in the batch. Leaving out the prompts
-    of finished batches leaves the remaining batches as they are.
+    A response depends only on the seed, the prompt and its id, never on the rest of the batch. Omitting the prompts of
+    finished batches does not change the remaining batches.
 
     Args:
         policy: the model.
         table: step boundaries and stop tokens.
-        prompts: (id, token ids) of each.
+        prompts: (id, token ids) of each prompt.
         settings: temperature, length and batch size.
-        max_length: tokens of the model's context, which prompt and response share.
-        seed: of the sampling.
+        max_length: tokens in the model's context, which prompt and response share.
+        seed: seed of the sampling.
 
     Yields:
-        after each batch, (index into `prompts`, token ids) of its responses, stop token included.
+        after each batch, (index into `prompts`, token ids including the stop token) of its responses.
     """
     widths = [bucket(len(ids) - 1) for _, ids in prompts]
     for indices, width, count in group(widths, settings.tokens_per_batch):
@@ -362,12 +362,12 @@ def _generate_batch(
     max_length: int,
     seed: int,
 ) -> list[list[int]]:
-    """Responses to at most `count` prompts, padded to `width`; the batch is filled up with rows that take no token."""
+    """Generates responses to at most `count` prompts, padded to `width`; filler rows have limit 0."""
     n_missing = count - len(prompts)
     padded = [*prompts, *[prompts[0]] * n_missing]
     limits = [min(settings.max_tokens, max_length - len(ids)) for _, ids in prompts] + [0] * n_missing
     names_B = np.array([stable_hash(name) for name, _ in padded], np.uint32)
-    # The prompt's last token is the path, whose prefill gives the first logits.
+    # The path is the prompt's last token; its prefill gives the first logits.
     prefix = prefill(*policy, *pad([ids[:-1] for _, ids in padded], width))
     path_PS, path_length_P = pad([ids[-1:] for _, ids in padded], 1)
     steps = sample_step(
@@ -392,7 +392,7 @@ def target_log_probs(
 ) -> Iterator[list[tuple[int, float]]]:
     """Scores the target of each (prompt ids, target ids), a batch at a time, narrowest rows first.
 
-    Leaving out the rows of finished batches leaves the remaining batches as they are.
+    Omitting the rows of finished batches does not change the remaining batches.
 
     Yields:
         after each batch, (index into `rows`, sum of log π over the target in nats) of its rows.

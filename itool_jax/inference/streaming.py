@@ -1,8 +1,8 @@
-"""One response at a time, a few tokens after the other, over a cache that a conversation keeps.
+"""Streams one response at a time, a few tokens per chunk, with a cache kept across a conversation.
 
-In: a `Policy`, and the ids of prompt after prompt. Out: the ids of each response as they are sampled, and their text.
-What a prompt shares with what was read before, which in a conversation is all but its last message, is not read again.
-A cache slot is a position, so going back to an earlier one costs nothing; sizes are bucketed, so that turns of any
+In: a `Policy`, and the token ids of successive prompts. Out: the ids of each response as they are sampled, and their
+text. The prefix that a prompt shares with the cache (in a conversation, all but the last message) is not computed
+again. A cache slot is a position, so going back to an earlier one is free. Sizes are bucketed, so that turns of any
 length run the same few programs.
 """
 
@@ -27,30 +27,30 @@ CHUNK = 4
 """Tokens sampled before the host sees them."""
 SMALLEST_CACHE, SMALLEST_READ = 1024, 64
 UNFINISHED = "\ufffd"
-"""What a decoder writes for bytes that are not a character yet."""
+"""Replacement character that a decoder writes for an incomplete character."""
 
 
 class Stream:
-    """A model in conversation."""
+    """A conversation with a model, and its cache."""
 
     def __init__(self, policy: Policy, is_stop_V: Bool[AnyArray, " V"]):
         self._policy, self._is_stop_V = policy, is_stop_V
         self._ids: list[int] = []
-        """The token in each slot of the cache."""
+        """Token in each slot of the cache."""
         self._cache: Suffix | None = None
 
     def respond(
         self, prompt_ids: Sequence[int], limit: int, key_1: Array, temperature: float = 0.0
     ) -> Iterator[list[int]]:
-        """The ids of a response, at most `CHUNK` at a time, up to a stop token, which is given too, or `limit` ids.
+        """Yields the ids of a response, at most `CHUNK` at a time, up to and including a stop token, or `limit` ids.
 
-        Whoever stops asking before the end may begin another response.
+        The caller may stop early and start another response.
 
         Args:
-            prompt_ids: one or more ids.
-            limit: tokens of the response; prompt and response together must fit the model's context.
-            key_1: one random key; token t is drawn with t folded in, as by `sampler.generate`.
-            temperature: 0 is greedy.
+            prompt_ids: at least one id.
+            limit: most tokens in the response; prompt and response together must fit the model's context.
+            key_1: one random key; token t uses the key with t folded in, as in `sampler.generate`.
+            temperature: sampling temperature; 0 is greedy.
         """
         ids = list(prompt_ids)
         start = min(_n_common(self._ids, ids), len(ids) - 1)
@@ -71,8 +71,8 @@ class Stream:
             yield new
 
     def _take(self, slots: int) -> Suffix:
-        """The cache, with room for so many tokens. Until it is kept again there is none: programs use it up."""
-        cache, self._cache, self._ids = self._cache, None, []  # what is stopped in between has read nothing
+        """Takes the cache, grown to at least `slots` tokens; programs donate it, so `_keep` must store a new one."""
+        cache, self._cache, self._ids = self._cache, None, []  # if interrupted before `_keep`, the cache is empty
         slots = max(SMALLEST_CACHE, 1 << max(slots - 1, 0).bit_length())
         if cache is None:
             return _new_cache(*self._policy, slots)
@@ -83,7 +83,7 @@ class Stream:
 
 
 class _Chunk(NamedTuple):
-    """What a short loop leaves behind: `n` new tokens, and the logits [1, V] after them."""
+    """Result of a short decode loop: `n` new tokens, and the logits [1, V] after them."""
 
     n: Int[Array, ""]
     tokens_C: Int[Array, " C"]
@@ -93,13 +93,13 @@ class _Chunk(NamedTuple):
 
 
 def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with alike."""
+    """Returns the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _new_cache(graph: nnx.GraphDef, params: Params, slots: int) -> Suffix:
-    like = prefill(graph, params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))  # for its shapes alone
+    like = prefill(graph, params, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32))  # only for its shapes
     return jax.tree.map(
         lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), empty_suffix(like, 1, slots)
     )
@@ -117,7 +117,7 @@ def _grown(cache: Suffix, slots: int) -> Suffix:
 def _read(
     graph: nnx.GraphDef, params: Params, cache: Suffix, tokens_1T: Array, n_1: Array, start: Array
 ) -> tuple[Array, Suffix]:
-    """Reads `n` tokens, right-padded, into the slots from `start` on; the logits [1, V] after the last of them."""
+    """Reads `n` right-padded tokens into the slots from `start` on; returns the last logits [1, V] and the cache."""
     model, place_T = nnx.merge(graph, params), jnp.arange(tokens_1T.shape[1])
     valid_1T, position_1T, last_11 = place_T < n_1[:, None], (start + place_T)[None], n_1[:, None] - 1
     hidden_11D, cache = model.extend(tokens_1T, valid_1T, position_1T, [], cache, start, last_11)
@@ -137,9 +137,9 @@ def _sample(
     count: Array,
     temperature: Array,
 ) -> _Chunk:
-    """At most `count` tokens into the slots from `start` on, the first being number `done` of its response.
+    """Samples at most `count` tokens into the slots from `start` on; the first is token `done` of its response.
 
-    The stop token is read too: the next prompt goes on behind it.
+    The stop token enters the cache too, because the next prompt continues after it.
     """
     model = nnx.merge(graph, params)
 
@@ -156,7 +156,7 @@ def _sample(
 
 
 def as_text(decode: Callable[[list[int]], str], chunks: Iterable[Sequence[int]]) -> Iterator[str]:
-    """The text of ids that come a few at a time; a character is given when all its bytes are there."""
+    """Decodes a stream of ids to text, yielding each character once all its bytes have arrived."""
     ids: list[int] = []
     text = shown = ""
     for chunk in chunks:

@@ -1,7 +1,7 @@
-"""Step-level preference pairs out of finished search trees.
+"""Extracts step-level preference pairs from finished search trees.
 
 In: a finished `Tree` and the tokens of the step into each node.
-Out: at most one `Pair` a node, its best child against its worst.
+Out: at most one `Pair` per node: its best child against its worst.
 """
 
 import itertools
@@ -20,18 +20,18 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    """Which siblings make a preference pair."""
+    """Rules for turning sibling steps into preference pairs."""
 
     min_q_gap: float = 0.1
-    """Smallest difference in Q between the preferred and the dispreferred step of a pair."""
+    """Smallest difference in Q between the chosen and the rejected step of a pair."""
     require: Literal["outcome", "gap"] = "outcome"
-    """What makes a pair besides that: outcome, that the best ending below the preferred step beats the best one below
-    the other, by as much; or nothing else (the gap alone, as in the paper)."""
+    """Further condition on a pair. outcome: the best outcome below the chosen step must also beat the best one below
+    the rejected step by min_q_gap. gap: no further condition, as in the paper."""
     rejected: Literal["whole", "first_difference"] = "whole"
-    """How much of the dispreferred step a pair holds: whole, as in the paper; or first_difference, up to and with the
-    first token that differs from the preferred step, so that training does not blame what follows."""
+    """How much of the rejected step to keep. whole: all of it, as in the paper. first_difference: up to and including
+    the first token that differs from the chosen step, so that training does not penalize the tokens after it."""
     held_out: float = 0.1
-    """Share of the searched prompts whose pairs are not trained on: they measure what the training did."""
+    """Share of the searched prompts whose pairs are kept out of training, to measure its effect."""
 
     def __post_init__(self) -> None:
         if not self.min_q_gap >= 0:
@@ -40,18 +40,18 @@ class PairSettings:
             raise ValueError(f"pairs.held_out must be in [0, 1), got {self.held_out}")
 
     def accepts(self, pair: "Pair") -> bool:
-        """Returns whether a pair whose gap is wide enough is to be trained on."""
+        """Returns whether to train on a pair whose Q gap is wide enough."""
         return self.require == "gap" or self.is_valid(pair)
 
     def is_valid(self, pair: "Pair") -> bool:
-        """Returns whether the outcomes agree that the preferred step is the better one."""
+        """Returns whether the outcomes agree that the chosen step is better."""
         return pair.best_ending_chosen - pair.best_ending_rejected >= self.min_q_gap - ROUNDING and (
             pair.best_ending_chosen > pair.best_ending_rejected
         )
 
 
 class Pair(NamedTuple):
-    """Two continuations of one state: prompt + `path`, then `chosen_ids` rather than `rejected_ids`."""
+    """Two continuations of the state prompt + `path`: `chosen_ids` is preferred over `rejected_ids`."""
 
     node: int
     chosen_node: int
@@ -64,12 +64,12 @@ class Pair(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int]
     best_ending_chosen: float
-    """The highest outcome O of the responses in the tree that go on from the chosen step; -1 if none ended."""
+    """Highest outcome O among the tree's responses that continue from the chosen step; -1 if none ended."""
     best_ending_rejected: float
     chosen_sampled: bool
-    """Whether the model sampled the chosen step; else it is the gold's, injected."""
+    """True if the model sampled the chosen step, False if it is an injected gold step."""
     chosen_is_gold: bool
-    """Whether the response up to the chosen step is the gold's, sampled or injected."""
+    """True if the response up to and including the chosen step matches the gold response, sampled or injected."""
 
 
 def preference_pairs(
@@ -79,19 +79,21 @@ def preference_pairs(
     settings: PairSettings,
     observed: Mapping[int, list[int]] | None = None,
 ) -> list[Pair]:
-    """Returns the pairs of a finished tree whose gap is wide enough, by node; `settings.accepts` says which to keep.
+    """Returns the pairs of a finished tree whose Q gap is wide enough, in node order.
 
-    A node gives a pair when two or more of its children are eligible (visited, or terminal, and not cut off by the
-    token limit), the highest and lowest Q among them (the first slot where tied) lie at least `min_q_gap` apart, and
-    the two texts differ. The Q of a terminal child that was never visited is its step reward: a visit would not change
-    it.
+    `settings.accepts` decides which of them to train on. A node gives a pair if:
+    - at least two of its children are eligible: visited or terminal, and not cut off by the token limit;
+    - the highest and lowest Q among them (the first slot on ties) are at least `min_q_gap` apart;
+    - the texts of these two steps differ.
+
+    The Q of a terminal child that was never visited is its step reward, which a visit would not change.
 
     Args:
         tree: one tree.
-        steps: token ids of the step into each node; none for the root.
-        decode: gives the text of a step from its ids.
+        steps: token ids of the step into each node; empty for the root.
+        decode: converts the ids of a step to text.
         settings: thresholds.
-        observed: by node, recorded tokens that follow the step into it.
+        observed: by node, the recorded tokens that follow the step into it.
     """
     tree = jax.device_get(tree)
     behind = {node: [*ids, *(observed or {}).get(node, [])] for node, ids in enumerate(steps)}
@@ -102,7 +104,7 @@ def preference_pairs(
 
 
 def _best_endings(tree: Tree) -> np.ndarray:
-    """Returns the highest outcome O of the terminal states at or below each node; -1 where there is none."""
+    """Returns the highest outcome O of the terminal states at or below each node, -1 if there are none."""
     best_N = np.where(tree.terminal_N, tree.extra.outcome, -1.0)
     for node in range(int(tree.n_nodes) - 1, ROOT, -1):  # children have higher ids than their parents
         parent = int(tree.parent_N[node])
@@ -118,7 +120,7 @@ def _node_pair(
     endings_N: np.ndarray,
     settings: PairSettings,
 ) -> Pair | None:
-    """Returns the best and the worst eligible child of a node, or None; their texts may be equal."""
+    """Pairs the best and the worst eligible child of a node, if their Q gap is wide enough; the texts may be equal."""
     children = _eligible_children(tree, node)
     if len(children) < 2:
         return None
@@ -149,7 +151,7 @@ def _node_pair(
 
 
 def _until_they_differ(ids: list[int], other: list[int]) -> list[int]:
-    """Returns the beginning of `ids` up to and with the first token that `other` does not have there."""
+    """Returns `ids` up to and including the first token that differs from `other`."""
     n_alike = sum(itertools.takewhile(bool, (a == b for a, b in zip(ids, other, strict=False))))
     return ids[: n_alike + 1]
 

@@ -1,7 +1,7 @@
-"""The policy as the `Model` of a search: it proposes steps and judges itself; its responses are graded by rule.
+"""Lets the policy act as the `Model` of a search: it proposes steps and judges itself; rules grade its responses.
 
-In: a policy and samples of similar length. Out: what `mcts.search` asks for, each call one compiled program over all
-trees that still grow. Of `mcts`, only this module sees the sampler and the model.
+In: a policy and samples of similar length. Out: the answers to the requests of `mcts.search`; each call is one
+compiled program over all growing trees. Of `mcts`, only this module uses the sampler and the model.
 """
 
 import functools
@@ -25,7 +25,7 @@ from itool_jax.types import AnyArray
 
 PROMPT_BUCKET, PATH_BUCKET, OWN_BUCKET = 256, 64, 64  # smallest padded widths: few programs matter more than tight ones
 FEW = 4
-"""Where 1/FEW of the lanes or less are asked about, a program of that size runs."""
+"""If a request covers at most 1/FEW of the lanes, a program of that smaller size runs."""
 
 
 class Searched(NamedTuple):
@@ -34,13 +34,14 @@ class Searched(NamedTuple):
     sample: Sample
     encoded: Encoded
     solved: bool = False
-    """Whether a response that the model sampled before was right."""
+    """True if the model sampled a right response before."""
 
 
 class ModelPolicy:
-    """The policy as the `Model` of a search over samples of similar length.
+    """Policy that serves as the `Model` of a search over samples of similar length.
 
-    Prompts, and prompts with the reference answer behind them, are computed once; every node reads those caches.
+    Each prompt is prefilled once alone and once with the beginning of the question, which may show the reference
+    response. All nodes share those caches.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class ModelPolicy:
         self.settings, self.self_eval, self.key = settings, self_eval, key
         self.letters = np.array(answer_ids(chat, self_eval.letters), np.int32)
         self.golds = [[(row.sample.target, row.encoded.target_ids, []), *_later(chat, row.sample)] for row in batch]
-        """By problem and turn: the gold's text, its tokens, and those recorded before it."""
+        """By problem and turn: the text of the gold turn, its tokens, and the recorded tokens before it."""
         self.problems = [self._problem(row, turns) for row, turns in zip(batch, self.golds, strict=True)]
         shown = [self._shown(problem.gold) for problem in self.problems]
         self.frames = [self._frame(gold, self_eval.letters) for gold in shown]
         self.reversed_frames = [self._frame(gold, self_eval.letters[::-1]) for gold in shown]
         self.swapped: dict[int, tuple[float, float]] = {}
-        """By problem, the confidence in one of its first steps, and the same with the letters in reverse."""
+        """By problem: the confidence in one of its first steps, and the same with the answer letters reversed."""
         prompts = [row.encoded.prompt_ids for row in batch]
         questions = [prompt + frame.before for prompt, frame in zip(prompts, self.frames, strict=True)]
         self.token_budgets = [
             max_length - (len(question) + len(frame.after) if self_eval.weight else len(prompt))
             for prompt, question, frame in zip(prompts, questions, self.frames, strict=True)
         ]
-        """How long a response may be, the gold one too, so that the question about it fits the context."""
+        """By problem: the longest response, gold included, for which the question about it fits the context."""
         for problem, budget in zip(self.problems, self.token_budgets, strict=True):
             if budget < len(problem.gold):
                 raise ValueError(
@@ -88,7 +89,7 @@ class ModelPolicy:
         return Problem(row.sample.id, cut(first), row.solved, tuple(Turn(behind, cut(ids)) for _, ids, behind in later))
 
     def _shown(self, response: Sequence[int]) -> list[int]:
-        """Returns the tokens of a response that a question shows: without those that end it or a turn of it."""
+        """Returns the tokens of a response to show in a question, without tokens that end a turn or the response."""
         ids = self.chat.content_ids(response)
         return ids if ids == list(response[: len(ids)]) else [i for i in ids if i not in self.chat.special_ids]
 
@@ -97,7 +98,7 @@ class ModelPolicy:
         return evaluation_frame(self.chat, shown, self.self_eval.scale, letters=letters)
 
     def propose(self, states: Sequence[State], /) -> list[list[Step]]:
-        """Samples `breadth` steps for each state in one compiled loop, and scores the gold step of those with one."""
+        """Samples `breadth` steps per state in one compiled loop, and scores the gold steps that join."""
         s, (cache, rows) = self.settings, self.prompts.read(states)
         until_stop = any(state.until_stop for state in states)
         max_tokens = max(s.max_last_step_tokens, s.max_step_tokens) if until_stop else s.max_step_tokens
@@ -124,7 +125,7 @@ class ModelPolicy:
         return proposals
 
     def _gold_steps(self, states: Sequence[State]) -> dict[int, list[Step]]:
-        """Returns the gold step by lane, with its log π, of the states that have one."""
+        """Returns, by lane, the gold step and its log π of each state that has one."""
         with_gold = [state for state in states if state.gold_step]
         if not with_gold:
             return {}
@@ -152,7 +153,7 @@ class ModelPolicy:
         return max(1, min(state.limit, self.token_budgets[state.problem] - len(state.response)))
 
     def _keys(self, states: Sequence[State], rows: "_Rows") -> jax.Array:
-        """Returns a key a row from the prompt's id, the path of the node and the candidate: never from the row."""
+        """Derives one key per row from the prompt's id, the node's path and the candidate, but never from the row."""
         breadth = self.settings.breadth
         ids = rows.column([stable_hash(self.batch[state.problem].sample.id) for state in states], np.uint32)
         paths = rows.column([stable_hash(" ".join(map(str, state.response))) for state in states], np.uint32)
@@ -160,9 +161,9 @@ class ModelPolicy:
         return row_keys(self.key, np.repeat(ids, breadth), np.repeat(paths, breadth), candidates)
 
     def judge(self, responses: Sequence[Response], /) -> list[float]:
-        """Asks the policy about each response, which it answers with one token (eq 7).
+        """Asks the policy to judge each response with a one-token answer (eq 7).
 
-        The first response to each problem is asked about with the letters in reverse too, see `swapped`.
+        The first response to each problem is also judged with the answer letters reversed, see `swapped`.
         """
         by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
         found = self._judge(by_problem, in_reverse=False)
@@ -176,10 +177,10 @@ class ModelPolicy:
         return [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
 
     def _judge(self, by_problem: Sequence[Sequence[Response]], *, in_reverse: bool) -> list[float]:
-        """Returns the confidence in every response, those to a problem together.
+        """Returns the confidence in every response, grouped by problem.
 
-        Most states have `breadth` candidates. The injected gold step of the others is judged in a second pass, so that
-        no lane carries a padding row for it.
+        Most states have `breadth` candidates. Injected gold steps are judged in a second pass, so that the other lanes
+        carry no padding row for them.
         """
         breadth = self.settings.breadth
         first = self._ask([same[:breadth] for same in by_problem], breadth, in_reverse=in_reverse)
@@ -188,9 +189,9 @@ class ModelPolicy:
         return [next(sampled if i < breadth else injected) for same in by_problem for i in range(len(same))]
 
     def _ask(self, groups: Sequence[Sequence[Response]], most: int, *, in_reverse: bool) -> list[float]:
-        """Returns the confidence in every response of the groups, in one forward pass.
+        """Computes the confidence in every response of the groups in one forward pass.
 
-        A group is at most `most` responses to one problem; the beginning that they share is computed once.
+        A group is at most `most` responses to one problem; their common prefix is computed once.
         """
         frames, letters = (self.reversed_frames, self.letters[::-1]) if in_reverse else (self.frames, self.letters)
         if not groups:
@@ -214,7 +215,7 @@ class ModelPolicy:
         return to_host(_confidences(logits_BA))[own_rows.taken].tolist()
 
     def grade(self, problem: int, turn: int, response: list[int], stopped: bool, /) -> float:
-        """Returns the outcome of a whole turn against the gold (O of eq 6)."""
+        """Grades a whole turn against the gold turn (O of eq 6)."""
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
         gold, tools = self.golds[problem][turn][0], self.batch[problem].sample.tools
         return outcome(gold, text, finished=stopped, tools=tools, grading=self.settings.outcome)
@@ -224,9 +225,9 @@ _Turn = tuple[str, list[int], list[int]]
 
 
 def _later(chat: Chat, sample: Sample) -> list[_Turn]:
-    """Returns the recorded turns behind a sample's target: text, its tokens, and the tokens before them.
+    """Returns the assistant turns recorded after a sample's target: text, its tokens, and the tokens before them.
 
-    They end with the last assistant turn, and before one that says nothing.
+    Stops at the last assistant turn, or before the first empty one.
     """
     turns: list[_Turn] = []
     messages, answer, between = [*sample.messages], sample.target, []
@@ -244,10 +245,10 @@ def _later(chat: Chat, sample: Sample) -> list[_Turn]:
 
 
 class _ContextCache:
-    """Keys and values of one context a lane: a prompt, or a prompt and the beginning of the question about it.
+    """Keys and values of one context per lane: a prompt, or a prompt and the beginning of the question about it.
 
-    A lane's part is computed when it is first asked about a problem. The last token of a context is left out: it opens
-    what a request adds, so that there is a token whose pass gives the first logits.
+    A lane's context is computed at its first request for a problem. The last token of the context is left out and
+    becomes the first token of the request, so that its forward pass gives the first logits.
     """
 
     def __init__(self, policy: Policy, contexts: Sequence[list[int]], lanes: int):
@@ -260,9 +261,9 @@ class _ContextCache:
         return self.contexts[problem][-1]
 
     def read(self, requests: Sequence[State | Response]) -> tuple[Prefix, "_Rows"]:
-        """Returns a cache, and the rows in it of the requests, which are of different lanes.
+        """Returns a cache, and the requests' rows in it; each request must come from a different lane.
 
-        It has a row a lane; or, where few trees still grow, a quarter as many.
+        The cache has one row per lane, or a quarter as many when few trees still grow.
         """
         wanted = {request.lane: request.problem for request in requests}
         self._compute({lane: problem for lane, problem in wanted.items() if self.problem_of.get(lane) != problem})
@@ -274,7 +275,7 @@ class _ContextCache:
         return _take(self.cache, rows.column(lanes)), rows
 
     def _compute(self, problem_of: dict[int, int]) -> None:
-        """Computes the contexts of some lanes, as many at a time as the mesh spreads over its devices."""
+        """Prefills the contexts of some lanes, in batches of one row per device that the mesh spreads rows over."""
         lanes, count = list(problem_of), row_devices(running=True)
         for start in range(0, len(lanes), count):
             chosen = lanes[start : start + count]
@@ -287,13 +288,13 @@ class _ContextCache:
 
 
 class _Rows(NamedTuple):
-    """The rows that requests take in a batch of `size`; the others are padding."""
+    """Rows that requests take in a batch of `size`; the others are padding."""
 
     taken: list[int]
     size: int
 
     def column(self, values: Sequence[int], dtype: Any = np.int32) -> np.ndarray:
-        """Returns one value a row [size], 0 in padding."""
+        """Returns one value per row [size], 0 in padding rows."""
         column = np.zeros(self.size, dtype)
         column[self.taken] = values
         return column
@@ -306,7 +307,7 @@ class _Rows(NamedTuple):
         return pad(rows, width)
 
     def split(self, counts: Sequence[int], most: int) -> "_Rows":
-        """Returns the rows of a batch with `most` rows for each of these, of which the first `counts` are taken."""
+        """Returns the rows of a batch with `most` rows for each of these rows, the first `counts` of them taken."""
         assert max(counts) <= most
         taken = [row * most + i for row, count in zip(self.taken, counts, strict=True) for i in range(count)]
         return _Rows(taken, self.size * most)
@@ -331,11 +332,11 @@ def _step(steps: Any, row: int) -> Step:
 
 
 def _path_width(paths: Sequence[list[int]]) -> int:
-    """Returns the padded width of paths: the context's last token, then a response, padded by itself."""
+    """Returns the padded width of paths: one for the context's last token, plus the bucketed response length."""
     return 1 + bucket(max(map(len, paths)) - 1, PATH_BUCKET)
 
 
 def _n_common(rows: Sequence[list[int]]) -> int:
-    """Returns how many tokens all rows begin with alike."""
+    """Returns the length of the longest common prefix of the rows."""
     alike = (len(set(column)) == 1 for column in zip(*rows, strict=False))
     return sum(itertools.takewhile(bool, alike))

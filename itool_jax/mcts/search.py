@@ -1,8 +1,8 @@
-"""Step-level Monte Carlo tree search over many prompts in lock-step (section 4.3 of the paper).
+"""Runs step-level Monte Carlo tree search over many prompts in lock-step (section 4.3 of the paper).
 
 In: problems, and a `Model` that proposes steps, judges states and grades responses. Out: a `FinishedTree` for each
-problem, from which `mcts.pairs` takes preferences. The trees grow in the lanes of a batch: `mcts.tree` runs compiled
-on all lanes at once; this module keeps the tokens of their nodes and asks the model about the states to expand.
+problem, from which `mcts.pairs` extracts preferences. The trees grow in the lanes of a batch: `mcts.tree` runs
+compiled on all lanes at once, while this module keeps the nodes' tokens and calls the model to expand states.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from itool_jax.types import IntB
 
 InjectGold = Literal["never", "unsolved", "always"]
 RIGHT = 1.0
-"""The outcome O of a right response."""
+"""Outcome O of a right response."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,37 +41,41 @@ class SearchSettings:
     """Step-level Monte Carlo tree search."""
 
     n_simulations: int = 16
-    """Simulations a prompt: root-to-leaf walks, each backed up once."""
+    """Simulations per prompt: root-to-leaf walks, each backed up once."""
     breadth: int = 3
     """W: steps sampled at each expansion."""
     max_depth: int = 3
-    """D: steps in a response; the last one is the whole remainder."""
+    """D: most steps in a response. The last one is the whole remainder."""
     exploration: float = 4.0
-    """PUCT's exploration constant (eq 5); 0 is greedy. Q spans -1 to 2: at 1 the best child takes most visits."""
+    """PUCT's exploration constant (eq 5); 0 is greedy. Q ranges from -1 to 2, so at 1 the best child takes most
+    visits."""
     discount: float = 1.0
-    """γ of the backup (eq 8)."""
+    """Discount γ of the backup (eq 8)."""
     value_weight: ValueWeight = "visits"
-    """Children's weights in a state's value: their visits (eq 9), or max(1, visits) as in arXiv 2405.00451's code."""
+    """Weight of each child in a state's value. visits: its visit count (eq 9). max1: max(1, visits), as in the code of
+    arXiv 2405.00451."""
     temperature: float = 1.0
     """Sampling temperature of the steps."""
     top_p: float = 1.0
-    """Share of the probability, the likeliest tokens first, that steps are sampled from; 1 is all of it. Priors are
-    those of the whole distribution."""
+    """Nucleus sampling of steps: sample from the likeliest tokens that hold this share of the probability; 1 samples
+    from all tokens. Priors always use the whole distribution."""
     prior_exponent: float = 1.0
     """λ of the prior exp(Σ log π / length^λ): 0 is the plain product, 1 the geometric mean."""
     granularity: Granularity = "call"
-    """A step: one call (or sentence of text), one argument, or one whole list of calls."""
+    """Size of a step in a list of calls: a call, an argument, or (sentence) the whole list. In text, a step is always a
+    sentence."""
     max_step_tokens: int = 64
     """Longest step, in tokens."""
     max_last_step_tokens: int = 512
     """Longest last step, in tokens."""
     outcome: Literal["binary", "graded"] = "binary"
-    """O of a whole response: right or wrong, +1 or -1, or graded between them by how much of the calls is right."""
+    """Outcome O of a whole response. binary: +1 if right, else -1. graded: in between, by how much of the calls is
+    right."""
     inject_gold: InjectGold = "never"
-    """Whether the gold's next step joins the candidates where the response so far is the gold's: never, where none of
-    the model's own samples was right, or always."""
+    """When to add the gold response's next step to the candidates of a state that matches the gold response so far:
+    never; unsolved, if none of the model's own samples was right; or always."""
     batch: int | Literal["auto"] = 64
-    """Prompts searched together; auto is as many as fit a device's memory by the compiler's estimate, found once
+    """Prompts searched together. auto: as many as fit in device memory by the compiler's estimate, which is made once
     and kept with the run."""
 
     def __post_init__(self) -> None:
@@ -88,36 +92,36 @@ class SearchSettings:
 
     @property
     def lanes(self) -> int:
-        """Prompts searched together, once that is known."""
+        """Prompts searched together; `batch` must be resolved."""
         assert self.batch != "auto", "search.batch was not resolved"
         return self.batch
 
     @property
     def injects(self) -> bool:
-        """Whether any tree may hold steps of the gold that were not sampled."""
+        """True if trees may hold gold steps that were not sampled."""
         return self.inject_gold != "never"
 
     @property
     def slots(self) -> int:
-        """Child slots of a node: the sampled steps and the gold's."""
+        """Child slots of a node: the sampled steps, plus one if gold steps are injected."""
         return self.breadth + self.injects
 
     @property
     def max_nodes(self) -> int:
-        """The most nodes a tree can have. In a full one, only the node on the gold's path has a child more."""
+        """Most nodes a tree can have: `breadth` children per node, and one more per level if gold steps may join."""
         total, level = 1, 1
         for _ in range(self.max_depth):
             level = level * self.breadth + self.injects
             total += level
-        # Nor can a tree hold more than its walks expand, at most one node a level each.
+        # Walks bound the tree too: each expands at most one node per level.
         return min(total, 1 + (self.n_simulations + self.injects) * self.max_depth * self.slots)
 
 
 class Turn(NamedTuple):
-    """A recorded turn behind another one."""
+    """A recorded assistant turn that follows another one."""
 
     observation: list[int]
-    """Tokens between the turns: what the tools returned, up to where the assistant speaks again."""
+    """Tokens between the two turns: the tools' results, up to where the assistant speaks again."""
     gold_steps: list[list[int]]
 
 
@@ -126,25 +130,25 @@ class Problem(NamedTuple):
 
     id: str
     gold_steps: list[list[int]]
-    """The gold response, stop token included, cut into steps."""
+    """Gold response, cut into steps, including the stop token."""
     solved: bool = False
-    """Whether a response that the model sampled before was right."""
+    """True if the model sampled a right response before."""
     later: tuple[Turn, ...] = ()
-    """The turns that were recorded after the gold one, up to the next question of the user."""
+    """Turns recorded after the gold response, up to the user's next question."""
 
     def gold_of(self, turn: int) -> list[list[int]]:
-        """Returns the steps of the gold of turn 0, 1, …"""
+        """Returns the gold steps of turn 0, 1, …"""
         return self.later[turn - 1].gold_steps if turn else self.gold_steps
 
     @property
     def gold(self) -> list[int]:
-        """The gold of all turns, with what was recorded between them."""
+        """Gold tokens of all turns, with the observations between them."""
         later = [token for turn in self.later for token in turn.observation + _joined(turn.gold_steps)]
         return _joined(self.gold_steps) + later
 
 
 def is_reachable(problem: Problem, s: SearchSettings) -> bool:
-    """Returns whether the step and depth limits hold every turn of the gold."""
+    """Returns whether every gold turn fits the step and depth limits."""
     for turn in range(1 + len(problem.later)):
         steps = problem.gold_of(turn)
         single, last = steps[: s.max_depth - 1], _joined(steps[s.max_depth - 1 :])
@@ -157,38 +161,38 @@ def is_reachable(problem: Problem, s: SearchSettings) -> bool:
 
 
 class State(NamedTuple):
-    """A state to expand, and what its next step may be."""
+    """A state to expand, and the limits of its next step."""
 
     lane: int
     problem: int
     response: list[int]
     """Tokens after the prompt."""
     limit: int
-    """The most tokens that the step may have."""
+    """Most tokens in the step."""
     until_stop: bool
-    """Whether the step is the whole remainder, up to a stop token."""
+    """True if the step is the whole remainder, up to a stop token."""
     gold_step: list[int]
-    """The gold's next step where it joins the candidates, else empty."""
+    """Gold step to add to the candidates; empty if none joins."""
     turn_start: int = 0
-    """How many tokens of the response belong to earlier turns."""
+    """Number of response tokens that belong to earlier turns."""
 
 
 class Step(NamedTuple):
-    """A candidate step of one token or more."""
+    """A candidate step of at least one token."""
 
     token_ids: list[int]
     log_prob: float
     """Sum of log π at temperature 1."""
     stopped: bool
-    """Whether a stop token ends it, and with it the response."""
+    """True if the step and its turn end with a stop token."""
     complete: bool = True
-    """Whether it ends where a step ends; else the token limit cut it off."""
+    """True if it ends at a step boundary, False if the token limit cut it off."""
     sampled: bool = True
-    """Whether the model sampled it; else it is the gold's."""
+    """True if the model sampled it, False if it is a gold step."""
 
 
 class Response(NamedTuple):
-    """A response to judge, complete or not."""
+    """A complete or partial response to judge."""
 
     lane: int
     problem: int
@@ -197,10 +201,10 @@ class Response(NamedTuple):
 
 @runtime_checkable
 class Model(Protocol):
-    """The three functions that a search calls.
+    """Interface of the model in a search.
 
-    A problem keeps its lane until its tree is complete; then the lane's requests name another problem. A model may
-    cache by lane what it computes of a problem.
+    A problem keeps its lane until its tree is complete; then the lane is reassigned to another problem. A model may
+    therefore cache its work on a problem by lane.
     """
 
     def propose(self, states: Sequence[State], /) -> list[list[Step]]:
@@ -208,11 +212,11 @@ class Model(Protocol):
         ...
 
     def judge(self, responses: Sequence[Response], /) -> list[float]:
-        """Returns the confidence C in each response (eq 7); the responses of a lane are adjacent."""
+        """Returns the confidence C in each response (eq 7). Responses of the same lane are adjacent."""
         ...
 
     def grade(self, problem: int, turn: int, response: list[int], stopped: bool, /) -> float:
-        """Returns the outcome O of a turn that ended; `stopped` is false where a length limit ended it."""
+        """Returns the outcome O of a finished turn; `stopped` is false if a length limit ended it."""
         ...
 
 
@@ -220,29 +224,29 @@ class Model(Protocol):
 
 
 class FinishedTree(NamedTuple):
-    """The tree of one problem after its last simulation, as NumPy arrays, and the tokens of its nodes."""
+    """One problem's tree after the last simulation, as NumPy arrays, and the tokens of its nodes."""
 
     tree: Tree
     steps: list[list[int]]
-    """Token ids of the step into each node; none for the root."""
+    """Token ids of the step into each node; empty for the root."""
     sampled_tokens: int
     observed: dict[int, list[int]]
-    """By node, the recorded tokens that follow the step into it, where it ended a turn that was not the last."""
+    """By node, the recorded tokens that follow the step into it, if that step ended a turn and another follows."""
 
 
 class Round(NamedTuple):
-    """What came of expanding a leaf of every growing tree."""
+    """Result of expanding one leaf in every growing tree."""
 
     n_simulations: int
-    """Simulations that ended, over all trees."""
+    """Simulations that ended in this round, over all trees."""
     finished: list[tuple[int, FinishedTree]]
-    """The trees that are complete now, each with the number of its problem."""
+    """Trees completed in this round, each with its problem's index."""
 
 
 def search(
     problems: Sequence[Problem], model: Model, settings: SearchSettings, confidence_weight: float = 1.0
 ) -> list[FinishedTree]:
-    """Returns the trees of all problems, in their order; see `grow`."""
+    """Searches all problems and returns their trees in order; see `grow`."""
     finished: dict[int, FinishedTree] = {}
     for one_round in grow(problems, model, settings, confidence_weight):
         finished.update(one_round.finished)
@@ -254,15 +258,14 @@ def grow(
 ) -> Iterator[Round]:
     """Searches `settings.batch` problems at a time, and yields each tree in the round that completes it.
 
-    A waiting problem takes the lane of one that is done, so that the model's calls stay full. What a tree becomes does
-    not depend on the others. Where the gold joins the candidates, a walk down the gold comes before the simulations
-    and is counted in the visits too.
+    A waiting problem takes over the lane of a finished one, so that the model's batches stay full. Trees do not affect
+    each other. If gold steps join a tree, a walk down the gold path precedes the simulations; it counts as a visit.
 
     Args:
-        problems: what to search.
-        model: proposes, judges and grades.
-        settings: of the search.
-        confidence_weight: factor of C in R = O + weight · C (eq 6); at 0 the model is not asked.
+        problems: problems to search.
+        model: proposes steps, judges states and grades responses.
+        settings: search settings.
+        confidence_weight: factor of C in R = O + weight · C (eq 6); at 0 the model does not judge.
     """
     n_turns = max((1 + len(problem.later) for problem in problems), default=1)
     trees = _new_trees(settings, n_turns)
@@ -270,7 +273,7 @@ def grow(
     waiting = iter(range(len(problems)))
     while True:
         free = [b for b in range(settings.lanes) if b not in lanes]
-        # `free` comes first: zip would else take a problem that no lane is free for.
+        # `free` comes first: otherwise zip would consume a problem before it finds that no lane is free.
         if new := {b: _new_lane(n, problems[n], settings) for b, n in zip(free, waiting, strict=False)}:
             trees = _reset(trees, np.isin(np.arange(settings.lanes), list(new)))
             lanes = dict(sorted((lanes | new).items()))
@@ -287,16 +290,16 @@ def grow(
 
 
 class _Node(NamedTuple):
-    """A node's tokens, and what is known of it when it joins the tree."""
+    """A node's tokens, and its properties when it joins the tree."""
 
     step: list[int]
     response: list[int]
-    """All tokens behind the prompt, those recorded behind the step included."""
+    """All tokens after the prompt, including those recorded after the step."""
     turn: int
     turn_start: int
-    """Tokens of the response that belong to earlier turns."""
+    """Number of response tokens that belong to earlier turns."""
     depth: int
-    """Steps in the turn at hand."""
+    """Steps in the current turn."""
     log_prob: float
     terminal: bool
     outcome: float
@@ -307,7 +310,7 @@ class _Node(NamedTuple):
 
 
 class _Lane(NamedTuple):
-    """The problem whose tree grows in a lane of the batch, and where its simulation stands."""
+    """The problem whose tree grows in a lane of the batch, and the state of its simulation."""
 
     problem: int
     simulations_left: int
@@ -315,7 +318,7 @@ class _Lane(NamedTuple):
     nodes: list[_Node]
     sampled_tokens: int
     on_gold: bool
-    """Whether it is on the walk down the gold that comes before the simulations."""
+    """True during the walk down the gold path, which precedes the simulations."""
 
     @property
     def leaf_node(self) -> _Node:
@@ -352,7 +355,7 @@ def _gold_joins(problem: Problem, s: SearchSettings) -> bool:
 def _expand_leaves(
     trees: Tree, lanes: _Lanes, problems: Sequence[Problem], model: Model, s: SearchSettings, confidence_weight: float
 ) -> tuple[Tree, dict[int, _Lane]]:
-    """Gives the leaf of every lane its candidates as children, and moves on to the best of them (PUCT) or the gold."""
+    """Expands the leaf of every lane, and moves to its best child by PUCT, or to the gold step on the gold walk."""
     states = [_state(b, lane, problems[lane.problem], s) for b, lane in lanes.items()]
     proposals = model.propose(states)
     candidates = [_distinct(steps) for steps in proposals]
@@ -375,7 +378,7 @@ def _expand_leaves(
 
 
 def _judge(states: Sequence[State], candidates: Sequence[Sequence[Step]], model: Model | None) -> list[list[float]]:
-    """Returns the confidence in each candidate of each state, from one call of the model; zeros if none is asked."""
+    """Returns the confidence in each candidate of each state, from one call to the model; zeros if `model` is None."""
     if model is None:
         return [[0.0 for _ in steps] for steps in candidates]
     responses = [
@@ -390,8 +393,8 @@ def _judge(states: Sequence[State], candidates: Sequence[Sequence[Step]], model:
 def _end_simulations(trees: Tree, lanes: _Lanes, s: SearchSettings) -> tuple[Tree, dict[int, _Lane], int]:
     """Backs up the simulations that reached a terminal state, and starts the next ones at the root.
 
-    Those may reach a terminal state without the model, in a full tree all of them do. In the end every lane with
-    simulations left stands at a state to expand. Also returns how many simulations ended.
+    A new simulation may reach a terminal state without expanding anything; in a full tree all of them do. On return,
+    every lane with simulations left is at a state to expand. Also returns how many simulations ended.
     """
     lanes, n_simulations = dict(lanes), 0
     while ended := {b: lane for b, lane in lanes.items() if lane.simulations_left and lane.leaf_node.terminal}:
@@ -426,7 +429,7 @@ def _finished(trees: Tree, done: _Lanes, problems: Sequence[Problem]) -> list[tu
 
 
 def _state(lane_number: int, lane: _Lane, problem: Problem, s: SearchSettings) -> State:
-    """Returns the state at the leaf of a lane."""
+    """Builds the request to expand the leaf of a lane."""
     node = lane.leaf_node
     until_stop = node.depth + 1 >= s.max_depth
     limit = s.max_last_step_tokens if until_stop else s.max_step_tokens
@@ -435,7 +438,7 @@ def _state(lane_number: int, lane: _Lane, problem: Problem, s: SearchSettings) -
 
 
 def _next_gold_step(problem: Problem, node: _Node, until_stop: bool) -> list[int]:
-    """Returns the gold's tokens behind a node on its path: up to its next step boundary, or all of the turn's."""
+    """Returns the gold tokens after a node on the gold path: up to the next step boundary, or the rest of the turn."""
     gold_steps, done = problem.gold_of(node.turn), len(node.response) - node.turn_start
     for i, step in enumerate(gold_steps):
         if done < len(step):
@@ -449,7 +452,7 @@ def _joined(steps: Sequence[list[int]]) -> list[int]:
 
 
 def _distinct(steps: Sequence[Step]) -> list[Step]:
-    """Drops repeated steps; the first of equals stays."""
+    """Drops repeated steps, keeping the first of each."""
     distinct: dict[tuple[int, ...], Step] = {}
     for step in steps:
         distinct.setdefault(tuple(step.token_ids), step)
@@ -459,7 +462,7 @@ def _distinct(steps: Sequence[Step]) -> list[Step]:
 def _children(
     parent: _Node, problem: Problem, state: State, steps: Sequence[Step], confidences: Sequence[float], model: Model
 ) -> list[_Node]:
-    """Returns the nodes that the candidates of a state lead to, with their scores."""
+    """Builds the nodes that a state's candidates lead to, with their scores."""
     gold, gold_step = problem.gold, _next_gold_step(problem, parent, state.until_stop)
     children = []
     for step, confidence in zip(steps, confidences, strict=True):
@@ -487,7 +490,7 @@ def _children(
 
 
 def _after_turn(node: _Node, problem: Problem, outcome: float) -> _Node:
-    """Returns a node that ended its turn: what was recorded next follows if the turn is right, else all ends here."""
+    """Continues a node that ended its turn with the next recorded turn; ends it if this turn is wrong or the last."""
     if outcome < RIGHT or node.turn == len(problem.later):
         return node._replace(outcome=outcome)
     response = node.response + problem.later[node.turn].observation
@@ -513,7 +516,7 @@ def _new_trees(s: SearchSettings, n_turns: int) -> Tree:
 
 @jax.jit
 def _reset(trees: Tree, chosen_B: jax.Array) -> Tree:
-    """Resets the chosen trees to a bare root."""
+    """Resets the selected trees to a bare root."""
 
     def reset(tree: Tree, chosen: jax.Array) -> Tree:
         return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new_tree(*tree.children_NW.shape), tree)
@@ -522,14 +525,14 @@ def _reset(trees: Tree, chosen_B: jax.Array) -> Tree:
 
 
 def _per_lane(values: Mapping[int, int], empty: int, s: SearchSettings) -> np.ndarray:
-    """Returns the values of some lanes as an array over all of them."""
+    """Spreads values of some lanes into an array over all lanes, with `empty` elsewhere."""
     array_B = np.full(s.lanes, empty, np.int32)
     array_B[list(values)] = list(values.values())
     return array_B
 
 
 def _stack(children: Mapping[int, Sequence[_Node]], s: SearchSettings, confidence_weight: float) -> Candidates:
-    """Returns the children of some lanes' leaves as arrays over all lanes and child slots."""
+    """Stacks the children of some lanes' leaves into arrays over all lanes and child slots."""
 
     def column(value: Callable[[_Node], Any], dtype: Any = np.float32) -> np.ndarray:
         array_BW = np.zeros((s.lanes, s.slots), dtype)

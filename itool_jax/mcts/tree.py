@@ -1,11 +1,11 @@
-"""One search tree as preallocated arrays: PUCT selection, expansion and backup; it knows no model.
+"""Implements one search tree as preallocated arrays, independent of any model: PUCT selection, expansion and backup.
 
-In: what a model and a judge say of new states (`Candidates`). Out: the `Tree` with visit counts, Q and V.
-Every function is pure, has static shapes, and works on ONE tree: `jax.vmap` makes it one over a batch, whose arrays
-have a dimension B in front. Trees do not see each other, so a batch gives what each tree gives alone. The tokens of
-the nodes stay with the caller, by node id.
+In: a model's and a judge's scores of new states (`Candidates`). Out: the `Tree` with visit counts, Q and V.
+Every function is pure, has static shapes, and works on ONE tree; `jax.vmap` extends it to a batch, whose arrays have a
+leading dimension B. Trees are independent, so batching does not change results. The caller keeps the nodes' tokens by
+node id.
 
-Letters: N nodes (the capacity), W child slots (the breadth, plus one if the gold's step may join).
+Letters: N nodes (the capacity), W child slots (the breadth, plus one if a gold step may join).
 """
 
 from typing import Literal, NamedTuple
@@ -29,17 +29,17 @@ BoolW = Bool[AnyArray, " W"]
 
 
 class NodeExtra(NamedTuple):
-    """What is kept for each node, or candidate, and never read here."""
+    """Per-node (or per-candidate) data that the tree stores but does not use."""
 
-    outcome: Float[AnyArray, " N"]  # O: 0 where not terminal
+    outcome: Float[AnyArray, " N"]  # O: 0 if not terminal
     confidence: Float[AnyArray, " N"]  # C (eq 7)
-    matches_reference: Bool[AnyArray, " N"]  # the response so far is a prefix of the gold's
+    matches_reference: Bool[AnyArray, " N"]  # the response so far is a prefix of the gold response
     complete: Bool[AnyArray, " N"]  # the step into the node was not cut off by the token limit
-    sampled: Bool[AnyArray, " N"]  # the model sampled that step; else it is the gold's
+    sampled: Bool[AnyArray, " N"]  # the model sampled that step; else it is a gold step
 
 
 class Tree(NamedTuple):
-    """A tree of at most N nodes; an entry is a node and the edge into it, unused from `n_nodes` on."""
+    """A tree of at most N nodes; entry i is node i and the edge into it, unused from `n_nodes` on."""
 
     n_nodes: Int[Array, ""]
     parent_N: Int[Array, " N"]  # NO_PARENT at the root
@@ -50,13 +50,13 @@ class Tree(NamedTuple):
     step_reward_N: Float[Array, " N"]  # r = R(s') - R(s)
     visit_count_N: Int[Array, " N"]  # N
     q_value_N: Float[Array, " N"]  # Q of the edge into the node; the step reward until the first visit
-    value_N: Float[Array, " N"]  # V; 0 without children and before the first visit
+    value_N: Float[Array, " N"]  # V; 0 if the node has no children or no visits
     terminal_N: Bool[Array, " N"]
     extra: NodeExtra
 
 
 class Candidates(NamedTuple):
-    """W candidate steps from one node, and the states that they lead to; slots not valid are ignored."""
+    """W candidate steps from one node, and the states they lead to; invalid slots are ignored."""
 
     valid_W: BoolW
     prior_W: FloatW
@@ -66,7 +66,7 @@ class Candidates(NamedTuple):
 
 
 def new_tree(max_nodes: int, max_children: int) -> Tree:
-    """Returns a tree that holds a root only: R(root) = 0, and the empty response matches the reference."""
+    """Creates a tree with only a root: R(root) = 0, and the empty response matches the reference."""
     zeros_N = jnp.zeros(max_nodes, jnp.float32)
     counts_N = jnp.zeros(max_nodes, jnp.int32)
     flags_N = jnp.zeros(max_nodes, bool)
@@ -93,15 +93,15 @@ def puct(
     child_visits: jax.Array,
     exploration: float | Array,
 ) -> jax.Array:
-    """Eq 5: Q + exploration * p * sqrt(N(s)) / (1 + N(s')), element by element.
+    """Computes eq 5, Q + exploration * p * sqrt(N(s)) / (1 + N(s')), elementwise.
 
-    N(s) is the parent's count before the simulation at hand: at a node just expanded it is 0, so Q decides.
+    N(s) is the parent's visit count before the current simulation: at a new node it is 0, so Q alone decides.
     """
     return q + exploration * prior * jnp.sqrt(jnp.asarray(parent_visits, jnp.float32)) / (1 + child_visits)
 
 
 def select_child(tree: Tree, node: NodeId, exploration: float | Array) -> NodeId:
-    """Returns the child of highest PUCT, the first slot where tied; NO_CHILD where the node has none."""
+    """Returns the child with the highest PUCT score, the first slot on ties; NO_CHILD if there are no children."""
     child_W = tree.children_NW[node]
     score_W = puct(
         tree.q_value_N[child_W],
@@ -119,7 +119,7 @@ def is_leaf(tree: Tree, node: NodeId) -> Bool[AnyArray, ""]:
 
 
 def descend(tree: Tree, exploration: float | Array) -> NodeId:
-    """Returns the node without children that PUCT leads to from the root."""
+    """Follows PUCT from the root to a node without children."""
     return jax.lax.while_loop(
         lambda node: ~is_leaf(tree, node),
         lambda node: select_child(tree, node, exploration),
@@ -128,14 +128,14 @@ def descend(tree: Tree, exploration: float | Array) -> NodeId:
 
 
 def expand(tree: Tree, node: NodeId, candidates: Candidates) -> tuple[Tree, IntW]:
-    """Adds the valid candidates as children of a leaf; returns the tree, and the new ids, NO_CHILD where none.
+    """Adds the valid candidates as children of a leaf; returns the tree and the new ids (NO_CHILD in unused slots).
 
-    Ids are given out in slot order. Terminal nodes and nodes with children are left alone. Candidates beyond the
-    capacity of the tree are dropped, so the caller allocates enough nodes.
-    The Q of a new edge is its step reward, so that siblings are told apart before their first visit.
+    Ids are assigned in slot order. Terminal nodes and nodes with children stay unchanged. Candidates beyond the tree's
+    capacity are dropped, so the caller must allocate enough nodes.
+    The Q of a new edge is its step reward, so that siblings differ before their first visit.
 
     Raises:
-        ValueError: the candidates do not fill the tree's child slots.
+        ValueError: the number of candidate slots differs from the tree's number of child slots.
     """
     max_nodes, max_children = tree.children_NW.shape
     if len(candidates.valid_W) != max_children:
@@ -144,7 +144,7 @@ def expand(tree: Tree, node: NodeId, candidates: Candidates) -> tuple[Tree, IntW
     next_id_W = tree.n_nodes + jnp.cumsum(wanted_W, dtype=jnp.int32) - 1
     child_W = jnp.where(wanted_W & (next_id_W < max_nodes), next_id_W, NO_CHILD)
 
-    # For each node of the tree: whether it is new, and from which candidate.
+    # For each node: whether it is new, and which candidate it comes from.
     is_from_NW = jnp.arange(max_nodes)[:, None] == child_W
     is_new_N, slot_N = is_from_NW.any(axis=1), is_from_NW.argmax(axis=1)
     is_node_N = jnp.arange(max_nodes) == node
@@ -172,9 +172,9 @@ def backup(tree: Tree, leaf: NodeId, discount: float | Array, value_weight: Valu
     """Counts one simulation that ended at `leaf`, and updates V and Q from there up to the root.
 
     N += 1; V(s) = sum(w Q) / sum(w) over the children (eq 9); Q(s, a) = r + discount * V(s') (eq 8).
-    A child's weight w is N(s') for "visits", so that unvisited children take no part; for "max1" (the public
-    code of arXiv 2405.00451) it is max(1, N(s')), so that they do, with their step reward as Q.
-    A leaf of NO_PARENT is above the root: nothing changes.
+    A child's weight w is N(s') for "visits", which excludes unvisited children. For "max1" (the public code of
+    arXiv 2405.00451) it is max(1, N(s')), which includes them with their step reward as Q.
+    If `leaf` is NO_PARENT, the tree stays unchanged.
     """
 
     def update(carry: tuple[NodeId, Array, Array, Array]) -> tuple[NodeId, Array, Array, Array]:

@@ -1,7 +1,7 @@
-"""The score of a state in the search tree: outcome and self-evaluation (eq 6 and 7).
+"""Scores states of the search tree by outcome and self-evaluation (eq 6 and 7).
 
 In: the gold and the candidate response as text, or the logits of the answers to the self-evaluation question.
-Out: O, one number a response, and C, one number a state.
+Out: O, one number per response, and C, one number per state.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ Grading = Literal["binary", "graded"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfEvaluationSettings:
-    """The model's own judgement of a state (eq 7)."""
+    """Settings of the model's own judgement of a state (eq 7)."""
 
     reference: Literal["gold", "none"] = "gold"
-    """Whether the model sees the gold response when it judges a candidate."""
+    """Reference response shown to the model when it judges a candidate: the gold response, or none."""
     scale: Scale = "binary"
-    """Answers: correct or incorrect, or four grades as in the authors' code."""
+    """Answer scale. binary: correct or incorrect. four_grades: four answers, as in the authors' code."""
     weight: float = 1.0
-    """Factor of the judgement C in the score O + C of a state (eq 6); at 0 the model is not asked."""
+    """Factor of the judgement C in a state's score O + C (eq 6). 0 turns self-evaluation off."""
     both_orders: bool = False
-    """Ask twice, the second time with the letters of the answers in reverse, and average: for twice the cost."""
+    """Ask a second time with the answer letters reversed, and average. Doubles the cost."""
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -41,7 +41,7 @@ class SelfEvaluationSettings:
 
     @property
     def letters(self) -> str:
-        """The answer letters."""
+        """Answer letters of the scale."""
         return "AB" if self.scale == "binary" else "ABCD"
 
 
@@ -53,16 +53,16 @@ def outcome(
     tools: Sequence[Mapping[str, Any]] = (),
     grading: Grading = "binary",
 ) -> float:
-    """O of eq 6 for a terminal state: +1.0 where `response` agrees with `gold`, else -1.0.
+    """Computes O of eq 6 for a terminal state: +1.0 if `response` agrees with `gold`, else -1.0.
 
-    Calls agree where they are equal as multisets of typed calls. Gold that is no call list is text: then a response
-    is right when it says something and holds no call in any known form, or is the gold itself. A response that ran
-    into the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas; an optional parameter left out
-    counts as given with its default.
+    Calls agree if they are equal as multisets of typed calls. Gold that is not a call list is text; then a response is
+    right if it equals the gold, or if it is not empty and contains no call in any known form. A response cut off by
+    the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas: an omitted optional parameter equals
+    one given with its default.
 
-    `graded` tells near misses apart: between them a response whose calls are read, but not right, has 2 g - 1, where
+    With `graded`, a response whose calls can be read but are wrong gets 2 g - 1, which separates near misses. Here
     g = 0.9 [J(names) + Σ over matched calls (J(parameter names) + equal values)] / [1 + Σ over gold calls (1 +
-    parameters)], J is the Jaccard index of multisets, and calls of one name are matched for the largest g.
+    parameters)], J is the Jaccard index of multisets, and calls with the same name are matched to maximize g.
     """
     if not finished:
         return -1.0
@@ -76,8 +76,8 @@ def outcome(
 
 
 def _similarity(gold: Sequence[Call], calls: Sequence[Call]) -> float:
-    """The g of `outcome`, from 0 to 0.9."""
-    from scipy.optimize import linear_sum_assignment  # slow to import, and few runs grade
+    """Computes g of `outcome`, from 0 to 0.9."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, rarely needed
 
     names, gold_names = (Counter(call.name for call in side) for side in (calls, gold))
     shared = (names & gold_names).total() / (names | gold_names).total()
@@ -87,7 +87,10 @@ def _similarity(gold: Sequence[Call], calls: Sequence[Call]) -> float:
 
 
 def _common(want: Call, call: Call) -> float:
-    """What two calls share: the Jaccard index of their parameters' names, 1 where there are none, and equal values."""
+    """Adds the Jaccard index of two calls' parameter names (1 if there are none) and their number of equal values.
+
+    Returns 0 if the calls have different names.
+    """
     if want.name != call.name:
         return 0.0
     shared, either = want.arguments.keys() & call.arguments.keys(), want.arguments.keys() | call.arguments.keys()
@@ -98,14 +101,14 @@ def _common(want: Call, call: Call) -> float:
 def confidence(
     correct_logit: Float[AnyArray, "..."], incorrect_logit: Float[AnyArray, "..."]
 ) -> Float[AnyArray, "..."]:
-    """C of eq 7, P(correct) / (P(correct) + P(incorrect)), from the two answers' logits; shapes broadcast."""
+    """Computes C of eq 7, P(correct) / (P(correct) + P(incorrect)), from the two logits; shapes broadcast."""
     return jax.nn.sigmoid(correct_logit - incorrect_logit)
 
 
 def four_grade_confidence(logits_BG: Float[AnyArray, "... 4"]) -> Float[AnyArray, "..."]:
-    """(A + 0.1 B - C - 2 D) / 4, from -0.5 to 0.25, over probabilities normalised among the four answers.
+    """Computes (A + 0.1 B - C - 2 D) / 4, from -0.5 to 0.25, of probabilities normalised over the four answers.
 
-    The last axis holds the logits of A, B, C, D (the scale of the iTool authors' code); other axes stay.
+    The last axis holds the logits of A, B, C, D (the scale of the iTool authors' code); other axes are kept.
     """
     probabilities_BG = jax.nn.softmax(logits_BG, axis=-1)
     return jnp.sum(probabilities_BG * jnp.array([1.0, 0.1, -1.0, -2.0]), axis=-1) / 4
@@ -114,7 +117,7 @@ def four_grade_confidence(logits_BG: Float[AnyArray, "... 4"]) -> Float[AnyArray
 def _is_right(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> bool:
     gold_calls, calls = read_calls(gold), read_calls(response)
     if gold_calls is None:
-        # A gold that attempts calls and cannot be read can only be met word for word.
+        # Gold that looks like calls but cannot be parsed requires an exact match.
         says_something = bool(response.strip()) and not contains_call(response)
         return response.strip() == gold.strip() or (says_something and not looks_like_calls(gold))
     if calls is None:
@@ -124,7 +127,7 @@ def _is_right(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> b
 
 
 def _optional_defaults(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Hashable]]:
-    """Function name to parameter name to the key of its default, for optional parameters that have one."""
+    """Maps function and parameter name to the key of the default, for optional parameters that have one."""
     defaults = {}
     for tool in tools:
         function = tool.get("function", tool)
@@ -139,7 +142,7 @@ def _optional_defaults(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def _without_defaults(call: Call, defaults: Mapping[str, Mapping[str, Hashable]]) -> Call:
-    """`call` without the arguments that repeat an optional parameter's default: both spellings are equal."""
+    """Removes arguments equal to an optional parameter's default, since omitting them means the same."""
     if call.name not in defaults:
         return call
     own = defaults[call.name]
@@ -148,7 +151,7 @@ def _without_defaults(call: Call, defaults: Mapping[str, Mapping[str, Hashable]]
 
 
 def step_prior(log_prob_sum: ArrayLike, length: ArrayLike, exponent: float) -> jax.Array:
-    """Prior of a step (eq 5), exp(log_prob_sum / length^exponent); exponent 0: product, 1: geometric mean."""
+    """Computes a step's prior (eq 5), exp(log_prob_sum / length^exponent); exponent 0: product, 1: geometric mean."""
     return jnp.exp(
         jnp.asarray(log_prob_sum, jnp.float32) / jnp.maximum(jnp.asarray(length, jnp.float32), 1.0) ** exponent
     )

@@ -1,7 +1,7 @@
-"""Attention of rows over several segments of keys and values, some of them shared by a group of rows.
+"""Computes attention of rows over several segments of keys and values, some of them shared by a group of rows.
 
-In: queries [B, T, heads, head_dim] and, a segment each, keys, values and who may see them. Out: what each query attends
-to, [B, T, heads · head_dim], computed in blocks where there are many scores.
+In: queries [B, T, heads, head_dim]; keys, values and a mask for each segment. Out: the attended values
+[B, T, heads · head_dim], computed in blocks if there are many scores.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from itool_jax.model.sharding import n_devices
 
 MASKED = -1e30
 SCORES_AT_ONCE = 1 << 27
-"""Attention scores that a device has in memory at a time, four bytes each."""
+"""Most attention scores in a device's memory at a time, four bytes each."""
 CAUSAL_PARTS, SMALLEST_PART = 4, 64
-"""How many parts the queries of a causal pass are cut into at most, and tokens of the smallest."""
+"""Most parts that the queries of a causal pass are cut into, and tokens in the smallest part."""
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of `rows` rows; `mask` [rows, T or 1, K] says which of them a query may see."""
+    """Keys and values of `rows` rows; `mask` [rows, T or 1, K] marks those that a query may see."""
 
     k_BHDK: Array
     v_BHKD: Array
@@ -32,13 +32,13 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 
     A segment with fewer rows than the queries (a prompt shared by its candidates) is read in place: the
     queries of a group are folded into one long row, so that nothing is copied. The softmax is normalised
-    at the end, when every segment's share is known. Returns [B, T, H · D].
+    at the end, over all segments. Returns [B, T, H · D].
     """
     B, T, H, D = q_BTHD.shape
     kv_heads = segments[0].k_BHDK.shape[1]
     q = q_BTHD.reshape(B, T, kv_heads, H // kv_heads, D).transpose(0, 2, 3, 1, 4)
-    # Each segment has queries of its own: XLA for GPUs would make one product of those that share an operand, and for
-    # that put the keys of all segments behind each other, which copies the whole cache for every token.
+    # Each segment gets separate queries: on GPUs, XLA merges products that share an operand. It would concatenate the
+    # keys of all segments, and so copy the whole cache for every token.
     queries = [q]
     while len(queries) < len(segments):
         queries.append(jax.lax.optimization_barrier(queries[-1]))
@@ -58,9 +58,9 @@ def attend(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 
 
 def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
-    """Computes `attend`; where there are many scores, one block of queries after the other.
+    """Computes `attend`, in consecutive blocks of queries if there are many scores.
 
-    Only one block's scores are in memory, also in the backward pass: memory grows with T, not with its square.
+    Only one block's scores are in memory at a time, in the backward pass too: memory grows with T, not with T².
     """
     B, T, H, _ = q_BTHD.shape
     n_scores = B * T * H * sum(segment.k_BHDK.shape[-1] for segment in segments)
@@ -84,7 +84,7 @@ def attend_in_blocks(q_BTHD: Array, segments: list[KeyValues]) -> Array:
 
 
 def attend_causally(q_BTHD: Array, own: KeyValues) -> Array:
-    """Computes `attend` where no query sees a later key, leaving out the keys behind each part of the queries."""
+    """Computes `attend` for causal masks, skipping the keys after each part of the queries."""
     T = q_BTHD.shape[1]
     n = min(CAUSAL_PARTS, max(1, T // SMALLEST_PART))
     ends = [T * (i + 1) // n for i in range(n)]
@@ -127,5 +127,5 @@ def _unfold(x: Array, B: int) -> Array:
 
 
 def pick(x_BT: Array, at_BR: Array) -> Array:
-    """Picks each row's own places: [B, T, …] to [B, R, …]."""
+    """Picks positions `at_BR` of each row: [B, T, …] to [B, R, …]."""
     return jnp.take_along_axis(x_BT, at_BR.reshape(*at_BR.shape, *(1,) * (x_BT.ndim - 2)), axis=1)

@@ -1,7 +1,7 @@
-"""Keys and values kept between calls: prompts once (`Prefix`), their continuations a row each (`Suffix`).
+"""Caches keys and values between calls: each prompt once (`Prefix`), and its continuations row by row (`Suffix`).
 
-Each layer has arrays of its own, heads before slots and keys as columns, so that a decode loop writes in place and its
-products read the caches without slices or transposed copies.
+Each layer has separate arrays, with heads before slots and keys as columns, so that a decode loop writes in place and
+its matrix products read the caches without slices or transposed copies.
 """
 
 import functools
@@ -18,7 +18,7 @@ Values = tuple[Float[Array, "B H K D"], ...]
 
 
 class Prefix(NamedTuple):
-    """Keys and values of P prompts, read by all the rows that continue them."""
+    """Keys and values of P prompts, read by all rows that continue them."""
 
     k: Keys
     v: Values
@@ -26,7 +26,7 @@ class Prefix(NamedTuple):
 
 
 class Suffix(NamedTuple):
-    """Keys and values of the continuations of B rows, S slots each; a row's unused slots are not valid."""
+    """Keys and values of B continuations, S slots each; unused slots are not valid."""
 
     k: Keys
     v: Values
@@ -41,12 +41,12 @@ def empty_prefix(like: Prefix, rows: int) -> Prefix:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def place(prefix: Prefix, new: Prefix, row_P: Int[Array, " P"]) -> Prefix:
-    """Replaces rows of `prefix`, which is donated, by new prompts; out-of-range rows are dropped."""
+    """Overwrites rows of `prefix` (donated) with new prompts; out-of-range rows are dropped."""
     return _constrain(jax.tree.map(lambda x, y: x.at[row_P].set(y, mode="drop"), prefix, new))
 
 
 def _constrain(prefix: Prefix) -> Prefix:
-    """Spreads rows and heads over the mesh as a running model computes them."""
+    """Shards rows and heads over the mesh as the running layout computes them."""
     return jax.tree.map(lambda x: constrain_axes(x, *("data", ("fsdp", "tensor"))[: x.ndim]), prefix)
 
 
@@ -59,5 +59,5 @@ def empty_suffix(prefix: Prefix, rows: int, slots: int) -> Suffix:
 
 
 def as_prefix(suffix: Suffix, length_B: Int[Array, " B"]) -> Prefix:
-    """Makes the first `length_B` slots of rows a prefix that further rows continue."""
+    """Turns the first `length_B` slots of each row into a prefix that further rows continue."""
     return Prefix(suffix.k, suffix.v, length_B)

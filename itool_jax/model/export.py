@@ -1,6 +1,6 @@
-"""Weights to folders that others open: Hugging Face checkpoints, and adapters as PEFT has them.
+"""Exports weights as Hugging Face checkpoints, and adapters in the PEFT format.
 
-Out: config.json and safetensors, sharded with an index where they are large; or adapter_config.json and
+Out: config.json and safetensors, sharded with an index if they are large; or adapter_config.json and
 adapter_model.safetensors (https://huggingface.co/docs/peft/developer_guides/checkpoint).
 """
 
@@ -26,10 +26,10 @@ def save(
     leaf: Leaf = lambda _, x: x,
     shard_bytes: float = 5e9,
 ) -> None:
-    """Writes config.json and the weights, as one file or, where they are more than `shard_bytes`, as several.
+    """Writes config.json and the weights, in one file, or in several if they are larger than `shard_bytes`.
 
-    `raw_config` is the content of config.json. `leaf(path, x)` makes a leaf of the weights from one of `params` when
-    it is written, and not before: of a model that is put together so, one part is in memory at a time.
+    `raw_config` is the content of config.json. `leaf(path, x)` computes each leaf to write from one of `params`, only
+    when it is written, so that memory never holds all computed leaves of a large model.
     """
     leaves = jax.tree.leaves_with_path(params)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def save(
 
 
 class _Shards:
-    """Files of about equal size, and the index of what is in which."""
+    """Files of limited size, and the index from tensors to files."""
 
     def __init__(self, folder: Path, limit: float):
         self.folder, self.limit = folder, limit
@@ -54,14 +54,14 @@ class _Shards:
         self.total = 0
 
     def add(self, name: str, value: np.ndarray) -> None:
-        """Takes a tensor; writes those before it where it would make their file too large."""
+        """Adds a tensor; first writes the pending ones if it would make their file too large."""
         if self.tensors and sum(x.nbytes for x in self.tensors.values()) + value.nbytes > self.limit:
             self._write()
         self.tensors[name] = value
         self.total += value.nbytes
 
     def finish(self) -> None:
-        """Writes what is left and gives the files their names, which say how many there are."""
+        """Writes the pending tensors, and renames the files to their final names, which contain the file count."""
         self._write()
         if len(self.files) == 1:
             self._part(1).rename(self.folder / WEIGHTS)
@@ -84,7 +84,7 @@ class _Shards:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file that others may read as they may any other: the library's own are for their owner alone."""
+    """Writes a safetensors file with default permissions; the library's own would be readable only by their owner."""
     from safetensors.numpy import save_file
 
     path.touch()
@@ -94,7 +94,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) -> None:
-    """Writes adapters as PEFT reads them; `base` is the path or the hub name of the model they were trained beside."""
+    """Writes adapters in the PEFT format; `base` is the path or Hub name of their base model."""
     tensors: dict[str, np.ndarray] = {}
     targets: list[str] = []
     for name, part in adapters["layers"].items():

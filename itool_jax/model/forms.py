@@ -1,8 +1,8 @@
-"""The two layouts of a model's weights: layers stacked along a leading axis, to train, and each by itself, to run.
+"""Converts a model's weights between two layouts: layers stacked along a leading axis (training) or separate (running).
 
-A scan over stacked layers compiles fast and needs little memory, also in its backward pass; a decode loop wants arrays
-that it can read in place. On a mesh the two are also sharded differently (see `model.sharding`). Either function
-converts one leaf at a time and empties its argument, so that memory never holds a second copy of the model.
+A scan over stacked layers compiles fast and needs little memory, in its backward pass too; a decode loop needs arrays
+that it can read in place. On a mesh, the two layouts are also sharded differently (see `model.sharding`). Both
+functions convert one leaf at a time and empty their argument, so memory never holds a second copy of the model.
 """
 
 import functools
@@ -20,7 +20,7 @@ Name = tuple[Any, ...]
 
 
 def to_run(params: Params) -> Params:
-    """Unstacks the layers' weights, `layers` by number; `params` is emptied."""
+    """Unstacks the layers' weights, keying `layers` by number; empties `params`."""
     leaves, single = _take_leaves(params), {}
     while leaves:
         name, x = leaves.popitem()
@@ -33,7 +33,7 @@ def to_run(params: Params) -> Params:
 
 
 def to_train(params: Params) -> Params:
-    """Stacks the weights of single layers; `params` is emptied."""
+    """Stacks the weights of separate layers; empties `params`."""
     leaves, stacked = _take_leaves(params), {}
     n_layers = 1 + max((name[1] for name in leaves if name[0] == "layers"), default=-1)
     while leaves:
@@ -48,7 +48,7 @@ def to_train(params: Params) -> Params:
 
 
 def _take_leaves(params: Params) -> dict[Name, jax.Array]:
-    """Moves the leaves out of `params`, which is emptied, by their paths."""
+    """Moves the leaves out of `params`, keyed by path; empties `params`."""
     leaves = cast(dict[Name, jax.Array], flatten_dict(params))
     params.clear()
     return leaves

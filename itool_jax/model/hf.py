@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: config.json and safetensors in, `ModelConfig` and weights out.
+"""Loads Hugging Face checkpoints.
 
-Everything a file holds must be understood: an unknown architecture, a config feature this code does not
-compute, a missing, extra or misshaped tensor is refused by name.
+In: config.json and safetensors. Out: `ModelConfig` and weights. An unknown architecture, an unsupported config
+feature, or a missing, extra or misshaped tensor is an error that names it.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstra
 from itool_jax.system.untrusted import inside, read_json
 
 UNDERSTOOD = frozenset(
-    # what is read
+    # read by this module
     "architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings max_position_embeddings "
     "attention_bias mlp_bias hidden_act sliding_window use_sliding_window partial_rotary_factor layer_types "
-    # what says nothing about the computation of logits
+    # irrelevant for the computation of logits
     "model_type torch_dtype dtype transformers_version use_cache initializer_range pretraining_tp attention_dropout "
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_window_layers max_length "
     "task_specific_params id2label label2id problem_type return_dict chunk_size_feed_forward is_encoder_decoder "
     "_name_or_path _attn_implementation_autoset name_or_path unsloth_fixed unsloth_version auto_map top_p top_k "
     "temperature do_sample repetition_penalty num_beams output_attentions output_hidden_states".split()
 )
-"""Keys of config.json that may hold something; any other that does is refused, for it may change what is computed."""
+"""Known keys of config.json; any other non-empty key is an error, because it may change the computation."""
 
 
 class Family(NamedTuple):
-    """What an architecture has that its config.json does not say."""
+    """Features of an architecture that its config.json does not mention."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -48,10 +48,10 @@ ARCHITECTURES = {
 }
 
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 28
-"""No model has as many; shapes are computed with these numbers before any weight is read."""
+"""Sanity limits on config.json, whose numbers determine shapes before any weight is read."""
 
 FILES = ("*.json", "model*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "tokenizer.model")
-"""What is read of a model's folder."""
+"""Files to read from a model's folder."""
 HUB_FILES = [*FILES, "LICENSE*", "USE_POLICY*"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -72,12 +72,12 @@ _TOP_NAMES = {
 
 
 def could_be_hub_name(name: str) -> bool:
-    """Whether a name has the form OWNER/NAME, and is no path."""
+    """Returns whether a name has the form OWNER/NAME and is not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
-    """The local folder of a model: a path, or a hub name, downloaded once (tokenizer, configs and weights)."""
+    """Returns a model's local folder, given its path or Hub name; downloads tokenizer, configs and weights once."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -96,7 +96,7 @@ def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
 
 
 def read_config(folder: Path, dtype: str) -> ModelConfig:
-    """The shapes in a folder's config.json, older and newer spellings alike."""
+    """Reads a folder's config.json, in older or newer spelling."""
     path = folder / "config.json"
     if not path.is_file():
         adapters = (folder / "adapter_config.json").is_file()
@@ -130,7 +130,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     _refuse_unknown_features(raw, names[0])
     rope = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
     n_heads = _positive(raw, "num_attention_heads")
-    llama = names[0] == "LlamaForCausalLM"  # what the older of these leave out must stand in the other families' files
+    llama = names[0] == "LlamaForCausalLM"  # older Llama files omit the key; other families require it
     n_kv_heads = n_heads if llama and not raw.get("num_key_value_heads") else _positive(raw, "num_key_value_heads")
     if n_heads % n_kv_heads:
         raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
@@ -147,7 +147,7 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=_float("rms_norm_eps", raw["rms_norm_eps"]),
-        # Llama 2's config.json predates the key; its paper's value holds there.
+        # Llama 2's config.json predates the key; use the value from its paper.
         rope_theta=_float("rope_theta", rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -175,7 +175,7 @@ def _float(key: str, value: Any) -> float:
 
 
 def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under a key, empty where there is none."""
+    """Returns the object under a key, or an empty one."""
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise ValueError(f"{key} must be an object, got {value!r}")
@@ -188,7 +188,7 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
             raise ValueError(f"{key}={raw[key]} is not supported")
     if raw["hidden_act"] not in ("silu", "swish"):
         raise ValueError(f"hidden_act={raw['hidden_act']} is not supported, only silu")
-    # Qwen names a window that it does not use; Mistral uses the one it names, 4096 where it names none.
+    # Qwen configs give a window that is unused by default; Mistral uses its window, 4096 if none is given.
     is_mistral = architecture == "MistralForCausalLM"
     window = raw.get("sliding_window", 4096 if is_mistral else None)
     if window and (is_mistral or raw.get("use_sliding_window")) and window < raw["max_position_embeddings"]:
@@ -215,16 +215,16 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
 
 
 class Stored(NamedTuple):
-    """Where a checkpoint keeps one leaf of the parameters; a stacked one has a name a layer."""
+    """Location of one parameter leaf in a checkpoint; a stacked leaf has one name per layer."""
 
     names: list[str]
     stacked: bool
     transposed: bool
-    """Checkpoints hold [out, in], this code [in, out]."""
+    """Checkpoints store [out, in], this code uses [in, out]."""
 
 
 def stored_as(path: tuple[Any, ...], n_layers: int) -> Stored:
-    """Where the leaf of the parameters at `path` is kept."""
+    """Returns where a checkpoint stores the parameter leaf at `path`."""
     keys = [str(part.key) for part in path]
     transposed = keys[-1] in ("kernel", "lm_head")
     if keys[0] != "layers":
@@ -246,11 +246,11 @@ class Tensor(NamedTuple):
 def load(
     folder: Path, dtype: str = "float32", *, nf4: bool = False, stacked: bool = True
 ) -> tuple[ModelConfig, Params]:
-    """Configuration and weights of a folder; weights are stored in `dtype`, the layers' kernels as NF4 codes if so
-    asked, `stacked` to train or else to run (see `model.forms`), and spread over the mesh in use.
+    """Loads the configuration and weights of a folder, sharded over the mesh in use.
 
-    Beside the weights themselves, one leaf of them is in host memory at a time, and of it only what belongs to this
-    process' devices; nothing else is read from disk.
+    Weights are converted to `dtype`, with `nf4` the layers' kernels to NF4 codes. The layout is for training if
+    `stacked`, else for running (see `model.forms`). Besides the loaded weights, host memory holds one leaf at a time,
+    and only the part for this process's devices; nothing else is read from disk.
 
     Raises:
         ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
@@ -263,7 +263,7 @@ def load(
         parts: dict[str, np.ndarray] = {}
 
         def read(part: Any) -> np.ndarray:
-            """Each part once: devices that hold copies of it ask one after the other."""
+            """Reads each part only once, even if several devices hold copies of it."""
             if (key := str(part)) not in parts:
                 parts[key] = _read(tensors, stored, config.dtype, part)
             return parts[key]
@@ -276,10 +276,10 @@ def load(
 
 
 def checked(folder: Path, config: ModelConfig) -> tuple[Params, dict[str, Tensor]]:
-    """Shapes of the weights, and the tensors that a folder's files say they hold; no weight is read.
+    """Returns the shapes of the weights and the tensors listed in a folder's files, after checks; reads no weights.
 
     Raises:
-        ValueError: a tensor is missing, unknown or not as config.json asks for, or a file is not readable.
+        ValueError: a tensor is missing, unknown or does not match config.json, or a file is not readable.
     """
     _, shapes, _ = abstract(config)
     tensors = _tensors(folder)
@@ -289,19 +289,19 @@ def checked(folder: Path, config: ModelConfig) -> tuple[Params, dict[str, Tensor
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _quantize(layer: str, stacked: bool, kernel: jax.Array) -> Params:
-    """The codes of a kernel, or of a stack of kernels one after the other."""
+    """Quantises a kernel, or a stack of kernels one at a time."""
     codes = jax.lax.map(quantize.quantize, kernel) if stacked else quantize.quantize(kernel)
     return constrain({layer: {"kernel": codes._asdict()}}, running=not stacked)[layer]["kernel"]
 
 
 def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str, Tensor]) -> None:
-    """ValueError names the first tensor that is missing, extra or not as config.json asks for."""
+    """Raises ValueError for the first tensor that is missing, extra or does not match config.json."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         names, stacked, transposed = stored_as(path, config.n_layers)
         shape = leaf.shape[1:] if stacked else leaf.shape
         expected.update(dict.fromkeys(names, tuple(shape[::-1] if transposed else shape)))
-    # An untied copy of tied embeddings and old rotary buffers carry nothing new.
+    # An untied copy of tied embeddings, and old rotary buffers, are redundant.
     spare = {n for n in tensors if "rotary_emb" in n} | ({"lm_head.weight"} if config.tie_embeddings else set())
     if extra := sorted(set(tensors) - set(expected) - spare):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -317,7 +317,7 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
 
 
 def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:
-    """A part of one leaf of the parameters; each file is open only as long as it is read."""
+    """Reads a part of one parameter leaf; keeps each file open only while reading it."""
     from safetensors import safe_open
 
     names = stored.names[part[0]] if stored.stacked else stored.names
@@ -335,7 +335,7 @@ def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> 
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, single or sharded."""
+    """Lists all tensors of a checkpoint, in one file or sharded."""
     from safetensors import SafetensorError, safe_open
 
     index = _read_index(folder)
@@ -356,7 +356,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """File name of each tensor of a sharded checkpoint; empty where one file holds all, which goes first."""
+    """Returns the file name of each tensor of a sharded checkpoint; empty for a single file, which has precedence."""
     if (folder / WEIGHTS).is_file():
         return {}
     if not (folder / INDEX).exists():

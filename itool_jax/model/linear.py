@@ -1,4 +1,4 @@
-"""The linear layers: plain, with low-rank adapters beside them, or of four-bit weights."""
+"""Defines the linear layers: plain, with low-rank adapters, or with four-bit weights."""
 
 import dataclasses
 
@@ -10,21 +10,21 @@ from jaxtyping import Array
 from itool_jax.model import quantize
 
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers, as `lora.targets` names them."""
+"""Names of the linear layers in `lora.targets`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Low-rank adapters beside the linear layers' weights (https://arxiv.org/abs/2106.09685)."""
+    """Low-rank adapters of the linear layers (https://arxiv.org/abs/2106.09685)."""
 
     rank: int = 16
-    """Rank of the adapters' matrices; 0 trains all weights instead."""
+    """Rank of the adapter matrices. 0: no adapters, train all weights."""
     alpha: float = 32.0
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped in each step of the warm-up; preference training drops none."""
+    """Share of an adapter's inputs to drop in each warm-up step. Preference training uses no dropout."""
     targets: tuple[str, ...] = LINEAR
-    """Layers that get adapters."""
+    """Linear layers that get adapters."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -40,7 +40,7 @@ class LoraSettings:
 
 
 class Nf4Kernel(nnx.Module):
-    """A kernel in four bits, of which the kernel itself is made where it is used (https://arxiv.org/abs/2305.14314)."""
+    """A four-bit kernel, dequantised where it is used (https://arxiv.org/abs/2305.14314)."""
 
     def __init__(self, n_in: int, n_out: int):
         self.n_in = n_in
@@ -48,16 +48,16 @@ class Nf4Kernel(nnx.Module):
             setattr(self, name, nnx.Param(leaf))
 
     def dequantize(self, x: Array) -> tuple[Array, Array]:
-        """[n_in, n_out] in the type of its input `x`; and `x`, before which it is not made."""
+        """Returns the kernel [n_in, n_out] in the type of `x`, computed no earlier than `x`; and `x` itself."""
         codes = quantize.Codes(*(getattr(self, name)[...] for name in quantize.Codes._fields))
-        # Else the compiler would make the kernels of all layers before a loop that reads them again and again.
+        # Without the barrier, the compiler would dequantise the kernels of all layers before a loop that reuses them.
         codes, x = jax.lax.optimization_barrier((codes, x))
         return quantize.dequantize(codes, self.n_in, x.dtype.name), x
 
 
 @jax.custom_vjp
 def _product(x: Array, w: Array) -> Array:
-    """X @ w. The gradient of w reads what comes back as it lies, where XLA would compute it turned over, slowly."""
+    """Computes x @ w; the gradient of w reads d_y untransposed, where XLA would slowly compute it transposed."""
     return x @ w
 
 
@@ -76,7 +76,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @jax.custom_vjp
 def _low_rank(x: Array, a: Array, b: Array) -> Array:
-    """X @ a @ b. In its gradient the small operands are the ones turned over, as XLA would not have it on a host."""
+    """Computes x @ a @ b; its gradient transposes only the small operands, which XLA would not do on a CPU."""
     return x @ a @ b
 
 
@@ -116,13 +116,13 @@ class Linear(nnx.Module):
         self.dtype, self.lora_scale = dtype, 0.0
         if lora is not None:
             self.lora_scale, self.dropout = lora.alpha / lora.rank, lora.dropout
-            bound = n_in**-0.5  # Kaiming-uniform with a = sqrt(5), as PEFT starts A; B starts at zero
+            bound = n_in**-0.5  # Kaiming-uniform with a = sqrt(5), as PEFT initializes A; B starts at zero
             start = jax.random.uniform(rngs.params(), (n_in, lora.rank), minval=-bound, maxval=bound)
             self.lora_a = nnx.LoRAParam(start)
             self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, n_out)))
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
-        """[..., n_in] to [..., n_out], computed and returned in `dtype`; `key` is for dropout, None drops nothing."""
+        """Maps [..., n_in] to [..., n_out] in `dtype`; `key` is for dropout, None turns it off."""
         x = x.astype(self.dtype)
         if isinstance(self.kernel, Nf4Kernel):
             kernel, x = self.kernel.dequantize(x)

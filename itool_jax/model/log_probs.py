@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under a model's hidden states or logits, and what is computed of them. Float32 inside."""
+"""Computes log-probabilities of tokens from hidden states or logits, their sums, and perplexity, all in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from itool_jax.types import AnyArray, FloatB, FloatBT, TokensBT
 def token_log_probs_from_logits(
     logits_BTV: Float[AnyArray, "*BT V"], targets_BT: Int[AnyArray, "*BT"]
 ) -> Float[jax.Array, "*BT"]:
-    """Float32 log-softmax of the logits (any leading shape) at the target ids, in nats: log_probs_BT."""
+    """Computes the float32 log-softmax of logits (any leading shape) at the target ids, in nats: log_probs_BT."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return picked_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -23,13 +23,13 @@ def token_log_probs(
     targets_BT: TokensBT,
     chunk: int = 1024,
 ) -> FloatBT:
-    """Log-probs of the targets given final hidden states, never holding float32 logits for all of B x T.
+    """Computes log-probs of the targets from final hidden states, without holding float32 logits for all of B x T.
 
     Args:
       hidden_BTD: hidden state at each position, already aligned: position t predicts targets_BT[:, t].
       unembedding_DV: the output matrix.
       targets_BT: token ids.
-      chunk: rows (token positions) whose logits exist at once, in the backward pass too; at least B.
+      chunk: most token positions whose logits exist at once, in the backward pass too; at least B.
 
     Returns:
       log_probs_BT, float32, nats.
@@ -44,7 +44,7 @@ def token_log_probs(
     batch, time = targets_BT.shape
     if batch * time <= chunk:
         return log_probs(hidden_BTD, targets_BT)
-    # Cut along time, never across the batch: a batch sharded over devices then stays where it is.
+    # Cut along time, not the batch: a batch sharded over devices then stays in place.
     n_chunks = -(-time // max(1, chunk // batch))
     width = -(-time // n_chunks)
 
@@ -52,17 +52,17 @@ def token_log_probs(
         x = jnp.pad(x, [(0, 0), (0, n_chunks * width - time)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, n_chunks, width, *x.shape[2:]), 1, 0)
 
-    # Without checkpoint the scan would keep every chunk's logits for the backward pass.
+    # Without checkpoint, the scan would keep every chunk's logits for the backward pass.
     body = jax.checkpoint(lambda xs: log_probs(*xs), prevent_cse=False)
     chunks = jax.lax.map(body, (cut(hidden_BTD), cut(targets_BT)))
     return jnp.moveaxis(chunks, 0, 1).reshape(batch, n_chunks * width)[:, :time]
 
 
 def masked_log_prob_sum(log_probs_BT: FloatBT, mask_BT: Shaped[AnyArray, "B T"]) -> FloatB:
-    """Sum of log-probs where the mask (bool or 0/1) holds, one a sequence; elsewhere may stand anything."""
+    """Sums the log-probs of each sequence where the mask (bool or 0/1) is true; other values may be anything."""
     return jnp.where(mask_BT.astype(bool), log_probs_BT.astype(jnp.float32), 0.0).sum(axis=-1)
 
 
 def perplexity(log_prob_sum: ArrayLike, n_tokens: ArrayLike) -> jax.Array:
-    """exp(-log_prob_sum / n_tokens) (eq 4): 1 for a certain response; inf where float32 overflows."""
+    """Computes exp(-log_prob_sum / n_tokens) (eq 4): 1 for a certain response, inf if float32 overflows."""
     return jnp.exp(-jnp.asarray(log_prob_sum, jnp.float32) / jnp.asarray(n_tokens, jnp.float32))

@@ -1,9 +1,9 @@
-"""NF4 weights for QLoRA (https://arxiv.org/abs/2305.14314): four bits a weight, double-quantised scales.
+"""Quantises weights to NF4 for QLoRA (https://arxiv.org/abs/2305.14314): four bits per weight, double-quantised scales.
 
-In: a kernel [in, out]. Out: `Codes`, about 0.516 bytes a weight, and the kernel again, as a compiled step needs it.
-Values are those of the bitsandbytes definition: blocks of 64 weights along the input, each scaled by its largest
-magnitude to the 16 quantiles of a normal distribution; these scales, less their mean, in eight bits of a dynamic
-exponent, 256 to a block.
+In: a kernel [in, out]. Out: `Codes`, about 0.516 bytes per weight, and the kernel again, for use in a compiled step.
+Values follow the bitsandbytes definition. Blocks of 64 weights along the input are scaled by their largest magnitude
+and coded by 16 quantiles of a normal distribution. The scales, minus their mean, are stored in eight bits with a
+dynamic exponent, in blocks of 256.
 """
 
 from typing import NamedTuple
@@ -17,20 +17,20 @@ BLOCK, SCALE_BLOCK = 64, 256
 
 
 class Codes(NamedTuple):
-    """A quantised kernel [in, out]; a stack of layers has one axis more in front."""
+    """A quantised kernel [in, out]; a stack of layers has one more leading axis."""
 
     codes: Array
-    """uint8 [in / 2, out], two weights a byte, neighbours along the input; the first in the upper four bits."""
+    """uint8 [in / 2, out]; a byte holds two neighbouring weights along the input, the first in the upper four bits."""
     scales: Array
-    """uint8 [in / 64, out], the largest magnitude of each block, as a code of `DYNAMIC`."""
+    """uint8 [in / 64, out]; the largest magnitude of each block, as a code of `DYNAMIC`."""
     scale_of_scales: Array
-    """float32 [in · out / 64 / 256]; scales are counted output by output, as in a checkpoint's [out, in]."""
+    """float32 [in · out / 64 / 256]; scales are ordered output by output, as in a checkpoint's [out, in]."""
     scale_mean: Array
     """float32 []."""
 
 
 def _normal_quantiles() -> np.ndarray:
-    """The 16 values of NF4: 0, and quantiles of a normal distribution on either side, scaled to [-1, 1]."""
+    """Computes the 16 values of NF4: 0, and quantiles of a normal distribution on both sides, scaled to [-1, 1]."""
     offset = 0.9677083  # the outermost quantile: between those of 15 and of 16 equal parts
     positive = ndtri(np.linspace(offset, 0.5, 9)[:-1])
     negative = -ndtri(np.linspace(offset, 0.5, 8)[:-1])
@@ -39,7 +39,7 @@ def _normal_quantiles() -> np.ndarray:
 
 
 def _dynamic() -> np.ndarray:
-    """The 256 values of an eight-bit float with a sign, a unary exponent of base ten and a linear fraction."""
+    """Computes the 256 values of an eight-bit float with a sign, a unary base-ten exponent and a linear fraction."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = np.linspace(0.1, 1.0, 2**i + 1)
@@ -52,7 +52,7 @@ NF4, DYNAMIC = _normal_quantiles(), _dynamic()
 
 
 def zeros(n_in: int, n_out: int) -> Codes:
-    """The codes of no kernel in particular; a last block that is not full is filled up with zeros."""
+    """Allocates all-zero codes for a kernel of this shape; a partial last block is padded with zeros."""
     blocks = -(-n_in // BLOCK)
     scales = jnp.zeros(-(-blocks * n_out // SCALE_BLOCK))
     codes = jnp.zeros((blocks * BLOCK // 2, n_out), jnp.uint8)
@@ -60,7 +60,7 @@ def zeros(n_in: int, n_out: int) -> Codes:
 
 
 def quantize(kernel: Float[Array, "in out"]) -> Codes:
-    """The nearest codes of a kernel; under jit its float32 copy lives for this call only."""
+    """Returns the nearest codes of a kernel; under jit its float32 copy exists only during this call."""
     n_in, n_out = kernel.shape
     blocks = -(-n_in // BLOCK)
     padded = jnp.pad(kernel.astype(jnp.float32), [(0, blocks * BLOCK - n_in), (0, 0)]).reshape(blocks, BLOCK, n_out)
@@ -76,7 +76,7 @@ def quantize(kernel: Float[Array, "in out"]) -> Codes:
 
 
 def dequantize(q: Codes, n_in: int, dtype: str) -> Float[Array, "in out"]:
-    """The kernel that the codes stand for."""
+    """Returns the kernel that the codes represent."""
     blocks, n_out = q.scales.shape
     scale = jnp.repeat(q.scale_of_scales, SCALE_BLOCK)[: blocks * n_out].reshape(n_out, blocks).T
     largest = jnp.asarray(DYNAMIC)[q.scales] * scale + q.scale_mean

@@ -1,9 +1,9 @@
-"""How weights and activations lie on a mesh of devices: one table from parameter names to axes.
+"""Shards weights and activations over a mesh of devices, using one table from parameter names to axes.
 
 Axes: `data` (rows of a batch), `fsdp` (rows too, and weights along their other dimension) and `tensor` (heads, the
-inner width of the MLP, the vocabulary). A model that only runs uses `fsdp` as more of `tensor`, because decoding would
-otherwise move all weights to every device for each token. An axis that does not divide a dimension is dropped there,
-and XLA inserts the communication (GSPMD, arXiv 2105.04663), so every mesh gives the results of one device.
+inner width of the MLP, the vocabulary). A model that only runs uses `fsdp` as a further `tensor` axis; otherwise
+decoding would move all weights to every device for each token. An axis that does not divide a dimension is dropped
+there. XLA inserts the communication (GSPMD, arXiv 2105.04663), so every mesh gives the results of one device.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jaxtyping import Array
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
-# Innermost dimensions; a stack of layers has one more in front, which stays whole.
+# Innermost dimensions; a stack of layers has one more leading dimension, which is not sharded.
 INWARD, OUTWARD = ("fsdp", "tensor"), ("tensor", "fsdp")
 IN, OUT = ("q", "k", "v", "gate", "up"), ("o", "down")
 SPECS: dict[str, tuple[str | None, ...]] = {
@@ -34,19 +34,19 @@ SPECS: dict[str, tuple[str | None, ...]] = {
     **{f"{name}.lora_a": ("tensor", None) for name in OUT},
     **{f"{name}.lora_b": (None, "fsdp") for name in OUT},
 }
-"""Axes of each weight by the end of its name; weights that are not listed lie whole on every device."""
+"""Axes of each weight, by the end of its name; weights not listed are replicated on every device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings:
-    """How the devices are laid out; data × fsdp × tensor is how many are used."""
+    """Layout of the devices; data × fsdp × tensor of them are used."""
 
     data: int = 1
-    """Copies of the model, each with its share of a batch; 0 takes all devices that the other axes leave."""
+    """Copies of the model, each with its share of a batch. 0: as many as the devices allow, given the other axes."""
     fsdp: int = 1
-    """Devices that share the weights of a copy, and its rows."""
+    """Devices over which to split the weights of a copy, and its rows."""
     tensor: int = 1
-    """Devices that share each layer's heads and widths."""
+    """Devices over which to split each layer's heads and widths."""
 
     def __post_init__(self) -> None:
         for name, least in (("data", 0), ("fsdp", 1), ("tensor", 1)):
@@ -55,13 +55,13 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings) -> Mesh:
-    """Makes the mesh; ValueError if there are fewer devices than it needs, or a process would have none of it."""
+    """Makes the mesh; ValueError if there are too few devices, or if several processes would not use all of them."""
     shape = checked_shape(settings, jax.device_count(), jax.process_count())
     return _mesh(shape, jax.devices()[: math.prod(shape)])
 
 
 def checked_shape(settings: MeshSettings, count: int, processes: int) -> tuple[int, int, int]:
-    """Computes `mesh_shape` on `count` devices of several processes; ValueError if they do not fit it."""
+    """Computes `mesh_shape` on `count` devices of several processes; ValueError if the mesh does not fit them."""
     data, fsdp, tensor = shape = mesh_shape(settings, count)
     if (needed := math.prod(shape)) > count:
         raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
@@ -89,21 +89,21 @@ def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
 
 
 def use_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
-    """Spreads the work of compiled functions inside the context over the mesh; on one device there is none."""
+    """Spreads compiled functions inside the context over the mesh; does nothing on one device."""
     mesh = make_mesh(settings)
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def runs_apart(settings: MeshSettings) -> bool:
-    """Says if each of several processes runs the model by itself, a copy of it on the devices of its host."""
+    """Returns whether each of several processes runs its own copy of the model on the devices of its host."""
     processes, (data, fsdp, tensor) = jax.process_count(), mesh_shape(settings)
     return processes > 1 and data % processes == 0 and jax.local_device_count() % (fsdp * tensor) == 0
 
 
 def use_own_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[Any]:
-    """Restricts the work inside the context to a process's own devices, if each runs the model by itself.
+    """Restricts the context to the process's own devices if each process runs its own copy of the model.
 
-    One process, or several that run the model together, stay on the whole mesh.
+    A single process, or several that run the model together, use the whole mesh.
     """
     if not runs_apart(settings):
         return contextlib.nullcontext()
@@ -112,7 +112,7 @@ def use_own_mesh(settings: MeshSettings) -> contextlib.AbstractContextManager[An
 
 
 def to_devices(batch: Any) -> Any:
-    """Puts the rows of a batch of host arrays on the mesh in use; each process provides those of its own devices."""
+    """Puts a batch of host arrays on the mesh in use; each process provides the rows of its own devices."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return batch
@@ -125,7 +125,7 @@ def to_devices(batch: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Fetches arrays as whole NumPy arrays; where one lies on several hosts, all processes must call this together."""
+    """Fetches arrays as whole NumPy arrays; if one spans several hosts, all processes must call this together."""
 
     def fetch(x: Any) -> Any:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -138,7 +138,7 @@ def to_host(tree: Any) -> Any:
 def spec_of(
     path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, running: bool = False
 ) -> PartitionSpec:
-    """Looks up the axes of one weight, by its path in the parameters (or in an optimizer's state)."""
+    """Looks up the axes of one weight by its path in the parameters (or in an optimizer's state)."""
     keys = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
     axes: tuple[Any, ...] = next((SPECS[name] for n in (3, 2, 1) if (name := ".".join(keys[-n:])) in SPECS), ())
     if running:
@@ -149,7 +149,7 @@ def spec_of(
 
 
 def fit(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Keeps the axes that divide their dimensions; of several for one dimension, the first are dropped first."""
+    """Keeps the axes that divide their dimensions; if a dimension has several axes, drops the first ones first."""
     return PartitionSpec(*(_dividing(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
 
 
@@ -161,7 +161,7 @@ def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...], running: bool = False) -> jax.sharding.Sharding:
-    """Returns where one weight lies: on the mesh in use, or whole on the first device."""
+    """Returns the sharding of one weight: on the mesh in use, or whole on the first device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return SingleDeviceSharding(jax.local_devices()[0])
@@ -169,7 +169,7 @@ def sharding_of(path: tuple[Any, ...], shape: tuple[int, ...], running: bool = F
 
 
 def placed(shapes: Any, running: bool = False) -> Any:
-    """Adds to shapes of weights, or of an optimizer's state, where each of them lies."""
+    """Adds shardings to the shapes of weights or of an optimizer's state."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         where = sharding_of(path, leaf.shape, running)
@@ -185,13 +185,13 @@ def n_devices() -> int:
 
 
 def row_devices(running: bool = False) -> int:
-    """Counts the devices that the rows of a batch are spread over, on the mesh in use."""
+    """Counts the devices over which the mesh in use spreads the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
 
 def constrain_axes(x: Array, *axes: str | tuple[str, ...]) -> Array:
-    """Inside a compiled function, spreads the first dimensions of `x` over these axes of the mesh in use, if any."""
+    """Shards the first dimensions of `x` over these axes of the mesh in use, if any, inside a compiled function."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -199,7 +199,7 @@ def constrain_axes(x: Array, *axes: str | tuple[str, ...]) -> Array:
 
 
 def constrain(tree: Any, running: bool = False) -> Any:
-    """Inside a compiled function, lays out weights, or an optimizer's state, on the mesh in use, if any."""
+    """Shards weights or an optimizer's state over the mesh in use, if any, inside a compiled function."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree

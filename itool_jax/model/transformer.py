@@ -1,10 +1,10 @@
-"""The decoder-only transformer of the Llama and Qwen families, as one Flax NNX module.
+"""Implements the decoder-only transformer of the Llama and Qwen families as one Flax NNX module.
 
-In: token ids, positions and, when decoding, what was computed before (see `model.cache`).
+In: token ids, positions and, when decoding, the caches of earlier tokens (see `model.cache`).
 Out: the last hidden state of every token and the updated cache. For training, layers are stacked along a leading axis
-and computed by a scan over them; to run, each has arrays of its own (see `model.forms`). The module is
-split once into `(graph, params)`; everything compiled works on the plain dictionary
-`params` and merges the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
+and computed by a scan; for running, each layer has separate arrays (see `model.forms`). The module is
+split once into `(graph, params)`; compiled functions take the plain dictionary
+`params` and merge the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from itool_jax.model.sharding import ROWS, constrain_axes
 
 Params = dict[Any, Any]
 Remat = Literal["none", "layers", "dots"]
-"""What the backward pass computes again: nothing, each layer whole, or all of a layer but its matrix products."""
+"""Recomputation in the backward pass: nothing, each whole layer, or all of a layer except its matrix products."""
 SHORT_STACK = 8
 
 
@@ -54,14 +54,14 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool = False
-    """Queries and keys are normalised head by head before they are rotated, as in Qwen3."""
+    """Normalise queries and keys per head before rotation, as in Qwen3."""
     max_length: int
     dtype: str = "float32"
-    """Computation type of the matrix products; norms, softmax and losses are always float32."""
+    """Data type of the matrix products; norms, softmax and losses are always float32."""
     nf4: bool = False
-    """The layers' kernels are NF4 codes."""
+    """Store the layers' kernels as NF4 codes."""
     stacked: bool = True
-    """The layers' weights lie along a leading axis, as training wants them; else each layer has its own, to run."""
+    """Stack the layers' weights along a leading axis, for training; else keep each layer separate, for running."""
     remat: Remat = "none"
 
 
@@ -73,23 +73,23 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        """Any leading shape; returned in the type of `x`."""
+        """Normalises `x` of any leading shape; returns the type of `x`."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-    """Computes the angle (radians) a position of each pair of head dimensions, stretched where the config asks for it.
+    """Computes the angle (radians) per position of each pair of head dimensions, stretched if the config says so.
 
-    Constants of the compiled program, so float64 until the end: an error would grow with the position.
+    Uses float64 until the end, since these are compile-time constants whose error would grow with the position.
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     if (scaling := config.rope_scaling) is not None:
         turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
         smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, left alone
+        smooth = np.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, unchanged
         frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
     return jnp.asarray(frequencies, jnp.float32)
 
@@ -104,15 +104,15 @@ def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
 
 Keys = Sequence[Array | None]
 NO_KEYS: Keys = (None,) * len(LINEAR)
-"""Random keys of a layer's linear parts, for dropout."""
+"""Random keys for the dropout of a layer's linear parts."""
 _LayerOutput = tuple[Array, tuple[Array, Array]]
-"""Hidden states, and the layer's keys and values as a cache holds them."""
+"""Hidden states, and the layer's keys and values in cache layout."""
 _StackOutput = tuple[Array, tuple[Array, ...], tuple[Array, ...]]
 """Hidden states after all layers, keys of each layer, values of each layer."""
 
 
 class Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, each added to the residual stream."""
+    """A pre-norm layer of attention and gated MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings | None, rngs: nnx.Rngs):
         c, width, kv_width = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -142,7 +142,7 @@ class Layer(nnx.Module):
         keys: Keys = NO_KEYS,
         at_BR: Array | None = None,
     ) -> _LayerOutput:
-        """Runs the layer over whole rows; returns its output, only `at_BR` if given, and its keys and values."""
+        """Runs the layer over whole rows; returns its output (only at `at_BR` if given), keys and values."""
         q_BTHD, k_BHDK, v_BHKD = self.project(x_BTD, angles_BTF, keys)
         if at_BR is None:
             attended_BTD = attend_causally(q_BTHD, KeyValues(k_BHDK, v_BHKD, mask_BTK))
@@ -160,7 +160,7 @@ class Layer(nnx.Module):
         slot: Array | int,
         at_BR: Array | None = None,
     ) -> _LayerOutput:
-        """Runs the layer over new tokens, writing them to the rows' cache `own` from `slot` on; returns like a call."""
+        """Runs the layer over new tokens and writes them to the rows' cache `own` from `slot` on; returns as a call."""
         q_BTHD, k_new, v_new = self.project(x_BTD, angles_BTF)
         k_BHDS = jax.lax.dynamic_update_slice_in_dim(own.k_BHDK, k_new, slot, axis=3)
         v_BHSD = jax.lax.dynamic_update_slice_in_dim(own.v_BHKD, v_new, slot, axis=2)
@@ -171,7 +171,7 @@ class Layer(nnx.Module):
         return self.finish(x_BTD, attended_BTD), (k_BHDS, v_BHSD)
 
     def project(self, x_BTD: Array, angles_BTF: Array, keys: Keys = NO_KEYS) -> tuple[Array, Array, Array]:
-        """Computes queries [B, T, H, D] and, as caches hold them, keys [B, H, D, T] and values [B, H, T, D]."""
+        """Computes queries [B, T, H, D] and, in cache layout, keys [B, H, D, T] and values [B, H, T, D]."""
         h = self.attention_norm(x_BTD)
         projections = zip((self.q, self.k, self.v), keys[:3], strict=True)
         q, k, v = (f(h, key).reshape(*h.shape[:2], -1, self.head_dim) for f, key in projections)
@@ -187,7 +187,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, final norm, and an unembedding that may be the embedding itself."""
+    """Embedding, layers, final norm, and an unembedding that may be tied to the embedding."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings | None, *, rngs: nnx.Rngs):
         lora = lora if lora is not None and lora.rank else None
@@ -207,7 +207,7 @@ class Transformer(nnx.Module):
         self.config = config
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """Returns the output matrix in the computation type."""
+        """Returns the output matrix in `config.dtype`."""
         kernel = self.embedding[...].T if self.lm_head is None else self.lm_head[...]
         return kernel.astype(self.config.dtype)
 
@@ -216,8 +216,8 @@ class Transformer(nnx.Module):
         return jnp.matmul(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array) -> tuple[Array, Array]:
-        """Looks up the tokens' vectors and the rotary angles of their positions."""
-        # The table's rows are made whole before the lookup: XLA finds no good way from parts of vectors to rows.
+        """Returns the tokens' embeddings and the rotary angles of their positions."""
+        # Gather the table's rows to full width before the lookup: XLA reshards poorly from split vectors to rows.
         embedding = constrain_axes(self.embedding[...], "tensor")
         hidden_BTD = embedding[tokens_BT].astype(self.config.dtype)
         hidden_BTD = constrain_axes(hidden_BTD, ROWS if self.config.stacked else "data")
@@ -236,11 +236,11 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: right-padded; causality hides the padding.
-            length_B: the rows' lengths, for the returned prefix alone.
-            branch_BT: a token sees those before it of branch 0 and of its own branch, as if there were no other.
-            segment_BT: a token sees those before it of its own segment, as if that were a row.
-            key: turns the adapters' dropout on.
-            at_BR: positions whose hidden states are wanted, all if None; spares logits and most of the last layer.
+            length_B: the rows' lengths, used only in the returned prefix.
+            branch_BT: a token sees, and its position counts, only earlier tokens of branch 0 and of its own branch.
+            segment_BT: a token sees only earlier tokens of its own segment, which acts as a separate row.
+            key: turns on the adapters' dropout.
+            at_BR: positions whose hidden states to return, all if None; saves logits and most of the last layer.
         """
         B, T = tokens_BT.shape
         mask_BTK, positions_BT = _mask_and_positions(B, T, branch_BT, segment_BT)
@@ -258,11 +258,11 @@ class Transformer(nnx.Module):
 
     @property
     def _is_scanned(self) -> bool:
-        # A short stack compiles fast, and runs faster where each layer has a program of its own; a deep one is a loop.
+        # A short stack compiles fast and runs faster unrolled; a deep one is a loop.
         return self.config.stacked and (self.config.n_layers > SHORT_STACK or self.config.remat != "none")
 
     def _unroll(self, run: Callable[..., _LayerOutput], hidden: Array, at_BR: Array | None) -> _StackOutput:
-        """Runs the layers one after the other, the last of them only at the wanted positions."""
+        """Runs the layers one after the other, the last one only at the wanted positions."""
         keys_and_values = []
         for number in range(self.config.n_layers):
             is_last = number == self.config.n_layers - 1
@@ -284,7 +284,7 @@ class Transformer(nnx.Module):
         return hidden, tuple(k), tuple(v)
 
     def layer(self, number: int) -> Layer:
-        """Returns one of the layers."""
+        """Returns layer `number`."""
         if not self.config.stacked:
             return self.layers[number]
         graph, stacked = nnx.split(self.layers)
@@ -300,23 +300,23 @@ class Transformer(nnx.Module):
         slot: Int[Array, ""] | int,
         at_BR: Int[Array, "B R"] | None = None,
     ) -> tuple[Float[Array, "B T D"] | Float[Array, "B R D"], Suffix]:
-        """Extends rows by tokens that see the rows' caches and what they share with others.
+        """Extends rows by tokens that see the rows' own caches and the shared prefixes.
 
         Args:
             tokens_BT: the new tokens; token t of every row goes to cache slot `slot + t`.
             valid_BT: False at padding.
-            positions_BT: of the tokens, for the rotary embedding.
+            positions_BT: positions of the tokens, for the rotary embedding.
             shared: prefixes, each of some P with B = P · R, that groups of R rows see in full length.
-            suffix: the rows' own caches, of which a token sees the valid slots up to its own.
+            suffix: the rows' own caches; a token sees the valid slots up to its own.
             slot: the first slot to write.
-            at_BR: places among the T whose hidden states are wanted, all if None.
+            at_BR: indices into T whose hidden states to return, all if None.
 
         Returns:
-            hidden states of the tokens, and the rows' caches with them.
+            hidden states of the tokens, and the updated caches of the rows.
         """
         T, S = tokens_BT.shape[1], suffix.valid_BS.shape[1]
         hidden, angles_BTF = self._embed(tokens_BT, positions_BT)
-        # Tokens see all of what is shared, and of their own row what is valid up to themselves.
+        # Tokens see all shared tokens, and the valid tokens of their own row up to themselves.
         shared_masks = [(jnp.arange(part.k[0].shape[3]) < part.length_P[:, None])[:, None] for part in shared]
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
         own_mask_BTS = valid_BS[:, None] & (jnp.arange(S) <= slot + jnp.arange(T)[:, None])
@@ -331,7 +331,7 @@ class Transformer(nnx.Module):
 
 
 def _mask_and_positions(B: int, T: int, branch_BT: Array | None, segment_BT: Array | None) -> tuple[Array, Array]:
-    """Computes which tokens each token sees [B, T, K], and its position among them [B, T]."""
+    """Computes the mask of tokens that each token sees [B, T, K], and its position among them [B, T]."""
     mask_BTK = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
     if branch_BT is None and segment_BT is None:
         return mask_BTK, jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -343,12 +343,12 @@ def _mask_and_positions(B: int, T: int, branch_BT: Array | None, segment_BT: Arr
 
 
 def _dropout_keys(key: Array | None, number: Array | int) -> Keys:
-    """Derives a key for each linear part of layer `number`; none without a key."""
+    """Derives a key for each linear part of layer `number`; all None if `key` is None."""
     return NO_KEYS if key is None else tuple(jax.random.split(jax.random.fold_in(key, number), len(LINEAR)))
 
 
 def _rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """Makes the backward pass compute the function's intermediate values again, as `remat` says."""
+    """Makes the backward pass recompute the function's intermediate values according to `remat`."""
     if remat == "none":
         return function
     policies = jax.checkpoint_policies
@@ -357,7 +357,7 @@ def _rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., 
 
 
 def abstract(config: ModelConfig, lora: LoraSettings | None = None) -> tuple[nnx.GraphDef, Params, Params]:
-    """Returns the module's graph, and the shapes of its base weights and of its adapters; allocates neither."""
+    """Returns the module's graph, and the shapes of its base weights and adapters, without allocating them."""
     model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)

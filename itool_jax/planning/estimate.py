@@ -1,7 +1,7 @@
-"""What each stage of a run takes of a device, the largest sizes that fit, and what to change where none does.
+"""Estimates the device memory of each stage, finds the largest sizes that fit, and suggests changes if none does.
 
-In: settings, the data as token ids, and what a device has. Out: bytes by purpose, from the compiler's analysis of the
-very programs that the stages run. Nothing is allocated.
+In: settings, the data as token ids, and a device's limits. Out: bytes by purpose, from the compiler's analysis of the
+same programs that the stages run. Nothing is allocated.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from itool_jax.system.messages import say
 from itool_jax.system.untrusted import one_line
 from itool_jax.text.padding import bucket, target_width
 
-# For devices that are not here the host compiles. It would make copies of weights in float32, all at once and before
-# the loop that reads them, as no accelerator does; float16, which it leaves as it is, stands for bfloat16. And it would
-# drop barriers first and then join what is computed twice: all layers' NF4 kernels decoded would be kept.
+# The host compiles for devices that are not present. By default it would copy weights to float32, all at once and
+# before the loop that reads them, which no accelerator does; float16, which it leaves alone, stands in for bfloat16. It
+# would also drop barriers before merging common subexpressions, which would keep the decoded NF4 kernels of all layers.
 HOST_FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
@@ -38,42 +38,42 @@ HOST_FLAGS = (
 SIZES = {"warmup": "warmup.micro_batch", "search": "search.batch", "dpo": "preference.micro_batch"}
 """The setting that a stage's memory depends on most."""
 TOKENS = "generate.tokens_per_batch"
-"""What the stages that only run the model depend on."""
+"""The setting that matters most for stages that only run the model."""
 
 
 class Hardware(NamedTuple):
-    """Devices that a run is planned for, and who compiles for them."""
+    """Devices that a run is planned for, and the compiler that analyzes its programs."""
 
     device: Device | None
-    """None where the devices are here and of a kind without a data sheet."""
+    """None if the devices are present and their kind has no data sheet."""
     name: str
     n_devices: int
     limit: int
-    """Bytes that programs may take of each."""
+    """Bytes per device that programs may use."""
     answers: str
-    """Whose analysis it is."""
+    """Description of the compiler that does the analysis."""
     on_host: bool
-    """Whether the host's compiler stands for another one."""
+    """True if the host's compiler stands in for the device's."""
     tpus: Sequence[Any] = ()
-    """Devices that only the TPU's compiler knows."""
+    """Devices that only the TPU compiler knows."""
 
 
 class StageNeed(NamedTuple):
-    """What a stage needs at one size."""
+    """Memory a stage needs at one size."""
 
     stage: str
     size: int
-    """Of the setting in `SIZES`, or tokens a batch."""
+    """Value of the setting in `SIZES`, or tokens per batch."""
     need: Need | None
-    """None where the compiler itself refused for want of memory."""
+    """None if the compiler itself rejected the program for lack of memory."""
 
     def fits(self, limit: int) -> bool:
-        """Whether a device has as much."""
+        """Returns whether a device has enough memory."""
         return self.need is not None and self.need.total <= limit
 
 
 def hardware_of(config: Config) -> Hardware:
-    """The devices of `--plan.device`; those of the host are made to stand for them before JAX is first used."""
+    """Returns the devices of `--plan.device`. Host devices are set up to stand in for them before JAX is first used."""
     p, needed = config.plan, math.prod((max(1, config.mesh.data), config.mesh.fsdp, config.mesh.tensor))
     if p.device == HERE:
         here = jax.devices()
@@ -94,14 +94,14 @@ def hardware_of(config: Config) -> Hardware:
 
 
 def _host_devices(count: int) -> None:
-    """Makes the host look like as many devices; ValueError where JAX was used before and has fewer."""
+    """Makes the host expose `count` devices; raises ValueError if JAX was used before and has fewer."""
     given = os.environ.get("XLA_FLAGS")
     flags = (given or "").split()
     flags += [f for f in (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS) if not _set(flags, f)]
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     try:
-        here = len(jax.devices("cpu"))  # XLA reads its flags here, once
+        here = len(jax.devices("cpu"))  # XLA reads its flags here, only once
     finally:
         if given is None:
             del os.environ["XLA_FLAGS"]
@@ -116,11 +116,11 @@ def _set(flags: Sequence[str], flag: str) -> bool:
 
 
 def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
-    """Devices as the TPU's compiler describes them, or why there are none."""
+    """Returns devices as the TPU compiler describes them, or the reason there are none."""
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the cloud about this machine, at length
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise it queries the cloud about this machine, which is slow
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     flat = device.topology in ("v5e", "v6e")
     for power in range(11):
@@ -128,7 +128,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
         try:
             name = f"{device.topology}:{'x'.join(map(str, sides))}"
             found = topologies.get_topology_desc(name, platform="tpu").devices
-        except Exception as error:  # libtpu is missing, too old, or knows no such slice: the host answers instead
+        except Exception as error:  # libtpu is missing, too old, or knows no such slice: use the host
             if power == 0 or "libtpu" in str(error):
                 return (), one_line(error)[:80]
             continue
@@ -139,7 +139,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
 
 @contextlib.contextmanager
 def on(hardware: Hardware, mesh: MeshSettings) -> Iterator[None]:
-    """Inside, programs are compiled for the hardware, laid out as the mesh."""
+    """Compiles programs inside the context for the hardware, laid out on the mesh."""
     if not hardware.tpus:
         with use_mesh(mesh):
             yield
@@ -151,7 +151,7 @@ def on(hardware: Hardware, mesh: MeshSettings) -> Iterator[None]:
 
 
 def laid_out(config: Config, hardware: Hardware) -> Config:
-    """The settings with a number for `mesh.data`: a mesh that is not given takes all devices that are planned for."""
+    """Returns the settings with a number for `mesh.data`; an unset mesh takes all planned devices."""
     mesh, count = config.mesh, hardware.n_devices
     if mesh.data == 0 or mesh == MeshSettings():
         mesh = dataclasses.replace(mesh, data=max(1, count // (mesh.fsdp * mesh.tensor)))
@@ -162,11 +162,11 @@ def laid_out(config: Config, hardware: Hardware) -> Config:
     return dataclasses.replace(config, mesh=mesh)
 
 
-# What a stage needs -----------------------------------------------------------------------------------------
+# Memory per stage -------------------------------------------------------------------------------------------
 
 
 class Planner:
-    """Needs of a run's stages on some devices; each is compiled once."""
+    """Memory needs of a run's stages on some devices; each is compiled once."""
 
     def __init__(self, config: Config, rows: sizes.Rows, hardware: Hardware):
         self.config, self.rows, self.hardware = config, rows, hardware
@@ -174,14 +174,14 @@ class Planner:
         self.need = functools.cache(self._need)
 
     def candidates(self, stage: str) -> list[int]:
-        """Sizes of a stage that come into question."""
+        """Returns the sizes of a stage to consider."""
         if stage == "search":
             return sizes.search_batches(self.config, len(self.rows.buffer))
         share = sizes.training_settings(self.config, SIZES[stage]).share()
         return [n for n in range(1, share + 1) if share % n == 0]
 
     def as_set(self, stage: str) -> StageNeed:
-        """What a stage needs with the size that is set; with the largest that fits where that is auto."""
+        """Returns a stage's need at its configured size, or at the largest that fits if that is auto."""
         if stage not in SIZES:
             return self.need_at(stage, self.config.generate.tokens_per_batch)
         if (value := self.config.flat()[SIZES[stage]]) == "auto":
@@ -193,18 +193,18 @@ class Planner:
         return self.need_at(stage, value)
 
     def need_at(self, stage: str, size: int) -> StageNeed:
-        """What a stage needs at a size."""
+        """Returns a stage's need at a size."""
         return StageNeed(stage, size, self.need(stage, size))
 
     def largest(self, stage: str) -> StageNeed:
-        """A stage at the largest size that fits, or at the smallest."""
+        """Returns a stage's need at the largest size that fits, or at the smallest if none does."""
         with on(self.hardware, self.config.mesh):
             candidates = self.candidates(stage)
         size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
         return self.need_at(stage, size)
 
     def no_larger_than(self, found: StageNeed) -> str | None:
-        """What a size is the whole of, so that no larger one was looked at; None where a larger one did not fit."""
+        """Names the limit that makes a size the largest candidate; returns None if a larger one did not fit."""
         with on(self.hardware, self.config.mesh):
             largest = self.candidates(found.stage)[-1]
         if found.size < largest:
@@ -215,7 +215,10 @@ class Planner:
         return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
 
     def fewer_tokens(self, stage: str) -> StageNeed:
-        """A stage that only runs the model, with as many tokens a batch as fit, or as few as a quarter."""
+        """Returns the need of a stage that only runs the model, with fewer tokens per batch.
+
+        Tries half the tokens and a quarter; returns the need at the current value if neither fits.
+        """
         now = self.config.generate.tokens_per_batch
         return next(
             (f for n in (2, 4) if (f := self.need_at(stage, now // n)).fits(self.hardware.limit)),
@@ -223,7 +226,7 @@ class Planner:
         )
 
     def _need(self, stage: str, size: int) -> Need | None:
-        """What a stage needs, said as it is found; None where the compiler refuses for want of memory."""
+        """Computes and logs a stage's need; returns None if the compiler rejects it for lack of memory."""
         need = self._compiled(stage, size)
         amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB a device"
         say(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
@@ -270,21 +273,21 @@ def _bytes(need: Need | None) -> float:
 
 
 class Change(NamedTuple):
-    """Settings that make a run fit, and what the stages then need."""
+    """Settings that make a run fit, and the stages' needs with them."""
 
     settings: dict[str, Any]
     found: list[StageNeed]
 
 
 def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
-    """The first change with which all of these stages fit, sizes alone or other settings too; None where none helps."""
+    """Returns the first change that makes all stages fit: sizes alone, or other settings too; None if none helps."""
     settings: dict[str, Any] = {}
     tried = [settings, *changes(planner.config, planner.hardware, load_base(planner.config).config)]
     for settings in tried:
         try:
             config = with_settings(planner.config, settings)
             found = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
-        except ValueError:  # a batch that this mesh cannot share out
+        except ValueError:  # this mesh cannot divide the batch
             continue
         if found is not None:
             return found._replace(settings=settings | found.settings)
@@ -293,7 +296,7 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
 
 
 def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
-    """Sizes with which the stages fit, as they are set where that fits; None where one does not fit at its least."""
+    """Chooses sizes that make the stages fit, keeping those that fit; None if a stage does not fit at its smallest."""
     settings: dict[str, Any] = {}
     found: list[StageNeed] = []
     for stage in stages:
@@ -309,7 +312,7 @@ def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
 
 
 def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[dict[str, Any]]:
-    """Settings that save memory, the ones that cost least first; one by one, then together."""
+    """Yields settings that save memory, the cheapest first: one by one, then together."""
     single: list[dict[str, Any]] = []
     if config.dtype == "float32":
         single.append({"dtype": "bfloat16"})
@@ -323,7 +326,7 @@ def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[
     if config.quantize == "none":
         single.append({"quantize": "nf4"} | ({"lora.rank": 16} if config.lora.rank == 0 else {}))
     yield from single
-    # The strongest together: all that is not a mesh with each mesh, the least first.
+    # Then the strongest together: all changes that are not a mesh with each mesh, the mildest first.
     plain = {name: value for change in single if "mesh.fsdp" not in change for name, value in change.items()}
     halves = {name: value for name, value in plain.items() if name != "quantize"}
     for both in (halves, plain):
@@ -333,7 +336,7 @@ def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
-    """The settings with some of them changed, by their names on the command line."""
+    """Returns the settings with some of them changed, by their names on the command line."""
     for name, value in settings.items():
         if "." in name:
             config = sizes.with_size(config, name, value)
@@ -342,23 +345,23 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def as_arguments(settings: dict[str, Any]) -> str:
-    """As they are written on a command line."""
+    """Formats settings as command-line arguments."""
     return " ".join(f"--{name}={value}" for name, value in settings.items())
 
 
 def parameters(config: Config) -> tuple[int, int]:
-    """How many the model has, and how many of them, or of adapters beside them, are trained."""
+    """Returns the number of model parameters, and of those that are trained: the adapters, if there are any."""
     _, base, adapters = memory.abstract(dataclasses.replace(load_base(config).config, nf4=False), config.lora)
     total, beside = (sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) for tree in (base, adapters))
     return total, beside if config.lora.rank else total
 
 
 def copies(config: Config, hardware: Hardware) -> int:
-    """How many copies of the model run, each on its share of the devices."""
+    """Returns how many copies of the model run, each on its share of the devices."""
     with on(hardware, config.mesh):
         return row_devices(running=True)
 
 
 def devices_used(config: Config) -> int:
-    """Devices that the mesh takes."""
+    """Returns the number of devices in the mesh."""
     return math.prod(mesh_shape(config.mesh))

@@ -1,7 +1,7 @@
-"""What programs take of a device's memory, by the compiler's own analysis, and the largest size that fits.
+"""Estimates programs' device memory from the compiler's own analysis, and finds the largest size that fits.
 
-In: shapes of a model, settings, and a size. Out: bytes a device. Nothing is allocated and no weights are needed:
-programs are compiled for the mesh in use and not run.
+In: shapes of a model, settings, and a size. Out: bytes per device. Nothing is allocated and no weights are needed:
+programs are compiled for the current mesh and not run.
 """
 
 import dataclasses
@@ -30,39 +30,39 @@ from itool_jax.training.losses import LossSettings
 
 Shape = jax.ShapeDtypeStruct
 LIMIT = "ITOOL_DEVICE_GB"
-"""Environment variable that overrides what a device has."""
+"""Environment variable that overrides a device's memory, in GB."""
 SHARE = 0.9
-"""Of a device's memory that programs are given; the rest is for what the analysis does not see."""
+"""Share of a device's memory that programs may use; the rest is for what the analysis does not see."""
 
 
 class Need(NamedTuple):
-    """Bytes a device, by purpose: what is there before a program runs, what it needs besides, and what it makes."""
+    """Bytes per device by purpose: present before a program runs, needed while it runs, and returned by it."""
 
     weights: int
-    """Of the base; of a small model also the copy that adapters are merged into."""
+    """Weights of the base; for a small model also the copy that adapters are merged into."""
     adapters: int
     optimizer: int
     caches: int
     """Keys and values of prompts."""
     batch: int
-    """The rest of what the program reads, and what the compiler adds to it, such as padding."""
+    """Other inputs of the program, and what the compiler adds to them, such as padding."""
     temporaries: int
-    """Activations, gradients, logits, and in a search the rows' own keys and values."""
+    """Activations, gradients and logits; in a search also the rows' own keys and values."""
     outputs: int
 
     @property
     def arguments(self) -> int:
-        """What is there before the program runs."""
+        """Bytes present before the program runs."""
         return sum(self[:5])
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all bytes."""
         return sum(self)
 
 
 class Held(NamedTuple):
-    """Bytes a device of what stays while programs run."""
+    """Bytes per device that stay allocated while programs run."""
 
     weights: int = 0
     adapters: int = 0
@@ -71,36 +71,37 @@ class Held(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Padded widths of what a search reads, in tokens."""
+    """Padded widths of a search's inputs, in tokens."""
 
     prompt: int
     asked: int
-    """The prompt with the reference answer and the question behind it."""
+    """The prompt followed by the reference answer and the question."""
     path: int
     """The response so far."""
     own: int
-    """A response, and the end of the question about it."""
+    """A response and the end of the question about it."""
 
 
 def _need(program: Any, held: Held, unread: int = 0) -> Need:
-    """What a lowered program needs beside what is held, of which it does not read `unread` bytes."""
+    """Returns the need of a lowered program, given resident bytes `held`, of which it does not read `unread`."""
     found = program.compile().memory_analysis()
     read = found.argument_size_in_bytes - (sum(held) - unread)
     return Need(*held, max(0, read), found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes)
 
 
 class Program(NamedTuple):
-    """A program by the model that it is compiled for, and from how many layers on each adds as much as the last."""
+    """A program as a function of the model, and the depth from which each layer adds the same memory."""
 
     need: Callable[[ModelConfig], Need]
     steady: int = 4
 
     def at_depth(self, model: ModelConfig) -> Need:
-        """What a deep model needs, from two shallower ones of its widths.
+        """Extrapolates the need of a deep model from two shallower ones of the same widths.
 
-        Compiling takes as long as a model that runs has layers, many minutes for 80. Where it has few, it is compiled.
+        Compiling an inference model takes time proportional to its layers, many minutes for 80. Models with few layers
+        are compiled as they are.
         """
-        # Not fewer than it takes for the stack to be a loop, as it is in a deep model.
+        # Deep enough for the stack to be a loop, as it is in a deep model.
         low = self.steady if model.remat != "none" else max(self.steady, SHORT_STACK + 1)
         if model.n_layers <= max(2 * low, SHORT_STACK):
             return self.need(model)
@@ -111,7 +112,7 @@ class Program(NamedTuple):
 
 
 LOOP = 12
-"""`Program.steady` of loops that sample: in fewer layers their caches are less than what they need at the start."""
+"""`Program.steady` of sampling loops: with fewer layers, their caches are smaller than what they need at the start."""
 
 
 def training(
@@ -124,9 +125,10 @@ def training(
     packed: bool = False,
     targets: int | None = None,
 ) -> Need:
-    """A training step of `rows` rows of `length` tokens in `n_micro` parts; SFT where there is no preference loss.
+    """Estimates a training step of `rows` rows of `length` tokens in `n_micro` micro-batches; SFT if `loss` is None.
 
-    A row has room for `targets`: unless it says so, half its length, and all of it for pairs of long steps.
+    A row has room for `targets` targets. The default is half its length, or its full length for pairs, whose steps may
+    be long.
     """
     graph, base, adapters = abstract(model, lora)
     optimizer = train.adamw(0.01, 1.0)
@@ -141,7 +143,7 @@ def training(
 
 
 def _batch(pairs: bool, rows: int, length: int, packed: bool, targets: int | None) -> TargetBatch | PairBatch:
-    """Shapes of a batch; from the host, so that it lies where the program wants it."""
+    """Returns the shapes of a batch. It comes from the host, so it lies where the program wants it."""
     targets = targets or (length if pairs else length // 2)
     batch = TargetBatch(
         _array(rows, length),
@@ -161,7 +163,7 @@ def _array(*shape: int, dtype: Any = jnp.int32) -> Any:
 
 
 def _stored(base: Any, dtype: str) -> Any:
-    """Weights of the base as a run holds them: in `dtype`, but for four-bit codes and their scales."""
+    """Returns the base weights as a run stores them: in `dtype`, except four-bit codes and their scales."""
 
     def stored(path: Any, leaf: Shape) -> Shape:
         coded = "kernel" in [part.key for part in path[:-1]]
@@ -171,13 +173,13 @@ def _stored(base: Any, dtype: str) -> Any:
 
 
 class _Running(NamedTuple):
-    """A model that runs, as shapes."""
+    """Shapes of a model for inference."""
 
     graph: Any
     weights: Any
     held: Held
     unread: int
-    """Bytes that are held and not read."""
+    """Bytes that are held but not read."""
 
 
 def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
@@ -185,7 +187,7 @@ def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
     base = placed(_stored(base, model.dtype), running=True)
     if not lora.rank:
         return _Running(graph, base, Held(_bytes(base)), 0)
-    # Adapters are merged into a copy of a small model, and stand beside the weights of others (`store.weights`).
+    # Adapters are merged into a copy of a small model; other models keep them beside the weights (`store.weights`).
     if model.dtype == "float32" and not model.nf4:
         graph = abstract(dataclasses.replace(model, stacked=False))[0]
         return _Running(graph, base, Held(2 * _bytes(base)), _bytes(base))
@@ -194,13 +196,16 @@ def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
 
 
 def searching(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
-    """A search of `batch` prompts: the more of a round of last steps and one of questions about them."""
+    """Estimates a search of `batch` prompts: the larger of a round of last steps and one of questions about them."""
     given = (model, lora, search, lengths, batch)
     return max(proposing(*given), asking(*given), key=lambda need: need.total)
 
 
 def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
-    """A round of last steps; what the questions read, the caches of the prompts with the reference, is kept beside."""
+    """Estimates a round of last steps.
+
+    The caches of the prompts with the reference, which the questions read, stay allocated.
+    """
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     path, limit = (_array(batch, lengths.path), _array(batch)), max(search.max_last_step_tokens, search.max_step_tokens)
@@ -210,7 +215,7 @@ def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, le
 
 
 def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
-    """A round of questions about last steps; the caches of the prompts alone are kept beside."""
+    """Estimates a round of questions about last steps; the caches of the prompts alone stay allocated."""
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
@@ -221,19 +226,19 @@ def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengt
 
 
 def _draws(rows: int) -> tuple[Any, ...]:
-    """Shapes of what `sampler.sample_step` takes a row: keys, limits, whether all is asked for; and the temperature."""
+    """Returns the shapes of `sampler.sample_step`'s keys, limits and until-stop flags per row, and the temperature."""
     key = jax.eval_shape(jax.random.key, 0).dtype
     return _array(rows, dtype=key), _array(rows), _array(rows, dtype=jnp.bool_), _array(dtype=jnp.float32)
 
 
 def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Need:
-    """Log-probabilities of the targets of `rows` rows of `width` tokens."""
+    """Estimates computing the log-probabilities of the targets of `rows` rows of `width` tokens."""
     graph, weights, held, unread = _running(model, lora)
     return _need(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), held, unread)
 
 
 def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> Need:
-    """Responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
+    """Estimates sampling responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
     graph, weights, held, unread = _running(model, lora)
     prompt = _placed_like(sampler.prefill.lower(graph, weights, _array(rows, width), _array(rows)).compile())
     inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
@@ -242,14 +247,14 @@ def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, li
 
 
 def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:
-    """Shapes of the caches of `batch` prompts, and where they lie."""
+    """Returns the shapes and shardings of the caches of `batch` prompts."""
     count = row_devices(running=True)
     new = sampler.prefill.eval_shape(graph, weights, _array(count, width), _array(count))
     return _placed_like(empty_prefix.lower(new, batch).compile())
 
 
 def _placed_like(made: Any) -> Any:
-    """Shapes of what a compiled program gives, and where they lie."""
+    """Returns the shapes and shardings of a compiled program's outputs."""
 
     def place(leaf: Any, where: Any) -> Shape:
         return Shape(leaf.shape, leaf.dtype, sharding=where)
@@ -258,12 +263,12 @@ def _placed_like(made: Any) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Of shapes that lie somewhere, what one device holds."""
+    """Returns the bytes that one device holds of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def step_table(vocab_size: int) -> StepTable:
-    """A table of step boundaries of any model: only its shape matters here."""
+    """Returns a table of step boundaries for any model; only its shape matters here."""
     cells, flags = np.zeros((vocab_size, N_STATES), np.int16), np.zeros(vocab_size, bool)
     level: Any = np.int32(0)
     return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, level)
@@ -273,7 +278,7 @@ def step_table(vocab_size: int) -> StepTable:
 
 
 def device_limit() -> int:
-    """Bytes that programs may take on each device; of all devices of all processes, the least."""
+    """Returns the bytes that programs may use on each device: the minimum over all devices of all processes."""
     if LIMIT in os.environ:
         found = float(os.environ[LIMIT]) * 1e9
     else:
@@ -286,7 +291,7 @@ def device_limit() -> int:
 
 
 def _host_bytes() -> int:
-    """Memory of the host that is free for new work."""
+    """Returns the host memory that is free for new work."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -295,12 +300,12 @@ def _host_bytes() -> int:
 
 
 def largest(candidates: Sequence[int], need: Callable[[int], float], limit: int) -> tuple[int, dict[int, float]]:
-    """The largest of some sizes that needs no more than `limit`, the smallest where none does; and what was looked at.
+    """Finds the largest size that needs at most `limit`, or the smallest if none does; also returns what was tried.
 
-    The very largest is tried first, then halves of the rest: larger sizes need more, and that is all that is assumed.
+    Tries the very largest first, then bisects the rest. The only assumption is that larger sizes need more.
     """
     sizes, tried = sorted(candidates), {}
-    fitting, beyond = 0, len(sizes)  # the first so many fit; those from there on do not
+    fitting, beyond = 0, len(sizes)  # sizes[:fitting] fit, sizes[beyond:] do not
     middle = beyond - 1
     while fitting < beyond:
         tried[sizes[middle]] = need(sizes[middle])

@@ -1,7 +1,7 @@
-"""What the hardware allows: operations and bytes of each kind of work from a model's shape, and the least time of it.
+"""Computes the operations and bytes of each kind of work from a model's shape, and the least time they take.
 
-In: a model's configuration, rows and lengths, and a machine. Out: seconds at which it cannot be faster: the longer of
-computing and reading memory. Nothing here runs a model.
+In: a model's configuration, rows and lengths, and a machine. Out: a lower bound in seconds: the longer of computing and
+reading memory. Nothing here runs a model.
 """
 
 import dataclasses
@@ -10,30 +10,30 @@ from itool_jax.model.linear import LINEAR
 from itool_jax.model.transformer import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
-"""Of a weight or a cached number, by the model's type."""
+"""Bytes of a weight or a cached number, by the model's dtype."""
 NF4_BYTES = 0.516
-"""Of a weight in four bits, its share of the scales included."""
+"""Bytes of a four-bit weight, including its share of the scales."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a device can do at most; the defaults are an H200 as measured."""
+    """Peak rates of a device; the defaults are measured on an H200."""
 
     bandwidth: float = 4.3e12
-    """Bytes a second that its memory gives."""
+    """Memory bandwidth, in bytes per second."""
     peak: float = 790e12
-    """Operations a second in dense bfloat16 products."""
+    """Peak of dense bfloat16 matrix products, in operations per second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """Some work on a model: its operations, and the bytes that it must read."""
+    """Work on a model: its operations, and the bytes that it must read."""
 
     flops: float
     bytes: float
 
     def seconds(self, machine: Machine) -> float:
-        """The least time it takes."""
+        """Returns the least time the work takes."""
         return max(self.flops / machine.peak, self.bytes / machine.bandwidth)
 
     def __rmul__(self, times: float) -> "Work":
@@ -41,15 +41,15 @@ class Work:
 
 
 def layer_weights(c: ModelConfig) -> int:
-    """Weights of the linear parts of all layers."""
+    """Counts the weights of the linear parts of all layers."""
     attention = c.hidden_size * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
     return c.n_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
 
 
 def linear(c: ModelConfig, rows: int, length: int, logits: int) -> float:
-    """Operations of the products with weights: two a weight and token, in the last layer where its outcome is wanted.
+    """Counts the operations of products with weights: two per weight and token.
 
-    The last layer has keys and values at all tokens, and the rest where logits are asked for.
+    The last layer computes keys and values of all tokens, and the rest only where logits are wanted.
     """
     keys_and_values = 2 * c.hidden_size * c.head_dim * c.n_kv_heads
     left_out = (layer_weights(c) // c.n_layers - keys_and_values) * (length - logits)
@@ -57,9 +57,9 @@ def linear(c: ModelConfig, rows: int, length: int, logits: int) -> float:
 
 
 def forward(c: ModelConfig, rows: int, length: int, logits: int = 0, before: int = 0) -> Work:
-    """A causal pass over rows of `length` tokens behind `before` cached ones, with logits at the last `logits` of each.
+    """Counts a causal pass over rows of `length` tokens after `before` cached ones, with logits at the last `logits`.
 
-    Attention takes 4 operations a query, key and dimension of a head: its score, and its share of the value.
+    Attention takes 4 operations per query, key and head dimension: for the score, and for its share of the value.
     """
     seen = length * (before + (length + 1) / 2)
     seen_last = logits * (before + length - (logits - 1) / 2)
@@ -69,25 +69,25 @@ def forward(c: ModelConfig, rows: int, length: int, logits: int = 0, before: int
 
 
 def decode(c: ModelConfig, rows: int, length: int, prompts: int | None = None, own: int = 0) -> Work:
-    """A token for each of some rows: all weights are read, each prompt's cache once, and the rows' own caches."""
+    """Counts decoding one token per row: reads all weights, each prompt's cache once, and the rows' own caches."""
     prompts = rows if prompts is None else prompts
     step = forward(c, rows, 1, logits=1, before=length + own)
     return Work(flops=step.flops, bytes=weight_bytes(c) + cache_bytes(c, prompts * length + rows * own))
 
 
 def weight_bytes(c: ModelConfig, logits: bool = True) -> float:
-    """What is read of the weights in a pass: the layers', and the unembedding where there are logits."""
+    """Returns the bytes of weights read in a pass: the layers, and the unembedding if there are logits."""
     a_weight = NF4_BYTES if c.nf4 else BYTES[c.dtype]
     return a_weight * layer_weights(c) + BYTES[c.dtype] * c.hidden_size * c.vocab_size * logits
 
 
 def cache_bytes(c: ModelConfig, tokens: int) -> float:
-    """Keys and values of as many tokens."""
+    """Returns the bytes of the keys and values of `tokens` tokens."""
     return 2 * BYTES[c.dtype] * c.n_layers * c.n_kv_heads * c.head_dim * tokens
 
 
 def adapter_weights(c: ModelConfig, rank: int, targets: tuple[str, ...] = LINEAR) -> int:
-    """Weights of the adapters of all layers."""
+    """Counts the adapter weights of all layers."""
     width, kv_width = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     shapes = {"q": c.hidden_size + width, "k": c.hidden_size + kv_width, "v": c.hidden_size + kv_width}
     shapes |= {"o": width + c.hidden_size, **dict.fromkeys(("gate", "up", "down"), c.hidden_size + c.intermediate_size)}
@@ -95,9 +95,9 @@ def adapter_weights(c: ModelConfig, rank: int, targets: tuple[str, ...] = LINEAR
 
 
 def lora_step(c: ModelConfig, rows: int, length: int, logits: int, rank: int = 16) -> Work:
-    """A training step of adapters: a pass forwards, and one back through activations but not to the frozen weights.
+    """Counts a training step of adapters: a forward pass, and a backward pass that skips the frozen weights' gradients.
 
-    Attention takes twice the operations backwards. What is computed again to save memory does not count.
+    Attention takes twice the operations in the backward pass. Recomputation to save memory does not count.
     """
     once = forward(c, rows, length, logits)
     flops = 2 * once.flops + (once.flops - linear(c, rows, length, logits))
@@ -105,6 +105,6 @@ def lora_step(c: ModelConfig, rows: int, length: int, logits: int, rank: int = 1
 
 
 def full_step(c: ModelConfig, rows: int, length: int, logits: int) -> Work:
-    """A training step of all weights: as one of adapters, and a product more for the gradient of each weight."""
+    """Counts a training step of all weights: as one of adapters, plus a product for the gradient of each weight."""
     once = forward(c, rows, length, logits)
     return Work(flops=3 * once.flops, bytes=3 * once.bytes)

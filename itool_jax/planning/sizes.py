@@ -1,7 +1,7 @@
-"""Sizes that are left to the device's memory (`auto`), and what to turn down where it was too little.
+"""Chooses sizes set to `auto` by the device's memory, and advises what to lower after it ran out.
 
 In: the settings, the model's shapes and the data. Out: settings with numbers, and `sizes.json` in the run directory,
-which keeps them: a run that goes on, be it elsewhere, uses those that it began with.
+which keeps them: a resumed run, even on another machine, uses the sizes it began with.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from itool_jax.training.settings import TrainingSettings
 
 FILE = "sizes.json"
 MOST = 256
-"""The largest search.batch that auto looks at."""
+"""Largest search.batch that auto considers."""
 STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preference.micro_batch": "dpo"}
 OTHER_STAGES = "generate.tokens_per_batch"
-"""What stages that only run the model are turned down by."""
+"""The setting to lower for stages that only run the model."""
 Need = Callable[[int], float]
 Plan = Callable[[int], list[memory.Program]]
 
 
 def resolved(run: Run) -> Run:
-    """The settings with a number for each size that is `auto` and that the stage needs, the same on all processes."""
+    """Returns the settings with a number for each `auto` size that the stage needs, the same on all processes."""
     config, flat = run.config, run.config.flat()
     names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
     known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if names else {}
@@ -46,7 +46,7 @@ def resolved(run: Run) -> Run:
         value = known.get(name, 0)
         if value < 1 or (
             name != "search.batch" and value not in candidates
-        ):  # a mesh that shares batches out otherwise
+        ):  # the mesh now divides batches differently
             size = _find(run, name, candidates)
             known[name] = value = hosts.broadcast_from_primary(f"size {name}", lambda size=size: size)
             write_json(config.run_dir / FILE, known)
@@ -55,14 +55,14 @@ def resolved(run: Run) -> Run:
 
 
 def _known(config: Config) -> dict[str, int]:
-    """What the run keeps."""
+    """Returns the sizes stored in the run directory."""
     path = config.run_dir / FILE
     found = read_json(path) if path.exists() else {}
     return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
 
 
 def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
-    """The largest candidate that fits; says so."""
+    """Finds and logs the largest candidate that fits."""
     config = run.config
     limit = memory.device_limit()
     with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
@@ -76,7 +76,7 @@ def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
 
 
 def _candidates(run: Run, name: str) -> list[int]:
-    """Sizes to look at: powers of two times the devices that share prompts, or what divides a device's share."""
+    """Returns the sizes to try: powers of two times the devices that share prompts, or divisors of a device's share."""
     if name != "search.batch":
         share = training_settings(run.config, name).share()
         return [size for size in range(1, share + 1) if share % size == 0]
@@ -84,29 +84,29 @@ def _candidates(run: Run, name: str) -> list[int]:
 
 
 def search_batches(config: Config, buffer: int) -> list[int]:
-    """Values of search.batch to look at, for a replay buffer of so many samples."""
+    """Returns the values of search.batch to try, for a replay buffer of `buffer` samples."""
     count = memory.row_devices(running=True)
     wanted = min(MOST, hardest(config, buffer))
     return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
 
 
 def hardest(config: Config, buffer: int) -> int:
-    """About how many prompts an iteration searches, of a replay buffer of so many samples."""
+    """Estimates how many prompts an iteration searches, for a replay buffer of `buffer` samples."""
     return max(1, round(config.replay.hardest_fraction * buffer))
 
 
 def training_settings(config: Config, name: str) -> TrainingSettings:
-    """The training that a size belongs to."""
+    """Returns the training settings that a size belongs to."""
     return config.warmup if name.startswith("warmup") else config.preference
 
 
 def with_size(config: Config, name: str, value: int) -> Config:
-    """The settings with a number for a size."""
+    """Returns the settings with one size set to a number."""
     section, field = name.split(".")
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
 
 
-# What a size needs ------------------------------------------------------------------------------------------
+# Memory per size --------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -117,7 +117,7 @@ class Rows(NamedTuple):
 
 
 def need_of(run: Run, name: str) -> Need:
-    """Bytes a device by the value of a size, for the longest rows that the data and the settings allow."""
+    """Returns a function from a size to bytes per device, for the longest rows that data and settings allow."""
     warmup, _ = split_replay(run.splits.train, run.config)
     rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
     plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
@@ -125,7 +125,7 @@ def need_of(run: Run, name: str) -> Need:
 
 
 def plan_of(config: Config, name: str, rows: Rows) -> Plan:
-    """The programs by the value of a size that need most, for the longest rows that are possible."""
+    """Returns a function from a size to the programs that need most, for the longest possible rows."""
     if name == "search.batch":
         lengths = search_lengths(load_base(config).chat, rows.buffer, config.search, config.self_eval)
         given = (config.lora, config.search, lengths)
@@ -136,7 +136,7 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
     prefers = not is_warmup and config.preference.control != "sft_same_prompts"
     found = rows.warmup if is_warmup else rows.buffer
-    # Chosen steps and own right answers are shorter than pairs.
+    # Chosen steps and the model's own right answers are shorter than pairs.
     width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
     pack = config.warmup.pack if is_warmup else 0
     loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
@@ -146,7 +146,7 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
 
 
 def total(need: Callable[[int], memory.Need]) -> Need:
-    """In bytes; what the compiler itself refuses for want of memory needs more than there is."""
+    """Returns a function that gives total bytes, or infinity if the compiler rejects the program for lack of memory."""
 
     def bytes_of(size: int) -> float:
         try:
@@ -162,7 +162,10 @@ def total(need: Callable[[int], memory.Need]) -> Need:
 def search_lengths(
     chat: Chat, rows: Sequence[Encoded], s: SearchSettings, self_eval: SelfEvaluationSettings
 ) -> memory.Lengths:
-    """Padded widths of a search of any of these samples, as the searcher pads them; responses may be the gold's."""
+    """Returns the padded widths of a search of any of these samples, as the searcher pads them.
+
+    Responses may be the gold's.
+    """
     longest = max(rows, key=lambda row: len(row.prompt_ids) + len(row.target_ids))
     gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
     frame = evaluation_frame(chat, gold, self_eval.scale)
@@ -177,7 +180,7 @@ def search_lengths(
 
 
 def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
-    """Padded width of the longest pair that a search of these samples may find: a prompt, a response, another step."""
+    """Returns the padded width of the longest possible pair: a prompt, a response and another step."""
     s, limit = config.search, load_base(config).config.max_length
     step = max(s.max_last_step_tokens, s.max_step_tokens, *(len(row.target_ids) for row in rows))
     response = (s.max_depth - 1) * s.max_step_tokens + step
@@ -185,12 +188,12 @@ def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
     return bucket(max(min(longest + response, limit) + step, 2 * step))
 
 
-# Where it was too little ------------------------------------------------------------------------------------
+# Out of memory ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def explained(run: Run) -> Iterator[None]:
-    """Turns a device's want of memory into one line: in which stage, what to turn down, and what that would need."""
+    """Turns an out-of-memory error into one line: the stage, the setting to lower, and what the lower value needs."""
     try:
         yield
     except RuntimeError as error:
@@ -200,7 +203,7 @@ def explained(run: Run) -> Iterator[None]:
 
 
 def advice(run: Run, where: str, error: str) -> str:
-    """What to do where `where`, a stage or phase/stage, ran out of memory."""
+    """Advises what to change after `where`, a stage or phase/stage, ran out of memory."""
     config = run.config
     stage = where.rpartition("/")[2]
     name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
@@ -218,7 +221,10 @@ def advice(run: Run, where: str, error: str) -> str:
 
 
 def _estimate(run: Run, name: str, size: int) -> str:
-    """`: about 3.2 GB`, where the compiler says so: a device without memory may refuse even that."""
+    """Formats an estimate, such as ` (about 3.2 GB a device)`.
+
+    Returns an empty string if the compiler gives none: a device without free memory may refuse even that.
+    """
     if name not in STAGE_OF:
         return ""
     try:

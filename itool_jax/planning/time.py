@@ -1,9 +1,9 @@
-"""How much work each stage of a run is, and how long it takes at the speeds that are assumed.
+"""Estimates how much work each stage of a run is, and how long it takes at assumed speeds.
 
-In: settings and data. Out: tokens and seconds a stage, by the formulas of `itool_jax.planning.roofline`. What only the
-run itself can tell is taken from the gold responses: trees are full, sampled responses have the gold's steps and
-lengths, and a loop over many rows lasts as long as the longest tenth of them begins. Loading, compiling and saving are
-left out.
+In: settings and data. Out: tokens and seconds per stage, by the formulas of `itool_jax.planning.roofline`. The gold
+responses stand in for what only the run can tell: trees are full, sampled responses have the steps and lengths of the
+gold ones, and a loop over many rows lasts as long as the 90th percentile of their lengths. Loading, compiling and
+saving are not included.
 """
 
 import math
@@ -26,38 +26,38 @@ from itool_jax.text.steps import split_steps
 from itool_jax.training import replay
 
 LOOKED_AT = 256
-"""Gold responses that are cut into steps."""
+"""Number of gold responses that are split into steps."""
 
 
 class Workload(NamedTuple):
-    """What a stage does in a whole run."""
+    """Work of a stage over the whole run."""
 
     stage: str
     what: str
     tokens: int
-    """That the model reads or samples."""
+    """Tokens that the model reads or samples."""
     padded: int
-    """With the padding, where the stage knows its batches beforehand."""
+    """Tokens including padding, if the stage knows its batches beforehand."""
     seconds: float
-    """On all devices together; not a number where no data sheet tells what one can do."""
+    """Seconds on all devices together; NaN if the device has no data sheet."""
 
 
 class Data(NamedTuple):
-    """What is trained on and evaluated, which may be nothing."""
+    """Samples to train on and to evaluate, possibly none."""
 
     warmup: list[Sample]
     pool: list[Sample]
-    """What searched prompts are chosen from."""
+    """Samples that searched prompts are chosen from."""
     encoded: dict[str, Encoded]
     evaluated: list[Encoded]
 
     def rows(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Their token ids."""
+        """Returns the token ids of samples."""
         return [self.encoded[sample.id] for sample in samples]
 
 
 class TimeModel:
-    """Seconds that work takes on `count` devices, which hold `copies` of the model, at the shares that are assumed."""
+    """Seconds of work on `count` devices with `copies` of the model, at the assumed shares of peak speed."""
 
     def __init__(self, config: Config, device: Device | None, count: int, copies: int):
         self.model, self.rank, self.plan = load_base(config).config, config.lora.rank, config.plan
@@ -67,26 +67,29 @@ class TimeModel:
         self.machine = Machine(bandwidth=bandwidth, peak=peak)
 
     def train(self, rows: float, length: float, logits: float) -> float:
-        """Training on rows of so many tokens, of which `logits` are targets."""
+        """Returns the seconds of training on rows of `length` tokens, of which `logits` are targets."""
         shape = (self.model, 1, round(length), round(logits))
         work = lora_step(*shape, self.rank) if self.rank else full_step(*shape)
-        # The weights, which a step reads once for all its rows, are never what it waits for.
+        # A step reads the weights once for all its rows, so reading them is never the bottleneck.
         return rows * work.flops / self.machine.peak / self.count / self.plan.training_share
 
     def read(self, rows: float, length: float, logits: float, before: float = 0) -> float:
-        """Passes over rows of so many tokens, behind cached ones."""
+        """Returns the seconds of passes over rows of `length` tokens, after `before` cached ones."""
         work = forward(self.model, 1, round(length), round(logits), round(before))
         return rows * work.flops / self.machine.peak / self.count / self.plan.scoring_share
 
     def sample(self, tokens: float, rows: float, prompts: float, prompt: float, own: float) -> float:
-        """So many tokens of each of some rows at once, `prompts` prompts among them, each row with `own` before it."""
+        """Returns the seconds of sampling `tokens` tokens for each of `rows` rows at once.
+
+        The rows share `prompts` prompts; each has `own` tokens before the sampled ones.
+        """
         share = [max(1, round(x / self.copies)) for x in (rows, prompts)]
         work = decode(self.model, share[0], round(prompt), share[1], round(own))
         return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.plan.decode_share
 
 
 def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> list[Workload]:
-    """The stages of a run that searches `batch` prompts at a time."""
+    """Returns the workloads of a run that searches `batch` prompts at a time."""
     found = [_warmup(config, data, time_model)]
     if config.iterations:
         trees = _trees(config, data)
@@ -98,7 +101,7 @@ def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> 
 
 
 def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
-    """From the very batches that the warm-up makes."""
+    """Computes the warm-up's work from the batches it really makes."""
     s, rows = config.warmup, data.rows(data.warmup)
     thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
     batches: list[grain.MapDataset] = []
@@ -121,7 +124,7 @@ def _scores(config: Config, data: Data, time_model: TimeModel, batch: int) -> Wo
     groups = list(group(widths, config.generate.tokens_per_batch))
     count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
     seconds = n * time_model.read(count, padded / count, _mean_target(rows))
-    # K answers to each prompt of the pool, or of those that are searched, and a greedy one to these.
+    # K answers to each prompt of the pool or of the searched ones, and a greedy answer to each searched one.
     k, searched = config.replay.samples, _hardest(config, data.pool)
     drawn = len(rows) if config.replay.select == "mixed" else searched
     lanes = max(1, min(batch, batch * config.search.breadth // k))
@@ -137,17 +140,17 @@ def _scores(config: Config, data: Data, time_model: TimeModel, batch: int) -> Wo
 
 
 class _ExpectedTree(NamedTuple):
-    """What the gold responses let expect of a tree, on average."""
+    """Average tree to expect, judging by the gold responses."""
 
     expansions: float
     states: float
     tokens: float
-    """Sampled ones."""
+    """Sampled tokens."""
     step: float
     loop: float
-    """Tokens of a round: what the longest tenth of the steps begin with."""
+    """Tokens of a round: the 90th percentile of step lengths."""
     path: float
-    """Tokens of a response at the end."""
+    """Tokens of a finished response."""
     around: float
     """Tokens of the question about a state, and of the reference before it."""
 
@@ -175,7 +178,7 @@ def _trees(config: Config, data: Data) -> _ExpectedTree:
 
 
 def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int, batch: float) -> Workload:
-    """Prompts with and without the reference; a round of sampled steps an expansion; a question a state."""
+    """Counts prompts with and without the reference, a sampling round per expansion, and a question per state."""
     rows = data.rows(data.pool)
     prompt, breadth = float(np.mean([len(row.prompt_ids) for row in rows])), trees.states / trees.expansions
     rounds = math.ceil(prompts / batch) * trees.expansions
@@ -191,7 +194,7 @@ def _search(data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: in
 
 
 def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _ExpectedTree, prompts: int) -> Workload:
-    """The reference's log-probabilities of both sides of each pair, and the training."""
+    """Counts the reference's log-probabilities of both sides of each pair, and the training."""
     s, rows = config.preference, data.rows(data.pool)
     pairs = prompts * config.plan.pairs_a_tree
     before = float(np.mean([len(row.prompt_ids) for row in rows])) + trees.path / 4
@@ -206,7 +209,7 @@ def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _Expe
 
 
 def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
-    """Greedy responses of every phase, in the batches that evaluation makes."""
+    """Counts greedy responses of every phase, in the batches that evaluation makes."""
     rows, n = data.evaluated, config.iterations + 2
     groups = list(group([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch))
     loop = float(np.quantile([len(row.target_ids) for row in rows], 0.9))
@@ -220,7 +223,7 @@ def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
 
 
 def _hardest(config: Config, pool: Sequence[Sample]) -> int:
-    """How many samples an iteration searches."""
+    """Returns how many samples an iteration searches."""
     scored = [replay.ScoredSample(s.id, 1.0, looks_like_calls(s.target)) for s in pool]
     return len(replay.select_hardest(scored, config.replay))
 

@@ -1,4 +1,4 @@
-"""What a run directory holds, finished or not, as plain values for its report.
+"""Reads a run directory, finished or not, into plain values for its report.
 
 In: a run directory. Out: what was run, figures, curves and examples; and its search trees, each as compact JSON.
 """
@@ -28,23 +28,23 @@ from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
-"""Points of a curve, samples among the examples and lines of the log that a report shows."""
+"""Most points of a curve, example samples and log lines that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
 COMPARED = ("phase", "against", "text", "regressions")
 SHOWN = ("*.json*", "*.yaml", "*/*.json*", "*/*/summary.json")
-"""The files that a report shows, below the run directory."""
+"""Files that a report shows, relative to the run directory."""
 RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
 
 
 def phases(config: Config) -> list[str]:
-    """The phases that the run has begun, in order."""
+    """Returns the phases that the run has begun, in order."""
     names = map(phase_name, itertools.count())
     trained = itertools.takewhile(lambda name: (config.run_dir / name).is_dir(), names)
     return [name for name in ("base",) if (config.run_dir / name).is_dir()] + list(trained)
 
 
 def stamp(config: Config) -> str:
-    """Another text whenever a file that a report shows has changed."""
+    """Returns a text that changes whenever a file shown in the report changes."""
     found = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
     marks = [(str(path), status.st_mtime_ns, status.st_size) for path in found if (status := _status(path))]
     return f"{hash(tuple(marks)) & (2**64 - 1):x}"
@@ -53,15 +53,15 @@ def stamp(config: Config) -> str:
 def _status(path: Path) -> Any:
     try:
         return path.stat()
-    except FileNotFoundError:  # it was replaced just now
+    except FileNotFoundError:  # it is being replaced
         return None
 
 
 def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
-    """The report, and the trees of all iterations in the order of its index.
+    """Returns the report, and the trees of all iterations in the order of its index.
 
     Raises:
-        ValueError: there is no run, or a file of it is damaged; names it.
+        ValueError: there is no run, or one of its files is damaged; names the file.
     """
     if not (config.run_dir / "config.yaml").is_file():
         raise ValueError(f"{config.run_dir} is no run directory (it holds no config.yaml); set --run_dir")
@@ -96,14 +96,14 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
 
 
 class ToolLists:
-    """Lists of tools, each kept once: many samples offer the same."""
+    """Lists of tools without duplicates: many samples offer the same."""
 
     def __init__(self) -> None:
         self.lists: list[Any] = []
         self._numbers: dict[str, int] = {}
 
     def number(self, tools: Sequence[Row]) -> int:
-        """The place of a list of tools."""
+        """Returns the index of a list of tools, adding it if it is new."""
         key = json.dumps(tools, sort_keys=True)
         if key not in self._numbers:
             self._numbers[key] = len(self.lists)
@@ -130,12 +130,12 @@ def _card(path: Path) -> Row | None:
 
 
 def _counts(row: Any) -> bool:
-    """Whether a row of the card holds no text where the page shows a number."""
+    """Returns whether a row of the card has no text where the page shows a number."""
     return isinstance(row, dict) and not any(isinstance(value, str) for value in row.values())
 
 
 def _settings(path: Path) -> list[Row]:
-    """The settings of the run; those of single commands, such as its output, only where they are of interest."""
+    """Returns the run's settings; those of single commands, such as its output, only where they are of interest."""
     try:
         saved = untrusted.read_yaml(path)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _settings(path: Path) -> list[Row]:
 
 
 def _log(path: Path) -> Row:
-    """The last lines, and what is being worked on."""
+    """Returns the last lines of the log, and the current stage."""
     rows = _lines(path)
     begun = [row for row in rows if row.get("text") == "begin"]
     return {
@@ -168,17 +168,15 @@ def _log(path: Path) -> Row:
 
 
 def _lines(path: Path) -> list[Row]:
-    """The rows of a file that another process may be writing to: what cannot be read yet is passed over."""
+    """Reads rows of a file that another process may be writing; skips what cannot be read yet."""
     return [row for _, row in read_rows(path, skipped=[])] if path.is_file() else []
 
 
 def _with_evaluation(config: Config, names: Sequence[str]) -> Config:
-    """The settings with the evaluation of which the run has most phases, the latest of several."""
+    """Returns the settings with the evaluation that covers most phases of the run, the latest if several do."""
     files = [path for name in names for path in (config.run_dir / name).glob("evaluation_*.jsonl")]
     files = [path for path in files if RESULTS.fullmatch(path.stem)]
-    watching = results.evaluation_name(
-        results.watching(config)
-    )  # it shows what a training changed, not how good a phase is
+    watching = results.evaluation_name(results.watching(config))  # shows what training changed, not how good a phase is
     files = [path for path in files if path.stem != watching] or files
     if not files:
         return config
@@ -217,7 +215,7 @@ def _interval(accuracy: float | None, n: float | None) -> tuple[float, float] | 
 
 
 def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
-    """Those of a finished run's summary; else each phase against the one before, as far as they are there."""
+    """Returns the comparisons in a finished run's summary, or else of each available phase with the one before."""
     summary = _optional(config.run_dir / "summary.json")
     told = (summary or {}).get("comparisons")
     if isinstance(told, list) and not any(columns.fault(row, COMPARED) for row in told if isinstance(row, dict)):
@@ -230,7 +228,7 @@ def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
 
 
 def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
-    """A row for each phase and benchmark that was scored."""
+    """Returns a row for each phase and benchmark that was scored."""
     found = []
     for name in names:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
@@ -246,7 +244,7 @@ def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
 
 
 def _training(path: Path) -> list[Row]:
-    """The curves of each phase; of long ones every n-th step."""
+    """Returns the training curves of each phase; of long ones only every n-th step."""
     by_phase: dict[str, dict[int, Row]] = {}
     for row in _lines(path):
         if isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
@@ -266,7 +264,7 @@ def _number(value: Any) -> float | None:
 
 
 def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
-    """Perplexities of the gold responses at each iteration: of all, and of the searched ones before and after it."""
+    """Returns perplexities of the gold responses by iteration: of all, and of the searched ones before and after it."""
     keys = ["id", "perplexity", "n_tokens", "rank"]
     tables = [columns.read_table(path, keys) for name in iterations if (path := _scores(config, name)).is_file()]
     found = []
@@ -280,7 +278,7 @@ def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
 
 
 def _iteration(config: Config, phase: str) -> Row | None:
-    """Figures of an iteration: of the prompts it searched, of the search, and of the training; None before a search."""
+    """Returns figures of an iteration's searched prompts, its search and its training; None before a search."""
     scored, found = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
     if scored is None or found is None:
         return None
@@ -298,7 +296,7 @@ def _scores(config: Config, phase: str) -> Path:
 
 
 def quantiles(values: Sequence[float]) -> Row | None:
-    """The 10th, 25th, 50th, 75th and 90th percentile, the mean and the count; None of nothing."""
+    """Returns the 10th, 25th, 50th, 75th and 90th percentile, the mean and the count; None if there are no values."""
     if not values:
         return None
     ordered, last = sorted(values), len(values) - 1
@@ -307,7 +305,7 @@ def quantiles(values: Sequence[float]) -> Row | None:
 
 
 def _stages(config: Config, names: Sequence[str]) -> list[Row]:
-    """Seconds of each finished stage."""
+    """Returns the numeric figures of each finished stage, such as its seconds."""
     stage = results.results_file(config, "base").stem
     found = []
     for name, kind in itertools.product(names, (*STAGES, stage)):
@@ -321,14 +319,14 @@ def _stages(config: Config, names: Sequence[str]) -> list[Row]:
 
 
 class _Answer(NamedTuple):
-    """A row of an evaluation; its kind of error is None where it is right."""
+    """A row of an evaluation; `kind` is its kind of error, None if it is right."""
 
     kind: str | None
     response: str
 
 
 def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Row:
-    """Responses of all phases to samples of the evaluated part, first those whose verdict changed."""
+    """Returns responses of all phases to samples of the evaluated split, first those whose verdict changed."""
     answers = {name: found for name in names if (found := _answers(results.results_file(config, name)))}
     counts = {name: Counter(answer.kind for answer in found.values() if answer.kind) for name, found in answers.items()}
     ids = list(dict.fromkeys(sample_id for found in answers.values() for sample_id in found))

@@ -1,6 +1,6 @@
-"""The page of a report: what a run came to, as plain values, in; one HTML text that needs no other file, out.
+"""Builds the page of a report: takes plain values, returns one HTML text that needs no other file.
 
-Texts of models and data stand in it as JSON, which a browser does not run, with every `<` escaped. A content security
+Texts of models and data are embedded as JSON, which a browser does not run, with every `<` escaped. A content security
 policy allows the page's own two scripts and its style, by their hashes, and nothing else.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("page.js", "charts.js", "examples.js", "trees.js")
-"""The page's own, in this order one script."""
+"""The page's own scripts, joined into one in this order."""
 
 
 def assemble(report: Mapping[str, Any], trees: Iterable[str], title: str) -> str:
-    """The page over a report and its trees, each as JSON, which the page reads when it is looked at."""
+    """Assembles the page from a report and its trees, each as JSON that the page reads when it is viewed."""
     chart = (FOLDER / "chart.umd.min.js").read_text().partition("//# sourceMappingURL")[0]
     script, style = "\n".join((FOLDER / name).read_text() for name in SCRIPTS), (FOLDER / "page.css").read_text()
     pieces = {
@@ -35,12 +35,12 @@ def assemble(report: Mapping[str, Any], trees: Iterable[str], title: str) -> str
             for number, tree in enumerate(trees)
         ),
     }
-    # In one pass: what is put in is not looked at again.
+    # One pass, so that inserted text is not searched for placeholders.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (FOLDER / "page.html").read_text())
 
 
 def policy(scripts: Iterable[str], style: str) -> str:
-    """What the page may load and run: its own scripts and style, and numbers from the server it came from."""
+    """Returns what the page may load and run: its own scripts and style, and data from the server it came from."""
     allowed = " ".join(map(_digest, scripts))
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_digest(style)}; connect-src 'self'; img-src data:; "
@@ -53,12 +53,12 @@ def _digest(text: str) -> str:
 
 
 def embedded(text: str) -> str:
-    """JSON as it may stand in an HTML script element, which only `<` could end."""
+    """Escapes JSON for an HTML script element, which only `<` could end."""
     return text.replace("<", "\\u003c")
 
 
 def as_json(value: Any) -> str:
-    """JSON in ASCII; null for numbers that are not finite, which JSON does not have."""
+    """Encodes a value as ASCII JSON, with null for numbers that are not finite, which JSON does not have."""
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except ValueError:

@@ -1,8 +1,8 @@
-"""A report that is followed: served on this machine alone while the run goes on.
+"""Serves a live report on this machine only, while the run goes on.
 
-In: a function that gives another text whenever something has changed, and one that gives the report and its trees. Out:
-a server on 127.0.0.1 until the user interrupts it. `/` is the page; `/report.json?have=STAMP` the report, or nothing
-where it is as it was; `/tree?at=N` one tree.
+In: a function whose text changes whenever something has changed, and one that returns the report and its trees. Out: a
+server on 127.0.0.1 until the user interrupts it. `/` is the page; `/report.json?have=STAMP` the report, or no content
+if it is unchanged; `/tree?at=N` one tree.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from itool_jax.system.untrusted import one_line
 HOST, PORT, TRIES = "127.0.0.1", 8765, 20
 NAMES = ("127.0.0.1", "localhost")
 LEAST_SECONDS = 1.0
-"""Between two looks at the run directory."""
+"""Minimum seconds between two checks of the run directory."""
 SHARE = 0.1
-"""Of the time, at most, that a run's own machine spends on making the report again."""
+"""Maximum share of time that the run's own machine spends on rebuilding the report."""
 
 Stamp = Callable[[], str]
 Content = Callable[[], tuple[dict[str, Any], list[str]]]
 
 
 class Latest(NamedTuple):
-    """The report as it was when it was last looked at."""
+    """The report as of the last check."""
 
     stamp: str
     report: dict[str, Any]
@@ -38,7 +38,7 @@ class Latest(NamedTuple):
 
 
 class Source:
-    """Gives the latest report; reads the run directory again only where something has changed."""
+    """Provider of the latest report; rereads the run directory only after a change."""
 
     def __init__(self, stamp: Stamp, content: Content):
         self.stamp, self.content = stamp, content
@@ -46,13 +46,16 @@ class Source:
         self.latest = Latest("", {}, [], None)
 
     def now(self) -> Latest:
-        """The latest report. A file that is being written, or is damaged, leaves the one before, and its error."""
+        """Returns the latest report.
+
+        If a file is damaged or still being written, returns the previous report with the error.
+        """
         with self.lock:
             start = time.monotonic()
             if start >= self.next_look and (stamp := self.stamp()) != self.latest.stamp:
                 try:
                     self.latest = Latest(stamp, *self.content(), None)
-                except Exception as error:  # whatever it is, the page says so and goes on
+                except Exception as error:  # the page shows any error and goes on
                     self.latest = self.latest._replace(stamp=stamp, error=one_line(error))
                 end = time.monotonic()
                 self.next_look = end + max(LEAST_SECONDS, (end - start) / SHARE)
@@ -60,7 +63,7 @@ class Source:
 
 
 def handler(source: Source) -> type[BaseHTTPRequestHandler]:
-    """The answers to a browser's requests."""
+    """Returns the class that answers a browser's requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -72,7 +75,7 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
             report = {**latest.report, "stamp": latest.stamp, "error": latest.error}
             at = query.get("at", [""])[0]
             if path == "/":
-                # Trees are asked for one at a time.
+                # The page requests trees one at a time.
                 self._answer(200, "text/html", page.assemble(report, (), str(report.get("title", "report"))))
             elif path == "/report.json":
                 known = query.get("have") == [latest.stamp]
@@ -93,20 +96,20 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Requests are of no interest."""
+            """Discards the log of requests."""
 
     return Handler
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is no error."""
+        """Ignores browsers that disconnect in the middle of a response."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
-    """A server at the port or one of the next, whichever is free."""
+    """Returns a server on `port`, or on the next free one; raises ValueError if none is free."""
     for number in range(port, port + TRIES):
         with contextlib.suppress(OSError):
             return _Server((HOST, number), handler(source))
@@ -114,9 +117,9 @@ def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
 
 
 def serve(stamp: Stamp, content: Content) -> int:
-    """Serves until the user interrupts; returns how many trees there were then."""
+    """Serves until the user interrupts; returns the number of trees at that time."""
     source = Source(stamp, content)
-    source.latest = Latest(stamp(), *content(), None)  # what is wrong with the run directory is said at once
+    source.latest = Latest(stamp(), *content(), None)  # fails at once on a bad run directory
     with listen(source) as server:
         print(f"the report is at http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
         try:

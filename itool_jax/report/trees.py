@@ -1,7 +1,7 @@
-"""The search trees of a run as its report shows them.
+"""Prepares the search trees of a run for its report.
 
-In: `trees.jsonl` and `pairs.jsonl` of an iteration, and the samples that were searched. Out: an entry of each tree for
-the report's index, the tree itself as compact JSON, and figures of the iteration's search.
+In: `trees.jsonl` and `pairs.jsonl` of an iteration, and the samples that were searched. Out: an index entry and compact
+JSON for each tree, and figures of the iteration's search.
 """
 
 import functools
@@ -22,20 +22,20 @@ from itool_jax.text.sample import Sample
 
 Row = dict[str, Any]
 NODE = ("parent", "text", "visits", "q", "value", "prior", "outcome", "confidence", "terminal", "gold", "sampled")
-"""What the report keeps of a node, in this order."""
+"""Fields of a node that the report keeps, in this order."""
 PAIR = ("node", "chosen_node", "rejected_node", "q_chosen", "q_rejected")
 STOP = re.compile(r"(?:<[^<>\s]{1,40}>\s*)+$")
 """The stop tokens at the end of a response, as tokenizers write them."""
 LONGEST_STOP = 200
-"""Characters of them."""
+"""Maximum characters of these stop tokens."""
 ROUNDED = 5
 SHORT = 240
 GAPS = [0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0]
-"""Bounds of the classes that gaps in Q are counted in; the last class is open."""
+"""Bin edges for gaps in Q; the last bin is open."""
 
 
 class ReportTree(NamedTuple):
-    """A tree: its entry in the index, and itself as JSON."""
+    """A tree's index entry, and the tree as JSON."""
 
     entry: Row
     text: str
@@ -43,13 +43,13 @@ class ReportTree(NamedTuple):
 
 @functools.lru_cache(maxsize=3)
 def samples(path: Path, changed: int) -> dict[str, Sample]:
-    """The samples of a part of the data by id; read again only where the file has changed since."""
-    del changed  # the cache looks at it
+    """Returns the samples of a split by id; rereads the file only if it has changed."""
+    del changed  # part of the cache's key
     return {sample.id: sample for sample in sources.load(path)} if path.stat().st_size else {}
 
 
 def prompt(sample: Sample, number: Callable[[Sequence[Row]], int]) -> Row:
-    """What the model is shown of a sample; `number` gives a list of tools its place."""
+    """Returns what the model sees of a sample; `number` maps a list of tools to its index."""
     messages = [{"role": str(m.get("role")), "content": _content(m)} for m in sample.messages]
     asked = [message["content"] for message in messages if message["role"] == "user"]
     return {"question": asked[-1] if asked else "", "messages": messages, "tools": number(sample.tools)}
@@ -61,7 +61,7 @@ def _content(message: Row) -> str:
 
 
 def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) -> list[ReportTree]:
-    """The trees of an iteration in the order they were searched."""
+    """Returns the trees of an iteration in the order they were searched."""
     train = run_dir / "data/train.jsonl"
     known = samples(train, train.stat().st_mtime_ns) if train.is_file() else {}
     rows, pairs = _tables(phase)
@@ -72,7 +72,7 @@ def trees(phase: Path, run_dir: Path, number: Callable[[Sequence[Row]], int]) ->
 
 
 def _tables(phase: Path) -> tuple[list[Row], list[Row]]:
-    """The trees and the pairs of an iteration, none where it was not searched yet."""
+    """Returns the trees and pairs of an iteration; empty before its search."""
     files = [phase / name for name in ("trees.jsonl", "pairs.jsonl")]
     if not all(path.is_file() for path in files):
         return [], []
@@ -116,9 +116,9 @@ def _rounded(value: Any) -> Any:
 
 
 def _kind(row: Row, node: int) -> str | None:
-    """The kind of error of the response that ends at a node; None where it is right.
+    """Returns the kind of error of the response that ends at a node; None if it is right.
 
-    Its last step holds the stop token where the model ended it.
+    If the model ended the response, its last step holds the stop token.
     """
     if row["nodes"][node]["outcome"] >= 1:
         return None
@@ -128,7 +128,7 @@ def _kind(row: Row, node: int) -> str | None:
 
 
 def response(nodes: Sequence[Row], node: int) -> str:
-    """The text from the root to a node."""
+    """Joins the text from the root to a node."""
     steps = []
     while node > 0:
         steps.append(nodes[node]["text"] + nodes[node].get("observed", ""))
@@ -137,7 +137,7 @@ def response(nodes: Sequence[Row], node: int) -> str:
 
 
 def statistics(phase: Path) -> Row | None:
-    """Figures of an iteration's trees and pairs; None where it was not searched yet."""
+    """Returns figures of an iteration's trees and pairs; None before its search."""
     rows, pairs = _tables(phase)
     if not rows:
         return None
@@ -162,8 +162,8 @@ def statistics(phase: Path) -> Row | None:
 
 
 def _verdict(row: Row) -> str:
-    """Whether the responses that the search of a tree came to are right."""
-    ends = {node["outcome"] >= 1 for node in row["nodes"] if node["terminal"]}  # less is a near miss, where graded
+    """Returns whether the finished responses of a tree are right, wrong, mixed or none."""
+    ends = {node["outcome"] >= 1 for node in row["nodes"] if node["terminal"]}  # graded: less is a near miss
     return "none" if not ends else "mixed" if len(ends) == 2 else "right" if True in ends else "wrong"
 
 

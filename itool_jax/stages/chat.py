@@ -1,9 +1,9 @@
-"""A chat in the terminal with a model that calls tools, to try one out.
+"""A terminal chat for trying out a model that calls tools.
 
-In: lines that are typed, or that come from a pipe; the tools in a JSON file. Out: answers as they are sampled, their
-calls as `text.calls` reads them, and with /save the conversation as a row of training data.
+In: lines typed or piped in, and the tools in a JSON file. Out: answers as they are sampled, their calls as `text.calls`
+reads them, and with /save the conversation as a row of training data.
 
-Nothing is ever run. For each call you are asked what the tool answers, and Enter gives an example.
+Tools are never executed. For each call you are asked for the tool's result; Enter takes an example.
 """
 
 import contextlib
@@ -44,18 +44,18 @@ HELP = """\
 /quit          ends, as Ctrl-D does; Ctrl-C stops an answer and takes the turn back"""
 NEW = ("/reset", "/system")
 EXAMPLE = 40
-"""Where there is no file of tools: the number of a sample of the generated corpus that the demo does not train on."""
+"""Index of the generated validation sample that supplies the tools if no file does; the demo does not train on it."""
 
 SAVED = (".jsonl", ".jsonl.gz")
-"""How the name of a file of conversations ends: any other file would be lost, as the tools are in one."""
+"""Extensions that /save accepts, so that it cannot overwrite another file, such as the one with the tools."""
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Talks until the input ends; returns how many turns there were."""
+    """Chats until the input ends; returns the number of turns."""
     config = run.config
     example = generated.make_sample("validation", EXAMPLE, 0)
     tools, given = read_tools(config.tools) if config.tools else (example.tools, example.tools)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to keep: it ends at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # end at once: there is nothing to save
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, lets `input` edit and recall lines
     with use_own_mesh(config.mesh):
@@ -67,10 +67,10 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """The OpenAI tool schemas of a JSON file, one tool or bare function or a list of them, and all as they stand there.
+    """Reads a JSON file with one tool or bare function, or a list; returns OpenAI tool schemas, and the tools as given.
 
     Raises:
-        ValueError: there is no such tool in the file; names it.
+        ValueError: the file holds no valid tool; names the file.
     """
     if path.suffix == ".jsonl":
         raise ValueError(f"tools {path}: a JSON file is wanted, with one tool or one list of them, not a row a line")
@@ -86,7 +86,7 @@ def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
 
 
 class _ResetError(Exception):
-    """Within a turn a new conversation was begun."""
+    """Signal that the user started a new conversation during a turn."""
 
 
 class Session:
@@ -107,12 +107,12 @@ class Session:
         self.say(f"{name}, {len(self.tools)} tools; /help lists the commands", "dim")
 
     def reset(self) -> None:
-        """Begins a new conversation."""
+        """Starts a new conversation."""
         self.messages = [self.system] if self.system else []
         self.id = f"chat-{time.time_ns() // 1000:x}"
 
     def talk(self) -> None:
-        """Answers line after line until the input ends."""
+        """Answers lines until the input ends."""
         try:
             while True:
                 try:
@@ -128,7 +128,7 @@ class Session:
             return
 
     def turn(self, text: str) -> None:
-        """A question, and answers to it until one calls no tool; taken back where it is stopped or impossible."""
+        """Answers a question until an answer calls no tool; takes the turn back if it is interrupted or fails."""
         if any("\ud800" <= character <= "\udfff" for character in text):
             self.say("that line is not UTF-8", "yellow")
             return
@@ -151,7 +151,7 @@ class Session:
             self.messages = before
 
     def answer(self) -> list[Call]:
-        """Has the model answer, and shows what it says and calls; the calls."""
+        """Lets the model answer, shows the text and its calls, and returns the calls."""
         chat, settings = self.base.chat, self.config.generate
         ids = chat.prompt_ids(self.messages, self.tools)
         if (room := self.base.config.max_length - len(ids)) < 1:
@@ -177,7 +177,7 @@ class Session:
         return self.show_calls(text)
 
     def show_calls(self, text: str) -> list[Call]:
-        """The calls of an answer, shown as they are read, with what is wrong with each."""
+        """Shows the parsed calls of an answer with the faults of each, and returns the calls."""
         calls = read_calls(text)
         if calls is None and looks_like_calls(text):
             self.say("  it begins like a list of calls, and cannot be read as one", "red")
@@ -188,8 +188,8 @@ class Session:
         return calls or []
 
     def result(self, call: Call) -> str:
-        """What the user says that a call gives; the example where that is nothing."""
-        example = remarks.stub(call.name, self.given)  # a bare function's schema of results is in no prompt
+        """Asks the user for the result of a call; an empty line takes the example."""
+        example = remarks.stub(call.name, self.given)  # only the tools as given keep a bare function's result schema
         while True:
             line = _ask(f"result of {harmless(call.name)} [Enter: {harmless(example)}]> ").strip()
             if not line.startswith("/"):
@@ -199,7 +199,7 @@ class Session:
                 raise _ResetError
 
     def command(self, line: str) -> None:
-        """Does what a line beginning with / asks for; EOFError where that is to end."""
+        """Runs a slash command; raises EOFError to end the chat."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         match name:
@@ -224,7 +224,7 @@ class Session:
                 self.say(f"there is no command {name}; /help lists them", "yellow")
 
     def save(self, name: str) -> None:
-        """Adds the conversation to a file of training data, or renews it there."""
+        """Adds the conversation to a file of training data, or updates it there."""
         if not name:
             self.say("/save needs a FILE to add the conversation to", "yellow")
             return
@@ -243,12 +243,12 @@ class Session:
             self.say(f"not saved: {error}", "red")
 
     def say(self, text: str, style: str = "") -> None:
-        """A line that is not the model's."""
+        """Prints a line that does not come from the model."""
         console_out.print(Text(harmless(text), style=style), soft_wrap=True)
 
 
 def highlighted(call: Call) -> Text:
-    """A call as canonical text in colour: its name, its arguments' names, and their values."""
+    """Formats a call as canonical text, with colours for its name, argument names and values."""
     text = Text(harmless(call.name), style="bold cyan")
     text.append("(")
     for number, (name, value) in enumerate(call.arguments.items()):
@@ -260,14 +260,14 @@ def highlighted(call: Call) -> Text:
 
 
 def _kept(chunks: Iterator[list[int]], found: list[int]) -> Iterator[list[int]]:
-    """The chunks as they come, which are put into `found` too."""
+    """Yields the chunks as they come, and appends them to `found`."""
     for chunk in chunks:
         found += chunk
         yield chunk
 
 
 def _ask(prompt: str) -> str:
-    """A line from the user; EOFError where there are no more. One from a pipe is shown, as if it had been typed."""
+    """Reads a line from the user; EOFError at the end of the input. Echoes piped lines as if they had been typed."""
     if sys.stdin.isatty():
         return input(prompt)
     console_out.out(prompt, end="", highlight=False)

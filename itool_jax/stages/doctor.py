@@ -1,7 +1,7 @@
-"""What keeps a run from working here, and what to do about it: `--stage=doctor [--model=DIR --data=FILE]`.
+"""Checks that a run would work here, and says how to fix what would not: `--stage=doctor [--model=DIR --data=FILE]`.
 
-In: the settings of a run. Out: a line a check, ok, warning or error with a remedy; and a few samples as they are
-trained on, in colour. Nothing is changed. Errors end it with exit code 2.
+In: the settings of a run. Out: one line per check (ok, warning or error, with a remedy), and a few training samples in
+colour, as the model sees them. Nothing is changed. If there are errors, the exit code is 2.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ from itool_jax.system.untrusted import harmless, redacted
 
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 LEAST = 1e9
-"""Bytes that a run directory should have room for, whatever the model."""
+"""Free bytes that a run directory needs regardless of the model."""
 
 
 def run(config: Config) -> None:
-    """Prints what it finds. ValueError, one line, where there is an error."""
+    """Prints the findings; raises a one-line ValueError if any is an error."""
     found: list[Finding] = []
     for finding in _examined(config):
         found.append(finding)
@@ -51,7 +51,7 @@ def _counted(found: list[Finding], level: str) -> str:
 
 
 def _examined(config: Config) -> Iterator[Finding]:
-    """All but the data, as it is found."""
+    """Yields the findings about everything but the data."""
     there = environment.versions()
     yield from machine.packages(there)
     yield from machine.devices(config, there)
@@ -60,7 +60,7 @@ def _examined(config: Config) -> Iterator[Finding]:
     yield from machine.compile_cache(environment.programs_folder())
     hub = list(machine.hub(config))
     yield from hub
-    # Files that are not here are not fetched for this: the first run, or the plan, does.
+    # The doctor does not download missing files; the first run or the plan does.
     if _absent(hub, "model "):
         answers = all(finding.level == "ok" for finding in hub)
         remedy = f"hf download {config.model}" if answers else ""
@@ -73,18 +73,18 @@ def _examined(config: Config) -> Iterator[Finding]:
 
 
 def _read(found: list[Finding]) -> bool:
-    """Whether the model's configuration and tokenizer could be read, and prompts can be made."""
+    """Returns true if the model's configuration and tokenizer could be read and its template makes prompts."""
     refused = any(finding.level == "error" and finding.what == "template" for finding in found)
     return not refused and any(finding.level == "ok" and finding.what == "tokenizer" for finding in found)
 
 
 def _absent(found: list[Finding], kind: str) -> bool:
-    """Whether what the hub is asked for is not in its cache."""
+    """Returns true if a hub finding is about a `kind` that is not in the local cache."""
     return any(f.what == "hub" and f.text.startswith(kind) and not f.text.endswith("in the cache") for f in found)
 
 
 def _kept(config: Config) -> int:
-    """Bytes that a run keeps: what each phase trained, and two checkpoints with their optimizer's state."""
+    """Estimates the bytes that a run keeps: each phase's trained weights, and two checkpoints with optimizer state."""
     _, base, adapters = abstract(load_base(config).config, config.lora)
     trained = sum(4 * x.size for x in jax.tree.leaves(adapters if config.lora.rank else base))
     return int(LEAST + trained * (config.iterations + 1 + 2 * 3))

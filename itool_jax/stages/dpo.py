@@ -1,8 +1,8 @@
-"""Preference training on the pairs of an iteration (section 4.3, eq 10 and 11), or what stands in for it.
+"""Preference training on an iteration's pairs (section 4.3, eq 10 and 11), or a supervised alternative or control.
 
-In: `pairs.jsonl`, `answers.jsonl`, the policy the iteration began with, and the reference, which is the same unless
-`preference.reference` is warmup. Out: the iteration's weights, and `reference.jsonl`, the reference's
-log-probabilities, where pairs are compared.
+In: `pairs.jsonl`, `answers.jsonl`, the policy that the iteration started from, and the reference, which is the same
+policy unless `preference.reference` is warmup. Out: the iteration's weights and, if the loss compares pairs,
+`reference.jsonl` with the reference's log-probabilities.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ Batches = grain.MapDataset
 
 
 def run(run: Run) -> PhasePolicy:
-    """Trains on an iteration's pairs unless that is done; returns the new policy."""
+    """Trains on an iteration's pairs unless already done; returns the new policy."""
     run.config.preference.n_micro()
     phase, policy = run.phase(phase_name(run.config.iteration)), run.policy(phase_name(run.config.iteration - 1))
     forest = phase.read(search.SEARCH)
@@ -40,9 +40,9 @@ def run(run: Run) -> PhasePolicy:
 
 
 def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figures:
-    """Trains the policy to prefer the chosen steps, and keeps it as the iteration's.
+    """Trains the policy to prefer the chosen steps, and saves the iteration's weights.
 
-    `preference.control` and the supervised losses take other targets, for as many steps.
+    `preference.control` and the supervised losses train on other targets, for the same number of steps.
     """
     config, settings = task.config, task.config.preference
     rows, held_out = _hold_out(config, pairs.rows)
@@ -76,7 +76,7 @@ TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 
 def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
-    """Keeps the policy as it is as the iteration's, where there is nothing to train on."""
+    """Saves the unchanged policy as the iteration's, because there is nothing to train on."""
     say(f"{task.phase}: {why}, the policy stays as it is")
     trainable, _ = policy.trainable(merge=task.config.preference.merge)
     digest = checkpoint.save(task.folder / WEIGHTS, trainable)
@@ -84,14 +84,14 @@ def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
 
 
 def _sides(config: Config, row: Row) -> tuple[str, str]:
-    """Which step of a pair is preferred, and which is not: a fair coin decides for the control `swapped`."""
+    """Returns the keys of the preferred and the other step; the control `swapped` swaps them by a fair coin."""
     if config.preference.control == "swapped" and is_drawn(row["id"], 0.5, "swapped", config.seed):
         return "rejected", "chosen"
     return "chosen", "rejected"
 
 
 def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, Row]) -> Batches:
-    """Batches of the pairs with the reference's log-probabilities."""
+    """Makes batches of the pairs with the reference's log-probabilities."""
     settings, pairs = task.config.preference, list[PairRow]()
     for row in rows:
         sides, by_reference = _sides(task.config, row), reference[row["id"]]
@@ -103,10 +103,10 @@ def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, Row]) ->
 
 
 def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[Encoded]:
-    """What a supervised loss is taken of, as many as there are pairs: so all arms take equally many steps.
+    """Returns the targets of a supervised loss, as many as there are pairs, so that all arms take equally many steps.
 
-    For the control, the gold responses of the pairs' prompts; for `chosen_steps`, the pairs' chosen steps; for `raft`,
-    right answers to any searched prompt, some left out or repeated at random. None where there are no such answers.
+    Control `sft_same_prompts`: the gold responses to the pairs' prompts. `chosen_steps`: the pairs' chosen steps.
+    `raft`: right answers to any searched prompt, thinned or repeated at random; empty if there are none.
     """
     if task.config.preference.control == "sft_same_prompts":
         by_id = {sample.id: sample for sample in task.run.splits.train.samples}
@@ -121,7 +121,7 @@ def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[En
 
 
 def _hold_out(config: Config, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The pairs (or answers) to the prompts that are trained on, and those to the held-out ones."""
+    """Splits pairs (or answers) by prompt into those to train on and those held out."""
     parts: tuple[list[Row], list[Row]] = [], []
     for row in rows:
         parts[is_drawn(row["tree"], config.pairs.held_out, "held_out", config.seed)].append(row)
@@ -129,15 +129,15 @@ def _hold_out(config: Config, rows: Sequence[Row]) -> tuple[list[Row], list[Row]
 
 
 def _measure(task: Task, policy: PhasePolicy, rows: Sequence[Row], when: str) -> list[Row]:
-    """Log-probabilities of the steps of held-out pairs before or after the training."""
+    """Computes the log-probabilities of the held-out pairs' steps, before or after training."""
     return _log_probs(task, policy, rows, f"held-out log-probs {when}", task.working / when) if rows else []
 
 
 def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
-    """What training changed for held-out pairs, from the log-probabilities of their steps before and after it.
+    """Measures how training changed held-out pairs, from their steps' log-probabilities before and after it.
 
-    A pair's margin is log π_w - log π_l in nats. `delta` is what the mean margin gained: the Δ of eq 11 between the two
-    policies, without β. Accuracy is the share of positive margins. All are None where there are no pairs.
+    A pair's margin is log π_w - log π_l in nats. `delta` is the gain in mean margin: the Δ of eq 11 between the two
+    policies, without β. Accuracy is the share of positive margins. All are None without pairs.
     """
     figures: Figures = {"pairs": len(before)}
     for name, rows in (("before", before), ("after", after)):
@@ -148,7 +148,7 @@ def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
 
 
 def _report(task: Task, x: Figures) -> None:
-    """Says what training changed for the held-out pairs."""
+    """Logs how training changed the held-out pairs."""
     if x["pairs"]:
         say(
             f"{task.phase}: {x['pairs']} held-out pairs: "
@@ -163,7 +163,7 @@ def _report(task: Task, x: Figures) -> None:
 
 
 def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
-    """Log-probabilities of both steps of each pair under the policy as it stands (π_ref of eq 11)."""
+    """Writes the log-probabilities of both steps of each pair under the given policy (π_ref of eq 11)."""
     scored = zip(pairs.rows, _log_probs(task, policy, pairs.rows, "reference log-probs"), strict=True)
     write_jsonl(task.folder / FILE, ({"id": pair["id"]} | log_probs for pair, log_probs in scored))
     return {"pairs": len(pairs.rows)}
@@ -172,7 +172,7 @@ def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
 def _log_probs(
     task: Task, policy: PhasePolicy, rows: Sequence[Row], what: str, folder: Path | None = None
 ) -> list[Row]:
-    """Log-probabilities of both steps of each pair, `chosen` and `rejected`."""
+    """Computes the log-probabilities of both steps of each pair, `chosen` and `rejected`."""
     steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
     tokens, running = task.config.generate.tokens_per_batch, policy.running()
     sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), what, folder=folder)
@@ -191,7 +191,7 @@ REFERENCE = Step("reference", [FILE], score_pairs, _read)
 
 
 def _by_pair(pairs: Sequence[Row], reference: Table) -> dict[str, Row]:
-    """The reference's log-probabilities, `chosen` and `rejected`, by pair id; ValueError names a pair without."""
+    """Indexes the reference's log-probabilities by pair id; ValueError names a pair that has none."""
     by_id = {row["id"]: row for row in reference.rows}
     if missing := [row["id"] for row in pairs if row["id"] not in by_id]:
         raise ValueError(f"{reference.path} holds no row of pair {missing[0]}; delete it to compute it again")

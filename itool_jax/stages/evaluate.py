@@ -1,8 +1,8 @@
 """Accuracy of a phase's policy on held-out samples: exact calls, greedy decoding.
 
-In: a phase with weights and the test (or validation) part. Out: `evaluation_<split>_<limit>.jsonl`, a row a sample, and
-the accuracies, overall and by category: thirds of the calls by difficulty, long answers, calls of tools that the
-training samples offer and of others, irrelevance, multi-turn.
+In: a phase with weights and the test (or validation) split. Out: `evaluation_<split>_<limit>.jsonl`, one row per
+sample, and the accuracies, overall and by category: thirds of the calls by difficulty, long answers, calls of tools
+seen and not seen in training, irrelevance, multi-turn.
 """
 
 import functools
@@ -26,13 +26,13 @@ from itool_jax.text.sample import Sample
 from itool_jax.training import replay
 
 LONG = 4
-"""Calls of an answer that counts as long."""
+"""Minimum number of calls in an answer that counts as long."""
 
 Row = dict[str, Any]
 
 
 def run(run: Run) -> dict[str, Figures]:
-    """Evaluates every phase of the run that has weights, or some on a benchmark; returns the figures of each."""
+    """Evaluates the base and every trained phase, or the chosen phases on a benchmark; returns the figures of each."""
     config = run.config
     if config.benchmark is not None:
         return benchmark.run(run)
@@ -44,7 +44,7 @@ def run(run: Run) -> dict[str, Figures]:
 
 
 def step(config: Config, *, aloud: bool = True) -> Step[Figures]:
-    """The evaluation of a phase on the split and the number of samples that the settings name."""
+    """Returns the step that evaluates a phase on the split and number of samples in the settings."""
     name = f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
     compute = functools.partial(accuracy, aloud=aloud)
     this: Step[Figures] = Step(name, [f"{name}.jsonl"], compute, lambda phase: phase.figures(name))
@@ -52,19 +52,19 @@ def step(config: Config, *, aloud: bool = True) -> Step[Figures]:
 
 
 def watching_step(config: Config) -> Step[Figures]:
-    """The evaluation that watches a training."""
+    """Returns the evaluation step used to monitor training."""
     return step(results.watching(config), aloud=False)
 
 
 def watch(run: Run, policy: PhasePolicy) -> None:
-    """Answers some validation samples with a phase's policy, for `results.what_training_changed`."""
+    """Generates a phase's answers to some validation samples, for `results.what_training_changed`."""
     if run.splits.validation.samples:
         watching = run.with_settings(results.watching(run.config))
         watching.phase(policy.phase).cached(watching_step(run.config), policy, run.splits.validation)
 
 
 def accuracy(task: Task, policy: PhasePolicy, held_out: Samples, *, aloud: bool = True) -> Figures:
-    """Answers the samples greedily and grades the answers; says how many are right, if `aloud`."""
+    """Generates greedy answers to the samples and grades them; logs the accuracies if `aloud`."""
     config = task.config
     categories = categorize(held_out.samples, tool_names(task.run.splits.train.samples))
     chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
@@ -89,14 +89,14 @@ def accuracy(task: Task, policy: PhasePolicy, held_out: Samples, *, aloud: bool 
 
 
 def tool_names(samples: Sequence[Sample]) -> set[str]:
-    """Names of the tools that the samples offer."""
+    """Collects the names of the tools that the samples offer."""
     return {tool.get("function", tool)["name"] for sample in samples for tool in sample.tools}
 
 
 def categorize(samples: Sequence[Sample], known: AbstractSet[str]) -> dict[str, list[str]]:
-    """The categories each sample counts in, besides overall; `known` are the names of the training samples' tools.
+    """Returns each sample's categories besides overall, by id; `known` holds the tool names of the training samples.
 
-    A sample whose gold is calls is one of known_tools if all of its functions are known, else of new_tools.
+    A sample whose gold is calls counts in known_tools if all functions it calls are known, else in new_tools.
     """
     calls = [sample for sample in samples if looks_like_calls(sample.target)]
     thirds = replay.curriculum([replay.sample_features(sample) for sample in calls], "easy_to_hard", 0)
@@ -114,7 +114,7 @@ def categorize(samples: Sequence[Sample], known: AbstractSet[str]) -> dict[str, 
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Accuracy, count and standard error by category; null where a category has no sample."""
+    """Computes accuracy, count and standard error by category; accuracy and error are None without samples."""
     marks = {name: [r["correct"] for r in rows if name in ("overall", *r["categories"])] for name in results.CATEGORIES}
     return {
         "accuracy": {name: sum(found) / len(found) if found else None for name, found in marks.items()},

@@ -1,7 +1,7 @@
-"""A run's weights as a folder that other programs open.
+"""Export of a run's weights to a folder that other programs can load.
 
 In: a run with weights. Out: `--output`, or `merged/` or `adapter/` in the phase's folder: a whole Hugging Face model
-with tokenizer, template and generation settings, or adapters as PEFT reads them. It is there when it is complete.
+with tokenizer, template and generation settings, or adapters for PEFT. The folder appears only when it is complete.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ COPIED = (
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Writes the folder; returns where it is."""
+    """Writes the folder; returns its path."""
     config = run.config
     phases = trained_phases(config.run_dir)
     if not phases:
@@ -45,7 +45,7 @@ def run(run: Run) -> dict[str, Any]:
     phase = config.export.phase or phases[-1]
     if phase not in phases:
         raise ValueError(f"export.phase={phase} has no weights in {config.run_dir}; there are: {', '.join(phases)}")
-    check_sources(config, ["model"])  # adapters belong to one base
+    check_sources(config, ["model"])  # adapters only fit the base they were trained with
     target = config.output or config.run_dir / phase / config.export.kind
     _refuse_to_replace(config, target)
     with _whole_folder(target) as partial:
@@ -91,7 +91,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
-        """One weight, made when it is written."""
+        """Computes one weight, at the time it is written."""
         advance(1)
         keys = [part.key for part in path]
         if config.lora.rank == 0:
@@ -113,7 +113,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
 
 
 def _at(tree: Params, keys: list[Any]) -> Any:
-    """What stands under the keys, None where there is nothing."""
+    """Returns the value under the keys, or None if there is none."""
     for key in keys:
         if not isinstance(tree, dict) or key not in tree:
             return None
@@ -132,16 +132,16 @@ def _copy_tokenizer(config: Config, target: Path) -> None:
 
 
 def _write_generation_config(config: Config, target: Path) -> None:
-    """The base's own, with every token that ends a response in it: servers stop where training did."""
+    """Writes the base's generation config with all stop tokens as EOS, so that servers stop where training did."""
     file = model_folder(config) / "generation_config.json"
-    stop_ids = list(Chat(load_tokenizer(str(model_folder(config)))).stop_ids)  # it refuses a damaged file
+    stop_ids = list(Chat(load_tokenizer(str(model_folder(config)))).stop_ids)  # rejects a damaged generation config
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     content["eos_token_id"] = stop_ids
     (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_to_replace(config: Config, target: Path) -> None:
-    """ValueError where something stands in the way that is not an earlier export to be replaced."""
+    """Raises ValueError if the target exists, unless --overwrite is set and it is an earlier export."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not config.overwrite:
@@ -155,7 +155,7 @@ def _refuse_to_replace(config: Config, target: Path) -> None:
 
 @contextlib.contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write to, which takes its name, in place of an earlier one, only when all is written."""
+    """Yields a temporary folder, renamed to the target, replacing any earlier one, once everything is written."""
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))

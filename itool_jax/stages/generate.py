@@ -1,7 +1,7 @@
-"""Responses of a model to prompts from a file, or to a person in the terminal.
+"""Generation of responses to prompts from a file, or to a user in the terminal.
 
-In: a data file of samples or raw prompts. Out: `--output`, {id, token_ids, text} a line; without it, the texts. With
-`--chat`, see `stages.chat`.
+In: a data file of samples or raw prompts. Out: `--output`, one {id, token_ids, text} per line; without it, the texts
+are printed. For `--chat`, see `stages.chat`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ WHAT = "generate"
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Generates for every row of the data file; returns how many. A chat returns how many turns it had."""
+    """Generates a response for every row of the data file; returns the number of rows, or of turns after a chat."""
     config = run.config
     if config.chat:
         return chat.run(run)

@@ -1,6 +1,6 @@
 """The whole method: warm-up, then rounds of scoring, search and preference training, evaluated after each phase.
 
-In: the settings. Out: a run directory with everything, `summary.json`, and a table.
+In: the settings. Out: a complete run directory with `summary.json`, and a printed table.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from itool_jax.system.messages import say
 
 
 def run(run: Run) -> dict[str, Any]:
-    """Runs what is not done yet; returns the summary."""
+    """Runs all unfinished steps; returns the summary."""
     _check_batch_sizes(run.config)
     _check_held_out(run.config)
     _drop_summary_of_fewer_iterations(run.config)
@@ -29,10 +29,10 @@ def run(run: Run) -> dict[str, Any]:
 
 
 def iterate(run: Run) -> PhasePolicy:
-    """The paper's loop (figure 2); returns the last policy. Equations are the paper's, see docs/method.md.
+    """Runs the paper's loop (figure 2); returns the last policy. Equation numbers are the paper's, see docs/method.md.
 
-    `phase.cached(step, *inputs)` computes a step from its inputs, or reads what an earlier command computed; each step
-    is the function of the same stage's file that its `Step` names.
+    `phase.cached(step, *inputs)` computes a step from its inputs, or reads the result of an earlier command. Each
+    `Step` names a function in its stage's file.
     """
     config, data = run.config, run.splits
     warmup_set, _ = split_replay(data.train, config)
@@ -40,19 +40,19 @@ def iterate(run: Run) -> PhasePolicy:
     held_out = data.test if config.evaluate.split == "test" else data.validation
 
     policy = run.policy(BASE)
-    _evaluate(run, policy, held_out)  # what the warm-up is compared with
+    _evaluate(run, policy, held_out)  # baseline for the warm-up
 
     policy = run.phase(WARMUP).cached(warmup.TRAIN, policy, warmup_set)  # π0: SFT from easy to hard, eq 1 to 3
     _evaluate(run, policy, held_out)
     if config.iterations:
-        evaluate.watch(run, policy)  # what the first iteration is compared with
+        evaluate.watch(run, policy)  # baseline for the first iteration
 
     for phase in run.iterations():
         scores = phase.cached(score.SCORE, policy, pool)  # perplexity of the gold responses, eq 4
-        hard = score.ranked_hardest(pool, scores)  # the share α of highest perplexity, or of the most mixed answers
+        hard = score.ranked_hardest(pool, scores)  # the share α with the highest perplexity, or the most mixed answers
         # Trees: PUCT, outcome, self-evaluation, backup; eq 5 to 9.
         forest = phase.cached(search.SEARCH, policy, hard, scores)
-        # The best against the worst child of each node, by DPO; the policy passed in is π_ref too; eq 10 and 11.
+        # DPO on the best against the worst child of each node; the policy passed in is also π_ref; eq 10 and 11.
         policy = phase.cached(dpo.TRAIN, policy, forest.pairs, forest.answers)
         _evaluate(run, policy, held_out)
         _watch(run, policy)
@@ -60,7 +60,7 @@ def iterate(run: Run) -> PhasePolicy:
 
 
 def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
-    """On the held-out split if there is one, and for a trained policy on the benchmark if there is one."""
+    """Evaluates on the held-out split if there is one, and a trained policy also on the benchmark if there is one."""
     if policy.phase not in summary.evaluated_phases(run.config):
         report.refresh(run.config)
         return
@@ -72,7 +72,7 @@ def _evaluate(run: Run, policy: PhasePolicy, held_out: Samples) -> None:
 
 
 def _watch(run: Run, policy: PhasePolicy) -> None:
-    """Says how far an iteration moved the policy, and where that is hardly at all."""
+    """Logs how far an iteration moved the policy, and points out if it hardly moved."""
     evaluate.watch(run, policy)
     before = phase_name(iteration_of(policy.phase) - 1)
     say(results.describe_training(policy.phase, results.what_training_changed(run.config, policy.phase, before)))
@@ -85,7 +85,7 @@ def _check_batch_sizes(config: Config) -> None:
 
 
 def _check_held_out(config: Config) -> None:
-    """Fails before any work if there is nothing to evaluate on; says so if there is a benchmark only."""
+    """Fails before any work if there is nothing to evaluate on; logs a note if there is only a benchmark."""
     if config.benchmark is None:
         require_part(config)
     elif not has_part(config, config.evaluate.split):

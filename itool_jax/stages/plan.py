@@ -1,8 +1,8 @@
-"""What a run will take, before anyone pays for a machine: memory of each device, tokens, hours, and what to change.
+"""Estimate of a run's cost before paying for a machine: memory per device, tokens, hours, and settings to change.
 
-In: settings, a model's config.json and tokenizer (no weights), the data, and devices that need not be here
-(`--plan.device`, `--plan.count`). Out: a table, and with `--output` the same as JSON. Nothing else is written, and no
-weights are made: what programs need is the compiler's own analysis of the programs that the stages run.
+In: settings, a model's config.json and tokenizer (no weights), the data, and devices that need not be present
+(`--plan.device`, `--plan.count`). Out: a table, and with `--output` the same as JSON. Nothing else is written and no
+weights are allocated: memory comes from the compiler's own analysis of the programs that the stages run.
 """
 
 import dataclasses
@@ -31,24 +31,24 @@ PURPOSES = {
     "other": ("batch", "outputs"),
     "total": ("total",),
 }
-"""Columns of the table, and what of a need is in each."""
+"""Columns of the table, with the parts of the memory estimate that each one adds up."""
 Row = dict[str, Any]
 
 
 def run(config: Config) -> Row:
-    """Prints the plan, and writes it where asked; returns what is written."""
+    """Prints the plan, writes it to `--output` if given, and returns it."""
     start = time.monotonic()
     hardware = memory.hardware_of(config)
     config = memory.laid_out(config, hardware)
     data = _data(config)
     planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool)), hardware)
     say(f"planning for {hardware.n_devices} x {hardware.name}, asking {hardware.answers}")
-    # 1. What each stage needs as it is set, and the largest sizes that fit.
+    # 1. The memory that each stage needs with the current settings, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
-    stages = stages if data.evaluated else stages[:-1]  # a run may be evaluated on a benchmark only
+    stages = stages if data.evaluated else stages[:-1]  # a run may be evaluated on nothing but a benchmark
     as_set = [planner.as_set(stage) for stage in stages]
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
-    # 2. What to change where a stage does not fit.
+    # 2. Settings to change if a stage does not fit.
     fits = all(found.fits(hardware.limit) for found in as_set)
     change = None if fits else memory.change_of(planner, stages)
     # 3. How long each stage takes.
@@ -72,7 +72,7 @@ def run(config: Config) -> Row:
 
 
 def _data(config: Config) -> Data:
-    """The parts that a run would make, in memory only."""
+    """Splits the data as a run would, in memory only."""
     found, _ = divide(config, [] if config.skip_bad_rows else None)
     warmup, buffer = divide_replay(config, found["train"].samples)
     pool = buffer if config.replay.pool == "buffer" else [s for s in found["train"].samples if s.follows_user]
@@ -113,7 +113,7 @@ def _change_row(change: memory.Change, hardware: Hardware) -> Row:
     return row | {"stages": [_size_row(found, hardware) for found in change.found]}
 
 
-# What is printed --------------------------------------------------------------------------------------------
+# Printing ---------------------------------------------------------------------------------------------------
 
 
 def _show(plan: Row) -> None:

@@ -1,6 +1,6 @@
-"""The report of a run: `report.html` in its directory, one page that needs nothing else.
+"""The report of a run: `report.html` in its directory, one self-contained page.
 
-In: a run directory, finished or not. Out: the page; with `--watch` a server on this machine, whose page follows the
+In: a run directory, finished or not. Out: the page; with `--watch`, a server on this machine whose page follows the
 run.
 """
 
@@ -17,11 +17,11 @@ from itool_jax.system.untrusted import one_line
 
 FILE = "report.html"
 TREE_BYTES = 128 << 20
-"""Trees beyond this are left out of the page, which says so; a thousand take some 5 MB."""
+"""Size limit of the trees in the page; the page says how many it leaves out. A thousand trees take some 5 MB."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Writes the report, or serves it until the user interrupts; returns how many trees it shows."""
+    """Writes the report, or serves it until the user interrupts; returns the number of trees shown."""
     if config.watch:
         return {"trees": server.serve(lambda: report_data.stamp(config), lambda: content(config, live=True))}
     report, _ = write(config)
@@ -30,7 +30,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def write(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """Writes the page; returns what is in it."""
+    """Writes the page; returns its content."""
     report, trees = content(config)
     with whole_file(config.run_dir / FILE) as file:
         file.write(page.assemble(report, trees, report["title"]).encode())
@@ -38,7 +38,7 @@ def write(config: Config) -> tuple[dict[str, Any], list[str]]:
 
 
 def content(config: Config, *, live: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The report and its trees as JSON."""
+    """Returns the report's data, and its trees as JSON texts."""
     report, trees = report_data.find(config)
     size, kept = 0, 0
     for tree in trees:
@@ -50,7 +50,7 @@ def content(config: Config, *, live: bool = False) -> tuple[dict[str, Any], list
 
 
 def refresh(config: Config) -> Path | None:
-    """Writes the page while a run goes on, or at its end. A run never ends because its report cannot be made."""
+    """Writes the page during a run or at its end; returns its path, or None. A failing report never ends a run."""
     if not is_first():
         return None
     try:

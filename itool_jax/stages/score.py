@@ -1,7 +1,8 @@
-"""Perplexity of the gold responses under the current policy (eq 4), answers of its own, and which samples to search.
+"""Scores samples by perplexity (eq 4) and by the policy's own answers, and chooses which to search.
 
-In a run: the replay buffer in, `scores.jsonl` of the iteration out, the chosen ones ranked. With `--output`: any data
-file in, {id, n_tokens, logprob_sum, perplexity} a sample out, under the model as it is.
+Perplexity is that of the gold response under the current policy. In a run: the replay buffer in, the iteration's
+`scores.jsonl` out, with the chosen samples ranked. With `--output`: any data file in, one {id, n_tokens, logprob_sum,
+perplexity} per sample out, under the untrained model.
 """
 
 import math
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 def run(run: Run) -> Table | None:
-    """Scores a data file, or the replay buffer of a run unless that is done; returns the scores of the buffer."""
+    """Scores a data file, or a run's replay buffer unless already done; returns the scores of the buffer."""
     config = run.config
     if config.output is not None:
         _score_file(run, config.output)
@@ -60,12 +61,12 @@ def _score_file(run: Run, output: Path) -> None:
 
 
 def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
-    """Scores the whole pool with the policy as it is now, and ranks what is worth a search."""
+    """Scores the whole pool with the current policy, and ranks the samples to search."""
     config, settings = task.config, task.config.replay
     # 1. Perplexities of the gold responses (eq 4).
     running, encoded = policy.running(), pool.encoded
     rows = task.map(encoded, lambda rows: by_row(perplexities(running, rows, config)), "perplexity")
-    # 2. Take the hardest share, or that of the most mixed answers, calls and texts apart.
+    # 2. Select the hardest share, or the share with the most mixed answers, separately for calls and texts.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in pool.samples}
     scored = {row["id"]: replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows}
     mixed = settings.select == "mixed"
@@ -77,7 +78,7 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
         chosen = replay.select_hardest(list(scored.values()), settings)
     rank = {sample_id: n for n, sample_id in enumerate(chosen)}
     searched = pool.choose(lambda samples: [sample for sample in samples if sample.id in rank])
-    # 3. How often the policy is right on them: the ceiling of what a search can find, and what it does greedily.
+    # 3. Count the policy's right answers to them: sampled, the ceiling of what a search can find; and greedy.
     if not mixed:
         right = _sampled_right(task, policy, searched)
     greedy = _right(task, policy, searched, n=1, temperature=0.0, part="greedy")
@@ -94,20 +95,20 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
 
 
 def _sampled_right(task: Task, policy: PhasePolicy, pool: Samples) -> dict[str, int]:
-    """How many of the K answers that the policy samples to each prompt are right."""
+    """Counts the right ones among the K answers that the policy samples for each prompt."""
     settings = task.config.replay
     return _right(task, policy, pool, n=settings.samples, temperature=settings.temperature, part="answers")
 
 
 def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperature: float, part: str) -> dict[str, int]:
-    """How many of the `n` answers that the policy samples to each prompt are right, by sample id."""
+    """Counts the right ones among the `n` answers that the policy samples for each prompt, by sample id."""
     run, running = task.run, policy.running()
     items = [Searched(*row) for row in zip(pool.samples, pool.encoded, strict=True)]
     settings = draws.settings(task.config, n, temperature)
     table = run.step_table(task.config.search.granularity)
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
-        key = draws.random_key(task.config, task.iteration, part)  # here, on this process's own mesh
+        key = draws.random_key(task.config, task.iteration, part)  # created here, on this process's own mesh
         return by_row(draws.count_right(running, run.base, table, items, settings, key))
 
     counts = task.map(
@@ -123,7 +124,7 @@ def _ability(
     right: dict[str, int],
     greedy: dict[str, int],
 ) -> Figures:
-    """What the policy can do with the prompts chosen for the search, and a line of it."""
+    """Computes and logs the policy's accuracy on the prompts chosen for the search."""
     settings, n = task.config.replay, len(rank)
     found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
     if settings.select == "mixed":
@@ -155,7 +156,7 @@ SCORE = Step("score", [results.SCORES], score_buffer, _read)
 
 
 def ranked_hardest(pool: Samples, scores: Table) -> Samples:
-    """The samples of the pool that were ranked, the first one first."""
+    """Selects the ranked samples of the pool, in rank order."""
 
     def ranked(samples: Sequence[Any]) -> list[Any]:
         ranks = {row["id"]: row["rank"] for row in scores.rows if row["rank"] is not None}
@@ -165,7 +166,7 @@ def ranked_hardest(pool: Samples, scores: Table) -> Samples:
 
 
 def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config) -> Iterator[list[tuple[int, Row]]]:
-    """Yields the finished rows of each batch, (place, {id, n_tokens, logprob_sum, perplexity}).
+    """Yields the finished rows of each batch: (index into `encoded`, {id, n_tokens, logprob_sum, perplexity}).
 
     Raises:
         ValueError: a log-probability is not finite; names the sample.
@@ -184,7 +185,7 @@ def _rows(encoded: Sequence[Encoded], log_probs: Sequence[float]) -> list[Row]:
                 "or training diverged: lower its learning_rate"
             )
     counts = [len(row.target_ids) for row in encoded]
-    # JSON has no infinity.
+    # JSON cannot represent infinity.
     values = np.minimum(perplexity(np.array(log_probs), np.array(counts)), np.finfo(np.float32).max).tolist()
     return [
         {"id": row.id, "n_tokens": n, "logprob_sum": log_prob, "perplexity": value}

@@ -1,8 +1,8 @@
 """Monte Carlo tree search on the chosen prompts (section 4.3), and the preference pairs it yields.
 
-In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, a tree a line; `pairs.jsonl`, a pair a line with `prompt`,
-`chosen`, `rejected` as preference trainers read them, and token ids, Q values, visits, tree and node; `answers.jsonl`,
-the right answers that the model sampled itself.
+In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, one tree per line; `pairs.jsonl`, one pair per line with
+`prompt`, `chosen` and `rejected` as preference trainers read them, and token ids, Q values, visits, tree and node;
+`answers.jsonl`, the right answers that the model sampled itself.
 """
 
 import functools
@@ -35,11 +35,11 @@ from itool_jax.training import replay
 
 Row = dict[str, Any]
 REFUSAL_MARGIN = 0.05
-"""How far the share of pairs whose gold is text may be from the training data's."""
+"""Maximum difference between the share of pairs whose gold is text and that share in the training data."""
 
 
 class Forest(NamedTuple):
-    """The trees of an iteration, the preference pairs made of them, and the model's own right answers in them."""
+    """The trees of an iteration, their preference pairs, and the model's own right answers in them."""
 
     trees: Table
     pairs: Table
@@ -47,7 +47,7 @@ class Forest(NamedTuple):
 
 
 def run(run: Run) -> Forest:
-    """Searches the chosen samples of an iteration unless that is done."""
+    """Searches the chosen samples of an iteration unless already done; returns the result."""
     config = run.config
     phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
     pool = search_pool(run.splits.train, config)
@@ -58,7 +58,7 @@ def run(run: Run) -> Forest:
 def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figures:
     """Searches the prompts in lock-step, and writes their trees, preference pairs and right answers.
 
-    `scores` say which prompts the policy has answered rightly before.
+    `scores` tell which prompts the policy has already answered correctly.
     """
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
@@ -106,11 +106,11 @@ SEARCH = Step("search", ["trees.jsonl", "pairs.jsonl", "answers.jsonl"], grow, _
 def trees(
     policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], config: Config, iteration: int
 ) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
-    """Searches samples, and yields after each round what is done.
+    """Searches samples, and yields the progress after each round.
 
-    That is the number of simulations that ended, and (index into `items`, row) of each tree that is complete. A row is
-    {tree, pairs, invalid_pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the
-    other files.
+    That is the number of simulations finished, and (index into `items`, row) for each completed tree. A row is {tree,
+    pairs, invalid_pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the other
+    files.
     """
     key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
     for group in draws.by_prompt_width(items, config.search.lanes):
@@ -119,7 +119,7 @@ def trees(
         max_length = base.config.max_length
         model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, key)
         for n_simulations, finished in grow_trees(model.problems, model, config.search, weight):
-            # The best and the worst step at each node are a preference pair.
+            # The best and the worst step at each node form a preference pair.
             rows = [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished]
             for (i, _), (_, row) in zip(finished, rows, strict=True):
                 row["judged"] = model.swapped.get(i)
@@ -140,7 +140,7 @@ def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config,
 
 
 def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> list[Row]:
-    """The right turns that the model sampled from the first token to the last, each once."""
+    """Returns the right turns that the model sampled from first token to last, without duplicates."""
     tree, answers = finished.tree, dict[tuple[int, ...], Row]()
     for node in range(1, int(tree.n_nodes)):
         ends_right = node in finished.observed or (tree.terminal_N[node] and tree.extra.outcome[node] >= RIGHT)
@@ -159,7 +159,7 @@ def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> 
 
 
 def _path(finished: FinishedTree, node: int) -> list[int]:
-    """The nodes from the root's child to a node."""
+    """Returns the path of nodes from the root's child to a node."""
     path: list[int] = []
     while node > 0:
         path.append(node)
@@ -167,11 +167,11 @@ def _path(finished: FinishedTree, node: int) -> list[int]:
     return path[::-1]
 
 
-# What came of it --------------------------------------------------------------------------------------------
+# Results ----------------------------------------------------------------------------------------------------
 
 
 def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
-    """Leaves out pairs of calls or of texts, so that texts keep their share in the training data within 5 points."""
+    """Drops pairs of calls or texts at random, to keep the share of texts within 5 points of the training data's."""
     config = task.config
     if config.pairs.require == "gap":
         return pairs
@@ -191,9 +191,9 @@ def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
 
 
 def _figures(results: Sequence[Row], pairs: Sequence[Row], is_probability: bool) -> Figures:
-    """What the search found: figures of trees, pairs and self-evaluation.
+    """Computes the search's figures on trees, pairs and self-evaluation.
 
-    Where the self-evaluation is no probability (four grades), nothing is said of calibration and of changes of mind.
+    If the self-evaluation is not a probability (four grades), its calibration error and flip rate are None.
     """
     trees = [row["tree"]["nodes"] for row in results]
     ends = [node for nodes in trees for node in nodes if node["terminal"]]
@@ -229,7 +229,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _remark(phase: str, config: Config, figures: Figures) -> None:
-    """Says what the search found, and what of the trees has nothing to teach."""
+    """Logs the results of the search, and which trees give nothing to learn from."""
     n, pairs = figures["trees"], figures["pairs"]
     by_gold = f", {figures['solved_by_gold']} more only by the gold's steps" if config.search.injects else ""
     say(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")

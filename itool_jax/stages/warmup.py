@@ -1,6 +1,6 @@
 """Warm-up training (section 4.2): supervised fine-tuning on easy, then medium, then hard samples.
 
-In: the warm-up samples, and validation samples where `warmup.epochs` is auto. Out: the weights of phase `warmup`.
+In: the warm-up samples, and validation samples if `warmup.epochs` is auto. Out: the weights of phase `warmup`.
 """
 
 import shutil
@@ -28,13 +28,13 @@ from itool_jax.training import replay
 from itool_jax.training.settings import WarmupSettings
 
 VALIDATION = 600
-"""Validation samples that tell whether a round gained anything; fewer where there are not so many."""
+"""Number of validation samples that measure a round's gain; all of them if there are fewer."""
 PLATEAU = 0.005
-"""Share of the validation samples that a round must gain for another one to follow."""
+"""Minimum gain of a round, as a share of the validation samples, for another round to follow."""
 
 
 def run(run: Run) -> PhasePolicy:
-    """Trains from the base unless that is done; returns the policy π0."""
+    """Trains from the base unless already done; returns the policy π0."""
     run.config.warmup.n_micro()
     benchmark.check_leakage(run)
     warmup_set, _ = splits.split_replay(run.splits.train, run.config)
@@ -42,18 +42,18 @@ def run(run: Run) -> PhasePolicy:
 
 
 def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
-    """Trains the base on the samples, the easy third first, and keeps the policy π0."""
+    """Trains the base on the samples, easiest third first, and saves the policy π0."""
     config, settings = task.config, task.config.warmup
     figures: Figures = {"samples": len(samples.samples)}
     if settings.epochs == 0:
         say("warm-up: warmup.epochs is 0, so the policy stays the base")
         return figures | {"steps": 0, "weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
-    # 1. Rank the samples by difficulty and cut them into three parts (eq 1).
+    # 1. Rank the samples by difficulty and split them into three parts (eq 1).
     encoded = {row.id: row for row in samples.encoded}
     features = [replay.sample_features(sample) for sample in samples.samples]
     thirds = replay.curriculum(features, settings.order, config.seed)
     parts = [[encoded[i] for i in part] for part in thirds if part]
-    # 2. Train on one after the other, carrying the weights (eq 2 and 3).
+    # 2. Train on one part after the other, carrying the weights over (eq 2 and 3).
     loss = train.sft_loss(training_graph(config, dropout=True))
     if settings.epochs == "auto":
         return figures | _fit_until_plateau(task, base, parts, loss)
@@ -69,7 +69,7 @@ TRAIN = Step("warmup", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name
 def _curriculum(
     settings: WarmupSettings, parts: Sequence[list[Encoded]], epochs: int, seed: int
 ) -> tuple[grain.MapDataset, list[int]]:
-    """Batches of one part after the other, and the spans of steps in which the learning rate rises and falls."""
+    """Makes batches of one part after the other; returns them, and the lengths in steps of the learning-rate cycles."""
     batches = [_batches(settings, part, epochs, seed + n) for n, part in enumerate(parts)]
     steps = [len(part) for part in batches]
     return grain.MapDataset.concatenate(batches), steps if settings.schedule == "per_part" else [sum(steps)]
@@ -85,17 +85,17 @@ def _batches(settings: WarmupSettings, rows: list[Encoded], epochs: int, seed: i
 
 
 class _Round(NamedTuple):
-    """A finished round, as it is kept in its folder."""
+    """A finished round, as stored in its folder."""
 
     steps: int
     correct: int
-    """Validation samples answered rightly behind it."""
+    """Validation samples answered correctly after the round."""
 
 
 def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encoded]], loss: train.LossFn) -> Figures:
-    """Trains on all parts once a round, until a round gains too little; keeps the weights of the best round.
+    """Trains on all parts once per round until a round gains too little; saves the weights of the best round.
 
-    A finished round stays in the step's folder with its weights, so that a killed warm-up goes on behind it.
+    Finished rounds stay in the step's folder with their weights, so that a killed warm-up resumes after the last one.
     """
     validation = task.run.splits.validation.choose(lambda samples: samples[:VALIDATION])
     n = len(validation.samples)
@@ -126,12 +126,12 @@ def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encod
 
 
 def reached_plateau(correct: Sequence[int], n: int) -> bool:
-    """Whether the last round gained too few right answers of `n`; `correct` holds each round's."""
+    """Returns true if the last round gained too few right answers out of `n`; `correct` holds the count per round."""
     return len(correct) > 1 and correct[-1] - correct[-2] < PLATEAU * n
 
 
 def best_round(correct: Sequence[int]) -> int:
-    """The round to keep, from 1: the last one if it gained anything, else the one before."""
+    """Returns the round to keep, counted from 1: the last if it gained anything, else the one before."""
     return len(correct) - (len(correct) > 1 and correct[-1] <= correct[-2])
 
 
@@ -144,14 +144,14 @@ def _round(
     number: int,
     steps_before: int,
 ) -> tuple[PhasePolicy, _Round]:
-    """Trains a policy for a round and counts its right answers, unless that is done; returns the new policy."""
+    """Trains a policy for a round and counts its right answers, unless already done; returns the policy and round."""
     config, settings, what = task.config, task.config.warmup, f"warm-up, round {number}"
     folder = task.working / f"round_{number}"
     trained = task.run.policy(str(folder.relative_to(config.run_dir)))
     state = hosts.broadcast_from_primary(f"{folder} so far", lambda: _state(folder))
     if state["done"] is not None:
         return trained, _Round(*state["done"])
-    # A seed of its own for each part of each round, else all would have their samples in the same order.
+    # Each part of each round gets its own seed; otherwise all would see their samples in the same order.
     seed = config.seed + (number - 1) * replay.N_PARTS
     batches, spans = _curriculum(settings, parts, 1, seed)
     if not state["trained"]:
@@ -164,7 +164,7 @@ def _round(
     if hosts.is_first():
         write_json(folder / DONE, {"done": done})
         shutil.rmtree(folder / "training", ignore_errors=True)
-        shutil.rmtree(task.working / f"round_{number - 2}" / WEIGHTS, ignore_errors=True)  # can be the best no more
+        shutil.rmtree(task.working / f"round_{number - 2}" / WEIGHTS, ignore_errors=True)  # can no longer be the best
     return trained, done
 
 
@@ -172,6 +172,6 @@ DONE = "round.json"
 
 
 def _state(folder: Path) -> Figures:
-    """How far a round came: whether its weights are there, and what it came to if it is done."""
+    """Reads a round's progress: `trained` if its weights exist, and its result as `done`, or None."""
     done = read_json(folder / DONE)["done"] if (folder / DONE).exists() else None
     return {"trained": (folder / WEIGHTS).is_dir(), "done": done}

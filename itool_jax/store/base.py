@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: where its files are, its shapes, tokenizer and chat template."""
+"""The base checkpoint of a run: the location of its files, its shapes, tokenizer and chat template."""
 
 import dataclasses
 import functools
@@ -13,18 +13,18 @@ from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
 
 DEEP = 8
-"""Layers beyond which remat=auto computes whole layers again in the backward pass."""
+"""With more layers than this, remat=auto recomputes whole layers in the backward pass."""
 
 
 class Base(NamedTuple):
-    """A checkpoint without its weights, which `store.weights` owns."""
+    """A checkpoint without its weights; `store.weights` owns those."""
 
     config: ModelConfig
     chat: Chat
 
 
 def model_folder(config: Config) -> Path:
-    """The folder of the model's files."""
+    """Returns the folder that holds the model's files."""
     return _find_model(config.model, not config.looks_only, config.stage != "doctor")
 
 
@@ -34,7 +34,7 @@ def _find_model(name: str, weights: bool, fetch: bool) -> Path:
 
 
 def load_base(config: Config) -> Base:
-    """The shapes and the tokenizer of the checkpoint, read once; ValueError if they do not go together."""
+    """Returns the checkpoint's shapes and tokenizer, read once; ValueError if they do not match."""
     base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
     if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
@@ -51,7 +51,7 @@ def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
 
 
 def step_table(config: Config, granularity: Granularity) -> StepTable:
-    """Step boundaries and stop tokens of the model's vocabulary."""
+    """Builds the table of step boundaries and stop tokens for the model's vocabulary."""
     base = load_base(config)
     with use_own_mesh(config.mesh):
         return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)

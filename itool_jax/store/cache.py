@@ -1,7 +1,7 @@
-"""Steps whose results are kept: finished work is not done again, and stale work is never used.
+"""Steps with cached results: finished work is not repeated, and stale results are never used.
 
-In: a step, and the values it is computed from. Out: its value, read from its files. `<step>.json` holds its figures
-with hashes of its inputs and outputs; until it is done, a folder `<step>.working` holds finished rows and checkpoints.
+In: a step and its input values. Out: the step's value, read from its files. `<step>.json` holds the step's figures with
+hashes of its inputs and outputs. Until the step is done, a folder `<step>.working` holds finished rows and checkpoints.
 """
 
 import dataclasses
@@ -35,35 +35,35 @@ Figures = dict[str, Any]
 
 @runtime_checkable
 class Value(Protocol):
-    """An input of a step: data, or what another step came to."""
+    """An input of a step: data, or the result of another step."""
 
     @property
     def origin(self) -> StepId | None:
-        """The step that made it; None if it comes with the run's data or model."""
+        """The step that produced it; None if it comes with the run's data or model."""
         ...
 
     def require(self) -> None:
-        """ValueError names the step to run first if the value is not there."""
+        """Raises ValueError, naming the step to run first, if the value does not exist yet."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Step(Generic[T]):
-    """A computation whose result is kept in a phase's folder."""
+    """A computation whose result is cached in a phase's folder."""
 
     name: str
     outputs: Sequence[str]
-    """Files and folders that it writes, in the phase's folder."""
+    """Files and folders that it writes in the phase's folder."""
     compute: Callable[..., Figures]
-    """compute(task, *inputs) writes the outputs and returns the step's figures, plain JSON."""
+    """compute(task, *inputs) writes the outputs and returns the step's figures as plain JSON."""
     read: Callable[["Phase"], T]
-    """Gives the value: a handle that reads the outputs when they are needed."""
+    """Returns the value: a handle that reads the outputs on demand."""
     data_hashes: Mapping[str, str] | None = None
-    """Hashes by name of what the step reads in place of the run's data; None if it reads that."""
+    """Hashes, by name, of the data that the step reads instead of the run's; None if it reads the run's data."""
 
 
 class Task(NamedTuple):
-    """What a step needs to do its work."""
+    """The context in which a step runs."""
 
     run: "Run"
     phase: str
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
     @property
     def iteration(self) -> int:
-        """The number of the phase's iteration; 0 for the warm-up."""
+        """The phase's iteration number; 0 for the warm-up."""
         return iteration_of(self.phase)
 
     @property
@@ -92,9 +92,9 @@ class Task(NamedTuple):
     def map(
         self, items: Sequence[T], work: Work[T], what: str, units: int = 1, folder: Path | None = None
     ) -> list[Any]:
-        """The result of `work` for each item, journaled row by row; see `map_across_hosts`.
+        """Computes the result of `work` for each item, journaled row by row; see `map_across_hosts`.
 
-        A step that maps more than once gives each time a folder of its own in `working`.
+        A step that maps more than once must pass a separate folder in `working` for each call.
         """
         return map_across_hosts(self.config, folder or self.working, items, work, what, units)
 
@@ -107,34 +107,34 @@ class Phase(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Its folder."""
+        """The phase's folder."""
         return self.run.config.run_dir / self.name
 
     def cached(self, step: Step[T], *inputs: Value) -> T:
-        """The value of a step, computed from `inputs` unless it is there and they are unchanged."""
+        """Returns a step's value; computes it from `inputs` unless it exists and the inputs are unchanged."""
         compute_once(self.run, self.name, step, inputs)
         return step.read(self)
 
     def read(self, step: Step[T]) -> T:
-        """The value that an earlier command computed; its first use names the step to run if none did."""
+        """Returns the value that an earlier command computed; if none did, its first use names the step to run."""
         return step.read(self)
 
     def figures(self, step: str) -> Figures:
-        """The figures of a finished step."""
+        """Returns the figures of a finished step."""
         figures = read_figures(self.run.config.run_dir, self.name, step)
         assert figures is not None, f"{step} was not computed"
         return figures
 
 
 class Table:
-    """Rows of a file that a step wrote; they are read and checked when they are first needed."""
+    """Rows of a file that a step wrote, read and checked on first use."""
 
     def __init__(self, path: Path, keys: Sequence[str], origin: StepId, command: str):
         self.path, self._keys, self._command, self.origin = path, keys, command, origin
         self._rows: list[dict[str, Any]] | None = None
 
     def require(self) -> None:
-        """ValueError names the step to run first if there is no such file."""
+        """Raises ValueError, naming the step to run first, if the file does not exist."""
         if not self.path.exists():
             raise ValueError(f"{self.path} does not exist; run {self._command} first")
 
@@ -148,13 +148,13 @@ class Table:
 
 
 def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value]) -> None:
-    """Does a step's work unless it is done; keeps its figures, with the seconds it took.
+    """Runs a step unless it is done, and saves its figures with the seconds it took.
 
-    It is done if the figures and all outputs are there and the settings, the data and the results of the steps that
-    made its inputs are still those it was computed from.
+    A step is done if its figures and all outputs exist, and the settings, the data and the results of the steps that
+    produced its inputs have not changed since.
 
     Raises:
-        ValueError: an input is not there yet, or a file of the run is damaged.
+        ValueError: an input does not exist yet, or a file of the run is damaged.
         PreemptionError: the run was asked to stop.
     """
     task = Task(run, phase, step.name)
@@ -176,18 +176,18 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
 
 
 class _State(NamedTuple):
-    """Where a step stands when a command comes to it; plain JSON."""
+    """The state of a step when a command reaches it, as plain JSON."""
 
     stop: bool
     done: bool = False
     basis: dict[str, Any] | None = None
-    """Hashes of its inputs by name, if it is to be done."""
+    """Hashes of its inputs by name, if it has to run."""
     seconds: float = 0.0
-    """Spent on it by earlier commands."""
+    """Seconds that earlier commands spent on it."""
 
 
 def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
-    """Finds out whether a step is done; if not, opens the folder of its work."""
+    """Checks whether a step is done; if not, opens its working folder."""
     if asked_to_stop():
         return _State(stop=True)
     config = task.config
@@ -204,7 +204,7 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
 
 
 def _staleness(task: Task, step: Step[Any], basis: Mapping[str, Any]) -> str | None:
-    """Why a step has to be done: a reason to tell, "" if it was never done, or None if it is done."""
+    """Returns why a step must run: a reason to print, "" if it never finished, or None if it is done."""
     figures = read_figures(task.config.run_dir, task.phase, step.name)
     paths = [task.folder / name for name in step.outputs]
     if figures is None or not all(path.exists() for path in paths):
@@ -218,7 +218,7 @@ def _staleness(task: Task, step: Step[Any], basis: Mapping[str, Any]) -> str | N
 
 
 def _unchanged(recorded: Any, basis: Mapping[str, Any]) -> bool:
-    """Whether the inputs that a step recorded are as they were; earlier versions recorded fewer of them."""
+    """Checks that the inputs a step recorded are unchanged; earlier versions recorded fewer of them."""
     return (
         isinstance(recorded, dict)
         and "settings" in recorded
@@ -227,7 +227,7 @@ def _unchanged(recorded: Any, basis: Mapping[str, Any]) -> bool:
 
 
 def _edited(task: Task, step: Step[Any]) -> str:
-    """Names an output whose content is not what the step wrote."""
+    """Names an output that was edited after the step wrote it."""
     written = (read_figures(task.config.run_dir, task.phase, step.name) or {})["outputs"]
     paths = {name: task.folder / name for name in step.outputs}
     edited = [path for name, path in paths.items() if file_hash(path) != written.get(name)]
@@ -235,16 +235,16 @@ def _edited(task: Task, step: Step[Any]) -> str:
 
 
 def _end(task: Task, step: Step[Any], figures: Figures, basis: Mapping[str, Any]) -> None:
-    """Marks a step as done and removes the folder of its work."""
+    """Marks a step as done and removes its working folder."""
     outputs = {name: file_hash(task.folder / name) for name in step.outputs}
     write_json(done_file(task.config.run_dir, task.phase, step.name), figures | {"after": basis, "outputs": outputs})
     shutil.rmtree(task.working)
 
 
 def _basis(config: Config, step: Step[Any], inputs: Sequence[Value]) -> dict[str, Any]:
-    """Hashes of the settings, of the data and of the results that a step is computed from, by name.
+    """Hashes the settings, the data and the results that a step is computed from, by name.
 
-    The model's files are checked apart, by `check_sources`.
+    `check_sources` checks the model's files separately.
     """
     settings = {name: value for name, value in binding_settings(config).items() if name != "data"}
     data = step.data_hashes
@@ -256,7 +256,7 @@ def _basis(config: Config, step: Step[Any], inputs: Sequence[Value]) -> dict[str
 
 
 def _result_digest(config: Config, phase: str, step: str) -> str | None:
-    """A hash of all that a step came to, its files as they are now; None if it is not done."""
+    """Hashes a step's whole result, with its files as they are now; None if it is not done."""
     figures = read_figures(config.run_dir, phase, step)
     if figures is None:
         return None
@@ -266,17 +266,17 @@ def _result_digest(config: Config, phase: str, step: str) -> str | None:
 
 
 def hash_of(content: Any) -> str:
-    """A hash of plain JSON."""
+    """Hashes plain JSON."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def file_hash(path: Path) -> str | None:
-    """A hash of a file's content; None for a folder, whose files have checksums of their own."""
+    """Hashes a file's content; None for a folder, whose files have their own checksums."""
     return None if path.is_dir() else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def read_figures(run_dir: Path, phase: str, step: str) -> Figures | None:
-    """The figures of a finished step, or None; ValueError if the file is damaged."""
+    """Reads the figures of a finished step; None if there are none, ValueError if the file is damaged."""
     path = done_file(run_dir, phase, step)
     if not path.exists():
         return None
@@ -290,7 +290,7 @@ def read_figures(run_dir: Path, phase: str, step: str) -> Figures | None:
 
 
 def open_working(working: Path, basis: Mapping[str, Any]) -> float:
-    """Makes the folder of unfinished work, empty unless the work there has the same inputs; seconds spent on it."""
+    """Opens the working folder, emptied if its inputs changed; returns the seconds already spent on that work."""
     path = working / "started.json"
     begun, seconds = read_json(path) if path.exists() else {}, 0.0
     if _unchanged(begun.get("after"), basis):

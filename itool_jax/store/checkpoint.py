@@ -1,7 +1,7 @@
 """Orbax checkpoints of pytrees: a policy's adapters, the optimizer's state, the data position.
 
-In: a folder and a pytree of arrays. Out: the folder, complete or absent; and the tree again, shaped like a given one.
-Each checkpoint holds checksums of its files, written last: what is damaged is named, and never used.
+In: a folder and a pytree of arrays. Out: the folder, complete or absent; later the tree, restored to a given structure.
+Each checkpoint holds checksums of its files, written last. A damaged checkpoint is reported and never used.
 """
 
 import contextlib
@@ -31,14 +31,16 @@ from itool_jax.system.untrusted import read_json
 
 CHECKSUMS = "checksums.json"
 COSTS = 0.02
-"""Share of a training's time that its checkpoints may take."""
+"""Share of training time that automatic checkpoints may take."""
 
 
 def save(folder: Path, tree: Any) -> str:
-    """Writes `tree` to `folder` and returns its digest; an earlier one is replaced only when the new one is complete.
+    """Writes `tree` to `folder` and returns its digest.
+
+    An earlier checkpoint is replaced only once the new one is complete.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the earlier one is untouched.
+        OSError: the disk is full or the folder cannot be written; the earlier checkpoint is untouched.
     """
     import orbax.checkpoint as ocp  # slow to import
 
@@ -62,7 +64,7 @@ def save(folder: Path, tree: Any) -> str:
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Makes errors of the disk of what the storage library makes of them."""
+    """Turns the storage library's ValueErrors about the disk back into OSErrors."""
     try:
         yield
     except ValueError as error:
@@ -72,7 +74,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def digest(tree: Any) -> str:
-    """A hash of all the tree's values: equal for equal trees, however they are laid out on devices."""
+    """Hashes all values of a tree; equal trees have equal hashes, however they are laid out on devices."""
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(tree):
         found.update(np.asarray(to_host(leaf)).tobytes())
@@ -80,29 +82,32 @@ def digest(tree: Any) -> str:
 
 
 def restore(folder: Path, like: Any) -> Any:
-    """The tree saved in `folder`, with the structure, shapes, types and shardings of `like`: arrays, or shapes alone.
+    """Restores the tree saved in `folder`, with the structure, shapes, types and shardings of `like`.
+
+    `like` holds arrays, or only their shapes.
 
     Raises:
-        ValueError: the folder is missing or damaged, or a tensor is missing, extra or of another shape; names it.
+        ValueError: the folder is missing or damaged, or a tensor is missing, unexpected or has the wrong shape; the
+            message names it.
     """
     import orbax.checkpoint as ocp
 
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} does not exist; run the stage that writes it first")
     folder = folder.absolute()
-    if (CHECKSUMS in os.listdir(folder)) and (bad := damage(folder)):  # without: of an earlier version
+    if (CHECKSUMS in os.listdir(folder)) and (bad := damage(folder)):  # earlier versions wrote no checksums
         raise ValueError(f"checkpoint {folder}: {bad}; delete it to compute it again")
     with _quiet():
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                if (metadata := checkpointer.metadata(folder).item_metadata) is not None:  # None where it is damaged
+                if (metadata := checkpointer.metadata(folder).item_metadata) is not None:  # None if it is damaged
                     _compare(metadata.tree, like)
                 return checkpointer.restore(folder, like)
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # no damage: of jax's, another process is gone, or a device is full
-        except Exception as error:  # damage comes out as errors of many kinds, bare ones among them
+            raise  # not damage; JaxRuntimeError means that another process is gone or a device is full
+        except Exception as error:  # damage raises many kinds of errors, some of them bare Exceptions
             reason = _reason(error)
-        # Other reads that failed come to their ends while nobody listens: their frames are freed in here.
+        # Let other failed reads finish and free their frames here, while their tracebacks are silenced.
         time.sleep(0.5)
         gc.collect()
     raise ValueError(f"checkpoint {folder}: {reason}; delete it to compute it again")
@@ -116,7 +121,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole and as it was written."""
+    """Describes what is wrong with a checkpoint; None if it is complete and unchanged."""
     try:
         sealed = read_json(folder / CHECKSUMS)
         found = _checksums(folder)
@@ -129,7 +134,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """A hash of each file in a folder."""
+    """Hashes each file in a folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / CHECKSUMS:
@@ -139,9 +144,10 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 class Training:
-    """A training that goes on: its state, kept every so often beside it, the last two times.
+    """Checkpoints of a training in progress, written in the background; the last two are kept.
 
-    `every` is the number of steps between; 0 makes it as small as costs `COSTS` of the time.
+    `every` is the number of steps between checkpoints. 0 picks the smallest number that costs at most `COSTS` of the
+    time.
     """
 
     def __init__(self, folder: Path, every: int = 0):
@@ -156,7 +162,7 @@ class Training:
             self.manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def _drop_damaged(self) -> None:
-        """Removes what was not finished, and names what is damaged."""
+        """Removes unfinished and damaged checkpoints, and reports the damaged ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.iterdir()):
             if bad := damage(path):
@@ -165,14 +171,14 @@ class Training:
                 shutil.rmtree(path)
 
     def _seal(self) -> None:
-        """Waits for the newest checkpoint to be complete."""
+        """Waits until the newest checkpoint is complete, then writes its checksums."""
         self.manager.wait_until_finished()
         for path in self.folder.iterdir() if hosts.is_first() else ():
             if path.name.isdigit() and not (path / CHECKSUMS).exists():
                 seal(path)
 
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
-        """Steps done, the state, shaped and laid out as `like`, and the data's position; None where there is none."""
+        """Returns the steps done, the state laid out as `like`, and the data position; None without a checkpoint."""
         import orbax.checkpoint as ocp
 
         step = self.manager.latest_step()
@@ -185,11 +191,11 @@ class Training:
         return step, found["state"], found["data"]
 
     def due(self, step: int) -> bool:
-        """Whether the state is to be kept after so many steps."""
+        """Returns whether to save a checkpoint after this step."""
         return step >= self.next
 
     def save(self, step: int, state: Any, position: Any) -> None:
-        """Begins to write the state after so many steps, and the data's position; the arrays may be changed at once."""
+        """Starts writing the state and the data position; the caller may change the arrays at once."""
         import orbax.checkpoint as ocp
 
         start = time.monotonic()
@@ -218,7 +224,7 @@ class Training:
 
 
 def _compare(found: Any, wanted: Any) -> None:
-    """ValueError names the first tensor that is missing, extra or of another shape."""
+    """Raises ValueError naming the first tensor that is missing, unexpected or has the wrong shape."""
     found, wanted = _shapes(found), _shapes(wanted)
     for name in sorted(found | wanted):
         if name not in found:
@@ -235,14 +241,14 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong, without the storage library's own settings behind it."""
+    """Returns the first line of an error, without the storage library's settings that follow."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
     return text.partition(" [tensorstore_spec")[0].removesuffix(".")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from printing the traceback of every thread and read that met an error; the first is raised."""
+    """Keeps Orbax from printing a traceback for every failed thread and read; the first error is raised."""
     logger = logging.getLogger("absl")
     before = logger.disabled, sys.unraisablehook
     logger.disabled, sys.unraisablehook = True, lambda _: None

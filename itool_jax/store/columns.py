@@ -1,6 +1,6 @@
-"""What the rows and figures of a run's files hold, by name, so that a damaged file is named where it is read.
+"""Checks the values in a run's rows and figures, so that an error names the damaged file.
 
-In: a row, and the keys that a stage needs of it. Out: what is wrong with it, in words.
+In: a row, and the keys that a stage needs. Out: a description of what is wrong with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_nodes(value: Any) -> bool:
-    """The nodes of a search tree: a root, and each other one behind its parent."""
+    """Checks the nodes of a search tree: a root first, and every other node after its parent."""
     return isinstance(value, list) and bool(value) and all(_is_node(node, n) for n, node in enumerate(value))
 
 
@@ -76,11 +76,11 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of texts")),
     "interval": (_is_intervals, "an object of pairs of numbers"),
 }
-"""A check of each value, and what it must be, in words."""
+"""For each key, a check of its value and a description of what the value must be."""
 
 
 def fault(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """What is wrong with a row that must hold these keys; None where nothing is."""
+    """Describes what is wrong with a row that must hold these keys; None if nothing is."""
     for key in keys:
         if key not in row:
             return f'no "{key}"'
@@ -90,7 +90,7 @@ def fault(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a file of the run; ValueError names a row that lacks one of the keys."""
+    """Reads the rows of a file of the run; ValueError names a row whose keys are missing or malformed."""
     rows = []
     for number, row in read_rows(path):
         if bad := fault(row, keys):

@@ -1,6 +1,6 @@
-"""A run directory belongs to one process at a time, and to one set of settings, which it keeps in config.yaml.
+"""Locks a run directory for one process at a time, and ties it to one set of settings, saved in config.yaml.
 
-In: the settings of a command. Out: a lock on what it writes to, and its settings saved, or compared with those saved.
+In: a command's settings. Out: a lock on what it writes; its settings saved, or compared with the saved ones.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from itool_jax.system.hosts import DistributedSettings, is_first
 
 LOCK = ".lock"
 NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "report.html", "profile", "tensorboard", "wandb")
-"""What a run directory may hold before anything was computed."""
+"""Files and folders that a run directory may hold before anything was computed."""
 
 
 def binding_settings(config: Config) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def binding_settings(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock(config: Runtime) -> Iterator[None]:
-    """Keeps other processes off what the command writes to: the run directory, or the folder of its output.
+    """Locks what the command writes: the run directory, or its output file.
 
-    The system lets go of it when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        ValueError: another process is at work there; names it.
+        ValueError: another process holds the lock; the message names it.
     """
     output = config.output
     unseen = config.stage in ("export", "report") or (
@@ -72,13 +72,13 @@ def lock(config: Runtime) -> Iterator[None]:
 
 
 def save_or_check(config: Config) -> None:
-    """Saves the settings in the run directory; one with finished work must have been made with the same.
+    """Saves the settings in the run directory; if it already holds results, checks that the settings match.
 
-    Of those that are there already, `iterate` renews the number of iterations that it goes on to.
-    Stages that write one file of their own need no run directory, only a place for that file.
+    `iterate` updates the saved number of iterations. Stages that write only their own file need no run directory, only
+    a folder for that file.
 
     Raises:
-        ValueError: it was made with other settings; names the first.
+        ValueError: the directory was made with other settings; the message names the first that differs.
     """
     if not config.keeps_run:
         if config.output is not None and config.output.is_dir():
@@ -95,7 +95,7 @@ def save_or_check(config: Config) -> None:
             _save(path, saved | {"iterations": config.iterations})
         return
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    # Those are for this command alone.
+    # These apply to this command only.
     alone = {"output": None, "overwrite": False, "against": None, "official": False}
     lasting = dataclasses.replace(config, **alone, distributed=DistributedSettings())
     if _evaluates_benchmark(config):
@@ -109,11 +109,11 @@ def _save(path: Path, settings: dict[str, Any]) -> None:
 
 
 def check(config: Config) -> bool:
-    """Whether the run directory holds work that was begun with the same settings; ValueError where with others."""
+    """Returns whether the run directory holds work with the same settings; ValueError if they differ."""
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"run directory {config.run_dir} is a file; choose another --run_dir")
     path = config.run_dir / "config.yaml"
-    # A command that failed before it computed anything binds nobody to its settings.
+    # A command that failed before it computed anything does not bind later ones to its settings.
     begun = path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir())
     if begun:
         _check_saved(path, config)
@@ -121,7 +121,7 @@ def check(config: Config) -> bool:
 
 
 def check_weights(config: Config) -> None:
-    """ValueError where the run directory is none, or its weights are of another model or kind than these settings."""
+    """Raises ValueError if this is not a run directory, or its model, adapter or quantize settings differ."""
     path = config.run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{config.run_dir} is no run directory: it holds no config.yaml")
@@ -129,7 +129,7 @@ def check_weights(config: Config) -> None:
 
 
 def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> None:
-    """ValueError where settings whose names begin with one of `only` are not those saved."""
+    """Raises ValueError if a setting whose name begins with one of `only` differs from the saved one."""
     mend = "choose another --run_dir"
     try:
         saved = untrusted.read_yaml(path)
@@ -147,5 +147,5 @@ def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> N
 
 
 def _evaluates_benchmark(config: Runtime) -> bool:
-    """Whether --data is a benchmark's."""
+    """Returns whether --data belongs to a benchmark."""
     return config.stage == "evaluate" and config.benchmark is not None

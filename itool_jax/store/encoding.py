@@ -1,4 +1,4 @@
-"""Samples as token ids, and the checks that they fit the model: its vocabulary and its context."""
+"""Encodes samples as token ids and checks that they fit the model's vocabulary and context."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from itool_jax.text.sample import RawSample, Sample
 
 
 def encode(base: Base, samples: Sequence[Sample | RawSample]) -> list[Encoded]:
-    """Prompt and target ids of each sample; ValueError names one that is empty or longer than the context."""
+    """Encodes each sample's prompt and target; ValueError names one that is empty or longer than the context."""
     encoded = [encode_sample(base.chat, sample) for sample in samples]
     check_lengths(encoded, base.config.max_length)
     return encoded
 
 
 def check_lengths(encoded: Sequence[Encoded], limit: int) -> None:
-    """ValueError names a sample without a target, or whose prompt and target exceed the context of `limit` tokens."""
+    """Raises ValueError naming a sample with no target, or one that exceeds the context of `limit` tokens."""
     for row in encoded:
         if not row.target_ids:
             raise ValueError(f"sample {row.id}: there is no target")
@@ -23,14 +23,14 @@ def check_lengths(encoded: Sequence[Encoded], limit: int) -> None:
 
 
 def check_ids(encoded: Sequence[Encoded], vocab_size: int) -> None:
-    """ValueError names a sample with a token id beyond the vocabulary: raw rows may hold any number."""
+    """Raises ValueError naming a sample with a token id outside the vocabulary; raw rows may hold any number."""
     for row in encoded:
         if (largest := max((*row.prompt_ids, *row.target_ids), default=0)) >= vocab_size:
             raise ValueError(f"sample {row.id}: token id {largest} is not in the model's vocabulary of {vocab_size}")
 
 
 def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
-    """ValueError names an empty prompt, or one that exceeds the context with its target and `room` more tokens."""
+    """Raises ValueError naming a sample whose prompt is empty, or that with `room` more tokens exceeds the context."""
     for row in encoded:
         length = len(row.prompt_ids) + len(row.target_ids)
         if not row.prompt_ids:

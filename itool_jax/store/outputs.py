@@ -1,4 +1,4 @@
-"""Files that a command writes beside any run directory (`--output`), resumable like the steps of a run."""
+"""Output files that a command writes outside a run directory (`--output`), resumable like the steps of a run."""
 
 import contextlib
 import shutil
@@ -17,7 +17,10 @@ from itool_jax.system import hosts
 
 @contextlib.contextmanager
 def resumed(config: Config, output: Path) -> Iterator[Path]:
-    """A folder beside an output file for its finished rows, gone when the file is written; elsewhere for a pipe."""
+    """Yields a folder beside the output file for its finished rows, removed once the file is written.
+
+    For a pipe, it is a temporary folder elsewhere.
+    """
     if output.exists() and not output.is_file():
         if hosts.count() > 1:
             raise ValueError(f"output {output} must be a file, which {hosts.count()} processes can meet through")

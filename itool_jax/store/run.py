@@ -1,4 +1,4 @@
-"""One command on a run directory: its settings, and what it reads once and keeps."""
+"""One command on a run directory: its settings, and the data and models that it loads once."""
 
 import functools
 
@@ -13,7 +13,7 @@ from itool_jax.text.steps import Granularity, StepTable
 
 
 class Run:
-    """The settings of a command, and its data, base model and weights, each loaded when first asked for."""
+    """A command's settings, data, base model and weights; each is loaded on first use."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -21,7 +21,7 @@ class Run:
         self._tables: dict[Granularity, StepTable] = {}
 
     def with_settings(self, config: Config) -> "Run":
-        """The same with other settings of the computation; what is loaded is kept."""
+        """Returns this run with other settings of the computation; loaded splits are kept."""
         run = Run(config)
         if "splits" in self.__dict__:
             run.__dict__["splits"] = self.splits
@@ -29,32 +29,32 @@ class Run:
 
     @property
     def base(self) -> Base:
-        """Shapes and tokenizer of the model."""
+        """The model's shapes and tokenizer."""
         return base.load_base(self.config)
 
     @functools.cached_property
     def splits(self) -> Splits:
-        """Train, validation and test split, made when they are not there yet."""
+        """The train, validation and test splits, created if they do not exist yet."""
         return splits.load_splits(self.config)
 
     def phase(self, name: str) -> Phase:
-        """A phase by its name."""
+        """Returns a phase by name."""
         return Phase(self, name)
 
     def iterations(self) -> list[Phase]:
-        """The phases after the warm-up, in order."""
+        """Lists the phases after the warm-up, in order."""
         return [self.phase(phase_name(i)) for i in range(1, self.config.iterations + 1)]
 
     def policy(self, phase: str) -> PhasePolicy:
-        """The policy that a phase ends with."""
+        """Returns the policy that a phase ends with."""
         return PhasePolicy(self.weights, self.config, phase)
 
     def answering_policy(self) -> PhasePolicy:
-        """The policy that `generate.phase` names; the base if it names none."""
+        """Returns the policy that `generate.phase` names; the base if it names none."""
         return self.policy(weights.answering_phase(self.config))
 
     def step_table(self, granularity: Granularity) -> StepTable:
-        """Step boundaries and stop tokens of the vocabulary."""
+        """Returns the table of step boundaries and stop tokens for the vocabulary, built once."""
         if granularity not in self._tables:
             self._tables[granularity] = base.step_table(self.config, granularity)
         return self._tables[granularity]

@@ -1,4 +1,4 @@
-"""Hashes of the model's and the data's files, so that a run never goes on with others under the same names."""
+"""Hashes of the model and data files, so that a run never resumes with different files of the same name."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from itool_jax.system.files import read_json
 
 SOURCES = "data/sources.json"
 ALL = ("model", "data", "samples.test_file")
-"""The settings that name files which a run is made from."""
+"""The settings that name a run's input files."""
 
 
 def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
-    """A hash of each file of the model and of the data by its name; big files are not read whole."""
+    """Hashes each model and data file, by name; big files are not read whole."""
     hashes: dict[str, Any] = {}
     for name in names:
         given = config.flat()[name]
@@ -31,7 +31,7 @@ def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
 
 
 def _ends(path: Path, size: int = 1 << 20) -> str:
-    """A hash of a file's length, beginning and end."""
+    """Hashes a file's length, beginning and end."""
     with path.open("rb") as file:
         length, beginning = path.stat().st_size, file.read(size)
         file.seek(max(0, length - size))
@@ -39,7 +39,7 @@ def _ends(path: Path, size: int = 1 << 20) -> str:
 
 
 def check_sources(config: Config, names: Sequence[str] = ALL) -> None:
-    """ValueError names the first file of the model or the data that is not what the run began with."""
+    """Raises ValueError naming the first model or data file that changed since the run began."""
     path = config.run_dir / SOURCES
     if not path.exists():
         return

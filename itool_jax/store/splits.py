@@ -1,8 +1,8 @@
-"""The data of a run: train, validation and test split, made once, written down and described.
+"""The data of a run: its train, validation and test splits, made once, saved and described.
 
 In: `--data`, or the generated corpus, and `samples.test_file`. Out: `data/{train,validation,test}.jsonl`,
-`data/card.json`, and `data/skipped.txt` if rows were left out. Nothing is ever truncated: a sample that is too long for
-the model ends the run, or is left out like a wrong row.
+`data/card.json`, and `data/skipped.txt` if rows were left out. Nothing is ever truncated: a sample too long for the
+model ends the run, or is skipped like a bad row.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ NAMES = ("train", "validation", "test")
 
 
 class Samples:
-    """Samples and their token ids, each read or computed when first asked for and then kept.
+    """Samples and their token ids, both loaded on first use and cached.
 
-    `origin` is the step that chose the samples, if any; samples chosen from these share their token ids.
+    `origin` is the step that chose the samples, if any. Subsets chosen from these samples share their token ids.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Samples:
         origin: StepId | None = None,
         require: Callable[[], None] = lambda: None,
     ) -> "Samples":
-        """Some of the samples, by a function that is called when they are needed."""
+        """Returns a subset of the samples; `choose` is called on first use."""
         return Samples(lambda: choose(self.samples), self._encode, self._known, origin, require)
 
 
@@ -81,14 +81,14 @@ class Splits(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The samples of one split, and the same as token ids."""
+    """The samples of one split, and their token ids."""
 
     samples: list[Sample]
     encoded: list[Encoded]
 
 
 def load_splits(config: Config) -> Splits:
-    """The splits of a run, made, described and written down if one is missing."""
+    """Returns a run's splits; creates, describes and saves them if one is missing."""
     made: dict[str, Part] = {}
     hosts.broadcast_from_primary("data", lambda: made.update(_make(config)))
 
@@ -100,7 +100,7 @@ def load_splits(config: Config) -> Splits:
 
         def load() -> list[Sample]:
             samples, part = _read(config, name), made.pop(name, None)
-            if part is not None and samples == part.samples:  # made by this process, just now
+            if part is not None and samples == part.samples:  # just made by this process
                 known.update((row.id, row) for row in part.encoded)
             return samples
 
@@ -110,7 +110,7 @@ def load_splits(config: Config) -> Splits:
 
 
 def split_replay(train: Samples, config: Config) -> tuple[Samples, Samples]:
-    """The training samples of the warm-up, and those of the replay buffer (section 4.2)."""
+    """Splits the training samples into those of the warm-up and those of the replay buffer (section 4.2)."""
 
     @functools.cache
     def both() -> tuple[list[Sample], list[Sample]]:
@@ -120,17 +120,17 @@ def split_replay(train: Samples, config: Config) -> tuple[Samples, Samples]:
 
 
 def search_pool(train: Samples, config: Config) -> Samples:
-    """The training samples that an iteration chooses its prompts from: the replay buffer, or all that follow a user."""
+    """Returns the samples an iteration picks prompts from: the replay buffer, or all that follow a user turn."""
     if config.replay.pool == "buffer":
         return split_replay(train, config)[1]
     return train.choose(lambda samples: [sample for sample in samples if sample.follows_user])
 
 
 def divide_replay(config: Config, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Training samples as those of the warm-up and of the replay buffer; ValueError if either would be empty.
+    """Divides training samples into warm-up and replay buffer; ValueError if either would be empty.
 
-    The buffer holds samples that follow a user turn. Other turns of its conversations are in neither: the warm-up would
-    see the buffer's targets in their prompts.
+    The buffer holds samples that follow a user turn. Other turns of its conversations go to neither side, because their
+    prompts would show the warm-up the buffer's targets.
     """
     warmup, aside = _replay_sides(config, samples)
     if not warmup or not aside:
@@ -149,14 +149,14 @@ def _replay_sides(config: Config, samples: list[Sample]) -> tuple[list[Sample], 
 
 
 def has_part(config: Config, name: str) -> bool:
-    """Whether the settings leave a held-out part any samples."""
+    """Returns whether the settings leave any samples for a held-out part."""
     s = config.samples
     share = s.test_share if name == "test" else s.validation_share
     return config.data == "generated" or share > 0 or (name == "test" and s.test_file is not None)
 
 
 def require_part(config: Config) -> None:
-    """ValueError names the setting if there is no part to evaluate on."""
+    """Raises ValueError, naming the setting, if there is no part to evaluate on."""
     name = config.evaluate.split
     if not has_part(config, name):
         other = ", set samples.test_file, or give a --benchmark" if name == "test" else ""
@@ -164,7 +164,7 @@ def require_part(config: Config) -> None:
 
 
 def data_file(config: Config) -> str:
-    """The data file of a stage that reads one of its own; ValueError if none is given."""
+    """Returns `--data` for a stage that reads its own data file; ValueError if none is given."""
     if config.data == "generated":
         raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or of raw prompts")
     return config.data
@@ -180,12 +180,12 @@ def _read(config: Config, name: str) -> list[Sample]:
 
 
 def are_made(config: Config) -> bool:
-    """Whether all splits and their card are there."""
+    """Returns whether all splits and their data card exist."""
     return all(path.exists() for path in (config.run_dir / CARD, *(_path(config, name) for name in NAMES)))
 
 
 def _make(config: Config) -> dict[str, Part]:
-    """Makes, describes and writes the splits unless they are there; returns those it made."""
+    """Makes, describes and writes the splits unless they exist; returns those it made."""
     if are_made(config):
         return {}
     skipped: list[str] | None = [] if config.skip_bad_rows else None
@@ -198,9 +198,9 @@ def _make(config: Config) -> dict[str, Part]:
 
 
 def divide(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], dict[str, int]]:
-    """The three splits, nothing written; and how many samples are in none of them, by reason, for the card.
+    """Computes the three splits, and the number of samples left out of them by reason, for the card; writes nothing.
 
-    Reasons why rows were left out go to `skipped`; if there is no such list, the first is an error.
+    Reasons why rows were left out go to `skipped`; without such a list, the first one is an error.
     """
     file = config.samples.test_file
     test, too_long = _read_whole(config, file, skipped) if file is not None else (None, 0)
@@ -230,19 +230,19 @@ def divide(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], 
 
 
 def _read_whole(config: Config, source: str, skipped: list[str] | None) -> tuple[Part, int]:
-    """All samples of a data file as one part, and how many more are too long."""
+    """Reads all samples of a data file as one part; also returns how many were too long."""
     samples = _without_repeats(sources.load(source, skipped, config.samples.targets))
     encoded, too_long = _encode_fitting(config, samples, skipped)
     return Part([s for s in samples if s.id in encoded], list(encoded.values())), too_long
 
 
 def _divide_data(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], dict[str, int]]:
-    """The splits of `--data`; the test part is empty if a file is to be it."""
+    """Computes the splits of `--data`; the test part is empty if `samples.test_file` provides it."""
     s = config.samples
     given = sources.load(config.data, skipped, s.targets)
     once = _without_repeats(given)
     encoded, too_long = _encode_fitting(config, once, skipped)
-    # Always the same splits, whatever the seed, so that runs of several seeds can be compared.
+    # The splits do not depend on the seed, so that runs with different seeds can be compared.
     test_share = s.test_share if s.test_file is None else 0
     rest, held_out = replay.split([s for s in once if s.id in encoded], 1 - test_share, "test", 0)
     train, validation = replay.split(rest, 1 - s.validation_share, "validation", 0)
@@ -257,12 +257,12 @@ def _some(part: Part, chosen: list[Sample]) -> Part:
 
 
 def _can_be_judged(sample: Sample) -> bool:
-    """Whether an answer to a sample can be wrong: any text meets a text that follows a tool result."""
+    """Returns whether an answer can be wrong: if the target is text after a tool result, any text counts as right."""
     return sample.follows_user or looks_like_calls(sample.target)
 
 
 def _check_not_empty(config: Config, parts: dict[str, Part], skipped: list[str] | None) -> None:
-    """ValueError names a part that is empty, unless the settings say so."""
+    """Raises ValueError naming an empty part, unless the settings leave it empty."""
     empty = [name for name in NAMES if not parts[name].samples and (name == "train" or has_part(config, name))]
     if not empty:
         return
@@ -274,7 +274,7 @@ def _check_not_empty(config: Config, parts: dict[str, Part], skipped: list[str] 
 
 
 def _used(config: Config, train: list[Sample]) -> list[Sample]:
-    """The training samples that samples.fraction and samples.limit leave."""
+    """Returns the training samples that samples.fraction and samples.limit keep."""
     s = config.samples
     if s.fraction == 1 and s.limit == 0:
         return train
@@ -285,7 +285,7 @@ def _used(config: Config, train: list[Sample]) -> list[Sample]:
 
 
 def _encode_fitting(config: Config, samples: list[Sample], skipped: list[str] | None) -> tuple[dict[str, Encoded], int]:
-    """Token ids by sample id, and how many samples are too long: what the model cannot take is refused here."""
+    """Encodes samples, by id, and counts those too long; one that does not fit the model is skipped or an error."""
     base = load_base(config)
     encoded: dict[str, Encoded] = {}
     too_long = 0
@@ -301,13 +301,13 @@ def _encode_fitting(config: Config, samples: list[Sample], skipped: list[str] | 
 
 
 def _how_to_leave_out(config: Config, sample: Sample) -> str:
-    """The setting that leaves out the turns of a conversation which do not follow a user turn."""
+    """Returns a hint at the setting that leaves out a conversation's turns that do not follow a user turn."""
     is_further_turn = sample.conversation and not sample.follows_user and config.samples.targets == "all"
     return "; samples.targets=after_user leaves such turns out" if is_further_turn else ""
 
 
 def _without_repeats(given: list[Sample]) -> list[Sample]:
-    """The samples, each once: a repeated one could be trained on and tested too."""
+    """Removes duplicates: a repeated sample could be in both the training and the test part."""
     kept: dict[str, Sample] = {}
     for sample in given:
         kept.setdefault(_content(sample), sample)
@@ -315,18 +315,18 @@ def _without_repeats(given: list[Sample]) -> list[Sample]:
 
 
 def _without(given: list[Sample], others: Sequence[Sample]) -> list[Sample]:
-    """The samples that are none of the others."""
+    """Returns the samples that are not among the others."""
     known = set(map(_content, others))
     return [sample for sample in given if _content(sample) not in known]
 
 
 def _content(sample: Sample) -> str:
-    """What a sample shows and asks for, whatever its names."""
+    """Returns a sample's content as text, without its id, conversation and following turns."""
     return json.dumps(sample_row(dataclasses.replace(sample, id="", conversation="", following=())), sort_keys=True)
 
 
 def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], skipped: list[str]) -> None:
-    """Writes the data card and prints it; of the generated corpus, which is always the same, what is left out."""
+    """Writes and prints the data card; for the generated corpus, which never changes, prints only what is left out."""
     card = describe({name: part.samples for name, part in parts.items()}, {n: p.encoded for n, p in parts.items()})
     card |= {"data": config.data, **left_out, "rows_skipped": len(skipped) - left_out["too_long"]}
     if skipped:
@@ -339,7 +339,7 @@ def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], 
 
 
 def read_card(config: Config) -> dict[str, Any]:
-    """The data card with its benchmarks, none if there is no card yet."""
+    """Reads the data card with its benchmarks; without a card, there are none."""
     path = config.run_dir / CARD
     try:
         card = {"benchmarks": {}} | (read_json(path) if path.exists() else {})

@@ -1,8 +1,8 @@
-"""Work on many items, spread over the processes of a run and journaled row by row.
+"""Maps work over many items, divided among the processes of a run and journaled row by row.
 
-In: items, and a function that yields the results of some as they finish. Out: the result of each item, in order. Each
-of several processes works on its own items with a copy of the model on its own devices; if a copy needs the devices of
-several hosts, all processes work on all items together.
+In: items, and a function that yields results as they finish. Out: the result of each item, in order. Each process works
+on its own items, with a copy of the model on its own devices. If one copy needs the devices of several hosts, all
+processes work on all items together.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Advance(NamedTuple):
-    """How far work came: units of progress, and the results that finished, each with its item's place."""
+    """Progress of the work: units done, and finished results, each with the index of its item."""
 
     units: int
     results: Sequence[tuple[int, Any]]
@@ -30,7 +30,7 @@ Work = Callable[[Sequence[T]], Iterable[Advance]]
 
 
 def by_row(batches: Iterable[Sequence[tuple[int, Any]]]) -> Iterator[Advance]:
-    """Batches of finished rows as advances of one unit a row."""
+    """Turns batches of finished rows into advances of one unit per row."""
     for rows in batches:
         yield Advance(len(rows), rows)
 
@@ -38,17 +38,17 @@ def by_row(batches: Iterable[Sequence[tuple[int, Any]]]) -> Iterator[Advance]:
 def map_across_hosts(
     config: Config, working: Path, items: Sequence[T], work: Work[T], what: str, units: int = 1
 ) -> list[Any]:
-    """The result of `work` for each item, plain JSON values, in the order of the items.
+    """Computes the result of `work`, plain JSON, for each item; returns them in the order of the items.
 
-    Finished rows are journaled in the folder `working`; a step that was killed computes only those that are missing,
-    whatever number of processes it goes on with. `units` of progress make an item.
+    Finished rows are journaled in the folder `working`. A killed step computes only the missing rows, even with another
+    number of processes. `units` is the number of progress units per item.
 
     Raises:
         PreemptionError: the run was asked to stop; the finished rows are on disk.
     """
     if not items:
         return []
-    apart = runs_apart(config.mesh)  # else all processes compute all items together, and the first writes them down
+    apart = runs_apart(config.mesh)  # if not, all processes compute all items together and the first one journals them
     index, count = (hosts.index(), hosts.count()) if apart else (0, 1)
     rows = _read_all(working)
     hosts.barrier(f"{working} was read")
@@ -77,7 +77,7 @@ def map_across_hosts(
 
 
 def stop_if_any_asked(config: Config) -> None:
-    """Raises PreemptionError if the run was asked to stop; processes that compute together all raise, or none does."""
+    """Raises PreemptionError if the run was asked to stop; of processes that compute together, all raise or none."""
     if runs_apart(config.mesh):
         stop_if_asked()
     else:
@@ -85,7 +85,7 @@ def stop_if_any_asked(config: Config) -> None:
 
 
 def _read_all(working: Path) -> dict[int, Any]:
-    """The finished rows in all journals of a folder."""
+    """Reads the finished rows from all journals in a folder."""
     rows: dict[int, Any] = {}
     for path in sorted(working.glob("rows*.journal")):
         rows |= journal.read(path)[0]

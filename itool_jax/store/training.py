@@ -1,7 +1,7 @@
-"""A training of a phase's weights: the loop of `train.fit`, with its log, its checkpoints, and a way to stop it.
+"""Trains a phase's weights: the loop of `training.loop.fit`, with metrics, checkpoints and a clean stop.
 
-In: a loss, batches and the parameters to start from. Out: the weights in the phase's folder. A killed training goes on
-from its newest checkpoint to the same bits.
+In: a loss, batches and initial parameters. Out: the weights in the phase's folder. A killed training resumes from its
+newest checkpoint, bit for bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from itool_jax.training.settings import TrainingSettings
 
 READ = grain.ReadOptions(num_threads=0)  # batches are made while the device computes
 PATIENCE = 3
-"""Steps in a row without a finite loss and gradient that end a training."""
+"""Training fails after this many steps in a row without a finite loss and gradient."""
 
 
 def train_and_save(
@@ -44,9 +44,10 @@ def train_and_save(
     round_folder: Path | None = None,
     steps_before: int = 0,
 ) -> str:
-    """Trains from `start`, (trainable, frozen), and saves the weights; returns their digest.
+    """Trains from `start`, (trainable, frozen), saves the weights and returns their digest.
 
-    They are the phase's, unless a folder is given of one of several rounds; `steps_before` were taken in earlier ones.
+    The weights go to the phase's folder, or to `round_folder` if training has several rounds. `steps_before` counts the
+    steps of earlier rounds.
     """
     trained = train_resumably(
         loss,
@@ -74,14 +75,14 @@ def train_resumably(
     spans: Sequence[int] = (),
     checkpoints: checkpoint.Training | None = None,
 ) -> Params:
-    """Trains from the newest checkpoint, or else from `start`, which is used up; returns the trained parameters.
+    """Trains from the newest checkpoint, or else from `start`, which is consumed; returns the trained parameters.
 
-    The learning rate rises and falls once in each of the `spans`, which are numbers of steps, or else once over all.
-    Without `checkpoints`, a training that is interrupted starts over.
+    The learning rate rises and falls once in each of `spans`, given as numbers of steps, or else once over the whole
+    training. Without `checkpoints`, an interrupted training starts over.
 
     Raises:
         ValueError: three steps in a row had no finite loss or gradient; the last batch is saved.
-        PreemptionError: the run was asked to stop, and the state is saved.
+        PreemptionError: the run was asked to stop; the state is saved.
     """
     trainable, frozen = start
     state = new_state(adamw(settings.weight_decay, settings.clip_norm), trainable)
@@ -101,7 +102,7 @@ def train_resumably(
             due = checkpoints is not None and checkpoints.due(update.step)
             decided = reports.add(update, hosts.vote(stop=asked_to_stop(), save=due))
             if checkpoints is not None and (decided.stop or decided.save):
-                reports.flush()  # what is saved is reported too
+                reports.flush()  # report every step that the checkpoint includes
                 checkpoints.save(update.step, state, data.get_state())
                 if decided.stop:
                     checkpoints.finish()
@@ -113,9 +114,9 @@ def train_resumably(
 
 
 class _Reports:
-    """Reports each step when the next one has been dispatched, so that the device never waits for the host.
+    """Reports each step once the next one has been dispatched, so that the device never waits for the host.
 
-    What processes vote in a step, to save or to stop, is therefore decided one step later.
+    A vote to save or stop therefore takes effect one step later.
     """
 
     def __init__(self, metrics: Metrics, section: str, advance: Callable[..., None]):
@@ -123,14 +124,14 @@ class _Reports:
         self.shapes: set[Any] = set()
         self.batch: Any = None
         self.skipped = 0
-        """Steps in a row without finite numbers."""
+        """Steps in a row without a finite loss and gradient."""
         self.pending: tuple[int, dict[str, Array], Any, hosts.Vote] | None = None
         self.decided: hosts.Vote | None = None
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches. Before one of new shapes, which is compiled, the last step is reported.
+        """Yields the batches; reports the last step before a batch of new shapes, which has to compile.
 
-        A process that takes longer to compile than others is then not taken for one that hangs.
+        A process that compiles longer than the others is then not mistaken for one that hangs.
         """
         for batch in batches:
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
@@ -141,13 +142,13 @@ class _Reports:
             yield batch
 
     def add(self, update: Update, vote: hosts.Vote) -> hosts.Vote:
-        """Reports the step before this one; returns what was voted in it."""
+        """Reports the previous step and returns its vote."""
         decided, self.decided = self.flush() if self.decided is None else self.decided, None
         self.pending = update.step, update.metrics, self.batch, vote
         return decided
 
     def flush(self) -> hosts.Vote:
-        """Reports the newest step; returns what was voted in it."""
+        """Reports the newest step and returns its vote."""
         if self.pending is None:
             return hosts.Vote(False, False)
         (step, metrics, batch, vote), self.pending = self.pending, None
@@ -159,7 +160,7 @@ class _Reports:
         return hosts.decided(vote)
 
     def _check(self, step: int, values: dict[str, float], batch: Any) -> None:
-        """Says that a step was left out; ValueError if several in a row were."""
+        """Logs a skipped step; raises ValueError after `PATIENCE` of them in a row."""
         self.skipped = self.skipped + 1 if values["skipped"] else 0
         if not self.skipped:
             return

@@ -1,7 +1,7 @@
 """The weights of one command: the base in one layout at a time, and at most one policy made from it.
 
-In: settings and a run directory. Out: policies to run, and parameters to train. `Weights` is their only owner: what it
-hands out stays valid, and it lets go of its own references as soon as another layout or policy is asked for.
+In: settings and a run directory. Out: policies to run, and parameters to train. `Weights` is their only owner. Whatever
+it returns stays valid; it drops its own references as soon as another layout or policy is requested.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from itool_jax.store.sources import check_sources
 
 
 class Weights:
-    """Owner of a command's weights; each is read when first asked for, and a phase's policy is restored once."""
+    """Owner of a command's weights; the base is read on first use, and a phase's policy is restored once."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -41,12 +41,12 @@ class Weights:
         self._policy: tuple[str, Policy] | None = None
 
     def base(self, *, stacked: bool) -> Params:
-        """The base's parameters on the mesh in use, stacked to train or layer by layer to run.
+        """Returns the base's parameters on the mesh in use: stacked for training, or layer by layer for inference.
 
-        The other layout is converted leaf by leaf, so both are never there at once.
+        The other layout is converted leaf by leaf, so that both never exist at once.
         """
         config, other = self._config, self._base is not None and self._stacked != stacked
-        if other and runs_apart(config.mesh):  # the other layout lies on other devices
+        if other and runs_apart(config.mesh):  # the other layout is on other devices
             self._base = None
         if self._base is None:
             nf4 = config.quantize == "nf4"
@@ -54,10 +54,10 @@ class Weights:
         elif other:
             self._base = (forms.to_train if stacked else forms.to_run)(self._base)
         self._stacked = stacked
-        return jax.tree.map(lambda x: x, self._base)  # a dict of its own: the next conversion empties ours
+        return jax.tree.map(lambda x: x, self._base)  # return a copy of the dict: the next conversion empties ours
 
     def policy(self, phase: str) -> Policy:
-        """A phase's policy to run, on the devices that this process runs models with."""
+        """Returns a phase's policy for inference, on the devices this process runs models on."""
         if self._policy is None or self._policy[0] != phase:
             self._policy = None
             with use_own_mesh(self._config.mesh):
@@ -74,24 +74,24 @@ class Weights:
             self._base = None
             return Policy(graph, forms.to_run(restore_trained(config, phase, config.dtype)))
         frozen = self.base(stacked=False)
-        # In float32, a merged copy of what is a small model fits beside the base.
+        # A float32 model is small enough for a merged copy to fit in memory next to the base.
         if config.preference.merge or (config.dtype == "float32" and config.quantize == "none"):
             for part in merged_phases(config, phase):
                 frozen = merge_adapters(frozen, forms.to_run(restore_trained(config, part)), config.lora)
             return Policy(graph, frozen)
-        # Merged into weights of less precision, adapters would lose most of what they learned.
+        # Merging adapters into lower-precision weights would lose most of what they learned.
         trained = forms.to_run(restore_trained(config, phase))
         return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
 
     def trainable(self, phase: str, *, merge: bool = False) -> tuple[Params, Params]:
-        """A phase's float32 parameters for training to take over, and the frozen ones beside them.
+        """Returns a phase's trainable float32 parameters, which training takes over, and the frozen parameters.
 
-        For the base, fresh adapters that change nothing; without adapters, its own weights. With `merge`, fresh
-        adapters, and those of the phase are merged into the frozen parameters.
+        For the base, these are fresh adapters that change nothing or, without LoRA, the base's own weights. With
+        `merge`, the phase's adapters are merged into the frozen parameters, and fresh adapters are trained.
         """
         config, self._policy = self._config, None
         if not config.lora.rank:
-            self._base = None  # the weights are there once: those that training changes
+            self._base = None  # keep only one copy of the weights: the one that training changes
             trainable = hf.load(model_folder(config))[1] if phase == BASE else restore_trained(config, phase)
             return trainable, {}
         key, model = jax.random.key(config.seed), load_base(config).config
@@ -100,14 +100,14 @@ class Weights:
         if not merge:
             return restore_trained(config, phase), self.base(stacked=True)
         frozen, parts = self.base(stacked=True), merged_phases(config, phase)
-        self._base = None  # what is merged takes its place
+        self._base = None  # the merged weights take its place
         for part in parts:
             frozen = merge_adapters(frozen, restore_trained(config, part), config.lora)
         return initialize_adapters(model, config.lora, jax.random.fold_in(key, len(parts))), frozen
 
 
 class PhasePolicy:
-    """The policy of a phase as a value that the loop passes on; its weights are loaded when they are first used."""
+    """A phase's policy, as a value to pass between steps; its weights are loaded on first use."""
 
     def __init__(self, weights: Weights, config: Config, phase: str):
         self._weights, self._config, self.phase = weights, config, phase
@@ -118,25 +118,25 @@ class PhasePolicy:
         return policy_step(self.phase)
 
     def require(self) -> None:
-        """ValueError names the step to run first if the phase has no weights yet."""
+        """Raises ValueError, naming the step to run first, if the phase has no weights yet."""
         if self.origin is not None and not weights_folder(self._config.run_dir, self.phase).is_dir():
             run_dir = self._config.run_dir
             raise ValueError(f"{run_dir} has no weights of {self.phase} yet; run {command(self.origin)} first")
 
     def running(self) -> Policy:
-        """Its graph and parameters, to run.
+        """Returns the policy's graph and parameters for inference.
 
-        Restoring them is a collective: every process of a run calls this, whether it has work for the model or not.
+        Restoring them is a collective operation: every process of a run must call this, even one without work.
         """
         return self._weights.policy(self.phase)
 
     def trainable(self, *, merge: bool = False) -> tuple[Params, Params]:
-        """Its trainable and frozen parameters; see `Weights.trainable`."""
+        """Returns its trainable and frozen parameters; see `Weights.trainable`."""
         return self._weights.trainable(self.phase, merge=merge)
 
 
 def restore_trained(config: Config, phase: str, dtype: str = "float32") -> Params:
-    """The adapters, or all weights, that a phase trained, in the stacked layout; the base is not loaded."""
+    """Restores what a phase trained, adapters or all weights, in the stacked layout; the base is not loaded."""
     model = hf.read_config(model_folder(config), config.dtype)
     _, weights, adapters = abstract(model, config.lora)
     shapes = adapters if config.lora.rank else weights
@@ -145,20 +145,23 @@ def restore_trained(config: Config, phase: str, dtype: str = "float32") -> Param
 
 
 def merged_phases(config: Config, phase: str) -> list[str]:
-    """The phases whose adapters are a phase's policy together with the base: with `preference.merge`, all up to it."""
+    """Lists the phases whose adapters, added to the base, make a phase's policy; see `preference.merge`.
+
+    With `preference.merge` these are the warm-up and all iterations up to the phase; else only the phase itself.
+    """
     if config.preference.merge and phase.startswith("iteration_"):
         return [phase_name(i) for i in range(iteration_of(phase) + 1)]
     return [phase]
 
 
 def training_graph(config: Config, *, dropout: bool) -> nnx.GraphDef:
-    """The module that the trainable and the frozen parameters go into, with the dropout of `lora.dropout` or none."""
+    """Returns the module for the trainable and frozen parameters, with `lora.dropout` or no dropout."""
     lora = config.lora if dropout else dataclasses.replace(config.lora, dropout=0.0)
     return abstract(load_base(config).config, lora)[0]
 
 
 def answering_phase(config: Config) -> str:
-    """The phase that `generate.phase` names, or the base if it names none.
+    """Returns the phase that `generate.phase` names, or the base if it names none.
 
     Raises:
         ValueError: the run directory has no such weights, or they belong to another model.

@@ -1,6 +1,6 @@
-"""glibc's allocator, told to keep what is freed, which else goes back to the system, page by page, each time.
+"""Makes glibc's allocator keep freed memory, which it would otherwise return to the system page by page each time.
 
-In: the environment. Out: the program, started again with it set, since glibc reads it when a process starts.
+In: the environment. Out: the program restarted with glibc's settings, because glibc reads them when a process starts.
 """
 
 import os
@@ -10,6 +10,6 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000
 
 
 def keep_freed_memory() -> None:
-    """Starts the program again with glibc told to keep large buffers, unless one of its settings is there already."""
+    """Restarts the program so that glibc keeps large buffers, unless one of its settings is already set."""
     if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})

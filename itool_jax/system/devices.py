@@ -1,7 +1,7 @@
-"""Accelerators that a run can be planned for, by name or by three numbers, and what is assumed of them.
+"""Accelerators that a run can be planned for, given by name or as three numbers.
 
-In: `--plan.device`. Out: memory, bandwidth and peak of one device. The values are those of the makers' data sheets, for
-dense bfloat16 products (float16 where there is no bfloat16); what a program may take of the memory is less.
+In: `--plan.device`. Out: memory, bandwidth and peak rate of one device. The values come from the makers' data sheets,
+for dense bfloat16 products (float16 if there is no bfloat16). Programs can use less than the stated memory.
 """
 
 import dataclasses
@@ -9,20 +9,20 @@ import math
 from typing import NamedTuple
 
 HERE = "here"
-"""Names the devices of this machine."""
+"""The name for this machine's devices."""
 
 
 class Device(NamedTuple):
-    """One accelerator, as its data sheet has it."""
+    """One accelerator, as in its data sheet."""
 
     gigabytes: float
     bandwidth: float
-    """GB a second that its memory gives."""
+    """Memory bandwidth in GB/s."""
     teraflops: float
-    """Dense products of 16-bit numbers, 10¹² operations a second."""
+    """Peak rate of dense 16-bit products, in 10¹² operations a second."""
     source: str
     topology: str = ""
-    """What the TPU's compiler calls the kind, where it describes a chip as the one device that JAX sees; else empty."""
+    """The TPU compiler's name for the kind, if it describes a chip as one device, as JAX does; else empty."""
 
 
 _CLOUD = "cloud.google.com/tpu/docs"
@@ -40,29 +40,29 @@ DEVICES = {
 }
 
 TPU_KINDS = {"v5 lite": "tpu-v5e", "v5e": "tpu-v5e", "v6 lite": "tpu-v6e", "v5": "tpu-v5p", "v4": "tpu-v4"}
-"""What JAX calls them; the first that is found counts."""
+"""JAX's names for the TPU kinds; the first match counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """Planning of a run (stage plan): the devices, and what share of their limits is reached."""
+    """Planning of a run (stage plan): the devices, and the share of their limits that programs reach."""
 
     device: str = HERE
-    """Devices to plan for: one of t4, l4, a100-40, a100-80, h100, h200, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e; of
-    another three numbers, GB:bandwidth:TFLOPS with the bandwidth in GB/s, as 48:864:181; or here, this machine's."""
+    """Device to plan for: t4, l4, a100-40, a100-80, h100, h200, tpu-v4, tpu-v5e, tpu-v5p or tpu-v6e. For any other,
+    give GB:bandwidth:TFLOPS with the bandwidth in GB/s, such as 48:864:181. "here" means this machine's devices."""
     count: int = 0
-    """How many of them; 0 is as many as the mesh takes, or all that are here."""
+    """Number of devices; 0 = as many as the mesh needs, or all devices of this machine."""
     memory_share: float = 0.9
-    """Share of a device's memory that programs may take; the rest is for what the analysis does not see."""
+    """Share of a device's memory that programs may use; the rest covers what the analysis does not see."""
     decode_share: float = 0.4
-    """Share of the memory's bandwidth that sampling reaches. Measured on an H100, 8 B weights in bfloat16: 0.68
+    """Share of the memory bandwidth that sampling reaches. Measured on an H100 with 8 B weights in bfloat16: 0.68
     for one row, 0.46 for 32, 0.30 for 128."""
     training_share: float = 0.35
-    """Share of peak operations that training steps reach (assumed)."""
+    """Share of the peak rate that training steps reach (assumed)."""
     scoring_share: float = 0.45
-    """Share of peak operations that passes without a gradient reach (assumed)."""
+    """Share of the peak rate that passes without a gradient reach (assumed)."""
     pairs_a_tree: float = 5.0
-    """Preference pairs that a tree gives (assumed)."""
+    """Preference pairs per search tree (assumed)."""
 
     def __post_init__(self) -> None:
         if self.device != HERE:
@@ -77,7 +77,7 @@ class PlanSettings:
 
 
 def device_of(text: str) -> Device:
-    """The device of that name, or of three numbers. ValueError for anything else; it lists the names."""
+    """Returns the device with that name, or built from three numbers; else ValueError listing the names."""
     if text.lower() in DEVICES:
         return DEVICES[text.lower()]
     try:
@@ -92,7 +92,7 @@ def device_of(text: str) -> Device:
 
 
 def device_like(kind: str) -> Device | None:
-    """The device that a `device_kind` of JAX names, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite"; else None."""
+    """Returns the device for a JAX `device_kind`, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite"; else None."""
     words = kind.lower().replace("-", " ")
     if "tpu" in words:
         return next((DEVICES[name] for part, name in TPU_KINDS.items() if part in words), None)

@@ -1,7 +1,7 @@
-"""What a run was made in: versions, devices, code and command line, kept in `environment.json` of the run directory.
+"""Records a run's versions, devices, code and command line in `environment.json` of the run directory.
 
-In: the command line. Out: a list of sessions, of which one more is added where anything differs from the last one; and
-one line about what does. Another environment never ends a run: its results may differ in their last bits, that is all.
+In: the command line. Out: a list of sessions, with a new one whenever anything differs from the last, and one line that
+says what. A changed environment never ends a run: its results may only differ in their last bits.
 """
 
 import collections
@@ -28,28 +28,28 @@ PACKAGES = (
 )
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
-"""Of XLA: kernels on GPU that compute the same each time, and none chosen by how fast it happened to be."""
+"""XLA flags for deterministic GPU kernels, with none chosen by a timing."""
 
 
 def make_deterministic() -> None:
-    """Sets what XLA needs to compute the same bits each time; only before the first use of a device."""
+    """Sets the XLA flags for bitwise reproducible results; call it before the first use of a device."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in DETERMINISTIC if flag not in flags)])
 
 
 def programs_folder() -> Path:
-    """Where compiled programs are kept: JAX_COMPILATION_CACHE_DIR, or a folder of our own."""
+    """Returns the folder of compiled programs: JAX_COMPILATION_CACHE_DIR, or a default folder."""
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/itool_jax/xla")).expanduser()
 
 
 def keep_programs() -> None:
-    """Compiled programs are kept for the next process."""
+    """Turns on the persistent compilation cache, so that later processes reuse compiled programs."""
     jax.config.update("jax_compilation_cache_dir", str(programs_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def record(folder: Path, arguments: Sequence[str]) -> str | None:
-    """Adds this session to the file in `folder` unless it is like the last one; returns what changed, for the user."""
+    """Adds this session to the file in `folder` unless it equals the last one; returns a message about changes."""
     now = describe(arguments)
     sessions = _read(folder / FILE)
     before = sessions[-1] if sessions else None
@@ -64,7 +64,7 @@ def record(folder: Path, arguments: Sequence[str]) -> str | None:
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
-    """The process and what it runs on, as plain values; secrets of the command line are hidden."""
+    """Describes the process and its environment in plain values; secrets in the command line are hidden."""
     devices = jax.devices()
     return {
         "time": round(time.time(), 3),
@@ -81,7 +81,7 @@ def describe(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter and are there; a plugin for accelerators counts too."""
+    """Returns the versions of the relevant installed packages, including accelerator plugins."""
     there = {dist.name.lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     return {
         name: there[name] for name in sorted(there) if name in PACKAGES or name.startswith(("jax-cuda", "jax-rocm"))
@@ -89,7 +89,7 @@ def versions() -> dict[str, str]:
 
 
 def _code() -> dict[str, Any] | None:
-    """The commit of the checkout this runs from, and whether its files are as committed; None outside of one."""
+    """Returns the commit of this checkout and whether its files differ from it; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -106,7 +106,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The sessions so far; none where there is no such file, or where it is damaged: it decides nothing."""
+    """Reads the earlier sessions; a missing or damaged file counts as none, because nothing depends on it."""
     try:
         sessions = read_json(path)["sessions"]
         return [session for session in sessions if isinstance(session, dict)]
@@ -115,7 +115,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """`jax 0.10.1 → 0.10.2` for each value that differs, but for the time and the command."""
+    """Yields `jax 0.10.1 → 0.10.2` for each value that differs, except the time and the command."""
     for name in sorted((before.keys() | now.keys()) - {"time", "command"}):
         a, b = before.get(name), now.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping) and name != "devices":

@@ -1,6 +1,6 @@
-"""Writes files that are either whole or absent, and the JSON files of a run.
+"""Writes files atomically, and reads and writes the JSON files of a run.
 
-In: rows or JSON objects. Out: JSON lines, gzipped or not, and JSON files. Of several processes, the first one writes.
+In: rows or JSON objects. Out: JSON lines, gzipped or not, and JSON files. Of several processes, only the first writes.
 """
 
 import contextlib
@@ -16,24 +16,24 @@ from itool_jax.system.hosts import is_first
 
 
 def place(path: str | os.PathLike[str], number: int) -> str:
-    """How messages name a row: `FILE line 7`, or `FILE row 7` where rows are no lines."""
+    """Returns the name of a row for messages: `FILE line 7`, or `FILE row 7` if rows are not lines."""
     kind = "row" if row_format(pathlib.Path(path)) in (".json", ".parquet") else "line"
     return f"{os.fspath(path)} {kind} {number}"
 
 
 def row_format(path: pathlib.Path) -> str:
-    """Returns the suffix that says how rows are stored, such as ".jsonl", with ".gz" ignored."""
+    """Returns the suffix that gives the row format, such as ".jsonl", ignoring ".gz"."""
     return pathlib.Path(path.name.removesuffix(".gz")).suffix
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows as JSON lines, gzipped where the name ends in .gz, and returns how many.
+    """Writes rows as JSON lines, gzipped if the name ends in .gz, and returns their number.
 
-    The file takes its name only when it is whole, so that a reader never meets half of one. A link keeps
-    pointing where it does; a pipe or a device is written to as it is.
+    The file gets its name only when it is complete, so that no reader sees a partial one. A link keeps its target;
+    a pipe or a device is written to directly.
 
     Raises:
-        ValueError: a row holds a value that is not JSON, such as NaN; names file and row.
+        ValueError: a row holds a value that is not JSON, such as NaN; the message names file and row.
         OSError: the disk is full or the folder cannot be written; the earlier file is untouched.
     """
     path = pathlib.Path(path)
@@ -46,9 +46,9 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A new file to write to, which takes its name, in place of an earlier one, only when all is written.
+    """Yields a temporary file to write to, which replaces `path` only when it is complete.
 
-    Of several processes the first one writes for all.
+    Of several processes, only the first writes.
     """
     if not is_first():
         with open(os.devnull, "wb") as nothing:
@@ -67,9 +67,9 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:
-    """Removes what `whole_file` left of files in a folder and below it when its process was killed.
+    """Removes partial files below a folder that killed processes left in `whole_file`.
 
-    Whoever calls it holds the lock: no other process writes there.
+    The caller must hold the lock, so that no other process writes there.
     """
     for left in folder.rglob(".*.*.partial"):
         if left.name.split(".")[-2].isdigit() and not left.is_dir():
@@ -77,7 +77,7 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file of the run; ValueError where it is damaged."""
+    """Reads the object in a JSON file of the run; ValueError if it is damaged."""
     try:
         content = untrusted.read_json(path)
     except ValueError as error:  # not JSON, or not text
@@ -88,13 +88,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or absent."""
+    """Writes a JSON file atomically."""
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _write_rows(raw: BinaryIO, path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> int:
-    # No time stamp: equal rows give equal bytes.
+    # No time stamp, so that equal rows give equal bytes.
     file = gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) if path.suffix == ".gz" else raw
     count = 0
     for count, row in enumerate(rows, 1):

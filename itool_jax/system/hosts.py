@@ -1,7 +1,7 @@
-"""The processes of a run, one a host: how they find each other, agree, and learn that one of them is gone.
+"""Coordinates the processes of a run, one per host: they find each other, agree, and notice when one is gone.
 
-In: settings, or what Slurm, a TPU pod or GKE say. Out: functions that decide the same on all processes, and a thread
-that ends this one with a line naming another that has died, hung or failed. In a run of one process they cost nothing.
+In: settings, or what Slurm, a TPU pod or GKE report. Out: functions that decide the same on all processes, and a thread
+that ends this process with a line naming another one that died, hung or failed. A single process pays nothing for them.
 Messages go through the key-value store of jax's coordination service, which process 0 holds.
 """
 
@@ -27,27 +27,27 @@ T = TypeVar("T")
 LOST = 69
 """Exit code of a process that stops because another one did."""
 BEAT, WAITING = 2.0, 60.0
-"""Seconds between two signs of life of a process, and between two lines about who is waited for."""
+"""Seconds between two heartbeats of a process, and between two lines that name the processes waited for."""
 ASKED = "asked to stop"
-"""What a process leaves behind that ends because it was."""
+"""Exit marker of a process that was asked to stop."""
 PARTING = 20.0
-"""Seconds that the process which holds the store waits for the others to leave first."""
+"""Seconds that process 0, which holds the store, waits for the others to leave first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedSettings:
-    """Several processes that work as one, each with the devices of its host, over one run directory that all see."""
+    """Several processes that work as one, each on the devices of its host, with a shared run directory."""
 
     auto: bool = False
-    """Ask Slurm, the TPU pod, GKE or Open MPI, whichever started this process, for what the three below say."""
+    """Get the next three settings from Slurm, the TPU pod, GKE or Open MPI, whichever started this process."""
     coordinator_address: str | None = None
-    """Host and port of process 0, as node1:12345."""
+    """Host and port of process 0, such as node1:12345."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """Number of this process, from 0."""
     heartbeat_timeout: float = 30.0
-    """Seconds without a sign of life of a process until the others stop and name it."""
+    """Seconds without a heartbeat from a process before the others stop and name it."""
 
     def __post_init__(self) -> None:
         names = ("coordinator_address", "num_processes", "process_id")
@@ -69,28 +69,28 @@ class DistributedSettings:
 
     @property
     def several(self) -> bool:
-        """Whether the command is one of several processes."""
+        """True if the command is one of several processes."""
         return self.auto or self.coordinator_address is not None
 
 
-# Which process this is --------------------------------------------------------------------------------------
+# This process -----------------------------------------------------------------------------------------------
 
 
 class _Other(NamedTuple):
-    """What was last heard of another process, and when."""
+    """The last heartbeat from another process, and its time."""
 
     text: str
     time: float
 
     @property
     def state(self) -> dict[str, Any]:
-        """What it said; nothing where it has not yet."""
+        """The contents of the heartbeat; empty before the first one."""
         return json.loads(self.text) if self.text else {}
 
 
 @dataclasses.dataclass
 class _Run:
-    """The processes of this run; `store` is there once they have found each other."""
+    """The processes of this run; `store` is set once they have found each other."""
 
     store: Any = None
     index: int = 0
@@ -110,25 +110,27 @@ _run = _Run()
 
 
 def index() -> int:
-    """The number of this process."""
+    """Returns the number of this process."""
     return _run.index
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return _run.count
 
 
 def is_first() -> bool:
-    """Whether this process writes logs, metrics and results: of several, the first one."""
+    """Returns whether this is the first process, the one that writes logs, metrics and results."""
     return _run.index == 0
 
 
 def join(settings: DistributedSettings, stage: Callable[[], str | None] = lambda: None) -> None:
-    """Meets the other processes; before the first use of a device. `stage` says what this one is at, for messages.
+    """Connects to the other processes; call it before the first use of a device.
+
+    `stage` returns the stage this process is in, for messages.
 
     Raises:
-        ValueError: nothing says who the others are, or they did not come.
+        ValueError: the other processes are not known, or did not arrive.
     """
     if not settings.several or _run.store is not None:
         return
@@ -152,13 +154,13 @@ def join(settings: DistributedSettings, stage: Callable[[], str | None] = lambda
     _watch()
 
 
-# Deciding the same ------------------------------------------------------------------------------------------
+# Agreement --------------------------------------------------------------------------------------------------
 
 
 def broadcast_from_primary(name: str, compute: Callable[[], T]) -> T:
-    """What the first process computes, plain JSON, on all of them; its ValueError too. Once for each name.
+    """Computes a plain JSON value on the first process and returns it on all; its ValueError is shared too.
 
-    Of one process it is `compute()`, each time.
+    Each name is computed once. A single process calls `compute()` every time.
     """
     if _run.store is None:
         return compute()
@@ -180,10 +182,10 @@ def broadcast_from_primary(name: str, compute: Callable[[], T]) -> T:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here; once for each name.
+    """Waits until all processes reach this point; use each name once.
 
     Raises:
-        PreemptionError: the run was asked to stop meanwhile.
+        PreemptionError: the run was asked to stop while waiting.
     """
     if _run.store is not None:
         key = f"itool/met/{_plain(name)}"
@@ -192,19 +194,19 @@ def barrier(name: str) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name as a part of a key, in which slashes divide."""
+    """Hashes a name so that it can be part of a key, in which slashes are separators."""
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 def _await(prefix: str, wanted: int) -> list[str]:
-    """The values of keys that begin so, when there are as many as wanted; those who are gone, the watch names."""
+    """Waits for `wanted` keys with this prefix and returns their values; the watch handles lost processes."""
     pause, told = 0.005, time.monotonic()
     while len(found := _run.store.key_value_dir_get(prefix)) < wanted:
         if is_first() and time.monotonic() - told > WAITING:
             told = time.monotonic()
             missing = set(range(count())) - {int(key.rpartition("/")[2]) for key, _ in found}
             print(f"waiting for {', '.join(_described(i) for i in sorted(missing))}", file=sys.stderr)
-        if _run.left:  # one that was asked to stop has, and will not come; nobody stops here before it
+        if _run.left:  # a process that was asked to stop has left and will not arrive
             stop_if_asked()
         time.sleep(pause)
         pause = min(0.2, pause * 1.5)
@@ -212,14 +214,14 @@ def _await(prefix: str, wanted: int) -> list[str]:
 
 
 class Vote(NamedTuple):
-    """What a process wishes to happen at the end of a training step, or what all do."""
+    """A process's vote for the end of a training step, or the votes of all."""
 
     stop: Any
     save: Any
 
 
 def vote(*, stop: bool, save: bool) -> Vote:
-    """Tells the other processes what this one wishes; each calls it once a step, and none waits for the others."""
+    """Casts this process's vote; every process calls it once per step, and none waits for the others."""
     if _run.store is None:
         return Vote(stop, save)
     import jax
@@ -239,26 +241,26 @@ def _any() -> Callable[[Any], Any]:
 
 
 def decided(votes: Vote) -> Vote:
-    """What any process wished in that step: the same in all of them."""
+    """Returns what any process voted for in that step, the same on all processes."""
     return Vote(*(bool(wish) for wish in votes))
 
 
 def stop_together() -> None:
-    """`stop_if_asked` where all processes compute together: all raise, or none does."""
+    """Raises PreemptionError like `stop_if_asked`, for processes that compute together: all raise, or none."""
     if decided(vote(stop=asked_to_stop(), save=False)).stop:
         raise PreemptionError
 
 
-# Who is there -----------------------------------------------------------------------------------------------
+# Heartbeats -------------------------------------------------------------------------------------------------
 
 
 def step_done() -> None:
-    """Says that a step is done that all processes make together: one that stays behind is not only slow."""
+    """Counts a training step that all processes make together, so that one that falls behind is known to hang."""
     _run.steps, _run.step_time = _run.steps + 1, time.monotonic()
 
 
 def _watch() -> None:
-    """Starts to tell the others that this process lives, and to see who does not."""
+    """Starts the threads that send this process's heartbeat and check those of the others."""
     _run.heard = {i: _Other("", time.monotonic()) for i in range(count())}
     _run.threads = [threading.Thread(target=target, daemon=True) for target in (_beat, _judge)]
     for thread in _run.threads:
@@ -267,11 +269,11 @@ def _watch() -> None:
 
 
 def _beat() -> None:
-    """Now and then: a sign of life, and a look at those of the others."""
+    """Sends a heartbeat and reads those of the others, every `BEAT` seconds."""
     heard = _run.heard
     where = f"process {index()} on {socket.gethostname()}"
     for number in range(1 << 62):
-        with contextlib.suppress(Exception):  # who does not answer is for `_judge` to find
+        with contextlib.suppress(Exception):  # `_judge` finds those that do not answer
             quiet = time.monotonic() - _run.step_time
             state = {"number": number, "where": where, "stage": _run.stage(), "steps": _run.steps, "quiet": quiet}
             state["stop"] = asked_to_stop()
@@ -283,7 +285,7 @@ def _beat() -> None:
                 if json.loads(text)["stop"]:
                     ask_to_stop()
             left = _run.store.key_value_dir_get("itool/left/")
-            if any(text == ASKED for _, text in left):  # before its next sign of life
+            if any(text == ASKED for _, text in left):  # it may stop before its next heartbeat
                 ask_to_stop()
             _run.left |= {int(key.rpartition("/")[2]) for key, _ in left}
             heard[index()] = _Other("", time.monotonic())  # the store answers
@@ -296,13 +298,13 @@ def _beat() -> None:
 
 
 def _judge() -> None:
-    """Ends this process where another, or the store, has been silent for too long, or one hangs in a training."""
+    """Ends this process if another one or the store is silent for too long, or if one hangs in training."""
     while True:
         time.sleep(1.0)
         silent = {i: time.monotonic() - other.time for i, other in _run.heard.items()}
         if _run.leaving:
             return
-        if silent[index()] > _run.timeout and index() != 0:  # no one can be heard of: the store is silent
+        if silent[index()] > _run.timeout and index() != 0:  # nobody can be heard if the store is silent
             _end(f"{_described(0)} has not been heard of for {silent[index()]:.0f} s: it died or hangs")
         others = silent.keys() - _run.left - {index()} if silent[index()] < _run.timeout / 2 else ()
         for i in sorted(others):
@@ -313,21 +315,21 @@ def _judge() -> None:
 
 
 def _behind(state: dict[str, Any]) -> float:
-    """For how long a process has not made a step that this one made, while this one waited too."""
+    """Returns how many seconds a process has lagged behind this one's last step, while this one waited too."""
     if state.get("steps", _run.steps) >= _run.steps:
         return 0.0
     return min(state["quiet"], time.monotonic() - _run.step_time)
 
 
 def _described(number: int) -> str:
-    """A process by its number and host, and what it was at when it was last heard of."""
+    """Describes a process by its number, its host and the stage in its last heartbeat."""
     state = _run.heard[number].state
     at = f" (in {state['stage']})" if state.get("stage") else ""
     return f"{state.get('where', f'process {number}')}{at}"
 
 
 def _end(line: str) -> NoReturn:
-    """Ends this process at once: its main thread may wait for the other one for ever."""
+    """Ends this process at once, because its main thread may wait for the other one forever."""
     text = f"{line}; process {index()} stops, and the same command goes on where the run was\n"
     with contextlib.suppress(OSError):
         os.write(2, redacted(text).encode())
@@ -335,7 +337,7 @@ def _end(line: str) -> NoReturn:
 
 
 def _end_in_words_without_store() -> None:
-    """Where process 0 dies, jax's client aborts every other process at once, with a stack trace; adds who it was."""
+    """Names process 0 after the stack trace with which jax's client aborts the others when process 0 dies."""
     if index() != 0:
         library = ctypes.CDLL(None)
         library.signal.argtypes, library.signal.restype = [ctypes.c_int, _HANDLER], ctypes.c_void_p
@@ -351,7 +353,7 @@ def _on_abort(_: int) -> None:
 
 
 def leave(failure: str | None = None) -> None:
-    """Tells the others that this process ends, and why where it failed; the first waits for them to be gone."""
+    """Tells the others that this process ends, and why if it failed; the first process waits for them to leave."""
     if _run.store is None or _run.leaving:
         return
     with contextlib.suppress(Exception):
@@ -366,9 +368,9 @@ def leave(failure: str | None = None) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """Ends the process; one of several that did not succeed, without jax's farewell, which waits for all of them."""
+    """Ends the process; a failed one of several skips jax's shutdown, which would wait for all of them."""
     if _run.store is None or not code:
-        for thread in _run.threads:  # one that Python's end tears out of a call to the store takes the process along
+        for thread in _run.threads:  # one still in a call to the store at Python's exit would crash the process
             thread.join(PARTING)
         sys.exit(code)
     sys.stdout.flush()
@@ -377,7 +379,7 @@ def end(code: int) -> NoReturn:
 
 
 def await_verdict() -> None:
-    """After a fault that may be another's: gives the watch the time to find who is gone, which ends this process."""
+    """Waits, after an error that another process may have caused, until the watch names it and ends this process."""
     if _run.store is not None:
         print("an exchange with the other processes failed; looking for the one that is gone", file=sys.stderr)
         time.sleep(_run.timeout + 3 * BEAT)

@@ -1,7 +1,7 @@
-"""Finished rows of a step, kept on disk as they come, so that a killed step computes only the rows that are missing.
+"""Journals of a step's finished rows, so that a killed step computes only the missing rows.
 
-In: results by the number of their item. Out: the same after a kill. A journal is a file that only grows: each line is
-a checksum and the JSON of some rows, `[[number, result], ...]`, written at once.
+In: results by item number. Out: the same results after a kill. A journal is an append-only file: each line holds a
+checksum and the JSON of some rows, `[[number, result], ...]`, in one write.
 """
 
 import json
@@ -17,7 +17,7 @@ from itool_jax.system.messages import say
 
 
 class Journal:
-    """Appends to the journal at `path`, behind its last whole line; with `writes` false, to nothing."""
+    """Writer that appends to the journal at `path` after its last whole line; with `writes` false, writes nothing."""
 
     def __init__(self, path: Path, *, writes: bool = True):
         _, whole = read(path)
@@ -27,25 +27,24 @@ class Journal:
             self._file.truncate(whole)
 
     def __enter__(self) -> "Journal":
-        """The journal."""
+        """Returns the journal."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        """Closes its file."""
+        """Closes the file."""
         self._file.close()
 
     def append(self, rows: Mapping[int, Any]) -> None:
-        """Writes results, plain JSON values, by item number; they survive the process from here on."""
+        """Appends results, plain JSON, by item number; from then on they survive the death of the process."""
         text = json.dumps(list(rows.items())).encode()
         self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
         self._file.flush()
 
 
 def read(path: Path) -> tuple[dict[int, Any], int]:
-    """The results by item number in the journal at `path`, and how many bytes of the file are whole lines.
+    """Reads the results in the journal at `path`, by item number, and the length in bytes of its whole lines.
 
-    A line that was cut off when the process was killed is left out; so are a damaged one and all behind it, with a
-    message.
+    A line cut off by a kill is ignored. A damaged line and all lines after it are dropped with a message.
     """
     rows: dict[int, Any] = {}
     content = path.read_bytes() if path.exists() else b""
@@ -55,7 +54,7 @@ def read(path: Path) -> tuple[dict[int, Any], int]:
         if checksum != b"%08x" % zlib.crc32(text):
             say(f"{path} is damaged after its first {lines} lines; the rows from there on are computed again")
             break
-        entry = untrusted.parse_json(text.decode())  # as it was written, by its checksum
+        entry = untrusted.parse_json(text.decode())  # intact, since its checksum matches
         if not isinstance(entry, list) or not all(isinstance(x, list) and len(x) == 2 for x in entry):
             raise ValueError(f"{path} is not a journal of rows; delete it")
         rows.update(entry)

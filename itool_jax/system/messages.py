@@ -1,7 +1,7 @@
-"""Messages to the user and to the log of a run.
+"""Prints messages for the user and writes the log of a run.
 
-In: texts. Out: stderr, and `log.jsonl` in the run directory: time, stage, level and text of every message, of progress,
-of the begin and end of each stage, and of errors. Of several processes, only the first one writes.
+In: texts. Out: stderr, and `log.jsonl` in the run directory, with time, stage, level and text of messages, progress,
+errors, and the start and end of each stage. Of several processes, only the first one writes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from itool_jax.system.untrusted import redacted
 
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
-"""For tables, which of several processes the first one prints."""
+"""For tables; of several processes, only the first one prints them."""
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ _log = _Log()
 
 
 def open_log(folder: Path) -> None:
-    """Appends all messages to `log.jsonl` in a folder, too, from now on."""
+    """Starts appending all messages to `log.jsonl` in a folder, too."""
     _log.path = folder / "log.jsonl"
 
 
@@ -43,7 +43,7 @@ def close_log() -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, so that stdout holds results only, and logs it."""
+    """Logs a line and prints it on stderr, so that stdout holds results only."""
     if is_first():
         note("info", text)
         console.print(redacted(text), markup=False, soft_wrap=True)
@@ -51,7 +51,7 @@ def say(text: str) -> None:
 
 def fail(text: str) -> None:
     """Prints and logs the error that ends a command, in every process."""
-    with contextlib.suppress(OSError):  # the disk that is full may be what it is about
+    with contextlib.suppress(OSError):  # the error may be that the disk is full
         note("error", text)
     print(redacted(text), file=sys.stderr)
 
@@ -66,7 +66,7 @@ def note(level: str, text: str) -> None:
 
 @contextlib.contextmanager
 def working_on(phase: str, stage: str) -> Iterator[None]:
-    """Logs the begin and end of a stage, and marks all lines between with it; a stage that fails stays marked."""
+    """Logs the start and end of a stage and tags all lines between with it; a failed stage stays set."""
     before, start = _log.stage, time.monotonic()
     _log.stage = f"{phase}/{stage}"
     note("info", "begin")
@@ -76,5 +76,5 @@ def working_on(phase: str, stage: str) -> Iterator[None]:
 
 
 def current_stage() -> str | None:
-    """Returns the stage that is running or that failed, `phase/stage`; None outside of any."""
+    """Returns the stage that is running or has failed, as `phase/stage`; None outside a stage."""
     return _log.stage

@@ -1,7 +1,7 @@
-"""The numbers of a run: `metrics.jsonl` in the run directory, and the trackers.
+"""Writes a run's metrics to `metrics.jsonl` in the run directory and to the trackers.
 
-In: numbers by name. Out: `metrics.jsonl`, one object a line with time, stage, step and values; TensorBoard and Weights
-& Biases if asked (`trackers`). Of several processes, only the first one writes.
+In: numbers by name. Out: `metrics.jsonl`, one object per line with time, stage, step and values; also TensorBoard and
+Weights & Biases if enabled (`trackers`). Of several processes, only the first one writes.
 """
 
 import json
@@ -20,12 +20,12 @@ _trackers: list[Tracker] = []
 
 
 def attach_trackers(trackers: Iterable[Tracker]) -> None:
-    """Sends all numbers to these trackers, too, from now on."""
+    """Starts sending all numbers to these trackers, too."""
     _trackers.extend(trackers)
 
 
 def close_trackers() -> None:
-    """Closes the trackers, which may upload what is left, and detaches them."""
+    """Detaches the trackers and closes them; closing may upload remaining numbers."""
     closing = [*_trackers]
     _trackers.clear()
     for tracker in closing:
@@ -33,15 +33,15 @@ def close_trackers() -> None:
 
 
 class Metrics(NamedTuple):
-    """The numbers of one stage in a metrics file."""
+    """The metrics of one stage in a metrics file."""
 
     path: Path
     stage: str
     steps_before: int = 0
-    """Steps of the stage that earlier trainings took; those of this one are counted behind them."""
+    """Steps that earlier trainings of the stage took; this training's step numbers continue from there."""
 
     def write(self, step: int, **values: float) -> None:
-        """Appends one line, with null for what is not finite, since JSON has no other word for it."""
+        """Appends one line, with null for values that are not finite, which JSON cannot hold."""
         if not is_first():
             return
         step += self.steps_before
@@ -52,7 +52,7 @@ class Metrics(NamedTuple):
         _track(self.stage, step, values)
 
     def drop_after(self, step: int) -> None:
-        """Removes the lines of this stage after a step from which it resumes, and a line that was cut off."""
+        """Removes this stage's lines after the step from which it resumes, and lines that were cut off."""
         if not self.path.is_file():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
@@ -71,14 +71,14 @@ class Metrics(NamedTuple):
 
 
 def track_results(phase: str, stage: str, results: Mapping[str, Any]) -> None:
-    """Sends the numbers among a stage's results to the trackers, at its phase: 0 base, 1 warm-up, and so on."""
+    """Sends the numbers in a stage's results to the trackers, with its phase as the step: 0 base, 1 warm-up, …"""
     number = {"base": 0, "warmup": 1}.get(phase)
     number = 1 + int(phase.removeprefix("iteration_")) if number is None else number
     _track(stage, number, dict(_numbers(results)))
 
 
 def _numbers(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the numbers in nested mappings, each with the names that lead to it."""
+    """Yields the numbers in nested mappings, each with its path of names."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{head}{name}/")

@@ -1,7 +1,7 @@
-"""SIGTERM asks a run to stop where nothing is lost: Slurm, Kubernetes and TPU maintenance send it some time ahead.
+"""Stops a run without losing work after SIGTERM, which Slurm, Kubernetes and TPU maintenance send some time ahead.
 
-In: the signal, or the word of another process that had it (see `hosts`). Out: whether to stop, asked after each step of
-a training and each batch of the rest.
+In: the signal, or a message from another process that received it (see `hosts`). Out: whether to stop, checked after
+each training step and after each batch of other work.
 """
 
 import signal
@@ -9,14 +9,14 @@ import threading
 
 
 class PreemptionError(Exception):
-    """The run was asked to stop, and all that it has done is kept."""
+    """The run was asked to stop; all its work is saved."""
 
 
 _asked_to_stop = threading.Event()
 
 
 def listen() -> None:
-    """From now on SIGTERM asks the run to stop where nothing is lost; a second one ends it at once."""
+    """Makes SIGTERM ask the run to stop at a safe point; a second SIGTERM ends it at once."""
     _asked_to_stop.clear()
     signal.signal(signal.SIGTERM, _on_sigterm)
 
@@ -27,16 +27,16 @@ def _on_sigterm(*_: object) -> None:
 
 
 def ask_to_stop() -> None:
-    """Asks this process, as a signal does: another one of the run was."""
+    """Asks this process to stop, as SIGTERM does; used when another process of the run was asked."""
     _asked_to_stop.set()
 
 
 def asked_to_stop() -> bool:
-    """Whether the run was asked to stop; what one process is asked, all know within seconds."""
+    """Returns whether the run was asked to stop; a request to one process reaches all within seconds."""
     return _asked_to_stop.is_set()
 
 
 def stop_if_asked() -> None:
-    """Raises PreemptionError where the run was asked to stop."""
+    """Raises PreemptionError if the run was asked to stop."""
     if asked_to_stop():
         raise PreemptionError

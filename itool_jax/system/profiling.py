@@ -1,7 +1,7 @@
-"""A trace of a few steps of each kind of work, for Perfetto (https://ui.perfetto.dev) and XProf.
+"""Traces a few steps of each kind of work, for Perfetto (https://ui.perfetto.dev) and XProf.
 
-In: a call at the end of each step. Out: `<folder>/<kind>/plugins/profile/<time>/`: `perfetto_trace.json.gz`, and what
-XProf and TensorBoard's profiler read.
+In: a call at the end of each step. Out: `<folder>/<kind>/plugins/profile/<time>/` with `perfetto_trace.json.gz` and the
+files that XProf and TensorBoard's profiler read.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SKIPPED, TRACED = 4, 4
-"""Steps that are left to compile and warm up, and steps that are traced behind them."""
+"""Steps skipped for compilation and warm-up, and steps traced after them."""
 
 
 @contextlib.contextmanager
 def traced(folder: Path | None, what: str, done: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Call what it yields at the end of each step of `what`; `done` is told of a trace. Without a folder, none is made.
+    """Yields a function to call at the end of each step of `what`; passes `done` a message about a finished trace.
 
-    Of each kind of work, which is the first word of `what`, one trace is made; fewer than five steps leave none.
+    Each kind of work, the first word of `what`, is traced once. Fewer than five steps, or no folder, give no trace.
     """
     kind = re.split(r"[\s,]", what)[0]
     place = None if folder is None else folder / kind
@@ -34,14 +34,14 @@ def traced(folder: Path | None, what: str, done: Callable[[str], None]) -> Itera
 
 
 class _Trace:
-    """Steps are counted; those to trace lie between `start_trace` and `stop_trace`."""
+    """Counter of steps that starts and stops the trace."""
 
     def __init__(self, place: Path, kind: str):
         self.place, self.kind, self.steps = place, kind, 0
         self.step: contextlib.ExitStack | None = None
 
     def tick(self) -> None:
-        """A step is over."""
+        """Counts a finished step."""
         if self.steps == SKIPPED + TRACED:
             return
         self.steps += 1
@@ -55,11 +55,11 @@ class _Trace:
                 self._end()
 
     def stop(self) -> bool:
-        """Ends a trace that is still on; returns whether any was made."""
+        """Ends a trace that is still running; returns whether one was made."""
         if self.step is not None:
             self.step.close()
             self._end()
-        if self.steps == SKIPPED:  # nothing came behind its start
+        if self.steps == SKIPPED:  # no step followed its start
             shutil.rmtree(self.place, ignore_errors=True)
         return self.place.exists()
 
@@ -72,7 +72,7 @@ class _Trace:
         self._mark()
 
     def _mark(self) -> None:
-        """XProf tells steps apart by these marks."""
+        """Marks the start of a step; XProf tells steps apart by these marks."""
         import jax
 
         self.step = contextlib.ExitStack()

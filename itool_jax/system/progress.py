@@ -1,6 +1,6 @@
-"""Progress bars on a terminal, progress lines in the log of a run, and the steps that a profile traces.
+"""Shows progress bars on a terminal, logs progress lines, and counts steps for the profiler.
 
-In: units of work as they are done. Out: a bar on stderr, lines in `log.jsonl`, and traces (`profiling`) if asked.
+In: finished units of work. Out: a bar on stderr, lines in `log.jsonl`, and traces (`profiling`) if enabled.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _state = _State()
 
 
 def trace_into(folder: Path | None) -> None:
-    """Traces a few steps of each kind of work into a folder from now on; none with None."""
+    """Starts tracing a few steps of each kind of work into a folder; None turns tracing off."""
     _state.traces = folder
 
 
@@ -39,7 +39,7 @@ def trace_into(folder: Path | None) -> None:
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Shows a bar for `total` units of work, of which `done` are done already; yields `advance(units=1, note="")`.
 
-    Without a terminal, one line at the end says how long the work took. `log.jsonl` gets a line every `LOG_SECONDS`.
+    A line at the end says how long the work took. `log.jsonl` gets a line every `LOG_SECONDS` seconds.
     """
     before = done
     start = logged = time.monotonic()

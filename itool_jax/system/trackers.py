@@ -1,8 +1,8 @@
-"""Where a run's numbers go besides `metrics.jsonl`, when asked: TensorBoard and Weights & Biases.
+"""Optionally sends a run's metrics to TensorBoard and Weights & Biases, besides `metrics.jsonl`.
 
-In: groups of numbers by name, each at a step. Out: `tensorboard/` and `wandb/` in the run directory. The numbers of a
-training step form the group of its phase, at the step; the figures of a stage form the group of the stage, at the
-phase: 0 the base, 1 the warm-up, then the iterations.
+In: groups of numbers by name, each at a step. Out: `tensorboard/` and `wandb/` in the run directory. The metrics of a
+training step are grouped by phase, at that step. The figures of a stage are grouped by stage, with the phase as the
+step: 0 the base, 1 the warm-up, then the iterations.
 """
 
 import dataclasses
@@ -20,37 +20,37 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """Where numbers go besides metrics.jsonl, which is always written, as log.jsonl is."""
+    """Trackers to use besides metrics.jsonl and log.jsonl, which are always written."""
 
     tensorboard: bool = False
-    """Write TensorBoard's event files to tensorboard/ in the run directory; needs `pip install tensorboardX`."""
+    """Write TensorBoard event files to tensorboard/ in the run directory; needs `pip install tensorboardX`."""
     wandb: bool = False
-    """Log to Weights & Biases, under the project that WANDB_PROJECT names; needs `pip install wandb`. The key comes
-    from `wandb login` or WANDB_API_KEY; with WANDB_MODE=offline all stays in the run directory."""
+    """Log to Weights & Biases, in the project named by WANDB_PROJECT; needs `pip install wandb`. The key comes from
+    `wandb login` or WANDB_API_KEY. With WANDB_MODE=offline, everything stays in the run directory."""
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What takes numbers."""
+    """A destination for metrics."""
 
     def write(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        """Takes the numbers of a group at a step."""
+        """Writes the numbers of a group at a step."""
         ...
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Waits until everything is written."""
         ...
 
 
 def require(settings: LogSettings) -> None:
-    """ValueError where a package that the settings need is not installed."""
+    """Raises ValueError if a package that the settings need is not installed."""
     for name, package in PACKAGES.items():
         if getattr(settings, name) and importlib.util.find_spec(package) is None:
             raise ValueError(f"log.{name} needs a package that is not installed; run: pip install {package}")
 
 
 def open_trackers(settings: LogSettings, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """Those that the settings ask for, for the run in `folder` of the settings `config`."""
+    """Opens the trackers that `settings` enables, for the run in `folder` with settings `config`."""
     found: list[Tracker] = []
     if settings.tensorboard:
         found.append(_TensorBoard(folder / "tensorboard"))
@@ -77,7 +77,7 @@ class _Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         import wandb  # an optional package
 
-        # What it would note of the machine and the command line stands in environment.json, without secrets.
+        # environment.json already records the machine and the command line, without secrets.
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True)
         try:
             self.run = wandb.init(
@@ -94,7 +94,7 @@ class _Wandb:
         self.groups: set[str] = set()
 
     def write(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        if group not in self.groups:  # each group counts on its own
+        if group not in self.groups:  # each group has its own step counter
             self.groups.add(group)
             self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
         self.run.log({f"{group}/step": step} | {f"{group}/{name}": value for name, value in values.items()})
@@ -104,7 +104,7 @@ class _Wandb:
 
 
 def _run_id(path: Path) -> str:
-    """The same for all commands on one run directory, so that they continue one run."""
+    """Returns one ID for all commands on a run directory, so that they continue the same run."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(4))

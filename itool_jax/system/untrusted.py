@@ -1,7 +1,7 @@
-"""Bounds for what comes from outside: files that anyone may have written, templates of a model, names, secrets.
+"""Checks untrusted input: files anyone may have written, a model's templates, file names; and hides secrets.
 
 In: text, paths and values. Out: the same within bounds, or ValueError with one line that says what is wrong; texts
-without the secrets in them.
+with their secrets removed.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 100
-"""Levels of lists and objects in a JSON value; Python's own limit is met at different depths by reader and writer."""
+"""Most levels of lists and objects in a JSON value; Python's own limit differs between reader and writer."""
 MAX_SETTINGS_BYTES = 100_000
-"""Size of a YAML file; all settings of a run take 5,000."""
+"""Largest YAML file; all settings of a run take 5,000 bytes."""
 MAX_JSON_BYTES = 1 << 26
-"""Size of a JSON file that is no data: an index of 10,000 tensors takes 1 MB."""
+"""Largest JSON file other than data; an index of 10,000 tensors takes 1 MB."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
 def too_deep(value: Any, limit: int = MAX_DEPTH) -> bool:
-    """Whether lists, tuples and dictionaries stand in one another on more than `limit` levels."""
+    """Returns whether lists, tuples and dictionaries are nested more than `limit` levels deep."""
     level = [value]
     for _ in range(limit + 1):
         inner = [x for x in level if isinstance(x, dict | list | tuple)]
@@ -40,7 +40,7 @@ def too_deep(value: Any, limit: int = MAX_DEPTH) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """The JSON value of a text. ValueError for what is none, whatever it is."""
+    """Parses JSON; raises ValueError for any other text, and for values nested too deeply."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -51,7 +51,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
-    """The text of a file of at most `limit` bytes. ValueError for more, or another encoding than UTF-8."""
+    """Reads a file of at most `limit` bytes; ValueError if it is larger or not UTF-8."""
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -60,14 +60,14 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. ValueError, without the file's name, for what is none."""
+    """Reads the value in a JSON file; its ValueErrors do not name the file."""
     return parse_json(read_text(path))
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file. ValueError, without the file's name, where it is none, too large or uses aliases.
+    """Reads the value in a YAML file; ValueError, without the file's name, if it is invalid, too large or has aliases.
 
-    Aliases let a few lines stand for billions of values, and settings need none.
+    With aliases, a few lines can expand to billions of values, and settings need none.
     """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:
@@ -76,12 +76,12 @@ def read_yaml(path: Path) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, OverflowError) as error:
-        # Of the last four are errors in values such as `!!int ""`.
+        # Values such as `!!int ""` raise the last four.
         raise ValueError(one_line(error)) from error
 
 
 def _check_events(events: Iterator[Any]) -> None:
-    """ValueError at the first alias or level too many: time to read YAML grows with the square of its levels."""
+    """Raises ValueError at an alias or too deep a level: the time to read YAML grows with the square of its depth."""
     depth = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -92,9 +92,9 @@ def _check_events(events: Iterator[Any]) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of that name in a folder. ValueError where the name, or a link there, leads out of it.
+    """Returns the path of a file in a folder; ValueError if its name, or a link, leads out of the folder.
 
-    In the hub's cache a model's files are links to files beside its folder, and these are allowed.
+    In the Hub's cache, a model's files are links to files outside its folder; these links are allowed.
     """
     home, place = folder.resolve(), Path(name)
     if "\0" in name or place.is_absolute() or ".." in place.parts or not place.parts:
@@ -110,12 +110,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 
 def harmless(text: str) -> str:
-    """The text without what changes how a terminal shows the rest: control characters and turns of its direction."""
+    """Replaces characters that change how a terminal shows the rest: control and text-direction characters."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's message in one line; its type where it has none."""
+    """Returns an error's message in one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -135,7 +135,7 @@ HIDDEN = "***"
 
 
 def redacted(text: str) -> str:
-    """The text without tokens and passwords: those of the environment, and what looks like one."""
+    """Hides tokens and passwords in a text: those in the environment, and anything that looks like one."""
     for value in _secret_values():
         text = text.replace(value, HIDDEN)
     for pattern in _SECRETS:
@@ -144,12 +144,12 @@ def redacted(text: str) -> str:
 
 
 def show_traceback(_: object, error: BaseException, __: object) -> None:
-    """Prints an error that ends the program as Python does, without the secrets in it."""
+    """Prints the traceback of an error that ends the program, as Python does, with its secrets hidden."""
     print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def _secret_values() -> list[str]:
-    """Values of environment variables that hold secrets by their names, the longest first."""
+    """Returns the values of environment variables whose names suggest a secret, longest first."""
     found = {value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     return sorted((value for value in found if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
 
@@ -158,15 +158,15 @@ def _secret_values() -> list[str]:
 
 
 class ExceededError(Exception):
-    """Code took more time or memory than it was given."""
+    """Code used more time or memory than its limit."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
-    """Raises `ExceededError` in the code inside once it takes longer, or the process grows by more memory.
+    """Raises `ExceededError` in the enclosed code if it runs too long or the process grows by too much memory.
 
-    Looked at five times a second, and between two steps of the interpreter: one step, such as a product of a text and
-    a number, runs to its end. Elsewhere than in the main thread, or while another timer runs, nothing is bounded.
+    The check runs five times a second, between steps of the interpreter: a single step, such as multiplying a text by a
+    number, runs to its end. Outside the main thread, or while another timer runs, nothing is bounded.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
@@ -189,7 +189,7 @@ def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
 
 
 def _resident() -> int:
-    """Bytes of memory that the process holds; 0 where the system does not tell."""
+    """Returns the process's resident memory in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

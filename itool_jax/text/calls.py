@@ -1,10 +1,10 @@
 """Reads, writes and compares lists of function calls.
 
 In: any text, such as `[get_weather(city="Paris", days=3), Market Trends API(ok=true)]`, or the `tool_calls`
-of OpenAI's messages.
+of OpenAI messages.
 Out: `Call` records, their canonical text, and whether two lists hold the same calls.
 
-The reader is total (no text makes it raise), linear in the text's length, and evaluates nothing.
+The reader never raises, takes time linear in the text's length, and evaluates nothing.
 """
 
 import json
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 MAX_DEPTH = 64  # levels of lists and dicts inside one argument
 
 _SPACE = re.compile(r"\s*+")
-# Real tool names hold spaces, apostrophes and parentheses: `Today's Quiz`, `Forecast (Nowcast)`. A name does
-# not begin with a quote, so that a list of strings is no call list. Possessive repeats keep a failed match
-# linear. White space is passed over before a match, so that a name is never white space alone. A group that repeats is
-# atomic, (?>(?:…)*), and not possessive, (?:…)*+, which Python 3.11.2 matches wrongly.
+# Real tool names contain spaces, apostrophes and parentheses: `Today's Quiz`, `Forecast (Nowcast)`. A name does not
+# begin with a quote, so that a list of strings is not a call list. Possessive repeats keep a failed match linear. White
+# space is skipped before a match, so that a name is never only white space. Repeated groups are atomic, (?>(?:…)*),
+# instead of possessive, (?:…)*+, which Python 3.11.2 matches wrongly.
 _NAME = re.compile(r"(?!')[^()\[\]{}\"=,\n]++(?>(?:\((?=\S)[^()\[\]{}\"=,\n]++\)[^()\[\]{}\"=,\n]*+)*)")
 _KEYWORD = re.compile(r"[^()\[\]{}\"'=,\n]++")
 _STRING = re.compile(r"\"(?>(?:[^\"\\]++|\\.)*)\"|'(?>(?:[^'\\]++|\\.)*)'", re.DOTALL)
@@ -40,7 +40,7 @@ _ESCAPED |= {character: character for character in "\\'\"/"}
 
 
 class Call(NamedTuple):
-    """One function call. `==` compares as Python does (1 == 1.0 == True); `same_calls` compares typed."""
+    """One function call. `==` compares as Python does (1 == 1.0 == True); `same_calls` also compares types."""
 
     name: str
     arguments: dict[str, Any]
@@ -51,12 +51,12 @@ class _UnreadableError(Exception):
 
 
 def read_calls(text: str) -> list[Call] | None:
-    """The calls of `text`, or None where it is not exactly one bracketed list of at least one call.
+    """Reads the calls in `text`; returns None unless it is exactly one bracketed list of at least one call.
 
-    Values are Python or JSON literals; a tuple reads as a list; of a repeated keyword the last counts. White
-    space between tokens is free and a trailing comma is allowed. Positional arguments, bare words as values
-    (`city=Paris`), numbers with leading zeros, infinities and nesting beyond `MAX_DEPTH` are unreadable: a
-    reward that took an unquoted word for a string would teach a policy to leave quotes out.
+    Values are Python or JSON literals. Tuples read as lists, and the last of repeated keywords counts. White space
+    between tokens and a trailing comma are allowed. Positional arguments, bare words as values (`city=Paris`), numbers
+    with leading zeros, infinities and nesting beyond `MAX_DEPTH` are unreadable: a reward that accepted an unquoted
+    word as a string would teach a policy to leave quotes out.
     """
     try:
         return _Reader(text).calls()
@@ -65,23 +65,23 @@ def read_calls(text: str) -> list[Call] | None:
 
 
 def looks_like_calls(text: str) -> bool:
-    """Whether `text` attempts a call list, readable or not: it begins with `[` after white space."""
+    """Returns whether `text` attempts a call list, readable or not: it begins with `[` after white space."""
     return text.lstrip().startswith("[")
 
 
 def contains_call(text: str) -> bool:
-    """Whether a call stands anywhere in `text`, in any of the forms that models write.
+    """Returns whether `text` contains a call anywhere, in any of the forms that models write.
 
-    These are a bracketed list, `[f(a=1)]` or `[f()]`; JSON of a name and its arguments or parameters; and the marks of
-    Qwen and Hermes, Mistral and Llama.
+    These are a bracketed list, `[f(a=1)]` or `[f()]`; JSON with a name and arguments or parameters; and the markers of
+    Qwen, Hermes, Mistral and Llama.
     """
     return looks_like_calls(text) or _ANY_CALL.search(text) is not None
 
 
 def write_calls(calls: Sequence[Call]) -> str:
-    """Canonical text, `[f(a="x", b=1), g()]`, which `read_calls` reads back to the same calls.
+    """Writes calls as canonical text, `[f(a="x", b=1), g()]`, which `read_calls` reads back to the same calls.
 
-    Raises ValueError for no calls, or a name or value that a call list cannot hold.
+    Raises ValueError if there are no calls, or for a name or value that a call list cannot hold.
     """
     if not calls:
         raise ValueError("a call list needs at least one call, got none")
@@ -89,10 +89,10 @@ def write_calls(calls: Sequence[Call]) -> str:
 
 
 def calls_from_openai(tool_calls: Sequence[Any]) -> list[Call]:
-    """Calls of OpenAI `tool_calls` entries, or of bare `{"name", "arguments"}`.
+    """Converts OpenAI `tool_calls` entries, or bare `{"name", "arguments"}` objects, to calls.
 
-    Arguments are JSON text or a dict. Raises ValueError, naming the entry, where one is malformed or
-    could not be written as a call.
+    Arguments are JSON text or a dict. Raises ValueError, naming the entry, if one is malformed or cannot be written as
+    a call.
     """
     calls = []
     for number, entry in enumerate(tool_calls, start=1):
@@ -106,12 +106,12 @@ def calls_from_openai(tool_calls: Sequence[Any]) -> list[Call]:
 
 
 def same_calls(a: Sequence[Call], b: Sequence[Call]) -> bool:
-    """Whether `a` and `b` are equal as multisets, with typed values: 1, 1.0, "1" and True all differ."""
+    """Compares `a` and `b` as multisets with typed values: 1, 1.0, "1" and True all differ."""
     return Counter(map(_call_key, a)) == Counter(map(_call_key, b))
 
 
 def value_key(value: Any) -> Hashable:
-    """A hashable key, equal for the same typed value and no other; the order in a dict is ignored."""
+    """Returns a hashable key that is equal only for the same typed value; the order in a dict is ignored."""
     match value:
         case list() | tuple():
             return "list", tuple(map(value_key, value))
@@ -128,7 +128,7 @@ def _call_key(call: Call) -> Hashable:
 
 
 class _Reader:
-    """A cursor over one text; each method reads one thing there and moves past it, or raises the error."""
+    """A cursor over one text; each method reads one item and moves past it, or raises `_UnreadableError`."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -168,7 +168,7 @@ class _Reader:
         return self.scalar()
 
     def items(self, close: str, depth: int) -> tuple[list[Any], bool]:
-        """Items up to `close`, and whether a comma stood after the last."""
+        """Reads items up to `close`, and whether a comma follows the last one."""
         items, comma = [], False
         while not self.accept(close):
             items.append(self.value(depth + 1))
@@ -193,7 +193,7 @@ class _Reader:
         return _number(self.match(_NUMBER))
 
     def match(self, pattern: re.Pattern[str]) -> str:
-        """The text that `pattern` matches here; white space after it is passed over."""
+        """Returns the text that `pattern` matches here, and skips white space after it."""
         found = pattern.match(self.text, self.at)
         if found is None:
             raise _UnreadableError
@@ -201,7 +201,7 @@ class _Reader:
         return found[0]
 
     def accept(self, mark: str) -> bool:
-        """Passes over `mark`, a single character, and the white space around it, where it stands here."""
+        """Skips `mark`, a single character, and the white space around it; returns False if it is not next."""
         self.skip_space(self.at)
         if not self.text.startswith(mark, self.at):
             return False
@@ -213,7 +213,7 @@ class _Reader:
             raise _UnreadableError
 
     def separator(self, close: str) -> bool:
-        """Passes over a comma and says whether there was one; without one, `close` must come next."""
+        """Skips a comma and returns whether there was one; without one, `close` must come next."""
         comma = self.accept(",")
         if not comma and not self.text.startswith(close, self.at):
             raise _UnreadableError
@@ -229,7 +229,7 @@ def _number(token: str) -> int | float:
     if not any(mark in token for mark in ".eE"):
         try:
             return int(token)
-        except ValueError:  # Python bounds the digits it converts, since that takes quadratic time
+        except ValueError:  # Python limits the digits it converts, because that takes quadratic time
             raise _UnreadableError from None
     number = float(token)
     if math.isinf(number):
@@ -238,11 +238,11 @@ def _number(token: str) -> int | float:
 
 
 def _unescaped(body: str) -> str:
-    """The string that `body`, its quotes removed, stands for; an unknown escape keeps its backslash."""
+    """Resolves the escapes in `body`, a string without its quotes; an unknown escape keeps its backslash."""
     if "\\" not in body:
         return body
     text = _ESCAPE.sub(_unescape, body)
-    # JSON writes characters beyond 16 bits as two escapes, which only together make a character.
+    # JSON writes a character beyond 16 bits as two escapes, which form a character only together.
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

@@ -1,9 +1,8 @@
-"""Messages to token ids: chat template, loss mask and the self-evaluation question.
+"""Turns messages into token ids: chat template, loss mask and the self-evaluation question.
 
-In: a tokenizer with a chat template, and samples. Out: the ids of a prompt, the ids of a target, and the ids
-around a candidate when the model is asked to judge it. Prompt and target are tokenised apart, so that
-training, scoring, search and evaluation see the same ids, and the loss covers exactly the assistant's content
-and its end-of-turn token.
+In: a tokenizer with a chat template, and samples. Out: the ids of a prompt, of a target, and those around a candidate
+that the model is asked to judge. Prompt and target are tokenised separately, so that training, scoring, search and
+evaluation see the same ids, and the loss covers exactly the assistant's content and its end-of-turn token.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from itool_jax.system.untrusted import bounded, read_json
 from itool_jax.text.sample import RawSample, Sample
 
-# What matters comes first: the embedded model was taught the rest.
+# The important part comes first; the embedded model was trained on the rest.
 QUESTION_WITH_REFERENCE = (
     "That answer is the reference. A candidate that begins correctly is correct so far.\n"
     "Candidate answer so far: {candidate}\nIs it correct? {reply}"
@@ -26,20 +25,20 @@ REPLY_FOUR_GRADES = "Reply {0} (fully correct), {1} (mostly correct), {2} (mostl
 TOOLS_MESSAGE = "You can call these functions:\n{tools}"
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
-"""What a chat template may take for one conversation; real ones take a millisecond."""
+"""Limits for a chat template on one conversation; real ones take a millisecond."""
 
-# Stand-ins that mark a place in a rendered conversation; they are cut out again and never tokenised.
+# Placeholders that mark a position in a rendered conversation; they are cut out again and never tokenised.
 _ANSWER_MARK, _CANDIDATE_MARK = "ANSWER-GOES-HERE", "CANDIDATE-GOES-HERE"
-# Templates that write today's date would give another prompt every day.
+# Templates that write today's date would otherwise give a different prompt every day.
 _DATE = "26 Jul 2024"
 
 Message = Mapping[str, Any]
 Scale = Literal["binary", "four_grades"]
-"""The question of self-evaluation: two answers or four."""
+"""Scale of the self-evaluation question: two answers or four."""
 
 
 class Encoded(NamedTuple):
-    """A sample as token ids; the loss is over `target_ids` only."""
+    """A sample as token ids; the loss covers only `target_ids`."""
 
     id: str
     prompt_ids: list[int]
@@ -47,9 +46,9 @@ class Encoded(NamedTuple):
 
 
 class EvaluationFrame(NamedTuple):
-    """Ids to put after a prompt: `before`, the candidate's ids without end of turn, `after`.
+    """Ids to append to a prompt: `before`, the candidate's ids without end of turn, `after`.
 
-    The token that the model predicts next is the letter of its answer.
+    The next token that the model predicts is the letter of its answer.
     """
 
     before: list[int]
@@ -57,8 +56,8 @@ class EvaluationFrame(NamedTuple):
 
 
 def load_tokenizer(path: str) -> Any:
-    """Tokenizer of a local model folder or a hub name; ValueError where there is none."""
-    # The advice that torch is missing would be the first line a user sees; torch is not needed here.
+    """Loads the tokenizer of a local model folder or Hub name; ValueError if there is none."""
+    # Otherwise the first line a user sees would be advice about torch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
@@ -79,9 +78,9 @@ def load_tokenizer(path: str) -> Any:
 class Chat:
     """A tokenizer's chat format.
 
-    `end_of_turn` is the special token that the template puts after an assistant's content (the
-    end-of-sequence token where it puts none); `stop_ids` are all tokens that end a response, end of turn
-    first. `n_ids` is one more than the largest id that a text can come to.
+    `end_of_turn` is the special token that the template puts after an assistant's content, or the end-of-sequence
+    token if it puts none. `stop_ids` are all tokens that end a response, end of turn first. `n_ids` is one more than
+    the largest id that a text can contain.
     """
 
     def __init__(self, tokenizer: Any):
@@ -93,41 +92,41 @@ class Chat:
         self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
-        """Ids of the conversation up to where the assistant's content begins.
+        """Encodes the conversation up to the start of the assistant's content.
 
         The template writes its own start token.
         """
         return self.encode(self.render(messages, tools, add_generation_prompt=True))
 
     def target_ids(self, text: str) -> list[int]:
-        """Ids of an assistant's content and end of turn."""
+        """Encodes an assistant's content and its end of turn."""
         return [*self.encode(text), self.end_of_turn]
 
     def content_ids(self, ids: Sequence[int]) -> list[int]:
-        """Ids of a response without the tokens that end it."""
+        """Returns the ids of a response without the tokens that end it."""
         return [i for i in ids if i not in self.stop_ids]
 
     def observation_ids(
         self, messages: Sequence[Message], answer: str, results: Sequence[Message], tools: Sequence[Message] = ()
     ) -> list[int]:
-        """Ids between an assistant turn, which its end-of-turn token ended, and the content of the next one.
+        """Encodes the text between an assistant turn, ended by its end-of-turn token, and the next one's content.
 
-        `results` is what was said in between, by tools for the most part.
+        `results` are the messages in between, mostly from tools.
         """
         turns = [*messages, {"role": "assistant", "content": _ANSWER_MARK}, *results]
         ids = self.encode(self.render(turns, tools, add_generation_prompt=True).rpartition(_ANSWER_MARK)[2])
         return ids[1:] if ids and ids[0] in self.stop_ids else ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
-        # Not verbose: that a text is too long for the model is for who knows the sample to say.
+        """Encodes a text with no special tokens added."""
+        # Not verbose: callers report over-long inputs, with the sample's id.
         try:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        except (TypeError, UnicodeError) as error:  # JSON can hold half of a character, "\ud800"
+        except (TypeError, UnicodeError) as error:  # JSON can contain half a character, "\ud800"
             raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as the template writes it, thinking off and the date fixed.
+        """Renders the conversation with the chat template, with thinking off and a fixed date.
 
         Raises:
             ValueError: there is no template, or it refuses the conversation.
@@ -143,7 +142,7 @@ class Chat:
         if tools and "tools" not in template:
             messages, tools = _tools_as_text(messages, tools), ()
         try:
-            with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # in jinja's sandbox: nothing but these is to be feared
+            with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # Jinja is sandboxed; only time and memory need limits
                 return self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     tools=[dict(tool) for tool in tools] or None,
@@ -151,7 +150,7 @@ class Chat:
                     tokenize=False,
                     **settings,
                 )
-        except Exception as error:  # of the template, which may divide by zero or call itself without end
+        except Exception as error:  # from the template, which may divide by zero or recurse forever
             reason = f"{error or type(error).__name__}"
             raise ValueError(f"chat template of {self.name} refuses the conversation: {reason[:500]}") from error
 
@@ -175,10 +174,10 @@ class Chat:
 
 
 def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
-    """Ids of a sample; raw ids are used as given, and a raw prompt's text with nothing added.
+    """Encodes a sample; raw ids are used as given, and a raw text prompt with nothing added.
 
     Raises:
-        ValueError: the conversation cannot be rendered; names the sample.
+        ValueError: the conversation cannot be rendered; the message names the sample.
     """
     try:
         if isinstance(sample, RawSample):
@@ -192,13 +191,13 @@ def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
 def evaluation_frame(
     chat: Chat, reference_ids: Sequence[int] | None, scale: Scale = "binary", *, letters: str = "ABCD"
 ) -> EvaluationFrame:
-    """The self-evaluation question as a continuation of any prompt, whose cache it shares (C of eq 6).
+    """Builds the self-evaluation question as a continuation of any prompt, so that it shares the cache (C of eq 6).
 
-    With a reference (its ids, without end of turn) the assistant has answered it, and the user shows the
-    candidate and asks; without one the assistant has answered the candidate itself. The turns are cut from a
-    small conversation without tools, not from the sample's: templates that move tools or thinking when turns
-    are added would change the prompt. No candidate or reference is tokenised again. `letters` stand for the answers,
-    the best first.
+    With a reference (its ids, without end of turn), the assistant has answered with the reference, and the user shows
+    the candidate and asks about it. Without one, the assistant has answered with the candidate itself. The turns are
+    cut from a small conversation without tools, not from the sample's: templates that move tools or thinking when turns
+    are added would change the prompt. Candidates and references are never re-tokenised. `letters` name the possible
+    answers, best first.
     """
     reply = (REPLY_FOUR_GRADES if scale == "four_grades" else REPLY_BINARY).format(*letters)
     if reference_ids is None:
@@ -208,10 +207,10 @@ def evaluation_frame(
 
 
 def answer_ids(chat: Chat, letters: Sequence[str]) -> list[int]:
-    """The one token of each answer letter where a response begins.
+    """Returns the single token of each answer letter at the start of a response.
 
     Raises:
-        ValueError: a letter has no token to itself.
+        ValueError: a letter has no token of its own.
     """
     encoded = [chat.encode(letter) for letter in letters]
     for letter, ids in zip(letters, encoded, strict=True):
@@ -240,12 +239,12 @@ def _text_after_answer(chat: Chat, question: str) -> str:
 
 
 def _ended(chat: Chat, ids: list[int]) -> list[int]:
-    """The ids after an answer, which ends with end of turn even where the template writes none."""
+    """Returns the ids after an answer, with an end of turn added if the template writes none."""
     return ids if chat.end_of_turn in ids else [chat.end_of_turn, *ids]
 
 
 def _tools_as_text(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
-    """The tools in the system message, for templates that would leave them out."""
+    """Adds the tools to the system message, for templates that would leave them out."""
     text = TOOLS_MESSAGE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     if messages and messages[0]["role"] == "system":
         first, rest = messages[0], messages[1:]
@@ -254,7 +253,7 @@ def _tools_as_text(messages: Sequence[Message], tools: Sequence[Message]) -> lis
 
 
 def _generation_eos(folder: Path) -> list[int | None]:
-    """End tokens that a model folder's generation_config.json lists."""
+    """Reads the end tokens that a model folder's generation_config.json lists."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Pads token rows of any lengths to rectangular arrays of few shapes, so that few programs are compiled."""
+"""Pads token rows of any length to arrays of a few shapes, so that few programs are compiled."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ SMALLEST_WIDTH = 128
 
 
 class TargetBatch(NamedTuple):
-    """Rows of prompt and target, right-padded, and where their target tokens are predicted.
+    """Right-padded rows of prompt and target, with the positions that predict the target tokens.
 
-    R is half of T: a row is given a width of at least twice its target.
+    R is half of T: a row's width is at least twice its target's length.
     """
 
     tokens_BT: Int[AnyArray, "B T"]
@@ -24,18 +24,18 @@ class TargetBatch(NamedTuple):
     targets_BR: Int[AnyArray, "B R"]
     mask_BR: Bool[AnyArray, "B R"]
     segment_BT: Int[AnyArray, "B T"] | None = None
-    """Which of a packed row's samples a token belongs to, from 1; None where a row is one sample."""
+    """The sample, from 1, that each token of a packed row belongs to; None if each row is one sample."""
 
 
 class PairBatch(NamedTuple):
-    """Preference pairs, one a row: the prompt once, then both steps, neither of which sees the other.
+    """Preference pairs, one per row: the prompt once, then both steps, which do not see each other.
 
     The first half of R belongs to the chosen steps, the second to the rejected ones.
     """
 
     row: TargetBatch
     branch_BT: Int[AnyArray, "B T"]
-    """Which step a token belongs to: 1 chosen, 2 rejected, 0 none, so that both see it."""
+    """The step that each token belongs to: 1 chosen, 2 rejected, 0 neither, so that both see it."""
     reference: tuple[FloatB, FloatB]
     """Sums of log π_ref over the chosen and the rejected step."""
     visits: tuple[FloatB, FloatB]
@@ -46,7 +46,8 @@ class PairBatch(NamedTuple):
 def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
     """Rounds a length up to the next of 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, …
 
-    Powers of two and the halves between, from 512 on the quarters: a program more costs less than the padding there.
+    These are powers of two and the midpoints between them. From 512 on they also include the quarter points, because an
+    extra program costs less than the padding there.
     """
     power = max(smallest, 1 << max(0, length - 1).bit_length())
     eighths = (5, 6, 7) if power > 512 else (6,)
@@ -55,7 +56,7 @@ def bucket(length: int, smallest: int = SMALLEST_WIDTH) -> int:
 
 
 def target_width(prompt_length: int, target_length: int, smallest: int = SMALLEST_WIDTH) -> int:
-    """Computes the width of a `TargetBatch` that holds such a row."""
+    """Computes the width of a `TargetBatch` that holds a row with these lengths."""
     return bucket(max(prompt_length + target_length, 2 * target_length), smallest)
 
 
@@ -76,7 +77,7 @@ def fill(values: Sequence[int], width: int) -> np.ndarray:
 
 
 def stack(batches: Sequence[Any]) -> Any:
-    """Joins the rows of batches of equal widths into one batch."""
+    """Joins the rows of batches of equal width into one batch."""
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
 
 
@@ -88,13 +89,13 @@ def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], width: int, cou
 def collate_packed(
     packs: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], width: int, count: int
 ) -> TargetBatch:
-    """Builds a batch of `count` rows that hold several (prompt, target) samples each, one behind the other."""
+    """Builds a batch of `count` rows, each holding several (prompt, target) samples in sequence."""
     missing = [_target_row([], width)] * (count - len(packs))
     return stack([*(_target_row(pack, width) for pack in packs), *missing])
 
 
 def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: int) -> TargetBatch:
-    """Builds a batch of one row that holds samples one behind the other, each a segment of its own."""
+    """Builds a batch of one row that holds samples in sequence, each as its own segment."""
     tokens: list[int] = []
     segments: list[int] = []
     positions: list[int] = []
@@ -115,9 +116,9 @@ def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: i
 
 
 def group(widths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[list[int], int, int]]:
-    """Groups rows of equal padded width: (indices, width, rows a batch), narrowest first.
+    """Groups rows of equal padded width into (indices, width, rows per batch), narrowest first.
 
-    The number of rows depends on the width alone, so that each width compiles once.
+    The number of rows depends only on the width, so that each width compiles once.
     """
     order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
     start = 0

@@ -1,6 +1,6 @@
-"""What is to be said of a call beside the tools there are, and what a tool may be taken to answer.
+"""Checks calls against the available tools, and makes up stub results for tools.
 
-In: calls, as `text.calls` reads them, and OpenAI tool schemas. Out: one line for each fault; a result to try a model
+In: calls, as `text.calls` reads them, and OpenAI tool schemas. Out: one line per fault; a stub result to try a model
 with. Nothing is run.
 """
 
@@ -27,16 +27,16 @@ _EXAMPLES: dict[str, Any] = {"string": "text", "integer": 1, "number": 1.0, "boo
 
 
 def find(name: str, tools: Sequence[Tool]) -> Tool | None:
-    """The function of that name among tools or bare functions: its name, description and parameters."""
+    """Finds the function of that name among tools or bare functions: its name, description and parameters."""
     functions = (tool.get("function", tool) for tool in tools)
     return next((function for function in functions if function["name"] == name), None)
 
 
 def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
-    """What is wrong with a call, a line each; none where it fits the schema.
+    """Lists what is wrong with a call, one line per fault; empty if it fits the schema.
 
-    Looked at are the function, required and unknown arguments, and of each value its type and `enum`; what else a
-    schema may ask for is not.
+    Checks the function, required and unknown arguments, and the type and `enum` of each value; ignores anything else
+    that a schema may require.
     """
     function = find(call.name, tools)
     if function is None:
@@ -54,7 +54,7 @@ def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
 
 
 def stub(name: str, tools: Sequence[Tool]) -> str:
-    """A result as JSON: an example of the function's `response` schema where it has one, else {"ok": true}."""
+    """Returns a stub result as JSON: an example of the function's `response` schema if any, else {"ok": true}."""
     function = find(name, tools) or {}
     schema = function.get("response", function.get("returns"))
     if not isinstance(schema, Mapping):
@@ -63,7 +63,7 @@ def stub(name: str, tools: Sequence[Tool]) -> str:
 
 
 def signature(function: Tool) -> str:
-    """`name(city: string, days: integer?)`; a question mark stands behind what is optional."""
+    """Formats a function as `name(city: string, days: integer?)`; a question mark marks optional parameters."""
     schema = function["parameters"]
     required = schema.get("required") or ()
     parts = [
@@ -82,7 +82,7 @@ def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     known = [_KINDS[kind] for kind in kinds if isinstance(kind, str) and kind in _KINDS]
-    # True is an int to Python, and to no schema.
+    # True is an int in Python, but not in a schema.
     fits = any(isinstance(value, kind) and (not isinstance(value, bool) or bool in kind) for kind in known)
     if len(known) == len(kinds) and not fits:
         return [f"argument {name} is no {_type(schema)}"]
@@ -93,7 +93,7 @@ def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]
 
 
 def _example(schema: Any, depth: int) -> Any:
-    """A value of a JSON schema, as small as one can be."""
+    """Returns a minimal value that matches a JSON schema."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None
     options = schema.get("enum")

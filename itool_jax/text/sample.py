@@ -1,4 +1,4 @@
-"""Samples: what a model sees and what it should answer, as messages and tools or as raw tokens."""
+"""Samples: a prompt and its target answer, as messages and tools or as raw tokens."""
 
 import hashlib
 import json
@@ -11,29 +11,29 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One tool-use turn: what the model sees, and what it should answer."""
+    """One tool-use turn: the prompt that the model sees, and the answer that it should give."""
 
     id: str
     messages: tuple[Row, ...]
-    """OpenAI chat messages, the target not among them."""
+    """OpenAI chat messages, without the target."""
     tools: tuple[Row, ...] = ()
     """OpenAI tool schemas, {"type": "function", "function": {"name", "description", "parameters"}}."""
     target: str = ""
-    """One bracketed list of calls, or plain text; empty where it is unknown."""
+    """One bracketed list of calls, or plain text; empty if unknown."""
     category: str = ""
     conversation: str = ""
-    """Which conversation it is a turn of; empty where it is the only one."""
+    """The conversation that the turn belongs to; empty if it is the only turn."""
     following: tuple[Row, ...] = ()
     """Messages recorded after the target up to the next user turn: tool results and further assistant turns. Only
     samples that follow a user turn have them."""
     place: str = field(default="", compare=False)
-    """Where it was read, for messages: file and row; no part of the sample and never written."""
+    """File and row that the sample was read from, for messages; not part of the sample and never written."""
 
     @property
     def follows_user(self) -> bool:
-        """Whether the target begins the answer to a user turn: no assistant or tool message stands between.
+        """True if the target begins the answer to a user turn, with no assistant or tool message in between.
 
-        System messages do not count, and a sample of nothing but system messages begins an answer too.
+        System messages do not count; a sample with only system messages begins an answer too.
         """
         roles = (message["role"] for message in reversed(self.messages))
         return next((role == "user" for role in roles if role in ("user", "assistant", "tool")), True)
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """Token ids, or a text, that the model gets exactly as given."""
+    """Token ids, or a text, passed to the model exactly as given."""
 
     id: str
     prompt_ids: tuple[int, ...] | None = None
@@ -50,7 +50,7 @@ class RawSample:
 
 
 def sample_row(sample: Sample) -> Row:
-    """The row of a file that reads back as this very sample."""
+    """Converts a sample to a file row that reads back as the same sample."""
     row: Row = {"id": sample.id, "messages": list(sample.messages), "tools": list(sample.tools)}
     row["target"] = sample.target
     if sample.following:
@@ -59,6 +59,6 @@ def sample_row(sample: Sample) -> Row:
 
 
 def content_id(prefix: str, row: Row) -> str:
-    """An id made from a row's content, for data without ids: it never depends on the order of a file."""
+    """Makes an id from a row's content, for data without ids; it never depends on the order of a file."""
     digest = hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
     return f"{prefix}-{digest[:16]}"

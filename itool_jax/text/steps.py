@@ -1,13 +1,12 @@
-"""Where a search step ends, decided on token ids.
+"""Finds where a search step ends, from token ids alone.
 
-In: a tokenizer, once, read into a table with one row per token id. Out: pure functions that follow a response
-through the table in constant time per token, inside a compiled decode loop (`advance`) or on the host
-(`split_steps`). No id is ever decoded and tokenised again, so tokens that straddle a boundary, such as `),`
-or `)]`, stay whole.
+In: a tokenizer, read once into a table with one row per token id. Out: pure functions that follow a response through
+the table in constant time per token, inside a compiled decode loop (`advance`) or on the host (`split_steps`). No id is
+ever decoded and re-tokenised, so tokens that straddle a boundary, such as `),` or `)]`, stay whole.
 
-A response whose first non-space character is `[` is a list of calls: brackets outside strings are counted,
-and a step is a call (or an argument, or the whole list). Any other response is text, and a step is a
-sentence. An end-of-turn token ends any step.
+A response whose first non-space character is `[` is a list of calls: brackets outside strings are counted, and a step
+is a call (or an argument, or the whole list). Any other response is text, and a step is a sentence. An end-of-turn
+token ends any step.
 """
 
 import re
@@ -23,17 +22,15 @@ from itool_jax.types import AnyArray, LengthsB, TokensBT
 
 Granularity = Literal["call", "argument", "sentence"]
 
-# States of the automaton. START: only spaces so far. GAP and TEXT: a text answer, without and with a word
-# since the last step. LIST: between the strings of a list of calls; the others are inside a string, named by
-# its quote.
+# States of the automaton. START: only spaces so far. GAP and TEXT: in a text answer, without and with a word since the
+# last step. LIST: in a list of calls, outside strings. The others: inside a string, named after its quote.
 START, GAP, TEXT, LIST, SINGLE, DOUBLE, SINGLE_ESCAPED, DOUBLE_ESCAPED = range(8)
 N_STATES = 8
 _QUOTES = {"'": SINGLE, '"': DOUBLE}
 _ESCAPES = {SINGLE: SINGLE_ESCAPED, DOUBLE: DOUBLE_ESCAPED}
 _UNESCAPES = {SINGLE_ESCAPED: SINGLE, DOUBLE_ESCAPED: DOUBLE}
 _LIST_LEVEL, _ARGUMENT_LEVEL = 1, 2
-# Bit i of a token's comma mask: a comma i - 15 levels above the depth before the token. 31 bits, a positive
-# int32.
+# Bit i of a token's comma mask: a comma i - 15 levels above the depth before the token. 31 bits fit a positive int32.
 _COMMA_BITS, _COMMA_OFFSET = 31, 15
 _SENTENCE_ENDS = (".", "!", "?", "\n")
 
@@ -46,9 +43,9 @@ BoolAny = Bool[AnyArray, "..."]
 class StepTable(NamedTuple):
     """One row per token id (V), one column per automaton state (Q); a pytree of arrays.
 
-    `depth_change_VQ` is the net change of bracket depth, `highest_VQ` the greatest depth within the token
-    relative to the depth before it (never negative), `commas_VQ` a bit mask of the relative depths of commas
-    (zero unless steps are arguments), `level` the depth to which a step of a list returns.
+    `depth_change_VQ` is the net change of bracket depth. `highest_VQ` is the greatest depth within the token, relative
+    to the depth before it (never negative). `commas_VQ` is a bit mask of the relative depths of commas (zero unless
+    steps are arguments). `level` is the depth that a list step returns to when it ends.
     """
 
     next_state_VQ: CellsVQ
@@ -61,17 +58,17 @@ class StepTable(NamedTuple):
 
 
 class StepState(NamedTuple):
-    """Where a response stands: automaton state (int8) and bracket depth (int32), of any one batch shape."""
+    """The state of a response: automaton state (int8) and bracket depth (int32), both of any one batch shape."""
 
     automaton: IntAny
     depth: IntAny
 
 
 def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, stop_ids: Sequence[int]) -> StepTable:
-    """Read the vocabulary into a table of `vocab_size` rows, the model's (1.6 s for 150,000).
+    """Reads the vocabulary into a table with the model's `vocab_size` rows (1.6 s for 150,000).
 
-    Special tokens, and ids beyond the tokenizer's (padding), change nothing. `stop_ids` are the end-of-turn
-    tokens. Commas more than 15 levels away from the depth at which their own token begins are ignored.
+    Special tokens and padding ids beyond the tokenizer's change nothing. `stop_ids` are the end-of-turn tokens. Commas
+    more than 15 levels away from the depth at which their token begins are ignored.
 
     Raises:
         ValueError: a stop id is outside the vocabulary.
@@ -98,16 +95,16 @@ def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, 
 
 
 def initial_state(shape: tuple[int, ...] = ()) -> StepState:
-    """State before the first token of a response, for a batch of the given shape."""
+    """Returns the state before a response's first token, for a batch of the given shape."""
     return StepState(jnp.full(shape, START, jnp.int8), jnp.zeros(shape, jnp.int32))
 
 
 def advance(table: StepTable, state: StepState, token: IntAny) -> tuple[StepState, BoolAny]:
-    """State after one more token, and whether the step ends with it; `token` has the batch shape of `state`.
+    """Returns the state after one more token and whether the step ends with it; `token` has `state`'s batch shape.
 
-    A call ends at the first token after which the depth is back at list level or below, having been above it.
-    Had an earlier token of the step gone above without ending it, the depth would still be above: so the
-    depths within this token decide, and nothing is to be reset where a step begins.
+    A call ends at the first token after which the depth is back at list level or below, having been above it. If an
+    earlier token of the step had gone above without ending the step, the depth would still be above. So the depths
+    within this token decide, and nothing has to be reset when a step begins.
     """
     cell = (token, state.automaton)
     automaton = table.next_state_VQ[cell]
@@ -117,13 +114,13 @@ def advance(table: StepTable, state: StepState, token: IntAny) -> tuple[StepStat
     in_mask = (bit >= 0) & (bit < _COMMA_BITS)
     comma = in_mask & ((table.commas_VQ[cell] >> (bit * in_mask) & 1) == 1)
     sentence = (automaton == TEXT) & table.ends_sentence_V[token]
-    # A finished sentence leaves its state behind, so that the blank lines after it do not make a step.
+    # A finished sentence resets TEXT to GAP, so that the blank lines after it do not make a step.
     automaton = (automaton - (TEXT - GAP) * sentence).astype(jnp.int8)
     return StepState(automaton, depth), closed | comma | sentence | table.is_stop_V[token]
 
 
 def advance_path(table: StepTable, tokens_BT: TokensBT, length_B: LengthsB, start_B: LengthsB | int = 0) -> StepState:
-    """State after the first `length_B` tokens of each response, of which the turn at hand begins at `start_B`."""
+    """Returns the state after each response's first `length_B` tokens; its current turn begins at `start_B`."""
 
     def follow(state: StepState, t_and_token: tuple[IntAny, IntAny]) -> tuple[StepState, None]:
         t, token_B = t_and_token
@@ -137,8 +134,8 @@ def advance_path(table: StepTable, tokens_BT: TokensBT, length_B: LengthsB, star
 
 
 def split_steps(table: StepTable, token_ids: Sequence[int]) -> list[list[int]]:
-    """A response cut into its steps, on the host; put together they are the response, and none is empty."""
-    # Responses have any length: numpy, because every new length would be compiled again.
+    """Splits a response into its non-empty steps, on the host; joined, they give the response again."""
+    # numpy, because jax would recompile for every length of a response.
     host, state = jax.tree.map(np.asarray, (table, initial_state((1,))))
     steps: list[list[int]] = [[]]
     for token in token_ids:
@@ -150,7 +147,7 @@ def split_steps(table: StepTable, token_ids: Sequence[int]) -> list[list[int]]:
 
 
 def _token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
-    """Text of each token alone; "" for special tokens and for ids that the tokenizer does not have."""
+    """Decodes each token alone; "" for special tokens and for ids that the tokenizer does not have."""
     n = min(len(tokenizer), vocab_size)
     texts = tokenizer.batch_decode(
         [[i] for i in range(n)], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -159,14 +156,14 @@ def _token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
 
 
 def _signature(text: str) -> str:
-    """What matters of a token's text: a word becomes `a`, a space " ", a run of other signs `.`."""
+    """Reduces a token's text to what matters: a word becomes `a`, white space " ", a run of other signs `.`."""
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"[^\W_]+", "a", text)
     return re.sub(r"[^a \[\](){},'\"\\]+", ".", text)
 
 
 def _scan(signature: str, state: int) -> tuple[int, int, int, int]:
-    """Next state, change of depth, highest relative depth and comma mask of a token met in `state`."""
+    """Computes next state, depth change, highest relative depth and comma mask of a token met in `state`."""
     depth = highest = commas = 0
     for char in signature:
         if state == LIST or (state == START and char == "["):

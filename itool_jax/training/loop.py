@@ -1,7 +1,7 @@
-"""Training by gradient descent: one state, one compiled step, one loop, shared by SFT and preference training.
+"""Trains by gradient descent, with one compiled step and one loop for both SFT and preference training.
 
-In: a loss function, its weights and batches of arrays. Out: the training after each step, for its caller to log, save
-and stop.
+In: a loss function, its weights and batches of arrays. Out: an `Update` after each step, so that the caller can log,
+save and stop.
 """
 
 import functools
@@ -26,12 +26,12 @@ from itool_jax.types import AnyArray, Scalar
 
 Loss = tuple[Scalar, dict[str, Scalar]]
 LossFn = Callable[..., Loss]
-"""`loss_fn(trainable, frozen, batch, key) -> (sum of losses, {"weight": …, sums of metrics})`: micro-batches add up,
-and the step divides once by the weight of all. The key is for dropout."""
+"""`loss_fn(trainable, frozen, batch, key) -> (sum of losses, {"weight": …, sums of metrics})`. The step adds up
+micro-batches and divides once by their total weight. The key is for dropout."""
 
 
 class TrainState(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
     trainable: Params
     optimizer: optax.OptState
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
 
 @functools.cache
 def adamw(weight_decay: float, clip_norm: float) -> optax.GradientTransformation:
-    """AdamW for a learning rate of 1: the rate comes with each step, so that no schedule is compiled in."""
+    """Builds AdamW with a learning rate of 1; `train_step` takes the actual rate, so no schedule is compiled in."""
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(1.0, weight_decay=weight_decay))
 
 
@@ -54,9 +54,9 @@ def train_step(
     key: Array,
     learning_rate: Array | float,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update from `n_micro` parts of a batch, one after the other; metrics gain loss and the gradient's norm.
+    """Performs one update, computing a batch in `n_micro` parts in turn; adds loss and gradient norm to the metrics.
 
-    Where either is not finite, the state stays as it is and `skipped` is true.
+    If either is not finite, the state stays unchanged and `skipped` is true.
     """
     gradients = jax.value_and_grad(loss_fn, has_aux=True)
     if n_micro == 1:
@@ -83,26 +83,26 @@ def train_step(
 
 
 def new_state(optimizer: optax.GradientTransformation, trainable: Params) -> TrainState:
-    """The state before the first step, of which `trainable` becomes a part: it is not copied."""
+    """Creates the state before the first step; it takes over `trainable` without a copy."""
     state = TrainState(trainable, _new_moments(optimizer, trainable))
-    # Committed to their devices like what the step gives back, or the second step would compile it again.
+    # Commit arrays to their devices, as the step's outputs are; otherwise the second step would recompile.
     return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _new_moments(optimizer: optax.GradientTransformation, trainable: Params) -> optax.OptState:
-    """Made where they lie: on a mesh, no device ever holds all of them."""
+    """Creates the optimizer's state already sharded: on a mesh, no device ever holds all of it."""
     return sharding.constrain(optimizer.init(trainable))
 
 
 class Update(NamedTuple):
-    """A training after one more step. The next step reuses the memory of `state`."""
+    """Result of one training step. The next step reuses the memory of `state`."""
 
     step: int
-    """Steps done, from 1."""
+    """Steps done, counted from 1."""
     state: TrainState
     metrics: dict[str, Array]
-    """Scalars that may still be computed: reading one waits for the device."""
+    """Scalars on the device, perhaps not computed yet: reading one waits for the device."""
 
 
 def fit(
@@ -116,17 +116,17 @@ def fit(
     seed: int,
     steps_done: int = 0,
 ) -> Iterator[Update]:
-    """Trains on one batch after the other, and yields after each.
+    """Trains on each batch in turn, and yields after each.
 
     Args:
-        loss_fn: the sum of losses over a batch.
+        loss_fn: computes the sum of losses over a batch.
         settings: weight decay, clipping, micro-batches.
-        state: parameters and optimizer after `steps_done` steps; used up.
-        frozen: parameters that stay.
-        batches: those that follow, arrays of the host.
-        rates: the learning rate of each step of the whole training.
-        seed: of the dropout; step n folds n in.
-        steps_done: steps of earlier commands.
+        state: parameters and optimizer after `steps_done` steps; donated.
+        frozen: parameters that stay fixed.
+        batches: remaining batches, as host arrays.
+        rates: learning rate of each step of the whole training.
+        seed: seed of the dropout; step n folds n in.
+        steps_done: steps done by earlier commands.
     """
     optimizer, key, n_micro = adamw(settings.weight_decay, settings.clip_norm), jax.random.key(seed), settings.n_micro()
     for step, batch in enumerate(batches, steps_done):
@@ -138,7 +138,7 @@ def fit(
 
 @functools.cache
 def sft_loss(graph: nnx.GraphDef) -> LossFn:
-    """NLL of target tokens (eq 2), for `TargetBatch`es; the weight is their number."""
+    """Returns the NLL of target tokens (eq 2) as a loss over `TargetBatch`es; the weight is the number of tokens."""
 
     def loss(trainable: Params, frozen: Params, batch: TargetBatch, key: Array) -> Loss:
         total, count = losses.sft_loss(_log_probs(graph, trainable, frozen, batch, key), batch.mask_BR)
@@ -149,7 +149,7 @@ def sft_loss(graph: nnx.GraphDef) -> LossFn:
 
 @functools.cache
 def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
-    """Preference loss of the pairs of a `PairBatch` (eq 11 and its kin); the weight is their number."""
+    """Returns a preference loss (eq 11 or a variant) over `PairBatch`es; the weight is the number of pairs."""
 
     def loss(trainable: Params, frozen: Params, batch: PairBatch, key: Array) -> Loss:
         log_probs = jnp.split(_log_probs(graph, trainable, frozen, batch.row, key, batch.branch_BT), 2, axis=1)
@@ -160,7 +160,7 @@ def preference_loss(graph: nnx.GraphDef, settings: LossSettings) -> LossFn:
             chosen_B, rejected_B, *batch.reference, lengths[0], lengths[1], batch.visits[0], batch.visits[1]
         )
         metrics = losses.pair_metrics(pair, settings.resolved_beta, batch.real_B.astype(jnp.float32))
-        # A padded pair has no tokens; what its loss is must not matter, not even as 0 times infinity.
+        # A padding pair has no tokens. Select instead of multiplying by 0: its loss may be infinite.
         loss_B = jnp.where(batch.real_B, losses.preference_loss(settings, pair), 0.0)
         return loss_B.sum(), metrics | {"weight": batch.real_B.sum(dtype=jnp.float32)}
 

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens in; training losses out. Pure, float32 inside.
+"""Computes training losses from log-probabilities of tokens, with pure functions and in float32.
 
-Preference losses take sums of log-probs over the tokens of a step and return one loss a pair. Only
-`pair_metrics` averages over a batch: for losses the caller divides by the global count.
+Preference losses take sums of log-probs over the tokens of a step and return one loss per pair. Only
+`pair_metrics` averages over a batch: for losses, the caller divides by the global count.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from itool_jax.types import AnyArray, FloatB, FloatBT, Scalar
 CountB = Num[AnyArray, "B"]
 LossName = Literal["dpo", "conservative_dpo", "ipo", "simpo", "orpo", "dpop", "chosen_steps", "raft"]
 
-# ORPO has no β; its entry only scales the margin that `pair_metrics` reports, to compare with DPO's.
+# ORPO has no β; its entry only scales the margin that `pair_metrics` reports, for comparison with DPO.
 DEFAULT_BETA: dict[LossName, float] = {
     "dpo": 0.1,
     "conservative_dpo": 0.1,
@@ -28,33 +28,33 @@ DEFAULT_BETA: dict[LossName, float] = {
     "dpop": 0.1,
 }
 
-# As close as a log-prob per token may come to 0 where log(1 - e^l) is taken: keeps value and slope finite.
+# Upper bound on log-probs per token l in log(1 - e^l): keeps value and slope finite near 0.
 _LOG1MEXP_CEILING = -1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Which preference loss, and its constants."""
+    """Choice of preference loss, and its constants."""
 
     loss: LossName = "dpo"
-    """Preference loss: dpo, conservative_dpo (label noise from visit counts), ipo, simpo, orpo or dpop. Two use no
-    rejected step and are plain fine-tuning, for as many steps: chosen_steps on the chosen steps, raft on the model's
-    own right answers in the trees."""
+    """Preference loss: dpo, conservative_dpo (label noise from visit counts), ipo, simpo, orpo or dpop. Two more are
+    plain fine-tuning for the same number of steps, without rejected steps: chosen_steps trains on the chosen steps,
+    raft on the model's own right answers in the trees."""
 
     beta: float | None = None
-    """Strength of the pull to the reference (simpo: scale of the reward); None: the default of the loss."""
+    """Strength of the pull towards the reference (simpo: scale of the reward). None: the default of the loss."""
 
     margin: float = 0.5
-    """Target margin between the two rewards; simpo only."""
+    """Target margin between the two rewards (simpo only)."""
 
     orpo_lambda: float = 0.1
-    """Weight of the odds-ratio term; orpo only."""
+    """Weight of the odds-ratio term (orpo only)."""
 
     dpop_lambda: float = 50.0
-    """Weight λ of the penalty on chosen steps that are less likely than under the reference; dpop only."""
+    """Weight λ of the penalty on chosen steps that are less likely than under the reference (dpop only)."""
 
     sft_weight: float = 0.0
-    """Weight of the chosen step's negative log-likelihood per token, added to any loss of pairs."""
+    """Weight of the chosen step's negative log-likelihood per token, added to any pair loss."""
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0 < self.beta < float("inf"):
@@ -66,17 +66,17 @@ class LossSettings:
 
     @property
     def resolved_beta(self) -> float:
-        """β as set, or the default of the loss, which must be one of pairs."""
+        """β as set, or the default of the loss, which must be a pair loss."""
         return DEFAULT_BETA[self.loss] if self.beta is None else self.beta
 
     @property
     def is_supervised(self) -> bool:
-        """Whether the loss is `sft_loss` of some targets and compares no pairs."""
+        """True if the loss is `sft_loss` on some targets instead of a pair loss."""
         return self.loss not in DEFAULT_BETA
 
 
 class PairLogProbs(NamedTuple):
-    """B preference pairs: log-probs summed over the step's tokens (nats), lengths in tokens, visit counts."""
+    """B preference pairs: log-probs summed over each step's tokens (nats), lengths in tokens, visit counts."""
 
     policy_chosen_B: FloatB
     policy_rejected_B: FloatB
@@ -92,9 +92,9 @@ class PairLogProbs(NamedTuple):
 
 
 def sft_loss(log_probs_BT: FloatBT, mask_BT: Shaped[AnyArray, "B T"]) -> tuple[Scalar, Scalar]:
-    """(sum of negative log-likelihoods, number of tokens) where the mask holds, both float32 scalars.
+    """Returns (sum of negative log-likelihoods, number of tokens) where the mask is true, both float32 scalars.
 
-    Sums, not means: micro-batches and devices add up, and the caller divides once by the global count.
+    These are sums, not means: the caller adds up micro-batches and devices and divides once by the global count.
     """
     return -masked_log_prob_sum(log_probs_BT, mask_BT).sum(), mask_BT.astype(bool).sum(dtype=jnp.float32)
 
@@ -103,46 +103,46 @@ def sft_loss(log_probs_BT: FloatBT, mask_BT: Shaped[AnyArray, "B T"]) -> tuple[S
 
 
 def log_ratio_gap(pair: PairLogProbs) -> FloatB:
-    """Δ = (logπ_w - logref_w) - (logπ_l - logref_l), float32, one a pair; the reward margin is βΔ."""
+    """Computes Δ = (logπ_w - logref_w) - (logπ_l - logref_l) per pair, float32; the reward margin is βΔ."""
     chosen_B = _float32(pair.policy_chosen_B) - _float32(pair.reference_chosen_B)
     rejected_B = _float32(pair.policy_rejected_B) - _float32(pair.reference_rejected_B)
     return chosen_B - rejected_B
 
 
 def dpo(pair: PairLogProbs, beta: float) -> FloatB:
-    """-log σ(βΔ), one a pair (https://arxiv.org/abs/2305.18290, eq 7)."""
+    """Computes -log σ(βΔ) per pair (https://arxiv.org/abs/2305.18290, eq 7)."""
     return -jax.nn.log_sigmoid(beta * log_ratio_gap(pair))
 
 
 def label_noise(chosen_visits_B: CountB, rejected_visits_B: CountB) -> FloatB:
-    """ε = 1 - 1/(1 + N_l / max(1, N_w)), at most one half: how doubtful the search's visits make a label."""
+    """Computes the label noise ε = min(1/2, 1 - 1/(1 + N_l / max(1, N_w))) from the search's visit counts."""
     ratio_B = _float32(rejected_visits_B) / jnp.maximum(_float32(chosen_visits_B), 1.0)
     return jnp.minimum(0.5, 1.0 - 1.0 / (1.0 + ratio_B))
 
 
 def conservative_dpo(pair: PairLogProbs, beta: float) -> FloatB:
-    """DPO with labels smoothed by `label_noise` (https://arxiv.org/abs/2405.00451), one a pair."""
+    """Computes DPO per pair with labels smoothed by `label_noise` (https://arxiv.org/abs/2405.00451)."""
     gap_B = beta * log_ratio_gap(pair)
     noise_B = label_noise(pair.chosen_visits_B, pair.rejected_visits_B)
     return -(1.0 - noise_B) * jax.nn.log_sigmoid(gap_B) - noise_B * jax.nn.log_sigmoid(-gap_B)
 
 
 def ipo(pair: PairLogProbs, beta: float) -> FloatB:
-    """(h_w/n_w - h_l/n_l - 1/(2β))² with h = logπ - logref, n tokens (https://arxiv.org/abs/2310.12036)."""
+    """Computes (h_w/n_w - h_l/n_l - 1/(2β))², h = logπ - logref, n tokens (https://arxiv.org/abs/2310.12036)."""
     chosen_B = _per_token(_float32(pair.policy_chosen_B) - pair.reference_chosen_B, pair.chosen_length_B)
     rejected_B = _per_token(_float32(pair.policy_rejected_B) - pair.reference_rejected_B, pair.rejected_length_B)
     return jnp.square(chosen_B - rejected_B - 1.0 / (2.0 * beta))
 
 
 def simpo(pair: PairLogProbs, beta: float, margin: float) -> FloatB:
-    """-log σ(β(l_w - l_l) - margin) with l = logπ per token, no reference (https://arxiv.org/abs/2405.14734)."""
+    """Computes -log σ(β(l_w - l_l) - margin), l = logπ per token, no reference (https://arxiv.org/abs/2405.14734)."""
     chosen_B = _per_token(pair.policy_chosen_B, pair.chosen_length_B)
     rejected_B = _per_token(pair.policy_rejected_B, pair.rejected_length_B)
     return -jax.nn.log_sigmoid(beta * (chosen_B - rejected_B) - margin)
 
 
 def orpo(pair: PairLogProbs, orpo_lambda: float) -> FloatB:
-    """NLL of the chosen step per token - λ log σ(log odds ratio), no reference (https://arxiv.org/abs/2403.07691)."""
+    """Computes chosen NLL per token - λ log σ(log odds ratio), no reference (https://arxiv.org/abs/2403.07691)."""
     chosen_B = _per_token(pair.policy_chosen_B, pair.chosen_length_B)
     rejected_B = _per_token(pair.policy_rejected_B, pair.rejected_length_B)
     log_odds_B = (chosen_B - rejected_B) - (_log1mexp(chosen_B) - _log1mexp(rejected_B))
@@ -150,13 +150,13 @@ def orpo(pair: PairLogProbs, orpo_lambda: float) -> FloatB:
 
 
 def dpop(pair: PairLogProbs, beta: float, dpop_lambda: float) -> FloatB:
-    """-log σ(β(Δ - λ max(0, logref_w - logπ_w))), one a pair (https://arxiv.org/abs/2402.13228, eq 3)."""
+    """Computes -log σ(β(Δ - λ max(0, logref_w - logπ_w))) per pair (https://arxiv.org/abs/2402.13228, eq 3)."""
     fallen_B = jnp.maximum(_float32(pair.reference_chosen_B) - _float32(pair.policy_chosen_B), 0.0)
     return -jax.nn.log_sigmoid(beta * (log_ratio_gap(pair) - dpop_lambda * fallen_B))
 
 
 def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
-    """The loss of pairs that the settings name, with its NLL term on the chosen step, one a pair."""
+    """Computes the pair loss that the settings name, plus the NLL term on the chosen step, per pair."""
     match settings.loss:
         case "dpo":
             loss_B = dpo(pair, settings.resolved_beta)
@@ -176,9 +176,9 @@ def preference_loss(settings: LossSettings, pair: PairLogProbs) -> FloatB:
 
 
 def pair_metrics(pair: PairLogProbs, beta: float, weight_B: FloatB | None = None) -> dict[str, Scalar]:
-    """Sums over the pairs of rewards β(logπ - logref), their margin, and how often chosen exceeds rejected.
+    """Sums over pairs the rewards β(logπ - logref), their margin, and how often chosen exceeds rejected.
 
-    `weight_B` is what each pair counts; by default their mean is taken.
+    `weight_B` is the weight of each pair; the default gives the mean.
     """
     chosen_B = beta * (_float32(pair.policy_chosen_B) - pair.reference_chosen_B)
     rejected_B = beta * (_float32(pair.policy_rejected_B) - pair.reference_rejected_B)
@@ -200,6 +200,6 @@ def _per_token(log_prob_B: FloatB, length_B: CountB) -> FloatB:
 
 
 def _log1mexp(x_B: FloatB) -> FloatB:
-    """log(1 - e^x) for x <= 0; each branch is exact on its side of -ln 2 and finite on both, slopes too."""
+    """Computes log(1 - e^x), x <= 0. Each branch is accurate on its side of -ln 2 and finite (slope too) on both."""
     x_B = jnp.minimum(x_B, _LOG1MEXP_CEILING)
     return jnp.where(x_B > -0.6931472, jnp.log(-jnp.expm1(x_B)), jnp.log1p(-jnp.exp(x_B)))

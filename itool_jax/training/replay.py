@@ -1,6 +1,7 @@
-"""Perplexities and sample features in, sample ids out: the split, the hardest share, the curriculum.
+"""Selects samples by id: the replay split, the hardest share and the curriculum.
 
-Knows neither model nor sampler. Results depend on ids, scores and seed, never on the order of the input.
+In: perplexities and sample features. Out: sample ids. Uses neither model nor sampler. Results depend on ids, scores
+and seed, never on the order of the input.
 """
 
 import dataclasses
@@ -23,26 +24,27 @@ N_PARTS = 3  # easy, medium, hard
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplaySettings:
-    """How much data is kept for the replay buffer, and how much of that each iteration trains on."""
+    """Size of the replay buffer, and the selection of the samples to search in each iteration."""
 
     replay_fraction: float = 0.1
-    """Share of the training samples kept out of warm-up, as the replay buffer."""
+    """Share of the training samples kept out of warm-up as the replay buffer."""
 
     hardest_fraction: float = 0.2
-    """Share α of the buffer that each iteration takes: the samples of highest perplexity."""
+    """Share α of the buffer that each iteration takes: the samples with the highest perplexity."""
 
     skip_fraction: float = 0.0
-    """Share of the very highest perplexities passed over first: samples too hard for any search to solve."""
+    """Share of samples with the very highest perplexity to skip first, as too hard for any search to solve."""
 
     select: Literal["perplexity", "mixed"] = "perplexity"
-    """What makes a sample worth a search: the highest perplexity of its gold response (eq 4); or mixed, that the model
-    answers it right sometimes and sometimes not, the more evenly the better."""
+    """How to select samples for the search. perplexity: highest perplexity of the gold response (eq 4). mixed: samples
+    that the model answers right only sometimes, preferring the most even mix."""
 
     pool: Literal["buffer", "all"] = "buffer"
-    """Where the searched samples come from: the replay buffer, or all training samples, those of the warm-up too."""
+    """Source of the searched samples. buffer: the replay buffer. all: all training samples, including those of the
+    warm-up."""
 
     samples: int = 8
-    """K: answers sampled to each prompt: those of the pool for mixed, else those that are searched."""
+    """K: answers sampled per prompt, for every prompt of the pool with select=mixed, else for the searched ones."""
 
     temperature: float = 1.0
     """Sampling temperature of these answers."""
@@ -66,7 +68,7 @@ class ReplaySettings:
 
 
 class ScoredSample(NamedTuple):
-    """A buffer sample: perplexity of its gold response (eq 4), and whether that is calls, not text."""
+    """A buffer sample: the perplexity of its gold response (eq 4), and whether that is calls rather than text."""
 
     id: str
     perplexity: float
@@ -76,7 +78,7 @@ class ScoredSample(NamedTuple):
 
 
 class DifficultyFeatures(NamedTuple):
-    """What makes a sample hard: candidate tools, characters of the tool list, calls in the response."""
+    """Measures of a sample's difficulty: candidate tools, characters of the tool list, calls in the response."""
 
     id: str
     n_tools: int
@@ -85,16 +87,16 @@ class DifficultyFeatures(NamedTuple):
 
 
 def sample_features(sample: Sample) -> DifficultyFeatures:
-    """What makes a sample difficult: its candidate tools, the length of their text, the calls it needs."""
+    """Computes a sample's difficulty features: its candidate tools, the length of their text, the calls it needs."""
     length = len(json.dumps(sample.tools, ensure_ascii=False))
     return DifficultyFeatures(sample.id, len(sample.tools), length, len(read_calls(sample.target) or ()))
 
 
 def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """About `fraction` of the samples, and the rest, each in an order that is random but always the same.
+    """Splits samples into about `fraction` of them and the rest, each in random but reproducible order.
 
-    A sample's side depends on its id, the purpose and the seed, on no other sample; splits for different purposes are
-    independent of each other. The turns of a conversation stay on one side: there its id decides.
+    A sample's side depends only on its id, the purpose and the seed, never on other samples; splits for different
+    purposes are independent. All turns of a conversation are on the side that the conversation's id determines.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
@@ -106,15 +108,15 @@ def split(samples: Iterable[Sample], fraction: float, purpose: str, seed: int) -
 
 
 def is_drawn(id_: str, fraction: float, purpose: str, seed: int) -> bool:
-    """Whether an id is in a random `fraction`, which is always the same; purposes are independent of each other."""
+    """Returns whether an id is in a random but reproducible `fraction`, independent for each purpose."""
     return uniform(purpose, seed, id_) < fraction
 
 
 def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
-    """Ids of the hardest samples, highest perplexity first, ties by id.
+    """Returns the ids of the hardest samples, highest perplexity first, ties by id.
 
-    The share is taken separately among samples whose gold is calls and those whose gold is text, at least one
-    from each group that is not empty. A perplexity that is not finite counts as the highest.
+    The share is taken separately from samples whose gold is calls and from those whose gold is text, at least one
+    from each non-empty group. A perplexity that is not finite counts as the highest.
     """
     _reject_duplicates(score.id for score in scores)
     taken: list[ScoredSample] = []
@@ -126,10 +128,9 @@ def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> 
 
 
 def select_mixed(scores: Sequence[ScoredSample], settings: ReplaySettings) -> list[str]:
-    """Ids of the samples that the model gets right sometimes (0 < p < 1 over its K answers), highest p (1 - p) first.
+    """Returns the ids of samples that the model sometimes solves (0 < p < 1 over K answers), highest p (1 - p) first.
 
-    Ties go to the higher perplexity, then by id. At most the share α of the calls and of the texts is taken; there may
-    be fewer.
+    Ties go to the higher perplexity, then by id. At most the share α of calls and of texts is taken, possibly less.
     """
     _reject_duplicates(score.id for score in scores)
     taken: list[ScoredSample] = []
@@ -141,9 +142,9 @@ def select_mixed(scores: Sequence[ScoredSample], settings: ReplaySettings) -> li
 
 
 def keep_share(items: Sequence[tuple[str, bool]], share: float, margin: float, seed: int) -> set[str]:
-    """Ids of as many items as leave the share of marked ones within `margin` of `share`; a seeded hash chooses.
+    """Returns the ids of the most items whose share of marked ones is within `margin` of `share`.
 
-    Items are (id, marked). Where all or none are marked, nothing can be done, and all are kept.
+    Items are (id, marked); a seeded hash chooses among them. If all or none are marked, all are kept.
     """
     marked, others = ([id_ for id_, mark in items if mark == wanted] for wanted in (True, False))
     least, most = max(0.0, share - margin), min(1.0, share + margin)
@@ -160,7 +161,7 @@ def keep_share(items: Sequence[tuple[str, bool]], share: float, margin: float, s
 
 
 def difficulty(features: Sequence[DifficultyFeatures]) -> list[float]:
-    """Mean percentile rank of the three features, in [0, 1]; equal values share their average rank."""
+    """Computes the mean percentile rank of the three features, in [0, 1]; equal values share their average rank."""
     n = len(features)
     rank_sums = np.zeros(n)
     for name in ("n_tools", "tools_length", "n_calls"):
@@ -169,14 +170,14 @@ def difficulty(features: Sequence[DifficultyFeatures]) -> list[float]:
         below = np.searchsorted(in_order, values, "left")
         not_above = np.searchsorted(in_order, values, "right")
         rank_sums += (below + not_above - 1) / 2
-    # Half-integer ranks add up exactly, so samples that tie on paper tie here: divide last, and once.
+    # Half-integer ranks add up exactly; dividing only once, at the end, keeps ties exact.
     return (rank_sums / (3 * (n - 1))).tolist() if n > 1 else [0.5] * n
 
 
 def curriculum(features: Sequence[DifficultyFeatures], order: CurriculumOrder, seed: int) -> list[list[str]]:
-    """Three parts of ids whose sizes differ by one at most, in the order to train on them.
+    """Cuts ids into three parts whose sizes differ by at most one, in training order.
 
-    easy_to_hard: cut by difficulty, ties by id; hard_to_easy: the same parts in reverse; mixed: cut after a
+    easy_to_hard: cut by difficulty, ties by id; hard_to_easy: the same parts in reverse order; mixed: cut after a
     seeded shuffle.
     """
     ids = [feature.id for feature in features]
@@ -193,14 +194,14 @@ def _hardest_first(score: ScoredSample) -> tuple[float, str]:
 
 
 def _most_mixed_first(score: ScoredSample) -> tuple[float, float, str]:
-    # Rounded: p and 1 - p are equally mixed, and their products differ in the last bit.
+    # Rounded: p and 1 - p are equally mixed, but their products differ in the last bit.
     return -round(score.right * (1 - score.right), 9), *_hardest_first(score)
 
 
 def uniform(purpose: str, seed: int, id_: str) -> float:
-    """A number in [0, 1) from a hash, the same on every machine; purposes are independent of each other."""
+    """Hashes an id to a number in [0, 1), the same on every machine and independent for each purpose."""
     digest = hashlib.blake2b(f"{purpose}:{seed}:{id_}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) / 2**53  # 53 bits: what a float holds, so that 1.0 never comes out
+    return (int.from_bytes(digest) >> 11) / 2**53  # 53 bits fit a float exactly, so the result is never 1.0
 
 
 def _reject_duplicates(ids: Iterable[str]) -> None:

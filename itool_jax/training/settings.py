@@ -1,6 +1,6 @@
-"""Settings of SFT and of preference training.
+"""Defines the settings of SFT and of preference training.
 
-A recipe says what is trained, a runtime how it is computed.
+A recipe defines what is trained; a runtime defines how it is computed.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ from itool_jax.training.losses import LossSettings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
-    """AdamW with a cosine schedule, over some epochs of batches."""
+    """Recipe of AdamW with a cosine schedule over some epochs."""
 
     section: ClassVar[str] = "training"
 
     learning_rate: float
-    """Highest learning rate."""
+    """Peak learning rate."""
     batch_size: int
-    """Samples (or pairs) a step."""
+    """Samples (or pairs) per step."""
     epochs: int | Literal["auto"]
     """Passes over the data."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_ratio: float = 0.1
-    """Share of all steps in which the learning rate rises from zero, before its cosine fall."""
+    """Share of the steps in which the learning rate rises from zero, before its cosine decay."""
     clip_norm: float = 1.0
-    """Largest norm of a gradient; larger ones are scaled down."""
+    """Maximum gradient norm; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "batch_size", "clip_norm"):
@@ -41,28 +41,28 @@ class TrainingRecipe:
             raise ValueError(f"{self.section}.weight_decay must not be negative, got {self.weight_decay}")
 
     def rate(self, step: int, n_steps: int) -> float:
-        """Learning rate of step 0, 1, …: a linear rise, then a cosine to zero."""
+        """Computes the learning rate of step 0, 1, …: a linear rise, then a cosine decay to zero."""
         rise = self.warmup_ratio * n_steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, n_steps - rise)))
 
     def rates(self, spans: Sequence[int]) -> list[float]:
-        """Learning rate of each step of a training: a rise and a fall in each span of so many steps."""
+        """Computes the learning rates of a whole training: one rise and decay per span, given in steps."""
         return [self.rate(step, n_steps) for n_steps in spans for step in range(n_steps)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRuntime:
-    """How a training is computed: in which parts, and saved how often."""
+    """How a training is computed: in which parts, and how often it is saved."""
 
     section: ClassVar[str] = "training"
 
     micro_batch: int | Literal["auto"] = 0
-    """Samples (or pairs) whose gradient a device computes at once, to save memory; 0 is its whole share of a batch,
-    auto as much of it as fits by the compiler's estimate, found once and kept with the run."""
+    """Samples (or pairs) per gradient computation on each device; fewer save memory. 0: the device's whole share of a
+    batch. auto: as many as fit by the compiler's estimate, which is made once and kept with the run."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints of a training that goes on; 0 is as few as take 2 % of the time."""
+    """Steps between two checkpoints during training. 0: chosen automatically, at most about 2 % overhead."""
 
     def __post_init__(self) -> None:
         if self.checkpoint_every < 0:
@@ -83,7 +83,7 @@ class TrainingSettings(TrainingRuntime, TrainingRecipe):
             )
 
     def n_micro(self) -> int:
-        """Parts that a batch is computed in, one after the other, on the mesh in use; ValueError where it has none."""
+        """Returns the number of micro-batches per batch on the mesh in use; ValueError if they do not divide evenly."""
         assert self.micro_batch != "auto", f"{self.section}.micro_batch was not resolved"
         share, name = self.share(), f"{self.section}.batch_size={self.batch_size}"
         if self.micro_batch and share % min(self.micro_batch, share):
@@ -91,7 +91,7 @@ class TrainingSettings(TrainingRuntime, TrainingRecipe):
         return share // min(self.micro_batch or share, share)
 
     def share(self) -> int:
-        """Rows of a batch on each device of the mesh in use; ValueError where they cannot be shared out evenly."""
+        """Returns the rows of a batch per device of the mesh in use; ValueError if they do not divide evenly."""
         devices = sharding.row_devices()
         share, rest = divmod(self.batch_size, devices)
         if rest:
@@ -107,22 +107,22 @@ class WarmupRecipe(TrainingRecipe):
     section: ClassVar[str] = "warmup"
 
     learning_rate: float = 5e-5
-    """Highest learning rate."""
+    """Peak learning rate."""
     batch_size: int = 16
-    """Samples a step."""
+    """Samples per step."""
     epochs: int | Literal["auto"] = 1
-    """Passes over each of the three parts before the next; 0 trains nothing. auto takes rounds of one pass over each,
-    until a round gains less than half a point of accuracy on the validation part."""
+    """Epochs per difficulty level (easy, medium, hard); 0 skips training. auto: rounds of one epoch per level, until a
+    round gains less than half a point of validation accuracy."""
     max_epochs: int = 6
-    """Most rounds that epochs=auto takes."""
+    """Maximum number of rounds with epochs=auto."""
     schedule: Literal["per_part", "span"] = "per_part"
-    """Learning rate: a rise and a fall for each of the three parts, or one over all three. With epochs=auto, the same
-    in each round."""
+    """Learning rate schedule. per_part: one rise and decay per difficulty level. span: one over all three, with
+    epochs=auto one per round."""
     order: Literal["easy_to_hard", "mixed", "hard_to_easy"] = "easy_to_hard"
-    """Order of the three parts; the others are for comparison."""
+    """Order of the difficulty levels; mixed and hard_to_easy are for comparison."""
     pack: int = 0
-    """Width in tokens of rows that hold several samples each, none seeing another; batch_size then counts such rows.
-    0 gives each sample a row."""
+    """Width in tokens of rows that pack several samples, which do not see each other; batch_size then counts rows.
+    0: one sample per row."""
 
     def __post_init__(self) -> None:
         TrainingRecipe.__post_init__(self)
@@ -135,7 +135,7 @@ class WarmupRecipe(TrainingRecipe):
 
     @property
     def most_epochs(self) -> int:
-        """Passes over each part, at most."""
+        """Most epochs per difficulty level."""
         return self.max_epochs if self.epochs == "auto" else self.epochs
 
 
@@ -155,19 +155,19 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
     section: ClassVar[str] = "preference"
 
     learning_rate: float = 5e-6
-    """Highest learning rate."""
+    """Peak learning rate."""
     batch_size: int = 8
-    """Pairs a step."""
+    """Pairs per step."""
     epochs: int = 2
-    """Passes over the pairs of an iteration."""
+    """Epochs over the pairs of an iteration."""
     reference: Literal["iteration", "warmup"] = "iteration"
-    """Policy that losses with a reference measure from: the one that the iteration began with, or the warm-up's."""
+    """Reference policy, for losses that use one: the policy at the start of the iteration, or after warm-up."""
     merge: bool = False
-    """Merge the adapters into the weights when an iteration begins, in the weights' type, and train new ones; else the
-    same adapters are trained on."""
+    """At the start of each iteration, merge the adapters into the weights (in the weights' dtype) and train new ones.
+    Otherwise keep training the same adapters."""
     control: Literal["none", "sft_same_prompts", "swapped"] = "none"
-    """What to compare with, for as many steps. sft_same_prompts: fine-tuning on the gold responses of the pairs'
-    prompts. swapped: chosen and rejected exchanged in half of the pairs, at random, which must gain nothing."""
+    """Control experiment with the same number of steps. sft_same_prompts: fine-tune on the gold responses of the pairs'
+    prompts. swapped: swap chosen and rejected in a random half of the pairs, which must gain nothing."""
 
     def __post_init__(self) -> None:
         LossSettings.__post_init__(self)
@@ -179,7 +179,7 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
 
     @property
     def loss_settings(self) -> LossSettings:
-        """What the loss alone depends on."""
+        """Settings of the loss alone."""
         return LossSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LossSettings)})
 
 

@@ -1,8 +1,8 @@
-"""Whether a response to a BFCL question is right: the leaderboard's rules for single turns, checked case by case.
+"""Checks single-turn responses to BFCL questions by the leaderboard's rules.
 
 In: documented functions, the raw text of a response and the possible answers. Out: a verdict, with one of the
-leaderboard's error types. Nothing is executed. The rules were read from the last scorer of BFCL v3
-(https://pypi.org/project/bfcl-eval/2025.8.6.2/); `docs/evaluation.md` tells them and the agreement measured.
+leaderboard's error types. Nothing is executed. The rules follow the last scorer of BFCL v3
+(https://pypi.org/project/bfcl-eval/2025.8.6.2/); `docs/evaluation.md` lists them and the measured agreement.
 """
 
 import re
@@ -36,14 +36,14 @@ Answer = Mapping[str, Any]
 
 
 class Verdict(NamedTuple):
-    """Whether a response is right, and otherwise the leaderboard's name of the error, `kind:detail`."""
+    """Verdict on a response: valid, or the leaderboard's name of the error, `kind:detail`."""
 
     valid: bool
     error_type: str | None
 
 
 class _WrongError(Exception):
-    """The response is wrong; the message is the error type."""
+    """Error for a wrong response; the message is the error type."""
 
 
 def check(
@@ -54,13 +54,13 @@ def check(
     *,
     underscore_to_dot: bool = False,
 ) -> Verdict:
-    """The verdict on `model_output`, the raw text of a response to a question of `category`.
+    """Checks `model_output`, the raw text of a response to a question of `category`.
 
-    `functions` and `possible_answer` are the question's `function` and `ground_truth` entries, of which relevance and
-    irrelevance have no answer; categories go by their names in v3 or v4 (`simple`, `simple_python`, `live_parallel`).
-    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. No text raises, and a
-    value that is no text counts as unreadable. Raises ValueError for an unknown category or parameter type, and where
-    the possible answers are missing, malformed or name no such function.
+    `functions` and `possible_answer` are the question's `function` and `ground_truth` entries; relevance and
+    irrelevance have no answer. Categories have their v3 or v4 names (`simple`, `simple_python`, `live_parallel`). Set
+    `underscore_to_dot` if the model was shown `_` for every dot in a function's name. No text raises an error; a value
+    that is not text counts as unreadable. Raises ValueError for an unknown category or parameter type, and if the
+    possible answers are missing, malformed or name an unknown function.
     """
     language = language_of(category)
     try:
@@ -83,7 +83,7 @@ def check(
             checker.calls(calls, answers, category)
     except _WrongError as wrong:
         return Verdict(False, str(wrong))
-    except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:  # no text causes one of them
+    except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:  # never caused by text
         raise ValueError(f"a question whose functions or possible answers are malformed ({error!r})") from error
     return Verdict(True, None)
 
@@ -96,7 +96,7 @@ _SPECIAL: dict[str, Language] = {
 
 
 def language_of(category: str) -> Language:
-    """The language of a single-turn category's calls. Raises ValueError for an unknown category."""
+    """Returns the language of a single-turn category's calls. Raises ValueError for an unknown category."""
     if category in _SPECIAL:
         return _SPECIAL[category]
     if category.removeprefix("live_").removesuffix("_python") not in _KINDS:
@@ -112,7 +112,7 @@ def _require(condition: bool, error_type: str) -> None:
 def expected_calls(
     functions: Sequence[Function], possible_answer: Sequence[Answer] | None, language: Language
 ) -> list[tuple[Function, Answer]]:
-    """The documentation and the allowed values by parameter of each expected call. ValueError for other forms."""
+    """Returns (documentation, allowed values by parameter) of each expected call. Raises ValueError for other forms."""
     if not possible_answer:
         raise ValueError("a question that wants calls needs possible answers, got none")
     _need(isinstance(functions, list | tuple), "the functions are no list")
@@ -138,7 +138,7 @@ def expected_calls(
 
 
 def _require_form(name: str, schema: Any, allowed: Any, language: Language) -> None:
-    """Raises ValueError where a parameter's documentation or its allowed values have another form."""
+    """Raises ValueError if a parameter's documentation or its allowed values have another form."""
     _need(isinstance(allowed, list), f"the allowed values of {name} are no list")
     if schema is None:
         return
@@ -167,7 +167,7 @@ def _need(condition: bool, problem: str) -> None:
 
 
 class _Checker(NamedTuple):
-    """The rules under one language; each method returns where it finds nothing wrong and raises otherwise."""
+    """Rules for one language; a check returns if nothing is wrong and raises `_WrongError` otherwise."""
 
     language: Language
     underscore_to_dot: bool
@@ -183,7 +183,7 @@ class _Checker(NamedTuple):
             self.call(calls[0], *answers[0])
 
     def parallel(self, calls: Sequence[Call], answers: Sequence[tuple[Function, Answer]]) -> None:
-        """Each answer in turn takes the first call left that meets it, though a later answer may need that one."""
+        """Matches each answer in turn to the first call left that meets it, even if a later answer needs that call."""
         left = list(calls)
         for function, answer in answers:
             met = next((call for call in left if self.meets(call, function, answer)), None)
@@ -211,7 +211,7 @@ class _Checker(NamedTuple):
         _require(call.arguments.keys() >= set(needed), "simple_function_checker:missing_optional")
 
     def argument(self, value: Any, schema: Mapping[str, Any], allowed: Sequence[Any]) -> None:
-        """One argument against its documentation and its allowed values; "" among them only says it may be left out."""
+        """Checks an argument against its documentation and allowed values; "" there only means it may be left out."""
         kind, types = schema["type"], _TYPES[self.language]
         item_kind = schema["items"]["type"] if types[kind] is list and "items" in schema else None
         if self.language in _CONVERTERS:
@@ -244,7 +244,7 @@ def _float(value: int) -> float | int:
 
 
 def _among(value: Any, allowed: Any) -> bool:
-    """Whether `value` equals one of `allowed`; values nested too deep to compare do not."""
+    """Returns True if `value` equals one of `allowed`; False for values nested too deep to compare."""
     try:
         return value in list(allowed)
     except RecursionError:
@@ -252,9 +252,9 @@ def _among(value: Any, allowed: Any) -> bool:
 
 
 def _check_type(value: Any, allowed: Sequence[Any], expected: type, item: type | None) -> bool:
-    """Rejects a value of a wrong type. True says that it stands for a variable, to be compared as it is.
+    """Rejects a value of a wrong type. Returns True if the value names a variable and must be compared as it is.
 
-    Where the answers are of another type than documented, they hold a variable's name.
+    Answers of a type other than the documented one hold a variable's name.
     """
     answer_type = _answer_type(allowed)
     if type(value) is expected and (item is None or any(_items_fit(value, answer, item) for answer in allowed)):
@@ -265,19 +265,19 @@ def _check_type(value: Any, allowed: Sequence[Any], expected: type, item: type |
 
 
 def _answer_type(allowed: Sequence[Any]) -> type | None:
-    """The type of the first answer that is not the empty text, which only says that the parameter is optional."""
+    """Returns the type of the first answer other than "", which only marks the parameter as optional."""
     return next((type(answer) for answer in allowed if answer != ""), None)
 
 
 def _items_fit(items: Sequence[Any], answer: Any, expected: type) -> bool:
-    """Whether all items have the documented type or that of the answer's items; no list as an answer forbids none."""
+    """Returns True if all items have the documented type or that of the answer's items, or the answer is not a list."""
     if not isinstance(answer, list):
         return True
     return all(type(item) in (expected, _answer_type(answer)) for item in items)
 
 
 def _normal(text: str) -> str:
-    """Text as it is compared: lower case, without spaces and most punctuation, with one kind of quotes."""
+    """Normalizes text for comparison: lower case, no spaces, little punctuation, one kind of quotes."""
     return _IGNORED.sub("", text).lower().replace("'", '"')
 
 
@@ -290,7 +290,7 @@ def _normal_items(value: Any) -> list[Any]:
 
 
 def _check_dict(value: Any, allowed: Sequence[Any]) -> None:
-    """A dict against dicts of allowed values by key; the error is that of the last answer it was compared with."""
+    """Checks a dict against dicts of allowed values by key; the error is that of the last answer compared."""
     error = "dict_checker:unclear"
     for answer in allowed:
         if answer == "":
@@ -316,7 +316,7 @@ def _dict_error(value: Any, answer: Any) -> str | None:
 
 
 def _check_dicts(value: Sequence[Any], allowed: Sequence[Any]) -> None:
-    """A list of dicts against lists of dicts, in order."""
+    """Checks a list of dicts against lists of dicts, in order."""
     error = "list_dict_checker:unclear"
     for answer in allowed:
         error = _dicts_error(value, answer)

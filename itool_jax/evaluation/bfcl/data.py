@@ -1,8 +1,8 @@
-"""BFCL's files: questions and possible answers in, prompts for a model; its responses, in the leaderboard's layout.
+"""BFCL's files: reads questions and answers, makes prompts, reads and writes responses in the leaderboard's layout.
 
-A data folder holds `questions/` and `possible_answer/` with `BFCL_v3_<category>.json`, one question a line, plain or
-.gz; the folder `data` of the installed scorer (`itool_jax.evaluation.bfcl.setup`) will do as it is. Categories go by
-their names in v3; those of v4 are understood.
+A data folder holds `questions/` and `possible_answer/` with `BFCL_v3_<category>.json`, one question per line, plain or
+.gz. The folder `data` of the installed scorer (`itool_jax.evaluation.bfcl.setup`) works as it is. Categories have their
+v3 names; v4 names are accepted.
 """
 
 import copy
@@ -21,7 +21,7 @@ Message = dict[str, str]
 Row = dict[str, Any]
 
 TEMPERATURE = 0.001
-"""What the leaderboard samples at."""
+"""Sampling temperature of the leaderboard."""
 
 SIMPLE = ("simple", "java", "javascript")
 NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
@@ -43,8 +43,8 @@ _V4_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "si
 _V3_NAMES = {new: old for old, new in _V4_NAMES.items()}
 _RESULT_FILE = re.compile(r"BFCL_v[34]_(\w+)_result\.json(?:\.gz)?")
 
-# The leaderboard's prompt (Apache-2.0, https://github.com/ShishirPatil/gorilla), word for word: with another one,
-# scores could not be compared.
+# The leaderboard's prompt (Apache-2.0, https://github.com/ShishirPatil/gorilla), word for word; scores under another
+# prompt would not be comparable.
 _SYSTEM_PROMPT = """\
 You are an expert in composing functions. You are given a question and a set of possible functions. Based on the \
 question, you will need to make one or more function/tool calls to achieve the purpose.
@@ -65,26 +65,26 @@ Here is a list of functions in JSON format that you can invoke.
 
 """
 MORE_FUNCTIONS = "{functions}\nI have updated some more functions you can choose from. What about now?"
-"""The user's turn that brings the functions missing so far."""
+"""User turn that adds functions that were missing so far."""
 _HINTS = {"Python": "Python 3", "Java": "Java 8 SDK", "JavaScript": "JavaScript"}
 
 
 class Question(NamedTuple):
-    """A question of BFCL: what is asked turn by turn, what may be called, and what is right."""
+    """A BFCL question: user turns, available functions and possible answers."""
 
     id: str
     category: str
     turns: Sequence[Sequence[Message]]
     functions: Sequence[Mapping[str, Any]]
-    """As documented; those of multi-turn questions come with the simulators."""
+    """Documented functions; empty for multi-turn, whose functions come with the simulators."""
     answer: Sequence[Any]
-    """Possible answers; empty where no call, or any, is right."""
+    """Possible answers; empty if no call, or any call, is right."""
     row: Row
-    """All fields as published."""
+    """All published fields."""
 
 
 def select(names: Sequence[str]) -> tuple[str, ...]:
-    """The categories that names of categories (v3 or v4) and groups stand for, in order. ValueError for an unknown."""
+    """Expands names of categories (v3 or v4) and groups, in order. Raises ValueError for an unknown name."""
     chosen: set[str] = set()
     for name in names:
         name = _V3_NAMES.get(name, name)
@@ -96,12 +96,12 @@ def select(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def question_file(folder: Path, category: str) -> Path:
-    """The file of a category's questions, plain or .gz. Raises ValueError where there is none."""
+    """Returns the file of a category's questions, plain or .gz. Raises ValueError if there is none."""
     return _find(folder, "questions", category)
 
 
 def load_questions(folder: Path, category: str) -> list[Question]:
-    """The questions of a category, in the order of the file. Raises ValueError, naming file and row, for wrong ones."""
+    """Loads the questions of a category, in file order. Raises ValueError for an invalid one, naming file and row."""
     file = question_file(folder, category)
     answers: dict[str, list[Any]] = {}
     if "relevance" not in category:
@@ -127,7 +127,7 @@ def load_questions(folder: Path, category: str) -> list[Question]:
 
 
 def _wrong_form(question: Question) -> str | None:
-    """What is wrong with a question's messages, functions and answers; None where nothing is."""
+    """Describes what is wrong with a question's messages, functions or answers; None if nothing is."""
     if not question.turns or not all(
         isinstance(turn, list) and all(_is_message(message) for message in turn) for turn in question.turns
     ):
@@ -164,7 +164,7 @@ _KINDS = {str: "text", list: "list", dict: "object"}
 
 
 def _find(folder: Path, part: str, category: str) -> Path:
-    """The file of a category's questions or answers."""
+    """Returns the file of a category's questions or answers. Raises ValueError if there is none."""
     folders = [folder / part] if part == "possible_answer" else [folder / part, folder]
     names = (f"BFCL_v3_{category}.json", f"BFCL_v4_{_V4_NAMES.get(category, category)}.json")
     for path in (where / (name + ending) for where in folders for name in names for ending in ("", ".gz")):
@@ -176,12 +176,12 @@ def _find(folder: Path, part: str, category: str) -> Path:
 
 
 def first_messages(question: Question) -> list[Message]:
-    """The conversation a model is asked to go on with first: the leaderboard's system prompt, then the first turn."""
+    """Returns the first prompt as messages: the leaderboard's system prompt, then the first turn."""
     return with_system_prompt(question.turns[0], shown_functions(question.functions, question.category))
 
 
 def with_system_prompt(messages: Sequence[Message], functions: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Messages after the system prompt that lists the functions; a system prompt of their own is appended to it."""
+    """Prepends the system prompt that lists the functions; a system prompt in `messages` is appended to it."""
     prompt = _SYSTEM_PROMPT.format(functions=functions)
     if messages and messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
@@ -189,7 +189,7 @@ def with_system_prompt(messages: Sequence[Message], functions: Sequence[Mapping[
 
 
 def shown_functions(functions: Iterable[Mapping[str, Any]], category: str) -> list[dict[str, Any]]:
-    """Documentation as models see it: with the language, and types other than Python's as part of the descriptions."""
+    """Returns the documentation shown to models: descriptions name the language and hold types other than Python's."""
     language = "Python" if category in MULTI_TURN else language_of(category)
     shown = copy.deepcopy([dict(function) for function in functions])
     for function in shown:
@@ -200,7 +200,7 @@ def shown_functions(functions: Iterable[Mapping[str, Any]], category: str) -> li
 
 
 def _as_text(parameter: dict[str, Any], language: str) -> None:
-    """Documents a parameter as a string that holds code."""
+    """Rewrites a parameter's documentation, in place, as a string that holds code."""
     kind = parameter["type"]
     if kind == "any":
         parameter["description"] += f" This parameter can be of any type of {language} object in string representation."
@@ -218,7 +218,7 @@ def _as_text(parameter: dict[str, Any], language: str) -> None:
 
 
 def result_file(folder: Path, category: str, version: Version) -> Path:
-    """Where the leaderboard's scorer looks for a model's responses, in the model's folder."""
+    """Returns the path in a model's folder where the leaderboard's scorer looks for responses."""
     if version == "v3":
         return folder / f"BFCL_v3_{category}_result.json"
     group = next(name for name in ("non_live", "live", "multi_turn") if category in GROUPS[name])
@@ -226,16 +226,16 @@ def result_file(folder: Path, category: str, version: Version) -> Path:
 
 
 def write_results(folder: Path, category: str, results: Mapping[str, Any], version: Version) -> Path:
-    """Writes responses by question id, and returns the file; a response is text, or turns of steps of text."""
+    """Writes responses by question id and returns the path. A response is text, or turns of steps of text."""
     path = result_file(folder, category, version)
     write_jsonl(path, ({"id": name, "result": result} for name, result in results.items()))
     return path
 
 
 def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
-    """The result files in one model's folder, below it too, by category; of one category in both layouts `layout`'s.
+    """Finds one model's result files, at any depth in its folder, by category; `layout` wins if both layouts are there.
 
-    Raises ValueError for none, for the folders of several models, and for two files of a category in one layout.
+    Raises ValueError if there are none, for folders of several models, and for two files of a category in one layout.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("BFCL_v*_result.json*")):
@@ -259,13 +259,16 @@ def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
 
 
 def _model_folder(path: Path, top: Path) -> Path:
-    """The folder of a model that a result file is of; the layout of v4 has folders by group in it."""
+    """Returns the model folder of a result file; in the v4 layout it has a subfolder per group."""
     grouped = path.parent.name in ("non_live", "live", "multi_turn") and path.parent != top
     return path.parent.parent if grouped else path.parent
 
 
 def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """Responses by question id. ValueError names a row without id or result, repeated, or of an unknown question."""
+    """Reads responses by question id.
+
+    Raises ValueError for a row without id or result, a repeated or unknown id, or a file without responses.
+    """
     known = {question.id for question in questions}
     results: dict[str, Any] = {}
     for number, row in read_rows(path):

@@ -1,12 +1,11 @@
 """Reads the calls of a BFCL response, in Python, Java or JavaScript, as the leaderboard's decoder does.
 
-In: the raw text of a response. Out: calls, or an error. The leaderboard takes Python's own expression grammar for
-its call lists, so unlike `itool_jax.text.calls.read_calls`, which rewards a policy and wants literals, this reader
-accepts a bare word for a string, arithmetic and calls as values. It computes and never executes: nothing of a
-response reaches `eval`, and every text is read within bounded time and memory.
+In: the raw text of a response. Out: calls, or an error. The leaderboard uses Python's own expression grammar for call
+lists. So this reader accepts bare words as strings, arithmetic, and calls as values, unlike
+`itool_jax.text.calls.read_calls`, which serves the reward and requires literals. It computes but never executes:
+nothing of a response reaches `eval`, and time and memory are bounded for every text.
 
-The rules were read from the scorer (https://pypi.org/project/bfcl-eval/2025.8.6.2/) and are told in
-`docs/evaluation.md`.
+The rules follow the scorer (https://pypi.org/project/bfcl-eval/2025.8.6.2/) and are described in `docs/evaluation.md`.
 """
 
 import ast
@@ -25,22 +24,22 @@ from itool_jax.text.calls import Call
 Language = Literal["Python", "Java", "JavaScript"]
 
 MAX_CHARACTERS: dict[Language, int] = {"Python": 100_000, "Java": 4_000, "JavaScript": 4_000}
-"""A longer response is unreadable. Tree-sitter takes quadratic time and memory, 1 s and 400 MB at worst for 4,000
-characters; the longest right answers in Java and JavaScript have a tenth of these."""
+"""A longer response is unreadable. Tree-sitter takes quadratic time and memory, at worst 1 s and 400 MB for 4,000
+characters. The longest right answers in Java and JavaScript are a tenth as long."""
 MAX_COMPUTED = 10_000
-"""Bits or items that arithmetic in a value may come to, as in `2 ** 10` and `"ab" * 3`."""
+"""Most bits or items in a result of arithmetic, such as `2 ** 10` or `"ab" * 3`."""
 
 
 class UnreadableError(ValueError):
-    """The response is not the text of calls."""
+    """Error for a response that cannot be read as calls."""
 
 
 def read_response(text: Any, language: Language) -> list[Call] | None:
-    """The calls of a response; None where it parses in Java or JavaScript but holds no call.
+    """Returns the calls of a response, or None if it parses as Java or JavaScript but holds no call.
 
-    Backticks, newlines and spaces at the ends and missing outer brackets do not matter. Of a repeated keyword the last
-    counts in Python; positional arguments vanish there, and are kept under the name None in the other languages.
-    Raises `UnreadableError` for everything else, text that is no string included.
+    Backticks, newlines and spaces at both ends and missing outer brackets are ignored. In Python, the last value of a
+    repeated keyword counts and positional arguments are dropped; in the other languages, a positional argument is kept
+    under the name None. Raises `UnreadableError` for everything else, including a value that is not a string.
     """
     if not isinstance(text, str):
         raise UnreadableError(f"a response is text, got {type(text).__name__}")
@@ -57,7 +56,7 @@ def read_response(text: Any, language: Language) -> list[Call] | None:
 
 def _python(text: str) -> list[Call]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of unknown escapes in strings
+        warnings.simplefilter("ignore")  # Python warns about unknown escapes in strings
         body = ast.parse(text.strip("[]'"), mode="eval").body
     calls = [body] if isinstance(body, ast.Call) else getattr(body, "elts", None)
     if calls is None or not all(isinstance(call, ast.Call) for call in calls):
@@ -81,7 +80,7 @@ def _python_value(node: ast.AST | None) -> Any:
         case ast.Constant(value=value):
             return "..." if value is Ellipsis else value
         case ast.UnaryOp(operand=ast.Constant(value=int() | float() | complex() as value)):
-            return -value  # whichever the operator: the leaderboard negates for `not x` too
+            return -value  # for any operator: the leaderboard negates for `not x` too
         case ast.List():
             return [_python_value(item) for item in node.elts]
         case ast.Tuple():
@@ -125,7 +124,7 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def _computed(node: ast.AST) -> Any:
-    """The value of arithmetic on literals. What the leaderboard would have to execute has none."""
+    """Computes arithmetic on literals. Raises `UnreadableError` for anything the leaderboard would have to execute."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -144,7 +143,7 @@ def _computed(node: ast.AST) -> Any:
 
 
 def _size_bound(op: ast.operator, left: Any, right: Any) -> float:
-    """Upper bound of the bits or items of a result, found before it is computed."""
+    """Returns an upper bound on the bits or items of a result, before it is computed."""
     sizes = _size(left), _size(right)
     whole = isinstance(left, int) and isinstance(right, int)
     match op:
@@ -155,7 +154,7 @@ def _size_bound(op: ast.operator, left: Any, right: Any) -> float:
         case ast.Mult() if not whole and isinstance(right, int):
             return right * sizes[0]
         case ast.Mod() if isinstance(left, str | bytes):
-            return float("inf")  # a format can ask for any width
+            return float("inf")  # a format string can ask for any width
     return sizes[0] + sizes[1]
 
 
@@ -186,7 +185,7 @@ def _java_call(node: tree_sitter.Node, source: str) -> Call:
 
 
 def _java_value(node: tree_sitter.Node, source: str, nested: bool = False) -> str:
-    """The text of an argument without white space between its tokens; a literal at top level loses its quotes."""
+    """Returns the text of an argument without white space between tokens; a top-level literal loses its quotes."""
     inner = functools.partial(_java_value, source=source, nested=True)
     match node.type:
         case "string_literal" | "character_literal":
@@ -222,7 +221,7 @@ def _javascript_call(node: tree_sitter.Node) -> Call:
 
 
 class _Arguments:
-    """Arguments by name; None names the one without a name."""
+    """Arguments by name; the positional one has the name None."""
 
     def __init__(self) -> None:
         self.found: dict[Any, str] = {}
@@ -247,7 +246,7 @@ def _parsed(source: str, language: Language) -> tree_sitter.Node:
 
 
 def _nodes(root: tree_sitter.Node) -> Iterator[tree_sitter.Node]:
-    """All nodes, depth first; no nesting is too deep for a list."""
+    """Yields all nodes, depth first; uses a list as the stack, so that any depth works."""
     waiting = [root]
     while waiting:
         node = waiting.pop()
@@ -263,12 +262,12 @@ def _field(node: tree_sitter.Node, name: str) -> tree_sitter.Node:
 
 
 def _slice(node: tree_sitter.Node, source: str) -> str:
-    # The leaderboard cuts characters at offsets counted in bytes: what stands behind an umlaut shifts.
+    # Like the leaderboard, this slices characters at byte offsets: text after an umlaut is shifted.
     return source[node.start_byte : node.end_byte]
 
 
 def _text(node: tree_sitter.Node) -> str:
-    assert node.text is not None  # the tree was parsed from bytes, which it keeps
+    assert node.text is not None  # the tree keeps the bytes that it was parsed from
     return node.text.decode()
 
 

@@ -1,4 +1,4 @@
-"""Responses to BFCL's questions in, scores as the leaderboard weighs them out."""
+"""Scores responses to BFCL questions, weighted as on the leaderboard."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from itool_jax.evaluation.statistics import (
 )
 
 COLUMNS = ("non-live", "live", "multi-turn", "relevance", "irrelevance", "overall")
-"""Those of the paper's Table 1."""
+"""Columns of the paper's Table 1."""
 NEEDED = {
     "non-live": NON_LIVE,
     "live": LIVE,
@@ -28,29 +28,29 @@ NEEDED = {
 
 
 class Score(NamedTuple):
-    """One category's score."""
+    """Score of one category."""
 
     correct: int
     total: int
-    """Questions that were answered."""
+    """Number of questions with a response."""
     questions: int
-    """Questions there are; a part of them makes no official figure."""
+    """Number of questions in the category; a score on only some of them is not official."""
     failed: dict[str, str]
     """Error type by question id."""
     unanswered: int = 0
-    """Answered by a line of the harness instead of the model, such as of a prompt that does not fit its context."""
+    """Number answered by the harness instead of the model, for example because the prompt does not fit its context."""
 
     def kinds(self) -> Counter[str]:
-        """How many failed by error type."""
+        """Counts failures by error type."""
         return Counter(self.failed.values())
 
 
 def judge(
     questions: Sequence[Question], results: Mapping[str, Any], *, underscore_to_dot: bool = False
 ) -> dict[str, Verdict]:
-    """The verdict on each single-turn response, by question id, in the order of the questions.
+    """Returns the verdict on each single-turn response by question id, in the order of the questions.
 
-    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name.
+    Set `underscore_to_dot` if the model was shown `_` for every dot in a function's name.
     """
     return {
         q.id: check(q.functions, results[q.id], q.answer, q.category, underscore_to_dot=underscore_to_dot)
@@ -60,15 +60,15 @@ def judge(
 
 
 def score(verdicts: Mapping[str, Verdict], n_questions: int, unanswered: int = 0) -> Score:
-    """The score of a category's verdicts, of which there may be fewer than questions."""
+    """Returns the score of a category's verdicts; there may be fewer verdicts than questions."""
     failed = {name: str(verdict.error_type) for name, verdict in verdicts.items() if not verdict.valid}
     return Score(len(verdicts) - len(failed), len(verdicts), n_questions, failed, unanswered)
 
 
 def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
-    """The columns of Table 1 as fractions; None where a category of a column was not run.
+    """Returns the columns of Table 1 as fractions; None if a category of a column was not run.
 
-    Overall is withheld also where a category was run in part.
+    Overall is also None if a category was run only in part.
     """
     accuracy = {name: found.correct / found.total for name, found in scores.items() if found.total}
     columns = _columns(accuracy, scores)
@@ -76,15 +76,15 @@ def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
 
 
 class Intervals(NamedTuple):
-    """95 % bootstrap intervals, questions resampled within each category."""
+    """95 % bootstrap intervals; questions are resampled within each category."""
 
     categories: dict[str, tuple[float, float]]
     columns: dict[str, tuple[float, float]]
-    """Of the columns that `figures` gives."""
+    """Intervals of the columns that `figures` returns and that are not None."""
 
 
 def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_000) -> Intervals:
-    """The intervals of all accuracies, as fractions."""
+    """Returns the intervals of all accuracies, as fractions."""
     random = np.random.default_rng(seed)
     drawn = {
         name: resampled_accuracies(found.correct, found.total, random, n_resamples)
@@ -96,7 +96,7 @@ def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_
 
 
 def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[str, Any]:
-    """The leaderboard's averages of accuracies, numbers or arrays of one shape, where all that they need is there."""
+    """Averages accuracies (numbers or arrays of one shape) as the leaderboard does; omits columns that lack inputs."""
 
     def mean(names: Sequence[str], of: Mapping[str, Any] = accuracy) -> Any:
         return sum(of[name] for name in names) / len(names)
@@ -117,7 +117,7 @@ def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[s
 
 
 def paired(now: Score, then: Score) -> PairedDifference:
-    """One run against another on the same questions, sample by sample. ValueError where they answered other ones."""
+    """Compares two runs question by question. Raises ValueError if their numbers of questions differ."""
     if now.total != then.total:
         raise ValueError(f"{now.total} questions cannot be compared with {then.total}; evaluate both runs on the same")
     either = now.failed.keys() | then.failed.keys()
@@ -127,14 +127,14 @@ def paired(now: Score, then: Score) -> PairedDifference:
 
 
 def pooled(scores: Sequence[Score]) -> Score:
-    """All questions of some categories as one."""
+    """Pools all questions of several categories into one score."""
     failed = {name: error for found in scores for name, error in found.failed.items()}
     correct, total, questions = (sum(column) for column in list(zip(*scores, strict=True))[:3])
     return Score(correct, total, questions, failed)
 
 
 def as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """`{category: {"correct", "total", "failed": [ids]}}`."""
+    """Returns `{category: {"correct", "total", "failed": [ids]}}`."""
     return {
         name: {"correct": found.correct, "total": found.total, "failed": list(found.failed)}
         for name, found in scores.items()

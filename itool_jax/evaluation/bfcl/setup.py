@@ -1,7 +1,7 @@
-"""`python -m itool_jax.evaluation.bfcl.setup` installs the official BFCL scorer in an environment of its own.
+"""`python -m itool_jax.evaluation.bfcl.setup` installs the official BFCL scorer in a separate environment.
 
-It brings the questions, the simulators of multi-turn and the official checker. It cannot live beside jax, for it pins
-an old numpy; and it executes text that models wrote, so that it only ever runs as a child process
+The scorer includes the questions, the multi-turn simulators and the official checker. It pins an old numpy and cannot
+be installed beside jax. It also executes text written by models, so it only runs as a child process
 (`itool_jax.evaluation.bfcl.worker`), without network and with limits.
 """
 
@@ -23,12 +23,12 @@ COMMAND = "python -m itool_jax.evaluation.bfcl.setup"
 
 
 def environment() -> Path:
-    """The folder of the environment: $ITOOL_BFCL, else one in the user's cache."""
+    """Returns the environment's folder: $ITOOL_BFCL, else one in the user's cache."""
     return Path(os.environ.get("ITOOL_BFCL", "~/.cache/itool_jax/bfcl")).expanduser()
 
 
 def python() -> Path:
-    """Its interpreter. Raises ValueError, with the command to run, where there is none yet."""
+    """Returns the environment's interpreter. Raises ValueError, with the command to run, if it is not installed."""
     path = environment() / "bin" / "python"
     if not (path.exists() and (environment() / "done").exists()):
         raise ValueError(f"the official BFCL scorer is not installed in {environment()}; run {COMMAND}")
@@ -36,13 +36,13 @@ def python() -> Path:
 
 
 def data() -> Path:
-    """The folder with its questions, possible answers and documentation of simulated functions."""
+    """Returns the scorer's folder of questions, possible answers and documentation of simulated functions."""
     python()
     return next(environment().glob("lib/python3*/site-packages/bfcl_eval/data"))
 
 
 def install(folder: Path) -> None:
-    """Creates the environment, about 200 MB; what was there before is replaced. Raises ValueError where pip fails."""
+    """Creates the environment, about 200 MB, and replaces an earlier one. Raises ValueError if pip fails."""
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     for packages in (REQUIREMENTS, ("--no-deps", PACKAGE)):
@@ -53,7 +53,7 @@ def install(folder: Path) -> None:
 
 
 def main() -> int:
-    """Installs it unless it is there; returns the exit code."""
+    """Installs the scorer unless it is installed already; returns the exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--again", action="store_true", help="replace what is there")
     again = parser.parse_args().again

@@ -1,4 +1,4 @@
-"""BFCL's multi-turn conversations, and the official scorer, in a child process that may be killed at any time.
+"""Runs BFCL's multi-turn conversations and the official scorer in a child process that may be killed at any time.
 
 In: questions, and a function that answers many conversations at once. Out: responses turn by turn, and verdicts.
 """
@@ -26,22 +26,22 @@ from itool_jax.evaluation.bfcl.data import (
 )
 
 MAX_STEPS = 20
-"""Steps of a turn; a model that has still not finished then has failed, as the leaderboard counts."""
+"""Most steps in a turn; a model that has not finished by then has failed, as on the leaderboard."""
 SECONDS = 60
-"""After so long without an answer the child is replaced; it stops itself before that where it can."""
+"""Seconds without an answer after which the child is replaced; normally the child stops a command earlier."""
 
 Answer = Callable[[Sequence[tuple[str, Sequence[Message]]]], Sequence[str]]
-"""(key, messages) of many conversations to the response to each. Raises nothing for what a model cannot take."""
+"""Maps (key, messages) of many conversations to one response each. Must not raise for inputs a model cannot take."""
 
 
 class SimulatorError(ValueError):
-    """The child died, hung, or could not do what it was told."""
+    """Error for a child that died, hung, or could not carry out a command."""
 
 
 class Simulators:
-    """The official scorer as a child process: started when first asked, replaced when it dies, ended with the block.
+    """The official scorer as a child process: started on first use, replaced when it dies, ended with the block.
 
-    It sees no environment variables and no network, and its working folder is a temporary one.
+    It has no network, none of our environment variables, and a temporary working folder.
     """
 
     def __init__(self) -> None:
@@ -57,9 +57,12 @@ class Simulators:
         self._folder.cleanup()
 
     def ask(self, command: Mapping[str, Any], seconds: float = SECONDS) -> dict[str, Any]:
-        """The child's answer. Raises `SimulatorError`; the next command then gets a new child."""
+        """Returns the child's answer to a command.
+
+        Raises `SimulatorError` if there is none or it reports an error. A child that does not answer is replaced.
+        """
         child = self._child or self._start()
-        assert child.stdin is not None  # both are pipes
+        assert child.stdin is not None  # stdin and stdout are pipes
         try:
             text = json.dumps(command).encode() + b"\n"
             while text:
@@ -78,7 +81,7 @@ class Simulators:
         surroundings = {"PATH": os.defpath, "BFCL_PROJECT_ROOT": self._folder.name, "OPENBLAS_NUM_THREADS": "1"}
         self._child = subprocess.Popen(
             [self._python, "-I", worker],
-            bufsize=0,  # nothing is left to be written when the pipes are closed
+            bufsize=0,  # unbuffered, so closing the pipes flushes nothing
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -103,7 +106,7 @@ class Simulators:
         return line
 
     def _stop(self) -> None:
-        """Ends the child and what it started; waits for nothing that they could withhold."""
+        """Kills the child and its process group; never waits for them without a time limit."""
         if (child := self._child) is None:
             return
         self._child = None
@@ -118,16 +121,16 @@ class Simulators:
 
 
 class _Conversation(NamedTuple):
-    """One question under way; its lists grow."""
+    """A conversation in progress; its lists grow."""
 
     question: Question
     more: dict[str, list[dict[str, Any]]]
-    """Functions that a turn brings, by its number as text."""
+    """Functions that a turn adds, by turn number as text."""
     messages: list[Message]
     turns: list[list[str]]
-    """Responses of each turn so far."""
+    """Responses so far, by turn."""
     executed: list[str]
-    """The responses whose calls were executed, of all turns."""
+    """Responses of all turns whose calls were executed."""
 
     def begin_turn(self) -> None:
         number = str(len(self.turns))
@@ -139,7 +142,7 @@ class _Conversation(NamedTuple):
         self.turns.append([])
 
     def end_turn(self) -> bool:
-        """Begins the next turn; False where there is none."""
+        """Begins the next turn; returns False if there is none."""
         if len(self.turns) == len(self.question.turns):
             return False
         self.begin_turn()
@@ -147,11 +150,11 @@ class _Conversation(NamedTuple):
 
 
 def converse(questions: Sequence[Question], answer: Answer, simulators: Simulators) -> Iterator[list[tuple[int, Any]]]:
-    """Holds all conversations at once, a step of each in every batch.
+    """Runs all conversations at once, one step of each per batch.
 
-    Yields those that ended after each step, (place of the question, its turns of steps). A turn ends when the model
-    answers without calls. A conversation that cannot be ended, because the simulators fail it, has its error as text
-    for a response, which the scorer counts as wrong.
+    After each step, yields the conversations that ended, as (index of the question, turns of steps). A turn ends when
+    the model answers without calls. If the simulators fail, the conversation ends with the error text as its response,
+    which the scorer counts as wrong.
     """
     documented = simulators.ask({"do": "functions"})["functions"]
     active = [(place, _begin(question, documented)) for place, question in enumerate(questions)]
@@ -185,7 +188,7 @@ def _begin(question: Question, documented: Mapping[str, Sequence[dict[str, Any]]
 
 
 def _step(conversation: _Conversation, text: str, simulators: Simulators) -> bool:
-    """Takes a response in and executes its calls; whether the conversation goes on."""
+    """Adds a response and executes its calls; returns True if the conversation goes on."""
     conversation.turns[-1].append(text)
     conversation.messages.append({"role": "assistant", "content": text})
     row = conversation.question.row
@@ -213,14 +216,14 @@ def official_verdicts(
     *,
     underscore_to_dot: bool = False,
 ) -> dict[str, Verdict]:
-    """What the official scorer says of the responses to a category's questions, by id; the only judge of multi-turn.
+    """Returns the official scorer's verdicts on a category's responses, by id; multi-turn has no other judge.
 
-    `underscore_to_dot` says that the model was shown `_` for every dot in a function's name. A question whose scoring
-    dies or takes too long is failed with `simulator_error`.
+    Set `underscore_to_dot` if the model was shown `_` for every dot in a function's name. A question whose scoring dies
+    or takes too long fails with `simulator_error`.
     """
     failed = {}
     for question in questions:
-        if question.id in results:  # each in a process of its own, where one answer can do nothing to others
+        if question.id in results:  # each in its own process, so answers cannot affect each other
             try:
                 failed[question.id] = _official(question, results[question.id], simulators, underscore_to_dot)
             except SimulatorError as error:
@@ -229,11 +232,11 @@ def official_verdicts(
 
 
 def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
-    """The official scorer's verdicts on multi-turn responses, by id, without files of questions.
+    """Returns the official scorer's verdicts on multi-turn responses, by id, without question files.
 
-    A row holds `id`, any text that is given once; `category`, such as `multi_turn_base`; `initial_config` and
-    `involved_classes` as the questions have them; `ground_truth`, the calls of each turn; and `model_output`, turns of
-    steps of text. Raises ValueError for other rows, and where the official scorer is not installed.
+    A row holds `id`, any unique text; `category`, such as `multi_turn_base`; `initial_config` and `involved_classes` as
+    in the questions; `ground_truth`, the calls of each turn; and `model_output`, turns of steps of text. Raises
+    ValueError for other rows, and if the official scorer is not installed.
     """
     by_category: dict[str, dict[str, tuple[Question, Any]]] = {}
     for number, row in enumerate(rows, 1):

@@ -1,8 +1,8 @@
-"""Java and JavaScript literals, as BFCL's functions document their types, to Python values.
+"""Converts Java and JavaScript literals to Python values, by the types that BFCL's functions document.
 
-In: the text of one argument and the documented type. Out: a value; text that does not fit its type stays text, which
-the checker then rejects by its type. The patterns accept what the leaderboard's accept, some of them rewritten where
-those could run for exponential time.
+In: the text of one argument and the documented type. Out: a value. Text that does not fit its type stays text, which
+the checker then rejects by type. The patterns accept what the leaderboard's patterns accept; those that could take
+exponential time are rewritten.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CHARACTERS = 2_000
-"""Longer collections stay text: the patterns take quadratic time, and the benchmark's answers a tenth of this."""
+"""Longer collections stay text: the patterns take quadratic time. The benchmark's answers are a tenth as long."""
 
 JAVA_TYPES: dict[str, type] = {
     **dict.fromkeys(("byte", "short", "integer", "long"), int),
@@ -21,7 +21,7 @@ JAVA_TYPES: dict[str, type] = {
     "Set": set,
     "boolean": bool,
 }
-"""The Python type that a value of each documented Java type must have."""
+"""Required Python type of a value, by documented Java type."""
 JAVASCRIPT_TYPES: dict[str, type] = {
     **dict.fromkeys(("String", "any"), str),
     **dict.fromkeys(("integer", "Bigint"), int),
@@ -30,7 +30,7 @@ JAVASCRIPT_TYPES: dict[str, type] = {
     "dict": dict,
     "array": list,
 }
-"""The Python type that a value of each documented JavaScript type must have."""
+"""Required Python type of a value, by documented JavaScript type."""
 
 _INTEGER = re.compile(r"-?\d+$")
 _LONG = re.compile(r"(-?\d+)[lL]$")
@@ -49,7 +49,7 @@ _JAVA_PUTS = re.compile(r"new\s+HashMap<.*?>\s*+\(\)\s*+\{\s*+\{?+\s*+([^}]*+)\}
 _JAVA_PUT = re.compile(r'put\("(.*?)",\s*+([^)\n]*+)\)')
 _JAVA_EMPTY_MAP = re.compile(r"new\s+HashMap<.*?>\s*+\(\)")
 
-# A row may end anywhere but where the outer bracket closes, and only between rows may a line end.
+# A row may end anywhere except where the outer bracket closes. Lines may end only between rows.
 _ROWS = r"\s*+\[(?>(?:\]\s*+,\s*+\[|(?!\]\s*+%s)[^\n])*)\]\s*+%s"
 _JS_MATRIX = re.compile(r"\[" + _ROWS % (r"\]", r"\]") + r"|new\s+Array\(" + _ROWS % (r"\)", r"\)"))
 _JS_ROW = re.compile(r"\[(.*?)\]")
@@ -59,7 +59,7 @@ _JS_PAIR = re.compile(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)")
 
 
 def java_value(text: str, kind: str, item_kind: str | None = None) -> Any:
-    """The value of Java text of the documented type `kind`, a key of `JAVA_TYPES`, with items of type `item_kind`."""
+    """Converts Java text of the documented type `kind`, a key of `JAVA_TYPES`, with items of type `item_kind`."""
     match kind:
         case "byte" | "short" | "integer":
             return _number(int, _INTEGER, text)
@@ -84,7 +84,7 @@ def java_value(text: str, kind: str, item_kind: str | None = None) -> Any:
 
 
 def javascript_value(text: str, kind: str, item_kind: str | None = None) -> Any:
-    """The value of JavaScript text of the type `kind`, a key of `JAVASCRIPT_TYPES`, with items of type `item_kind`."""
+    """Converts JavaScript text of the type `kind`, a key of `JAVASCRIPT_TYPES`, with items of type `item_kind`."""
     match kind:
         case "String":
             return _unquoted(text, "\"'")
@@ -110,17 +110,17 @@ def _number(of: type, pattern: re.Pattern[str], text: Any) -> Any:
     found = pattern.match(text) if isinstance(text, str) else None
     try:
         return of(found[found.lastindex or 0]) if found else text
-    except ValueError:  # Python bounds the digits it converts
+    except ValueError:  # Python limits the number of digits
         return text
 
 
 def _unquoted(text: str, quotes: str) -> str:
-    """`text` without its quotes; a lone quote is both of them."""
+    """Removes the quotes around `text`; a lone quote counts as both."""
     return text[1:-1] if text[:1] in tuple(quotes) and text.endswith(text[0]) else text
 
 
 def _plain(text: str, quotes: str, special: Callable[[str], Any]) -> Any:
-    """A scalar of undocumented type: boolean, string, what `special` reads, number, or the text itself."""
+    """Converts a scalar of undocumented type: boolean, string, whatever `special` reads, number, or the text itself."""
     if text in _BOOLEANS:
         return _BOOLEANS[text]
     if text[:1] in tuple(quotes) and text.endswith(text[0]):

@@ -1,10 +1,10 @@
-"""The official BFCL scorer and simulators behind JSON lines: runs in the environment that `setup` makes.
+"""Serves the official BFCL scorer and simulators over JSON lines; runs in the environment that `setup` creates.
 
-In: a command a line on stdin, `{"do": name, …}`. Out: an answer a line on stdout. Each command is carried out in a
-process of its own, forked for it and ended with it, since it executes text that models wrote: without network, rights,
-other processes, or files outside the working folder, and within a time. So one text can change nothing for the next.
-It keeps nothing between commands: a conversation comes with all its steps so far, and they are executed anew.
-Whoever starts it gives it an empty environment. Where that one dies, it removes its working folder.
+In: one command per line on stdin, `{"do": name, …}`. Out: one answer per line on stdout. Commands execute text written
+by models. So each runs in its own forked process, with a time limit and without network, privileges, other processes
+or files outside the working folder; one text cannot affect the next. No state is kept between commands: a conversation
+comes with all its steps so far, and all are executed again. The parent must start it with an empty environment. If the
+parent dies, the worker removes its working folder.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ Row = dict[str, Any]
 
 
 class _TimeUp(BaseException):
-    """A command took too long. No Exception, for the official code catches those."""
+    """Error for a command that took too long. Not an Exception, because the official code catches those."""
 
 
 class _AnyModel(dict):
-    """Takes the place of the official list of models, which imports every vendor's client."""
+    """Replacement for the official list of models, which imports every vendor's client."""
 
     underscore_to_dot = False
-    """Whether the model was shown _ for every dot in a function's name."""
+    """True if the model was shown _ for every dot in a function's name."""
 
     def __missing__(self, name: str) -> Any:
         return SimpleNamespace(underscore_to_dot=self.underscore_to_dot)
@@ -59,13 +59,13 @@ def _module(name: str) -> Any:
 
 
 def execute(command: Row) -> Row:
-    """Runs the steps of a conversation: the last one's calls and their results, or null where it holds no calls."""
+    """Runs the steps of a conversation; returns the last step's calls and results, calls being null if it has none."""
     utils, run = _module("model_handler.utils"), _module("eval_checker.multi_turn_eval.multi_turn_utils")
     calls, results = None, []
     for text in command["steps"]:
         try:
             calls = utils.default_decode_execute_prompting(text)
-        except Exception:  # whatever the official reader stumbles over is no call
+        except Exception:  # text that the official reader cannot read is no call
             return {"calls": None, "results": []}
         if run.is_empty_execute_response(calls):
             return {"calls": None, "results": []}
@@ -76,9 +76,10 @@ def execute(command: Row) -> Row:
 
 
 def official(command: Row) -> Row:
-    """What the official runner says of one response: its error type, or null where it is right.
+    """Returns the official runner's error type for one response, null if it is right.
 
-    The official code makes names of variables from ids and reads the category in them: it gets an id of its own form.
+    The official code builds variable names from ids and parses the category out of them, so the id passed to it has
+    the official form.
     """
     runner, handler = _module("eval_checker.eval_runner"), _handler()
     _AnyModel.underscore_to_dot = command["underscore_to_dot"]
@@ -96,14 +97,14 @@ def official(command: Row) -> Row:
     lines = (folder / MODEL / f"BFCL_v3_{category}_score.json").read_text().splitlines()
     if len(lines) == 1:
         return {"error_type": None}
-    # Of a response that is no list of turns the official runner reports two errors; the first is the reason.
+    # For a response that is not a list of turns, the official runner reports two errors; the first is the reason.
     row = json.loads(lines[1])
     return {"error_type": row["error_type"] if "error_type" in row else row["error"]["error_type"]}
 
 
 @functools.cache
 def documentation() -> dict[str, list[Row]]:
-    """The documented functions by class."""
+    """Returns the documented functions by class."""
     files = _module("constants.category_mapping").MULTI_TURN_FUNC_DOC_FILE_MAPPING
     folder = Path(_module("constants.eval_config").MULTI_TURN_FUNC_DOC_PATH)
     read = {name: (folder / file).read_text().splitlines() for name, file in files.items()}
@@ -122,14 +123,14 @@ COMMANDS["functions"] = lambda _: {"functions": documentation()}
 
 
 def answer(line: bytes) -> Row:
-    """The answer to one command; what goes wrong is told, not raised."""
+    """Returns the answer to one command; errors are reported in the answer, not raised."""
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         command = json.loads(line)
         return COMMANDS[command["do"]](command)
     except (KeyboardInterrupt, _TimeUp):
         return _error(f"it took more than {SECONDS} seconds")
-    except BaseException as error:  # the text that was executed may even exit
+    except BaseException as error:  # executed text may even call exit()
         return _error(f"{type(error).__name__}: {error}"[:1000])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -144,11 +145,11 @@ def _time_up(*_: object) -> None:
 
 
 def _leave() -> bool:
-    """Leaves the network, all files but the working folder, and all processes but those to come.
+    """Gives up access to the network, to files outside the working folder, and to all existing processes.
 
-    Whether the system lets it; where it refuses, the rules of `_confine` have to do.
+    Returns False if the system refuses; then the rules of `_confine` must suffice.
     """
-    if os.geteuid() == 0:  # root may have any number of processes, whatever the limit
+    if os.geteuid() == 0:  # process limits do not apply to root
         with contextlib.suppress(OSError):
             os.chown(".", NOBODY, NOBODY)
             os.setgroups([])
@@ -157,7 +158,7 @@ def _leave() -> bool:
     if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWPID):
         return False
     folder = os.getcwd()
-    if process := os.fork():  # the other one is the first in its world, which ends with it
+    if process := os.fork():  # the child is the first process of the namespace, which ends with it
         os.waitpid(process, 0)
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
@@ -167,10 +168,10 @@ def _leave() -> bool:
 
 
 def _confine(alone: bool) -> None:
-    """Takes the process's rights away, as far as the system lets it, and for good."""
+    """Drops the process's privileges permanently, as far as the system allows."""
     readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix)})
     writable = os.path.realpath(os.getcwd()) + os.sep
-    # The rights that came with the namespace, to leave this folder again among them, go.
+    # Drop the capabilities that came with the namespace; one of them would allow leaving this folder again.
     if alone and ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()):
         raise OSError("the rights of a new namespace could not be given up")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -180,7 +181,7 @@ def _confine(alone: bool) -> None:
     for module in (os, *map(importlib.import_module, ("posix", "_posixsubprocess", "subprocess"))):
         for name in ("fork", "forkpty", "fork_exec", "_fork_exec", "posix_spawn", "posix_spawnp"):
             vars(module).pop(name, None)
-    watched = (*FORBIDDEN, "open", "os.mkdir")  # not a global name, which what is executed could change
+    watched = (*FORBIDDEN, "open", "os.mkdir")  # a local: executed text could change a global
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "signal.setitimer" or not event.startswith(watched):
@@ -196,7 +197,7 @@ def _confine(alone: bool) -> None:
 
 
 def _in_a_process(line: bytes, alone: bool) -> bytes:
-    """The answer to a command as JSON, from a process of its own, which is gone when this returns."""
+    """Runs a command in a separate process and returns its answer as JSON; the process is gone when this returns."""
     folder = f"command_{time.monotonic_ns()}"
     os.mkdir(folder)
     result, writer = os.pipe()
@@ -222,7 +223,7 @@ def _in_a_process(line: bytes, alone: bool) -> bytes:
 
 
 def _read(result: int, until: float) -> bytes:
-    """What a process writes before it closes its end, if it is one JSON object; else the reason why not."""
+    """Reads a process's output until it closes the pipe; returns the JSON object, or an error if it is not one."""
     parts: list[bytes] = []
     while sum(map(len, parts)) <= ANSWER_BYTES:
         if not select.select([result], [], [], max(0, until - time.monotonic()))[0]:
@@ -240,7 +241,7 @@ def _read(result: int, until: float) -> bytes:
 
 
 def _end(process: int, alone: bool) -> None:
-    """Ends a process, and where there are no others but ours all that it may have started."""
+    """Kills a process and, in a namespace of our own, everything that it may have started."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1 if alone else process, signal.SIGKILL)
     os.waitpid(process, 0)
@@ -251,7 +252,7 @@ def _end(process: int, alone: bool) -> None:
 
 def main() -> None:
     """Serves commands until stdin ends."""
-    # What is executed may print, and exit() closes stdin: it gets others.
+    # Executed text may print, and exit() closes stdin, so give it other streams.
     commands, replies = os.fdopen(os.dup(sys.stdin.fileno()), "rb"), os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
@@ -260,11 +261,11 @@ def main() -> None:
         _module(name)
     for path in _module("eval_checker.multi_turn_eval.multi_turn_utils").CLASS_FILE_PATH_MAPPING.values():
         importlib.import_module(path)
-    importlib.import_module("_strptime")  # which datetime imports when first needed
+    importlib.import_module("_strptime")  # datetime imports it on first use
     documentation()
     folder = os.getcwd()
     alone = _leave()
-    gc.freeze()  # processes that are forked share what there is
+    gc.freeze()  # forked processes share existing objects
     for line in commands:
         replies.write(_in_a_process(line, alone) + b"\n")
         replies.flush()
