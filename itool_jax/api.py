@@ -127,7 +127,7 @@ class Model:
             self._base = self._run.base
             policy = self._run.answering_policy()
             self.phase = policy.phase
-            """Of a run, whose weights these are; base is the model as it was."""
+            """Phase of the run that the weights come from; base is the untrained model."""
             self._policy = policy.running()
 
     def __repr__(self) -> str:

@@ -69,11 +69,11 @@ class EvaluateSettings:
     phase: str | None = None
     """Phase to evaluate on a benchmark, such as base, warmup or iteration_2, or all. Default: the last with weights."""
     benchmark_data: Path | None = None
-    """Folder with the benchmark's data, if --data names something else. Default: data of the official scorer."""
+    """Folder with the benchmark's data, if --data names something else. Default for BFCL: data of the official scorer."""
     benchmark_limit: int = 0
     """Use only the first N questions of each benchmark category. 0 = all, as official figures require."""
     layout: Literal["v3", "v4"] = "v3"
-    """Naming scheme of the BFCL response files."""
+    """Naming scheme of the BFCL response files that are written, and read first if --results holds both."""
     underscore_to_dot: bool = False
     """The model behind --results saw function names with _ for every dot, as OpenAI's API requires."""
     benchmarks: tuple[str, ...] = ()
