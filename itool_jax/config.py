@@ -69,7 +69,7 @@ class EvaluateSettings:
     phase: str | None = None
     """Phase to evaluate on a benchmark, such as base, warmup or iteration_2, or all. Default: the last with weights."""
     benchmark_data: Path | None = None
-    """Folder with the benchmark's data, if --data names something else. Default for BFCL: data of the official scorer."""
+    """Folder with the benchmark's data, if --data names something else. BFCL's default: data of the official scorer."""
     benchmark_limit: int = 0
     """Use only the first N questions of each benchmark category. 0 = all, as official figures require."""
     layout: Literal["v3", "v4"] = "v3"
