@@ -393,10 +393,11 @@ def _development_table(results: Results, rates: Mapping[str, float]) -> str:
 
 
 def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> str | None:
-    """The arms whose reported cells are all finished; None if the warm-ups are not."""
+    """The arms that are finished for every seed whose warm-up is; None if no warm-up is finished."""
+    finished_seeds = [seed for seed in REPORTED_SEEDS if Cell(corpus, NONE, None, seed).name in results]
 
     def by_seed(arm: str) -> list[Result] | None:
-        cells = [Cell(corpus, arm, rates.get(arm), seed) for seed in REPORTED_SEEDS]
+        cells = [Cell(corpus, arm, rates.get(arm), seed) for seed in finished_seeds]
         found = [results[cell.name] for cell in cells if cell.name in results]
         return found if len(found) == len(cells) else None
 
@@ -406,12 +407,14 @@ def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> 
     warmup, arms = finished[NONE], [arm for arm in finished if arm != NONE]
     p_values = [
         {arm: paired_difference(finished[arm][i].correct.tolist(), warmup[i].correct.tolist()).p_value for arm in arms}
-        for i in range(len(REPORTED_SEEDS))
+        for i in range(len(finished_seeds))
     ]
     adjusted = [holm(one_seed) for one_seed in p_values]
     heads = ["arm", "rate", "accuracy", "against the warm-up", f"against {SFT}"]
     heads += ["p by seed", "p by seed, Holm", "categories that fell"]
-    seeds, n = ", ".join(map(str, REPORTED_SEEDS)), len(warmup[0].correct)
+    seeds, n = ", ".join(map(str, finished_seeds)), len(warmup[0].correct)
+    if len(finished_seeds) < len(REPORTED_SEEDS):
+        seeds += f" (of {len(REPORTED_SEEDS)}; nothing is claimed before all are finished)"
     lines = [
         f"Corpus `{corpus}`, exact answers in % on the whole test part (n={n}), mean ± standard error over seeds",
         f"{seeds}; differences to the warm-up and to {SFT} in points, with their {100 * LEVEL:g} % interval, bold",
@@ -432,8 +435,8 @@ def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> 
         lines.append(f"| {' | '.join(columns_of_arm)} |")
     others = [arm for arm in arms if arm != DEFAULT]
     if DEFAULT in arms and others:
-        found = [f"{arm} {_difference(finished[DEFAULT], finished[arm])}" for arm in others]
-        lines += ["", f"The default against the other arms, in points: {' · '.join(found)}"]
+        differences = [f"{arm} {_difference(finished[DEFAULT], finished[arm])}" for arm in others]
+        lines += ["", f"The default against the other arms, in points: {' · '.join(differences)}"]
     return "\n".join(lines)
 
 

@@ -216,6 +216,16 @@ def test_the_table_of_made_up_cells() -> None:
     assert text.rstrip().endswith(f"The default against the other arms, in points: {SFT} {default[3]}")
 
 
+def test_an_unfinished_table_says_so() -> None:
+    results = by_name(*developed(RIGHT), *(result(Cell("many", NONE, None, seed), 400) for seed in (0, 1)))
+    results |= by_name(*(result(Cell("many", "raft", RATES[1], seed), 410) for seed in (0, 1)))
+    results |= by_name(result(Cell("many", SFT, RATES[1], 0), 410))
+    text = evidence.report(results)
+    assert "0, 1 (of 3; nothing is claimed before all are finished)" in text
+    assert row_of(text, "raft")[2] == "41.00 ± 0.00"
+    assert f"| {SFT} |" not in text.split("| arm |")[2].split("\n", 1)[1]  # one of its two cells is missing
+
+
 def test_p_values_are_adjusted_over_the_arms_of_a_seed() -> None:
     results = by_name(*developed(RIGHT))
     for seed in REPORTED_SEEDS:
