@@ -234,7 +234,7 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     settings = ["--benchmark=api_bank", "--categories=level_1", f"--evaluate.benchmark_data={tmp_path / 'api'}"]
     assert again(made, folder, *settings) == 0
     captured = capsys.readouterr()
-    assert f"{tmp_path / 'api/level-1-api.json'} shares with train: " in captured.err
+    assert f"overlap of {tmp_path / 'api/level-1-api.json'} with train: " in captured.err
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["benchmark"]["name"] == "api_bank"
     assert list(summary["benchmark"]["phases"]) == ["warmup", "iteration_1", "iteration_2"]

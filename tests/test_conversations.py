@@ -188,9 +188,9 @@ def test_held_out_parts_have_what_can_be_judged_and_the_buffer_what_is_asked(
     assert left_out.items() <= card.items()
     err = capsys.readouterr().err
     assert f"{left_out['test_texts_left_out']} texts left out of test: they follow no user turn" in err
-    assert f"{left_out['buffer_left_out']} training samples not used: they follow no user turn" in err
+    assert f"{left_out['buffer_left_out']} training samples unused: they follow no user turn" in err
     findings, _ = examine_data(config)
-    assert f"{left_out['buffer_left_out']} training samples not used" in " ".join(finding.text for finding in findings)
+    assert f"{left_out['buffer_left_out']} training samples unused" in " ".join(finding.text for finding in findings)
 
 
 def test_the_parts_of_turns_after_a_user_turn_do_not_depend_on_the_others(
@@ -253,7 +253,7 @@ def test_empty_parts_are_kept_and_read_back(tmp_path: Path, tiny_folder: Path):
     assert card["parts"]["test"].items() >= {"samples": 0, "longest": 0}.items()
     # A part that was emptied by someone else is not taken for one that the settings leave out.
     (tmp_path / "run/data/train.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"train\.jsonl holds no samples"):
+    with pytest.raises(ValueError, match=r"train\.jsonl contains no samples"):
         splits.load_splits(config).train.samples  # noqa: B018
 
 
@@ -325,7 +325,7 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([], "holds no samples"),
+        ([], "contains no samples"),
         ([{"id": "a", "messages": AGENT[:3], "target": "text"}], "holds no sample to evaluate on"),
         ([{"id": "a", "messages": [user("x" * 2000)], "target": "text"}], "do not fit the model's context"),
     ],
@@ -368,5 +368,7 @@ def test_less_of_the_generated_corpus_is_said(tmp_path: Path, capsys: pytest.Cap
     config = dataclasses.replace(config, generated=GeneratedSettings(train=30, validation=2, test=3))
     found = splits.load_splits(config)
     assert [len(part.samples) for part in found] == [5, 2, 3]
-    assert capsys.readouterr().err.count("25 training samples not used, by samples.fraction and samples.limit") == 1
+    assert (
+        capsys.readouterr().err.count("25 training samples unused because of samples.fraction and samples.limit") == 1
+    )
     assert len(read(tmp_path / "run/data/train.jsonl")) == 5

@@ -200,12 +200,12 @@ def test_no_data(refused: Run, tmp_path: Path, tiny_folder: Path, stage: str):
 
 
 BAD_DATA = [
-    ([], "{data} holds no samples"),
-    (["", "  "], "{data} holds no samples"),
+    ([], "{data} contains no samples"),
+    (["", "  "], "{data} contains no samples"),
     ([SAMPLE, '{"id": '], "{data} line 2: not valid JSON"),
     ([SAMPLE, "[1]"], "{data} line 2: not a JSON object"),
     ([SAMPLE, {"id": "b"}], '{data} line 2: sample has no "messages"'),
-    ([SAMPLE, SAMPLE], '{data} line 2: id "a" is already that of {data} line 1'),
+    ([SAMPLE, SAMPLE], '{data} line 2: duplicate id "a", first used in {data} line 1'),
     ([{"id": "b", "prompt_ids": [-1], "target_ids": [1]}], '{data} line 1: "prompt_ids" must be'),
     (
         [{"id": "b", "prompt_ids": [1], "target_ids": [272]}],
@@ -239,8 +239,8 @@ def test_a_prompt_that_leaves_no_room(refused: Run, tmp_path: Path, tiny_folder:
     [
         ([SAMPLE], "data {data} has 1 samples: too few"),
         ([SAMPLE, "{"], "{data} line 2: not valid JSON"),
-        ([], "{data} holds no samples"),
-        ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} holds raw prompts, which only"),
+        ([], "{data} contains no samples"),
+        ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} contains raw prompts, which only"),
         (
             [{**SAMPLE, "id": f"s{i}", "target": "x" * 1024 if i == 150 else f"x{i}"} for i in range(200)],
             "{data} line 151: sample s150: its 1",
