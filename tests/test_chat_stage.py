@@ -160,12 +160,12 @@ def test_a_character_is_shown_when_all_its_bytes_are_there() -> None:
     [
         ('get_weather(city="Paris", days=3, unit="C")', []),
         ("get_weather(days=3)", ["argument city is missing"]),
-        ('get_weater(city="Paris")', ["unknown function get_weater; there is get_weather"]),
+        ('get_weater(city="Paris")', ["unknown function get_weater; did you mean get_weather?"]),
         ("xyz()", ["unknown function xyz"]),
         ('get_weather(city="Paris", day=3)', ["unknown argument day"]),
         (
             'get_weather(city=5, days=True, unit="K")',
-            ["argument city is no string", "argument days is no integer", "argument unit is none of C, F"],
+            ["argument city must be a string", "argument days must be an integer", "argument unit must be one of C, F"],
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_schema_may_hold_anything() -> None:
     odd = {"a": {"type": ["integer", "null"]}, "b": True, "c": {"type": {}}, "d": {}}
     tools = tool_schemas([{"name": "f", "parameters": {"type": "object", "properties": odd}}])
     assert faults(Call("f", {"a": None, "b": 1, "c": 1, "d": 1}), tools) == []
-    assert faults(Call("f", {"a": "x"}), tools) == ["argument a is no integer|null"]
+    assert faults(Call("f", {"a": "x"}), tools) == ["argument a must be an integer|null"]
     assert signature(tools[0]["function"]) == "f(a: integer|null?, b: any?, c: {}?, d: any?)"
 
 

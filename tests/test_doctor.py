@@ -120,7 +120,7 @@ def test_a_folder_without_weights_or_with_a_model_that_is_not_known(doctor: Doct
     (model / "model.safetensors").unlink()
     code, lines, _ = doctor(model)
     assert code == 2
-    assert "holds neither model.safetensors nor" in line(lines, "error", "weights")
+    assert "contains neither model.safetensors nor" in line(lines, "error", "weights")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["Gpt"]}))
     code, lines, _ = doctor(model)
@@ -240,7 +240,7 @@ def test_a_mesh_that_cannot_be():
         return next(finding for finding in machine.devices(config, {}) if finding.what == "mesh")
 
     assert found("--mesh.data=8", "--preference.batch_size=8").level == "ok"
-    assert "needs 16 devices, 8 are here" in found("--mesh.fsdp=16").text
+    assert "needs 16 devices, but only 8 are available" in found("--mesh.fsdp=16").text
     assert "warmup.batch_size=4 must be a multiple of the 8" in found("--mesh.fsdp=8", "--warmup.batch_size=4").text
     assert "1 of 8 devices are used" in found().text
 

@@ -287,7 +287,7 @@ def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
         (called('["f"]'), {}, "tool call 1"),
         (called(""), {}, '"functioncall" is not valid JSON'),
         (TOOLRL, {"instruction": TOOLRL["instruction"].replace('{"n": {"type": "int"}}', "3")}, "are not an object"),
-        (TOOLBENCH, {"conversations": []}, "does not begin with the system turn"),
+        (TOOLBENCH, {"conversations": []}, "does not start with a system turn"),
         (TOOLRL, {"output": "x"}, "no answer"),
         (TOOLRL, {"input": ""}, "no dialogue"),
         (TOOLRL, {"output": "<tool_call>\n{]\n</tool_call>"}, '"tool_call" is not valid JSON'),
@@ -383,7 +383,7 @@ def test_hub_data_goes_through_the_same_readers(monkeypatch):
 def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
     row = {"id": "r", "query": "q", "calling": [{"api": "gold", "parameters": {"a": "x"}}]}
     path = file(row)
-    with pytest.raises(ValueError, match=r"needs the tools, tool\.jsonl"):
+    with pytest.raises(ValueError, match=r"needs tool\.jsonl"):
         load(path)
     names = {"gold": "A/x", "near": "A/x", "same": "A/y", "far": "B/z"}
     listed = [SEAL_TOOL | {"api_name": name, "field": where} for name, where in names.items()]

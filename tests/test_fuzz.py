@@ -195,7 +195,9 @@ def test_a_template_reaches_nothing_of_python(tiny_folder: Path):
         "{% import 'os' as os %}",
     ):
         own.tokenizer.chat_template = text
-        line = refused(lambda: own.render([tiny.USER], (), add_generation_prompt=True), "refuses the conversation")
+        line = refused(
+            lambda: own.render([tiny.USER], (), add_generation_prompt=True), "cannot render the conversation"
+        )
         assert not any(leak in line for leak in ("uid=", "root:", "<class 'object'>"))
 
 
@@ -216,7 +218,7 @@ def test_a_template_takes_bounded_time_and_memory(tiny_folder: Path, text: str, 
     own = chat.Chat(chat.load_tokenizer(str(tiny_folder)))
     own.tokenizer.chat_template = text
     start = time.monotonic()
-    refused(lambda: own.render([tiny.USER], (), add_generation_prompt=True), "refuses the conversation")
+    refused(lambda: own.render([tiny.USER], (), add_generation_prompt=True), "cannot render the conversation")
     assert time.monotonic() - start < 10
 
 

@@ -256,7 +256,7 @@ def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: P
 def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
     found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
     assert {code for code, *_ in found} <= {2, hosts.LOST}  # each says its own line, or is faster to hear the other's
-    assert all("must all be taken; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found), found
+    assert all("must all be used; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found), found
     (tmp_path / "run/data").mkdir(parents=True)
     (tmp_path / "run/data/card.json").write_text("{")
     (tmp_path / "run/config.yaml").write_text("seed: 0\n")

@@ -116,7 +116,7 @@ def test_rows_without_ids_get_ids_that_do_not_depend_on_their_order(file):
         ({"id": [1], "messages": [USER], "target": "t"}, '"id" must be'),
         ({"id": "a", "messages": [USER], "target": "t", "following": "x"}, '"following" must be a list of messages'),
         ({"id": "a", "messages": [USER], "target": "t", "following": ["x"]}, '"following": message 1 has role'),
-        ({"id": "a", "messages": [USER], "target": "t", "following": [USER]}, "holds a message of role 'user'"),
+        ({"id": "a", "messages": [USER], "target": "t", "following": [USER]}, "has a message with role 'user'"),
         ({"id": "a", "prompt_ids": [], "target_ids": [1]}, '"prompt_ids" must be a list'),
         ({"id": "a", "prompt_ids": [True], "target_ids": [1]}, '"prompt_ids" must be a list'),
         ({"id": "a", "prompt_ids": [1], "target_ids": [-1]}, '"target_ids" must be a list'),

@@ -92,7 +92,7 @@ def test_a_refused_download_does_not_show_the_token(
         raise OSError(f"401 for https://user:{WANDB}@huggingface.co/o/m?token={HUB}\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match="cannot be had from the hub") as caught:
+    with pytest.raises(ValueError, match="could not be downloaded from the Hub") as caught:
         hf.find("owner/name")
     line = config.describe_error(caught.value)
     assert is_hidden(line)

@@ -57,7 +57,7 @@ COMMAND_LINES = [
     fault("benchmark-stage", "a benchmark for a stage without one", "--stage=score --benchmark=bfcl", "benchmark is for the stages evaluate and iterate, got it with stage score; see --help"),
     fault("no-data", "score without a file", "--stage=score --model=MODEL --output=OUT", "--stage=score needs --data=FILE, a file of samples or of raw prompts"),
     fault("mesh-negative", "a negative axis", "--stage=iterate --mesh.fsdp=-1", "mesh.fsdp must be at least 1, got -1; see --help"),
-    fault("mesh-too-large", "more devices than there are", f"{SCORE} --mesh.data=3 --mesh.fsdp=3", "mesh of data=3 fsdp=3 tensor=1 needs 9 devices, 8 are here"),
+    fault("mesh-too-large", "more devices than there are", f"{SCORE} --mesh.data=3 --mesh.fsdp=3", "mesh of data=3 fsdp=3 tensor=1 needs 9 devices, but only 8 are available"),
     fault("output-folder", "the output is a folder", SCORE, "output OUT is a folder, not a file", mkdir("out.jsonl")),
     fault("run-dir-file", "the run directory is a file", "--stage=iterate --run_dir=FILE", "FILE: File exists"),
     fault("run-dir-below-file", "the run directory is in a file", "--stage=iterate --run_dir=FILE/run", "FILE/run: Not a directory"),
