@@ -224,7 +224,7 @@ def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int = 10) -> l
 def field(row: Any, key: str, *kinds: type) -> Any:
     """Returns the value of a row's key. Raises ValueError if it is absent or has none of these types."""
     if not isinstance(row, dict) or key not in row or not isinstance(row[key], kinds):
-        names = {str: "text", list: "a list", dict: "an object", NoneType: "null"}
+        names = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
         raise ValueError(f'"{key}" is missing or not {" or ".join(names[kind] for kind in kinds)}')
     return row[key]
 

@@ -157,7 +157,7 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
 
 def _check_types(function: Row) -> None:
     schema = function["parameters"]
-    parts = ((function, "description", str, "text"), (schema, "properties", dict, "an object"))
+    parts = ((function, "description", str, "a string"), (schema, "properties", dict, "an object"))
     for part, key, kind, name in (*parts, (schema, "required", list, "a list")):
         if key in part and not isinstance(part[key], kind):
             raise ValueError(f'"{key}" of tool "{function["name"]}" is not {name}')

@@ -257,7 +257,7 @@ def _raw(row: Row, need_target: bool) -> RawSample:
     if prompt is not None and row.get("prompt_ids") is not None:
         raise ValueError('sample has both "prompt" and "prompt_ids"')
     if prompt is not None and (not isinstance(prompt, str) or not prompt):
-        raise ValueError('"prompt" must be non-empty text')
+        raise ValueError('"prompt" must be a non-empty string')
     prompt_ids, target_ids = _token_ids(row, "prompt_ids"), _token_ids(row, "target_ids")
     if need_target and target_ids is None:
         raise ValueError('sample has no "target_ids"')
@@ -276,7 +276,7 @@ def _token_ids(row: Row, key: str) -> tuple[int, ...] | None:
 def _id(row: Row) -> str:
     given = row.get("id")
     if given is not None and type(given) not in (str, int):
-        raise ValueError('"id" must be text or an integer')
+        raise ValueError('"id" must be a string or an integer')
     return content_id("sample", row) if given in (None, "") else str(given)
 
 
@@ -303,7 +303,7 @@ def _content(message: Row) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError('"content" is not text')
+        raise ValueError('"content" must be a string')
     return content or ""
 
 
@@ -311,7 +311,7 @@ def _target(target: Any) -> str:
     if isinstance(target, dict):
         return _content(target)
     if not isinstance(target, str):
-        raise ValueError('"target" must be text or an assistant message')
+        raise ValueError('"target" must be a string or an assistant message')
     return target
 
 
