@@ -243,7 +243,7 @@ def test_wrong_multi_turn_rows_are_named() -> None:
     row |= {"ground_truth": [], "model_output": []}
     for rows, reason in (
         ([{"id": "a"}], 'row 1: no "category"'),
-        ([row | {"category": "simple"}], "row 1: 'simple' is no multi-turn category"),
+        ([row | {"category": "simple"}], "row 1: 'simple' is not a multi-turn category"),
         ([row, row], "row 2: 'a' is given twice"),
     ):
         with pytest.raises(ValueError, match=reason):
