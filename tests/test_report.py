@@ -146,7 +146,7 @@ def test_a_run_that_has_only_begun_has_one_too(made: Made, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("config.yaml", None, "is no run directory"),
+        ("config.yaml", None, "is not a run directory"),
         ("iteration_1/trees.jsonl", '{"id": "a", "gold": "", "nodes": [{"parent": 3}]}\n', "each behind its parent"),
         ("iteration_1/pairs.jsonl", '{"tree": "a", "node": -1}\n', "the number of a node"),
         ("summary.json", "{", "summary.json is damaged"),

@@ -151,10 +151,10 @@ def test_every_chart_has_its_numbers_in_a_table(browser: Any, shown: Path):
 def test_examples_are_filtered_and_opened(browser: Any, shown: Path):
     browser.get(f"{shown.as_uri()}#examples")
     tags = ".cards .head .tag"
-    assert sorted(texts(browser, tags)) == ["✓ repaired"] * 3 + ["✗ broken"]
+    assert sorted(texts(browser, tags)) == ["✓ fixed"] * 3 + ["✗ regressed"]
     for change, word in (
-        ("repaired", "✓ repaired"),
-        ("broken", "✗ broken"),
+        ("fixed", "✓ fixed"),
+        ("regressed", "✗ regressed"),
         ("wrong", "✗ wrong"),
         ("right", "✓ right"),
     ):
