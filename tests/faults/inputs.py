@@ -50,7 +50,7 @@ COMMAND_LINES = [
     fault("chat-output", "a chat into a file", "--stage=generate --chat --output=OUT", "output is for generate on a data file, got it with chat, where /save FILE writes one; see --help"),
     fault("tools-chat", "tools beside a data file", "--stage=generate --tools=FILE", "tools is for a chat; in a data file each sample has its own. Set --chat; see --help"),
     fault("tools-form", "tools that are none", "--stage=generate --chat --tools=DIR/t.json --model=MODEL", 'tools DIR/t.json: a tool has no "name": {"city": "Paris"}', file("t.json", '{"city": "Paris"}')),
-    fault("tools-empty", "no tools at all", "--stage=generate --chat --tools=DIR/t.json --model=MODEL", "tools DIR/t.json: there is no tool in it", file("t.json", "[]")),
+    fault("tools-empty", "no tools at all", "--stage=generate --chat --tools=DIR/t.json --model=MODEL", "tools DIR/t.json: no tools in the file", file("t.json", "[]")),
     fault("results-stage", "results for a stage that reads none", "--stage=score --results=DIR", "results is for the stage evaluate, got it with stage score; see --help"),
     fault("results-benchmark", "results of no benchmark", "--stage=evaluate --results=DIR", "results needs a benchmark; set --benchmark=bfcl; see --help"),
     fault("categories-benchmark", "categories of no benchmark", "--stage=evaluate --categories java", "categories needs a benchmark; set --benchmark=bfcl; see --help"),
