@@ -59,7 +59,7 @@ def browser(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shown(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run some of whose answers were repaired and some broken, and some of whose trees are unsolved."""
+    """The report of a run some of whose answers were fixed and some regressed, and some of whose trees are unsolved."""
     folder = copy_run(made, tmp_path_factory.mktemp("shown"))
     for name, right in (("base", ()), ("warmup", (0, 1)), ("iteration_1", ()), ("iteration_2", (1, 2, 3, 4))):
         path = folder / name / "evaluation_test_all.jsonl"
