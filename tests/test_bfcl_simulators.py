@@ -244,7 +244,7 @@ def test_wrong_multi_turn_rows_are_named() -> None:
     for rows, reason in (
         ([{"id": "a"}], 'row 1: no "category"'),
         ([row | {"category": "simple"}], "row 1: 'simple' is not a multi-turn category"),
-        ([row, row], "row 2: 'a' is given twice"),
+        ([row, row], "row 2: 'a' appears twice"),
     ):
         with pytest.raises(ValueError, match=reason):
             check_multi_turn(rows)
