@@ -104,7 +104,7 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds adapters alone; export with export\.kind=merged"):
         itool_jax.load(tmp_path)
-    with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*; there are: warmup, iteration_1"):
+    with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*: warmup, iteration_1"):
         itool_jax.load(made.folder, phase="iteration_9")
     model = itool_jax.load(tiny_folder)
     with pytest.raises(ValueError, match="conversation 1 ends with the assistant's turn"):

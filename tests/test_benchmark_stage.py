@@ -58,15 +58,15 @@ def test_questions_are_answered_once_scored_and_kept(
     assert summary["errors"].keys() == scores.keys()
     # Again: nothing is answered; a category whose responses are gone is answered again, and alike.
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 2
+    assert capsys.readouterr().err.count("already done") == 2
     (where / "BFCL_v3_multiple_result.json").unlink()
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert read(where / "BFCL_v3_multiple_result.json") == rows
     # Of other questions nothing is done yet; those that did not change are not asked again.
     write_data(data, "simple", 3)
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert json.loads((where / "scores.json").read_text())["simple"]["total"] == 3
 
 
@@ -247,7 +247,7 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     rest = [setting for setting in made.settings if not setting.startswith("--data=")]
     command = ["--stage=evaluate", *settings[:2], f"--data={tmp_path / 'api'}", f"--run_dir={folder}", *rest]
     assert main(command) == 0
-    assert "iteration_2: api_bank/level_1 is done already" in capsys.readouterr().err
+    assert "iteration_2: api_bank/level_1 already done" in capsys.readouterr().err
 
 
 def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:

@@ -280,7 +280,7 @@ def test_a_run_directory_of_other_settings_is_refused(tmp_path: Path, change: st
     before = saved.read_bytes()
     name, value = change[2:].split("=")
     with pytest.raises(
-        ValueError, match=rf"^run directory .*run was made with {name}=.*, now it is {value}.*--run_dir"
+        ValueError, match=rf"^run directory .*run was created with {name}=.*, but it is now {value}.*--run_dir"
     ):
         run_directory.save_or_check(started(tmp_path, change))
     assert saved.read_bytes() == before
@@ -346,7 +346,7 @@ def test_what_was_once_true_or_false_is_still_understood(tmp_path: Path, name: s
         saved.write_text(yaml.safe_dump(yaml.safe_load(saved.read_text()) | {name: value}))
         assert run_directory.check(config)
         other = started(tmp_path, f"--run_dir={config.run_dir}", f"--{name}={values[not value]}")
-        with pytest.raises(ValueError, match=f"was made with {name}={value}, now it is {values[not value]}"):
+        with pytest.raises(ValueError, match=f"was created with {name}={value}, but it is now {values[not value]}"):
             run_directory.check(other)
 
 

@@ -172,7 +172,7 @@ def test_adapters_are_not_merged_into_another_base(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     assert exported(made, tmp_path / "model") == 2
-    assert "was made with another model.safetensors of --model=" in capsys.readouterr().err
+    assert "a different model.safetensors of --model=" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 

@@ -185,5 +185,5 @@ def test_a_vocabulary_with_gaps_has_as_many_ids_as_the_largest_says(tmp_path: Pa
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 5000
     (model / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"has 5001 tokens, its model only 272 embeddings"):
+    with pytest.raises(ValueError, match=r"has 5001 tokens, .* only 272 embeddings"):
         load_base(config.Config(stage="score", model=str(model)))

@@ -73,7 +73,7 @@ def test_rounds_end_where_validation_gains_nothing(
             patch.setattr(training, "asked_to_stop", lambda votes=votes: next(votes, True))
             assert again(made, tmp_path / f"cut {stops_after}", *AUTO, stage="warmup") == PREEMPTED
         assert again(made, tmp_path / f"cut {stops_after}", *AUTO, stage="warmup") == 0
-        assert capsys.readouterr().err.count("goes on after step") == 1
+        assert capsys.readouterr().err.count("resuming after step") == 1
         resumed = figures(tmp_path / f"cut {stops_after}")
         assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in ours.items() if k != "seconds"}
         both = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("auto", f"cut {stops_after}")]
