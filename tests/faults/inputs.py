@@ -17,7 +17,7 @@ COMMAND_LINES = [
     fault("no-choice", "a word that is no choice", "--stage=iterate --dtype=float8", "invalid choice 'float8' for argument '--dtype'. Expected one of ('float32', 'bfloat16').; see --help"),
     fault("negative-iterations", "fewer rounds than none", "--stage=iterate --iterations=-1", "iterations must not be negative, got -1; see --help"),
     fault("iteration-zero", "a round that there is none of", "--stage=score --iteration=0", "iteration must be positive, got 0; see --help"),
-    fault("processes-alone", "half of who the other processes are", "--stage=iterate --distributed.num_processes=2", "distributed.num_processes is given alone: either auto, or all of coordinator_address, num_processes and process_id; see --help"),
+    fault("processes-alone", "half of who the other processes are", "--stage=iterate --distributed.num_processes=2", "distributed.num_processes is set alone; set either auto, or all of coordinator_address, num_processes and process_id; see --help"),
     fault("process-id", "a process that there is none of", "--stage=iterate --distributed.coordinator_address=a:1 --distributed.num_processes=2 --distributed.process_id=2", "distributed.process_id must be from 0 to num_processes - 1, got 2 of 2; see --help"),
     fault("export-by-several", "several processes export one model", "--stage=export --distributed.auto", "stage export needs one process, got it with several processes (distributed); see --help"),
     fault("seed", "a negative seed", "--stage=iterate --seed=-1", "seed must be from 0 to 4294967295, got -1; see --help"),
