@@ -150,8 +150,8 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--benchmark=api_bank", "--official"], "official is for BFCL; set --benchmark=bfcl"),
         (["--benchmark=api_bank", "--results=none"], "results is for BFCL; set --benchmark=bfcl"),
         (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
-        (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
-        (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
+        (["--stage=warmup"], "benchmark is only for stages evaluate and iterate, got stage warmup"),
+        (["--stage=iterate", "--official"], "official is only for stage evaluate, got stage iterate"),
     ],
 )
 def test_wrong_settings_are_named(

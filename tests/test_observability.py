@@ -117,7 +117,7 @@ def test_the_log_ends_with_the_line_a_user_sees(
         return lambda run: run.phase("warmup").cached(step)
 
     command = ["--stage=evaluate", f"--model={tiny_folder}", f"--run_dir={tmp_path / 'run'}"]
-    for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "interrupted")):
+    for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "Interrupted")):
         monkeypatch.setattr(evaluate, "run", stage(error))
         assert main(command) == code
         last = read(tmp_path / "run/log.jsonl")[-1]

@@ -328,7 +328,7 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", fail)
         line = refused(capsys, made, folder)
-    assert line.startswith(f"{folder}: No space left on device; free some space and run the same command again")
+    assert line.startswith(f"{folder}: No space left on device; free some space and rerun")
     assert contents(folder) == before
     assert again(made, folder) == 0
     assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")

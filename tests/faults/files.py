@@ -119,7 +119,7 @@ RUNS = [
     fault("run-pairs-key", "pairs without a prompt", DPO, 'RUN/iteration_1/pairs.jsonl line 1: no "prompt_ids"; delete the file to compute it again', finished, remove("run/iteration_1/dpo.json"), file("run/iteration_1/pairs.jsonl", '{"id": "s1"}\n')),
     fault("run-in-use", "another process is at work there", AGAIN, "RUN is in use by process 7 on HOST; wait for it, or choose another folder", locked("run/.lock")),
     fault("output-in-use", "another process writes the output", SCORE, "DIR is in use by process 7 on HOST; wait for it, or choose another folder", locked(".out.jsonl.lock")),
-    fault("disk-full", "a disk that is full", ITERATE, "RUN: No space left on device; free some space and run the same command again: what is finished is kept", full_disk),
+    fault("disk-full", "a disk that is full", ITERATE, "RUN: No space left on device; free some space and rerun the same command (finished work is kept)", full_disk),
 ]
 
 BFCL = "--stage=evaluate --benchmark=bfcl --results=DIR/r --data=DIR/b --categories simple --output=OUT"
