@@ -97,7 +97,7 @@ def test_which_round_is_the_last_and_which_is_kept(correct: tuple[int, ...], kep
 
 @pytest.mark.parametrize(
     ("epochs", "passes", "words"),
-    [("2", 2, "steps"), ("0", 0, "none, as warmup.epochs is 0"), ("auto", 3, "at most, 3 rounds")],
+    [("2", 2, "steps"), ("0", 0, "none (warmup.epochs=0)"), ("auto", 3, "at most, 3 rounds")],
 )
 def test_the_plan_knows_the_most_that_it_may_take(made: Made, epochs: str, passes: int, words: str):
     changes = f"--warmup.epochs={epochs}", "--warmup.max_epochs=3", "--run_dir=none"
