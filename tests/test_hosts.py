@@ -108,7 +108,7 @@ def test_several_processes_come_to_what_one_does(
     assert [code for code, *_ in found] == [0] * count, found
     assert_equal(made, tmp_path / "run")
     # Only the first reports, and nobody leaves anything behind.
-    assert "everything is in" in found[0][2]
+    assert "Done. Open" in found[0][2]
     assert not any("evaluate base" in out + err or "iteration_1" in out + err for _, out, err in found[1:])
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "run", made.folder)]
     assert {name for name in names[0] ^ names[1] if "weights" not in name} == set()

@@ -266,7 +266,7 @@ def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: p
         ("data/train.jsonl", "{\n", "data/train.jsonl line 1: not valid JSON"),
         ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
         ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
-        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
+        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl has no row for pair"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
