@@ -323,7 +323,7 @@ def test_the_config_of_a_run_serves_every_stage_and_may_lie_anywhere(tmp_path: P
     assert {config.seed for config in found.values()} == {5}
     asked = {stage for stage, config in found.items() if config.benchmark and config.categories}
     assert asked == {"iterate", "evaluate", "export", "plan", "doctor"}
-    with pytest.raises(ValueError, match="benchmark is for the stages evaluate and iterate"):
+    with pytest.raises(ValueError, match="benchmark is only for stages evaluate and iterate"):
         settings.parse(["--stage=score", "--benchmark=bfcl"])
 
 

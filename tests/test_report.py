@@ -371,4 +371,4 @@ def test_watching_ends_with_the_user(made: Made, tmp_path: Path, monkeypatch: py
 
 def test_watch_is_for_the_report(capsys: Any):
     assert main(["--stage=iterate", "--watch"]) == 2
-    assert "watch is for the stage report" in capsys.readouterr().err
+    assert "watch is only for stage report" in capsys.readouterr().err
