@@ -58,15 +58,15 @@ def test_questions_are_answered_once_scored_and_kept(
     assert summary["errors"].keys() == scores.keys()
     # Again: nothing is answered; a category whose responses are gone is answered again, and alike.
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 2
+    assert capsys.readouterr().err.count("already done") == 2
     (where / "BFCL_v3_multiple_result.json").unlink()
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert read(where / "BFCL_v3_multiple_result.json") == rows
     # Of other questions nothing is done yet; those that did not change are not asked again.
     write_data(data, "simple", 3)
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert json.loads((where / "scores.json").read_text())["simple"]["total"] == 3
 
 
@@ -145,13 +145,13 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--data=none"], "none/questions contains no BFCL_v3_simple.json, plain or .gz"),
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
-        (["--output=x.json"], "output is for the stages score, generate, export and plan, and for results"),
+        (["--output=x.json"], "output is only for stages score, generate, export and plan, and for results"),
         (["--against=none.json"], "none.json not found; --against needs the scores.json of another run"),
         (["--benchmark=api_bank", "--official"], "official is only for --benchmark=bfcl"),
         (["--benchmark=api_bank", "--results=none"], "results is only for --benchmark=bfcl"),
-        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
-        (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
-        (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
+        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is only for results"),
+        (["--stage=warmup"], "benchmark is only for stages evaluate and iterate, got stage warmup"),
+        (["--stage=iterate", "--official"], "official is only for stage evaluate, got stage iterate"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -247,7 +247,7 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     rest = [setting for setting in made.settings if not setting.startswith("--data=")]
     command = ["--stage=evaluate", *settings[:2], f"--data={tmp_path / 'api'}", f"--run_dir={folder}", *rest]
     assert main(command) == 0
-    assert "iteration_2: api_bank/level_1 is done already" in capsys.readouterr().err
+    assert "iteration_2: api_bank/level_1 already done" in capsys.readouterr().err
 
 
 def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:

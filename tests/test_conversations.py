@@ -265,7 +265,7 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused_before_any_work(
     command = [f"--stage={stage}", f"--model={tiny_folder}", f"--data={path}", f"--run_dir={tmp_path / 'run'}"]
     assert main([*command, f"--samples.{split}_share=0", f"--evaluate.split={split}"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    remedy = ", set samples.test_file, or give a --benchmark" if split == "test" else ""
+    remedy = ", set samples.test_file, or set --benchmark" if split == "test" else ""
     assert line.endswith(f"samples.{split}_share=0 leaves no {split} part to evaluate on; raise it{remedy}")
     assert not (tmp_path / "run/data").exists()
     findings, _ = examine_data(configured(path, tiny_folder, tmp_path, test_share=0))
@@ -311,7 +311,7 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
     assert card["overlap_with_train"]["test"]["samples"] == 11
     check_sources(config)
     write(test, asked)
-    with pytest.raises(ValueError, match=r"was made with another test\.jsonl of --samples\.test_file="):
+    with pytest.raises(ValueError, match=r"with a different test\.jsonl of --samples\.test_file="):
         check_sources(config)
     # Any form of data will do, beside the generated corpus too.
     sizes = GeneratedSettings(train=8, validation=2, test=3)
@@ -326,7 +326,7 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
     ("rows", "reason"),
     [
         ([], "contains no samples"),
-        ([{"id": "a", "messages": AGENT[:3], "target": "text"}], "holds no sample to evaluate on"),
+        ([{"id": "a", "messages": AGENT[:3], "target": "text"}], "has no sample to evaluate on"),
         ([{"id": "a", "messages": [user("x" * 2000)], "target": "text"}], "do not fit the model's context"),
     ],
 )

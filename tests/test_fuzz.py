@@ -356,7 +356,7 @@ def test_a_finished_stage_names_files_of_its_own_folder_only(tmp_path: Path, nam
         (["rank"], {"rank": "first"}, '"rank" is not a number or null'),
         (["prompt_ids"], {"prompt_ids": "abc"}, '"prompt_ids" is not a list of token ids'),
         (["prompt_ids"], {"prompt_ids": [2**40]}, '"prompt_ids" is not a list of token ids'),
-        (["id"], {"id": [1]}, '"id" is not a text'),
+        (["id"], {"id": [1]}, '"id" is not a string'),
         (["correct"], {"correct": 1}, '"correct" is not true or false'),
         (["chosen"], {"chosen": None}, '"chosen" is not a number'),
     ],

@@ -152,4 +152,4 @@ def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
             console_out.print(f"  lower: {line}", soft_wrap=True)
-    say(f"everything is in {config.run_dir}{more}")
+    say(f"Done. {more or f'Results are in {config.run_dir}'}")
