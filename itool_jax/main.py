@@ -89,12 +89,14 @@ def _stage(config: Config) -> Any:
 
 
 def _configure_jax(config: Config) -> None:
-    """Enables the persistent compilation cache, and full precision for float32 matrix products."""
+    """Enables the compilation cache, full precision for float32 matrix products, and all CPU cores if asked for."""
     import jax  # slow to import, and --help and command-line errors do not need it
 
     from itool_jax.system import environment
 
     environment.keep_programs()
+    if config.mesh.data == 0 and not config.distributed.several:
+        environment.split_cpu()
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
 
