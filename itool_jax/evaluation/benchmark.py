@@ -27,7 +27,7 @@ from itool_jax.evaluation.bfcl.simulators import Simulators, converse, official_
 from itool_jax.evaluation.comparison import compare, fallen, read_scores
 from itool_jax.inference.sampler import generate
 from itool_jax.store import cache, splits
-from itool_jax.store.cache import Step, Task
+from itool_jax.store.cache import Figures, Step, Task
 from itool_jax.store.paths import trained_phases
 from itool_jax.store.run import Run
 from itool_jax.store.spread import Advance, by_row, stop_if_any_asked
@@ -36,7 +36,6 @@ from itool_jax.system import hosts
 from itool_jax.system.files import write_json, write_jsonl
 from itool_jax.system.messages import console_out, say
 
-Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
 """(key, messages) of each conversation."""
 

@@ -6,7 +6,6 @@ In: settings and a phase. Out: marks by sample, comparisons of phases, and the e
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.evaluation import comparison
@@ -14,8 +13,7 @@ from itool_jax.evaluation.statistics import PairedDifference, paired_difference
 from itool_jax.mcts.search import RIGHT
 from itool_jax.store import columns
 from itool_jax.store.cache import Figures, read_figures
-
-Row = dict[str, Any]
+from itool_jax.store.tables import EvaluationRow, NodeRow
 
 CATEGORIES = (
     *("overall", "easy", "medium", "hard", "irrelevance", "multi_turn"),
@@ -25,12 +23,12 @@ WATCHED = 200
 """Number of validation samples answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
 """Below both, training had hardly any effect: Δ of held-out pairs in nats, and the share of changed answers."""
-FOUND = (
+SEARCH_FIGURES = (
     *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
     *("answers", "self_evaluation"),
 )
 """Figures of a search's result."""
-ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
+ABILITY_FIGURES = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
 """Figures of the policy's ability on the chosen prompts."""
 SCORES = "scores.jsonl"
 
@@ -54,8 +52,8 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     paths = [results_file(watching(config), name) for name in (phase, before)]
     changed = n = None
     if all(path.is_file() for path in paths):
-        tables = [columns.read_table(path, ["id", "response"]) for path in paths]
-        answers, earlier = ({row["id"]: row["response"] for row in table} for table in tables)
+        tables = [columns.read_table(path, EvaluationRow, ["id", "response"]) for path in paths]
+        answers, earlier = ({row.id: row.response for row in table} for table in tables)
         n = len(answers)
         changed = sum(text != earlier.get(name) for name, text in answers.items()) / n
     held_out = (read_figures(config.run_dir, phase, "dpo") or {}).get("held_out") or {}
@@ -64,15 +62,15 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}
 
 
-def describe_training(phase: str, found: Figures) -> str:
+def describe_training(phase: str, effect: Figures) -> str:
     """Describes the effect of a training in one line, with advice if it had hardly any."""
     parts = []
-    if found["changed"] is not None:
-        parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
-    if found["delta"] is not None:
-        parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
+    if effect["changed"] is not None:
+        parts.append(f"{100 * effect['changed']:.1f} % of {effect['validation_samples']} validation answers changed")
+    if effect["delta"] is not None:
+        parts.append(f"the margin on held-out pairs grew by {effect['delta']:.2f} nats")
     line = f"{phase}: {', '.join(parts) or 'nothing was held out to see what training changed'}"
-    if found["hardly_trained"]:
+    if effect["hardly_trained"]:
         line += "; hardly anything was trained: raise preference.learning_rate or preference.epochs, or give more pairs"
     return line
 
@@ -84,8 +82,8 @@ def results_file(config: Config, phase: str) -> Path:
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Reads the mark (right or wrong) of each evaluated sample, by id."""
-    rows = columns.read_table(results_file(config, phase), ["id", "correct"])
-    return {row["id"]: row["correct"] for row in rows}
+    rows = columns.read_table(results_file(config, phase), EvaluationRow, ["id", "correct"])
+    return {row.id: row.correct for row in rows}
 
 
 def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference, list[str]]:
@@ -101,20 +99,20 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     Raises ValueError if the earlier phase has no mark for a sample.
     """
     marks = read_results(config, before)
-    rows = columns.read_table(results_file(config, phase), ["id", "correct", "categories"])
-    if missing := [row["id"] for row in rows if row["id"] not in marks]:
+    rows = columns.read_table(results_file(config, phase), EvaluationRow, ["id", "correct", "categories"])
+    if missing := [row.id for row in rows if row.id not in marks]:
         path = results_file(config, before)
         raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
-    found = {}
+    differences = {}
     for name in CATEGORIES[1:]:
-        chosen = [row for row in rows if name in row["categories"]]
-        found[name] = paired_difference([row["correct"] for row in chosen], [marks[row["id"]] for row in chosen])
-    return found
+        chosen = [row for row in rows if name in row.categories]
+        differences[name] = paired_difference([row.correct for row in chosen], [marks[row.id] for row in chosen])
+    return differences
 
 
-def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
+def is_solved(nodes: Sequence[NodeRow], *, own: bool = True) -> bool:
     """Returns True if a tree, given as node rows, has a right response; with `own`, one without an injected step."""
-    whole = [True] * len(nodes)
+    sampled = [True] * len(nodes)
     for n, node in enumerate(nodes[1:], 1):
-        whole[n] = whole[node["parent"]] and node.get("sampled", True)
-    return any(node["terminal"] and node["outcome"] >= RIGHT and (whole[n] or not own) for n, node in enumerate(nodes))
+        sampled[n] = sampled[node.parent] and node.sampled
+    return any(node.terminal and node.outcome >= RIGHT and (sampled[n] or not own) for n, node in enumerate(nodes))

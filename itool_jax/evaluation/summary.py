@@ -54,8 +54,8 @@ def summarize(config: Config) -> dict[str, Any]:
     for i in range(1, config.iterations + 1):
         name, before = phase_name(i), phase_name(i - 1)
         figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
-        found = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.FOUND)}
-        searches.append({"iteration": i, **found, **{key: scored.get(key) for key in results.ABILITY}})
+        searched = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.SEARCH_FIGURES)}
+        searches.append({"iteration": i, **searched, **{key: scored.get(key) for key in results.ABILITY_FIGURES}})
         trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
         trainings.append({"iteration": i, **trained, **results.what_training_changed(config, name, before)})
     return {

@@ -19,14 +19,15 @@ from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.report import trees as report_trees
 from itool_jax.store import columns
-from itool_jax.store.cache import read_figures
+from itool_jax.store.cache import Figures, read_figures
 from itool_jax.store.paths import done_file, iteration_of, phase_name
 from itool_jax.store.splits import CARD
+from itool_jax.store.tables import EvaluationRow, ScoreRow
 from itool_jax.system import environment, untrusted
 from itool_jax.system.files import read_json
-from itool_jax.text.sample import Sample
+from itool_jax.system.messages import LogRow
+from itool_jax.text.sample import Row, Sample
 
-Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
 """Most points of a curve, example samples and log lines that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
@@ -57,7 +58,7 @@ def _status(path: Path) -> Any:
         return None
 
 
-def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
+def find(config: Config) -> tuple[Figures, list[report_trees.ReportTree]]:
     """Returns the report, and the trees of all iterations in the order of its index.
 
     Raises:
@@ -111,16 +112,16 @@ class ToolLists:
         return self._numbers[key]
 
 
-def _optional(path: Path) -> Row | None:
+def _optional(path: Path) -> Figures | None:
     return read_json(path) if path.is_file() else None
 
 
-def _environment(path: Path) -> Row:
+def _environment(path: Path) -> Figures:
     sessions = (_optional(path) or {}).get("sessions")
     return {"sessions": [row for row in sessions if isinstance(row, dict)] if isinstance(sessions, list) else []}
 
 
-def _card(path: Path) -> Row | None:
+def _card(path: Path) -> Figures | None:
     card = _optional(path)
     for name in ("parts", "overlap_with_train") if card else ():
         found = card.get(name) if card else None
@@ -134,7 +135,7 @@ def _counts(row: Any) -> bool:
     return isinstance(row, dict) and not any(isinstance(value, str) for value in row.values())
 
 
-def _settings(path: Path) -> list[Row]:
+def _settings(path: Path) -> list[Figures]:
     """Returns the run's settings; those of single commands, such as its output, only where they are of interest."""
     try:
         saved = untrusted.read_yaml(path)
@@ -156,14 +157,14 @@ def _settings(path: Path) -> list[Row]:
     ]
 
 
-def _log(path: Path) -> Row:
+def _log(path: Path) -> Figures:
     """Returns the last lines of the log, and the current stage."""
-    rows = _lines(path)
-    begun = [row for row in rows if row.get("text") == "begin"]
+    rows = [columns.row_of(LogRow, row) for row in _lines(path)]
+    begun = [row for row in rows if row.text == "begin"]
     return {
-        "lines": [{key: row.get(key) for key in ("time", "stage", "level", "text")} for row in rows[-LAST_LINES:]],
-        "stage": begun[-1].get("stage") if begun else None,
-        "time": rows[-1].get("time") if rows else None,
+        "lines": [row._asdict() for row in rows[-LAST_LINES:]],
+        "stage": begun[-1].stage if begun else None,
+        "time": rows[-1].time if rows else None,
     }
 
 
@@ -190,7 +191,7 @@ def _with_evaluation(config: Config, names: Sequence[str]) -> Config:
 # Accuracy -----------------------------------------------------------------------------------------------------
 
 
-def _evaluation(config: Config, names: Sequence[str]) -> Row:
+def _evaluation(config: Config, names: Sequence[str]) -> Figures:
     found = []
     for name in names:
         stage = results.results_file(config, name).stem
@@ -214,7 +215,7 @@ def _interval(accuracy: float | None, n: float | None) -> tuple[float, float] | 
     return wilson_interval(accuracy, int(n)) if accuracy is not None and n and 0 <= accuracy <= 1 else None
 
 
-def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
+def _comparisons(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns the comparisons in a finished run's summary, or else of each available phase with the one before."""
     summary = _optional(config.run_dir / "summary.json")
     told = (summary or {}).get("comparisons")
@@ -227,7 +228,7 @@ def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
     return found
 
 
-def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
+def _benchmarks(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns a row for each phase and benchmark that was scored."""
     found = []
     for name in names:
@@ -243,7 +244,7 @@ def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
 # Curves -------------------------------------------------------------------------------------------------------
 
 
-def _training(path: Path) -> list[Row]:
+def _training(path: Path) -> list[Figures]:
     """Returns the training curves of each phase; of long ones only every n-th step."""
     by_phase: dict[str, dict[int, Row]] = {}
     for row in _lines(path):
@@ -263,39 +264,45 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
+def _perplexity(config: Config, iterations: Sequence[str]) -> list[Figures]:
     """Returns perplexities of the gold responses by iteration: of all, and of the searched ones before and after it."""
     keys = ["id", "perplexity", "n_tokens", "rank"]
-    tables = [columns.read_table(path, keys) for name in iterations if (path := _scores(config, name)).is_file()]
-    found = []
+    paths = [config.run_dir / name / results.SCORES for name in iterations]
+    tables = [columns.read_table(path, ScoreRow, keys) for path in paths if path.is_file()]
+    curves = []
     for name, table, later in itertools.zip_longest(iterations[: len(tables)], tables, tables[1:]):
-        searched = {row["id"] for row in table if row["rank"] is not None}
-        row = {"phase": name, "all": quantiles([row["perplexity"] for row in table])}
-        row["before"] = quantiles([row["perplexity"] for row in table if row["id"] in searched])
-        after = [row["perplexity"] for row in later or () if row["id"] in searched]
-        found.append(row | {"after": quantiles(after), "tokens": sum(row["n_tokens"] for row in table)})
-    return found
+        searched = {row.id for row in table if row.rank is not None}
+        curves.append(
+            {
+                "phase": name,
+                "all": quantiles([row.perplexity for row in table]),
+                "before": quantiles([row.perplexity for row in table if row.id in searched]),
+                "after": quantiles([row.perplexity for row in later or () if row.id in searched]),
+                "tokens": sum(row.n_tokens for row in table),
+            }
+        )
+    return curves
 
 
-def _iteration(config: Config, phase: str) -> Row | None:
+def _iteration(config: Config, phase: str) -> Figures | None:
     """Returns figures of an iteration's searched prompts, its search and its training; None before a search."""
-    scored, found = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
-    if scored is None or found is None:
+    scored, searched = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
+    if scored is None or searched is None:
         return None
-    ability = {key: scored.get(key) for key in results.ABILITY}
+    ability = {key: scored.get(key) for key in results.ABILITY_FIGURES}
     trained = read_figures(config.run_dir, phase, "dpo")
-    row = {"phase": phase, **ability, **{key: found.get(key) for key in ("prompts", "pairs", *results.FOUND)}}
+    row = {
+        "phase": phase,
+        **ability,
+        **{key: searched.get(key) for key in ("prompts", "pairs", *results.SEARCH_FIGURES)},
+    }
     if trained is None:
         return row
     before = phase_name(iteration_of(phase) - 1)
     return row | {"held_out": trained.get("held_out"), **results.what_training_changed(config, phase, before)}
 
 
-def _scores(config: Config, phase: str) -> Path:
-    return config.run_dir / phase / "scores.jsonl"
-
-
-def quantiles(values: Sequence[float]) -> Row | None:
+def quantiles(values: Sequence[float]) -> Figures | None:
     """Returns the 10th, 25th, 50th, 75th and 90th percentile, the mean and the count; None if there are no values."""
     if not values:
         return None
@@ -304,7 +311,7 @@ def quantiles(values: Sequence[float]) -> Row | None:
     return found | {"mean": sum(values) / len(values), "n": len(values)}
 
 
-def _stages(config: Config, names: Sequence[str]) -> list[Row]:
+def _stages(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns the numeric figures of each finished stage, such as its seconds."""
     stage = results.results_file(config, "base").stem
     found = []
@@ -319,13 +326,13 @@ def _stages(config: Config, names: Sequence[str]) -> list[Row]:
 
 
 class _Answer(NamedTuple):
-    """A row of an evaluation; `kind` is its kind of error, None if it is right."""
+    """An evaluated answer; `kind` is its kind of error, None if it is right."""
 
     kind: str | None
     response: str
 
 
-def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Row:
+def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Figures:
     """Returns responses of all phases to samples of the evaluated split, first those whose verdict changed."""
     answers = {name: found for name in names if (found := _answers(results.results_file(config, name)))}
     counts = {name: Counter(answer.kind for answer in found.values() if answer.kind) for name, found in answers.items()}
@@ -344,15 +351,15 @@ def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Ro
 def _answers(path: Path) -> dict[str, _Answer]:
     if not path.is_file():
         return {}
-    rows = columns.read_table(path, ["id", "correct", "finished", "response", "target"])
-    return {row["id"]: _Answer(_kind(row), row["response"]) for row in rows}
+    rows = columns.read_table(path, EvaluationRow, ["id", "correct", "finished", "response", "target"])
+    return {row.id: _Answer(_kind(row), row.response) for row in rows}
 
 
-def _kind(row: Row) -> str | None:
-    return None if row["correct"] else error_kind(row["target"], row["response"], finished=row["finished"])
+def _kind(row: EvaluationRow) -> str | None:
+    return None if row.correct else error_kind(row.target, row.response, finished=row.finished)
 
 
-def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Row:
+def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Figures:
     found = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
     return {**report_trees.prompt(sample, tool_lists.number), "id": sample.id, "gold": sample.target, "answers": found}
 

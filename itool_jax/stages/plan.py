@@ -8,7 +8,6 @@ weights are allocated: memory comes from the compiler's own analysis of the prog
 import dataclasses
 import math
 import time
-from typing import Any
 
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from itool_jax.planning import estimate as memory
 from itool_jax.planning.estimate import SIZES, Hardware, Planner, StageNeed
 from itool_jax.planning.sizes import Rows
 from itool_jax.planning.time import Data, TimeModel, Workload, workloads
+from itool_jax.store.cache import Figures
 from itool_jax.store.splits import divide, divide_replay
 from itool_jax.system.files import write_json
 from itool_jax.system.messages import console_out, say
@@ -32,10 +32,9 @@ PURPOSES = {
     "total": ("total",),
 }
 """Columns of the table, with the parts of the memory estimate that each one adds up."""
-Row = dict[str, Any]
 
 
-def run(config: Config) -> Row:
+def run(config: Config) -> Figures:
     """Prints the plan, writes it to `--output` if given, and returns it."""
     start = time.monotonic()
     hardware = memory.hardware_of(config)
@@ -80,7 +79,7 @@ def _data(config: Config) -> Data:
     return Data(warmup, pool, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
 
 
-def _devices(config: Config, hardware: Hardware) -> Row:
+def _devices(config: Config, hardware: Hardware) -> Figures:
     mesh = dataclasses.asdict(config.mesh)
     sheet = None if hardware.device is None else hardware.device._asdict()
     used = memory.devices_used(config)
@@ -88,18 +87,18 @@ def _devices(config: Config, hardware: Hardware) -> Row:
     return row | {"bytes_for_programs": hardware.limit, "analysis": hardware.answers}
 
 
-def _need_row(found: StageNeed, hardware: Hardware) -> Row:
+def _need_row(found: StageNeed, hardware: Hardware) -> Figures:
     need = found.need
     by_purpose = None if need is None else need._asdict() | {"total": need.total}
     return {"bytes_a_device": by_purpose, "fits": found.fits(hardware.limit)}
 
 
-def _size_row(found: StageNeed, hardware: Hardware) -> Row:
+def _size_row(found: StageNeed, hardware: Hardware) -> Figures:
     setting = SIZES.get(found.stage, memory.TOKENS)
     return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, hardware)
 
 
-def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Row]:
+def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Figures]:
     rows = []
     for found, workload in zip(as_set, times, strict=True):
         hours = workload.seconds / 3600 if math.isfinite(workload.seconds) else None
@@ -108,7 +107,7 @@ def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) 
     return rows
 
 
-def _change_row(change: memory.Change, hardware: Hardware) -> Row:
+def _change_row(change: memory.Change, hardware: Hardware) -> Figures:
     row = {"settings": change.settings, "arguments": memory.as_arguments(change.settings)}
     return row | {"stages": [_size_row(found, hardware) for found in change.found]}
 
@@ -116,7 +115,7 @@ def _change_row(change: memory.Change, hardware: Hardware) -> Row:
 # Printing ---------------------------------------------------------------------------------------------------
 
 
-def _show(plan: Row) -> None:
+def _show(plan: Figures) -> None:
     for line in _head(plan):
         console_out.print(line, soft_wrap=True, markup=False)
     console_out.print(_memory_table(plan["stages"]))
@@ -127,7 +126,7 @@ def _show(plan: Row) -> None:
         console_out.print(line, soft_wrap=True, markup=False)
 
 
-def _head(plan: Row) -> list[str]:
+def _head(plan: Figures) -> list[str]:
     d, model = plan["devices"], plan["model"]
     mesh = " ".join(f"{axis}={n}" for axis, n in d["mesh"].items())
     share, kind = plan["assumed"]["memory_share"], d["data_sheet"]
@@ -143,7 +142,7 @@ def _head(plan: Row) -> list[str]:
     ]
 
 
-def _memory_table(rows: list[Row]) -> Table:
+def _memory_table(rows: list[Figures]) -> Table:
     table = _table("GB a device, as set")
     for name in ("stage", "size", *PURPOSES, ""):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
@@ -154,7 +153,7 @@ def _memory_table(rows: list[Row]) -> Table:
     return table
 
 
-def _largest(plan: Row) -> list[str]:
+def _largest(plan: Figures) -> list[str]:
     lines = []
     for row in plan["largest"]:
         if row["fits"]:
@@ -177,7 +176,7 @@ def _largest(plan: Row) -> list[str]:
     return lines
 
 
-def _time_table(rows: list[Row]) -> Table:
+def _time_table(rows: list[Figures]) -> Table:
     table = _table("work of the whole run")
     for name in ("stage", "work", "M tokens", "padded", "hours"):
         table.add_column(name, justify="left" if name in ("stage", "work") else "right", no_wrap=True)
@@ -187,7 +186,7 @@ def _time_table(rows: list[Row]) -> Table:
     return table
 
 
-def _foot(plan: Row) -> list[str]:
+def _foot(plan: Figures) -> list[str]:
     hours, used, a = [row["hours"] for row in plan["stages"]], plan["devices"]["used"], plan["assumed"]
     if None in hours:
         return ["no data sheet of this device is known, so no hours; give --plan.device=GB:bandwidth:TFLOPS"]
