@@ -62,15 +62,15 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}
 
 
-def describe_training(phase: str, effect: Figures) -> str:
+def describe_training(phase: str, found: Figures) -> str:
     """Describes the effect of a training in one line, with advice if it had hardly any."""
     parts = []
-    if effect["changed"] is not None:
-        parts.append(f"{100 * effect['changed']:.1f} % of {effect['validation_samples']} validation answers changed")
-    if effect["delta"] is not None:
-        parts.append(f"the margin on held-out pairs grew by {effect['delta']:.2f} nats")
+    if found["changed"] is not None:
+        parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
+    if found["delta"] is not None:
+        parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
     line = f"{phase}: {', '.join(parts) or 'nothing was held out to see what training changed'}"
-    if effect["hardly_trained"]:
+    if found["hardly_trained"]:
         line += "; hardly anything was trained: raise preference.learning_rate or preference.epochs, or give more pairs"
     return line
 

@@ -166,15 +166,15 @@ class ModelPolicy:
         The first response to each problem is also judged with the answer letters reversed, see `swapped`.
         """
         by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
-        found = self._judge(by_problem, in_reverse=False)
+        confidences = self._judge(by_problem, in_reverse=False)
         firsts = dict(zip(itertools.accumulate(map(len, by_problem[:-1]), initial=0), by_problem, strict=True))
         new = {i: same[0] for i, same in firsts.items() if same[0].problem not in self.swapped}
         again = self._ask([[response] for response in new.values()], 1, in_reverse=True)
         for (i, response), confidence_in_reverse in zip(new.items(), again, strict=True):
-            self.swapped[response.problem] = found[i], confidence_in_reverse
+            self.swapped[response.problem] = confidences[i], confidence_in_reverse
         if not self.self_eval.both_orders:
-            return found
-        return [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
+            return confidences
+        return [(a + b) / 2 for a, b in zip(confidences, self._judge(by_problem, in_reverse=True), strict=True)]
 
     def _judge(self, by_problem: Sequence[Sequence[Response]], *, in_reverse: bool) -> list[float]:
         """Returns the confidence in every response, grouped by problem.

@@ -127,13 +127,13 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
         sides = [1 << (power + 2 - i) // 3 for i in range(3)] if not flat else [1 << power // 2, 1 << (power + 1) // 2]
         try:
             name = f"{device.topology}:{'x'.join(map(str, sides))}"
-            found = topologies.get_topology_desc(name, platform="tpu").devices
+            described = topologies.get_topology_desc(name, platform="tpu").devices
         except Exception as error:  # libtpu is missing, too old, or knows no such slice: use the host
             if power == 0 or "libtpu" in str(error):
                 return (), one_line(error)[:80]
             continue
-        if len(found) >= count:
-            return found[:count], ""
+        if len(described) >= count:
+            return described[:count], ""
     return (), f"it knows no slice of {count}"
 
 
@@ -203,13 +203,13 @@ class Planner:
         size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
         return self.need_at(stage, size)
 
-    def no_larger_than(self, found: StageNeed) -> str | None:
+    def no_larger_than(self, at: StageNeed) -> str | None:
         """Names the limit that makes a size the largest candidate; returns None if a larger one did not fit."""
         with on(self.hardware, self.config.mesh):
-            largest = self.candidates(found.stage)[-1]
-        if found.size < largest:
+            largest = self.candidates(at.stage)[-1]
+        if at.size < largest:
             return None
-        if found.stage != "search":
+        if at.stage != "search":
             return "a device's whole share of a batch"
         prompts = sizes.hardest(self.config, len(self.rows.buffer))
         return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
@@ -276,7 +276,7 @@ class Change(NamedTuple):
     """Settings that make a run fit, and the stages' needs with them."""
 
     settings: dict[str, Any]
-    found: list[StageNeed]
+    needs: list[StageNeed]
 
 
 def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
@@ -286,11 +286,11 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
     for settings in tried:
         try:
             config = with_settings(planner.config, settings)
-            found = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
+            change = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
         except ValueError:  # this mesh cannot divide the batch
             continue
-        if found is not None:
-            return found._replace(settings=settings | found.settings)
+        if change is not None:
+            return change._replace(settings=settings | change.settings)
         say(f"{as_arguments(settings) or 'a smaller size alone'} does not make it fit")
     return None
 
@@ -298,7 +298,7 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
 def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
     """Chooses sizes that make the stages fit, keeping those that fit; None if a stage does not fit at its smallest."""
     settings: dict[str, Any] = {}
-    found: list[StageNeed] = []
+    needs: list[StageNeed] = []
     for stage in stages:
         now = planner.as_set(stage)
         if not now.fits(planner.hardware.limit):
@@ -307,8 +307,8 @@ def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
                 return None
             name = SIZES.get(stage, TOKENS)
             settings[name] = min(settings.get(name, now.size), now.size)
-        found.append(now)
-    return Change(settings, found)
+        needs.append(now)
+    return Change(settings, needs)
 
 
 def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[dict[str, Any]]:

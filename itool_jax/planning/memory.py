@@ -84,9 +84,9 @@ class Lengths(NamedTuple):
 
 def _need(program: Any, held: Held, unread: int = 0) -> Need:
     """Returns the need of a lowered program, given resident bytes `held`, of which it does not read `unread`."""
-    found = program.compile().memory_analysis()
-    read = found.argument_size_in_bytes - (sum(held) - unread)
-    return Need(*held, max(0, read), found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes)
+    used = program.compile().memory_analysis()
+    read = used.argument_size_in_bytes - (sum(held) - unread)
+    return Need(*held, max(0, read), used.temp_size_in_bytes, used.output_size_in_bytes - used.alias_size_in_bytes)
 
 
 class Program(NamedTuple):
@@ -280,14 +280,14 @@ def step_table(vocab_size: int) -> StepTable:
 def device_limit() -> int:
     """Returns the bytes that programs may use on each device: the minimum over all devices of all processes."""
     if LIMIT in os.environ:
-        found = float(os.environ[LIMIT]) * 1e9
+        limit = float(os.environ[LIMIT]) * 1e9
     else:
         devices = jax.local_devices()
         stats = [device.memory_stats() or {} for device in devices]
-        found = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
+        limit = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
     if jax.process_count() > 1:
-        found = float(np.min(multihost_utils.process_allgather(np.float32(found))))
-    return int(found)
+        limit = float(np.min(multihost_utils.process_allgather(np.float32(limit))))
+    return int(limit)
 
 
 def _host_bytes() -> int:

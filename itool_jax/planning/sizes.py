@@ -57,8 +57,8 @@ def resolved(run: Run) -> Run:
 def _known(config: Config) -> dict[str, int]:
     """Returns the sizes stored in the run directory."""
     path = config.run_dir / FILE
-    found = read_json(path) if path.exists() else {}
-    return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
+    stored = read_json(path) if path.exists() else {}
+    return {name: stored[name] for name in STAGE_OF if isinstance(stored.get(name), int) and stored[name] > 0}
 
 
 def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
@@ -135,9 +135,9 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
         ]
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
     prefers = not is_warmup and config.preference.control != "sft_same_prompts"
-    found = rows.warmup if is_warmup else rows.buffer
+    encoded = rows.warmup if is_warmup else rows.buffer
     # Chosen steps and the model's own right answers are shorter than pairs.
-    width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
+    width = pair_width(config, encoded) if prefers else max(target_width(len(e[1]), len(e[2])) for e in encoded)
     pack = config.warmup.pack if is_warmup else 0
     loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
     shape = (settings.batch_size, max(width, pack), pack > 0)

@@ -46,8 +46,8 @@ def phases(config: Config) -> list[str]:
 
 def stamp(config: Config) -> str:
     """Returns a text that changes whenever a file shown in the report changes."""
-    found = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
-    marks = [(str(path), status.st_mtime_ns, status.st_size) for path in found if (status := _status(path))]
+    paths = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
+    marks = [(str(path), status.st_mtime_ns, status.st_size) for path in paths if (status := _status(path))]
     return f"{hash(tuple(marks)) & (2**64 - 1):x}"
 
 
@@ -86,8 +86,8 @@ def find(config: Config) -> tuple[Figures, list[report_trees.ReportTree]]:
         "benchmarks": _benchmarks(config, names),
         "training": _training(config.run_dir / "metrics.jsonl"),
         "perplexity": _perplexity(config, iterations),
-        "iterations": [found for name in iterations if (found := _iteration(config, name))],
-        "searches": [found for name in iterations if (found := report_trees.statistics(config.run_dir / name))],
+        "iterations": [figures for name in iterations if (figures := _iteration(config, name))],
+        "searches": [figures for name in iterations if (figures := report_trees.statistics(config.run_dir / name))],
         "stages": _stages(config, names),
         "kinds": KINDS,
         "examples": _examples(config, names, tool_lists),
@@ -124,8 +124,8 @@ def _environment(path: Path) -> Figures:
 def _card(path: Path) -> Figures | None:
     card = _optional(path)
     for name in ("parts", "overlap_with_train") if card else ():
-        found = card.get(name) if card else None
-        if not isinstance(found, dict) or not all(_counts(row) for row in found.values()):
+        counts = card.get(name) if card else None
+        if not isinstance(counts, dict) or not all(_counts(row) for row in counts.values()):
             raise ValueError(f"{path} is damaged (its {name} are no counts by part); choose another --run_dir")
     return card
 
@@ -192,7 +192,7 @@ def _with_evaluation(config: Config, names: Sequence[str]) -> Config:
 
 
 def _evaluation(config: Config, names: Sequence[str]) -> Figures:
-    found = []
+    evaluated = []
     for name in names:
         stage = results.results_file(config, name).stem
         figures = read_figures(config.run_dir, name, stage)
@@ -201,13 +201,13 @@ def _evaluation(config: Config, names: Sequence[str]) -> Figures:
         if bad := columns.fault(figures, ["accuracy", "n", "standard_error"]):
             raise ValueError(f"{done_file(config.run_dir, name, stage)} is damaged ({bad}); delete it to run it again")
         interval = {key: _interval(value, figures["n"].get(key)) for key, value in figures["accuracy"].items()}
-        found.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
+        evaluated.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
     return {
         "split": config.evaluate.split,
         "limit": config.evaluate.limit,
-        "categories": [name for name in results.CATEGORIES if any(row["n"].get(name) for row in found)],
-        "phases": found,
-        "comparisons": _comparisons(config, [row["phase"] for row in found]),
+        "categories": [name for name in results.CATEGORIES if any(row["n"].get(name) for row in evaluated)],
+        "phases": evaluated,
+        "comparisons": _comparisons(config, [row["phase"] for row in evaluated]),
     }
 
 
@@ -221,24 +221,24 @@ def _comparisons(config: Config, names: Sequence[str]) -> list[Figures]:
     told = (summary or {}).get("comparisons")
     if isinstance(told, list) and not any(columns.fault(row, COMPARED) for row in told if isinstance(row, dict)):
         return [row for row in told if isinstance(row, dict)]
-    found = []
+    comparisons = []
     for before, phase in itertools.pairwise(names):
         result, lower = results.compared(config, phase, before)
-        found.append({"phase": phase, "against": before, "text": describe(result), "regressions": lower})
-    return found
+        comparisons.append({"phase": phase, "against": before, "text": describe(result), "regressions": lower})
+    return comparisons
 
 
 def _benchmarks(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns a row for each phase and benchmark that was scored."""
-    found = []
+    benchmarks = []
     for name in names:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
             if path.parent.name.startswith(("bfcl", "api_bank")):
                 figures = read_json(path)
                 if bad := columns.fault(figures, ["accuracy", "n", "interval"]):
                     raise ValueError(f"{path} is damaged ({bad}); delete it to score the benchmark again")
-                found.append({**figures, "phase": name, "benchmark": path.parent.name})
-    return found
+                benchmarks.append({**figures, "phase": name, "benchmark": path.parent.name})
+    return benchmarks
 
 
 # Curves -------------------------------------------------------------------------------------------------------
@@ -250,14 +250,14 @@ def _training(path: Path) -> list[Figures]:
     for row in _lines(path):
         if isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
             by_phase.setdefault(row["stage"], {})[row["step"]] = row
-    found = []
+    trainings = []
     for phase, rows in by_phase.items():
         steps = sorted(rows)
         kept = sorted({*steps[:: 1 + len(steps) // MOST_POINTS], steps[-1]})
         names = sorted(set().union(*(rows[step].keys() for step in kept)) - {"time", "stage", "step"})
         curves = {name: [_number(rows[step].get(name)) for step in kept] for name in names}
-        found.append({"phase": phase, "n_steps": len(steps), "steps": kept, "curves": curves})
-    return found
+        trainings.append({"phase": phase, "n_steps": len(steps), "steps": kept, "curves": curves})
+    return trainings
 
 
 def _number(value: Any) -> float | None:
@@ -307,19 +307,19 @@ def quantiles(values: Sequence[float]) -> Figures | None:
     if not values:
         return None
     ordered, last = sorted(values), len(values) - 1
-    found = {f"p{q}": ordered[round(q / 100 * last)] for q in (10, 25, 50, 75, 90)}
-    return found | {"mean": sum(values) / len(values), "n": len(values)}
+    percentiles = {f"p{q}": ordered[round(q / 100 * last)] for q in (10, 25, 50, 75, 90)}
+    return percentiles | {"mean": sum(values) / len(values), "n": len(values)}
 
 
 def _stages(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns the numeric figures of each finished stage, such as its seconds."""
     stage = results.results_file(config, "base").stem
-    found = []
+    stages = []
     for name, kind in itertools.product(names, (*STAGES, stage)):
         if (figures := read_figures(config.run_dir, name, kind)) is not None:
             kept = {key: value for key, value in figures.items() if _number(value) is not None}
-            found.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
-    return found
+            stages.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
+    return stages
 
 
 # Examples -----------------------------------------------------------------------------------------------------
@@ -334,15 +334,15 @@ class _Answer(NamedTuple):
 
 def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Figures:
     """Returns responses of all phases to samples of the evaluated split, first those whose verdict changed."""
-    answers = {name: found for name in names if (found := _answers(results.results_file(config, name)))}
-    counts = {name: Counter(answer.kind for answer in found.values() if answer.kind) for name, found in answers.items()}
-    ids = list(dict.fromkeys(sample_id for found in answers.values() for sample_id in found))
-    ids.sort(key=lambda i: len({found[i].kind is None for found in answers.values() if i in found}) < 2)
+    answers = {name: by_id for name in names if (by_id := _answers(results.results_file(config, name)))}
+    counts = {name: Counter(answer.kind for answer in by_id.values() if answer.kind) for name, by_id in answers.items()}
+    ids = list(dict.fromkeys(sample_id for by_id in answers.values() for sample_id in by_id))
+    ids.sort(key=lambda i: len({by_id[i].kind is None for by_id in answers.values() if i in by_id}) < 2)
     samples = _samples(config.run_dir, config.evaluate.split)
     shown = [sample for i in ids[:MOST_EXAMPLES] if (sample := samples.get(i))]
     return {
         "phases": list(answers),
-        "kinds": {name: dict(found) for name, found in counts.items()},
+        "kinds": {name: dict(by_id) for name, by_id in counts.items()},
         "left_out": len(ids) - len(shown),
         "samples": [_example(sample, answers, tool_lists) for sample in shown],
     }
@@ -360,8 +360,9 @@ def _kind(row: EvaluationRow) -> str | None:
 
 
 def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Figures:
-    found = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
-    return {**report_trees.prompt(sample, tool_lists.number), "id": sample.id, "gold": sample.target, "answers": found}
+    shown = report_trees.prompt(sample, tool_lists.number)
+    by_phase = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
+    return {**shown, "id": sample.id, "gold": sample.target, "answers": by_phase}
 
 
 def _samples(run_dir: Path, part: str) -> dict[str, Sample]:

@@ -48,17 +48,17 @@ def run(config: Config) -> Figures:
     as_set = [planner.as_set(stage) for stage in stages]
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
     # 2. Settings to change if a stage does not fit.
-    fits = all(found.fits(hardware.limit) for found in as_set)
+    fits = all(at.fits(hardware.limit) for at in as_set)
     change = None if fits else memory.change_of(planner, stages)
     # 3. How long each stage takes.
-    batch = next((found.size for found in as_set if found.stage == "search"), 1)
+    batch = next((at.size for at in as_set if at.stage == "search"), 1)
     time_model = TimeModel(config, hardware.device, memory.devices_used(config), memory.copies(config, hardware))
     plan = {
         "devices": _devices(config, hardware),
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
-        "largest": [_size_row(found, hardware) | {"of": planner.no_larger_than(found)} for found in most],
+        "largest": [_size_row(at, hardware) | {"of": planner.no_larger_than(at)} for at in most],
         "change": None if change is None else _change_row(change, hardware),
         "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype, "benchmark": config.benchmark},
         "seconds_to_plan": round(time.monotonic() - start, 1),
@@ -72,11 +72,11 @@ def run(config: Config) -> Figures:
 
 def _data(config: Config) -> Data:
     """Splits the data as a run would, in memory only."""
-    found, _ = divide(config, [] if config.skip_bad_rows else None)
-    warmup, buffer = divide_replay(config, found["train"].samples)
-    pool = buffer if config.replay.pool == "buffer" else [s for s in found["train"].samples if s.follows_user]
-    encoded = {row.id: row for row in found["train"].encoded}
-    return Data(warmup, pool, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
+    parts, _ = divide(config, [] if config.skip_bad_rows else None)
+    warmup, buffer = divide_replay(config, parts["train"].samples)
+    pool = buffer if config.replay.pool == "buffer" else [s for s in parts["train"].samples if s.follows_user]
+    encoded = {row.id: row for row in parts["train"].encoded}
+    return Data(warmup, pool, encoded, parts[config.evaluate.split].encoded[: config.evaluate.limit or None])
 
 
 def _devices(config: Config, hardware: Hardware) -> Figures:
@@ -87,29 +87,29 @@ def _devices(config: Config, hardware: Hardware) -> Figures:
     return row | {"bytes_for_programs": hardware.limit, "analysis": hardware.answers}
 
 
-def _need_row(found: StageNeed, hardware: Hardware) -> Figures:
-    need = found.need
+def _need_row(at: StageNeed, hardware: Hardware) -> Figures:
+    need = at.need
     by_purpose = None if need is None else need._asdict() | {"total": need.total}
-    return {"bytes_a_device": by_purpose, "fits": found.fits(hardware.limit)}
+    return {"bytes_a_device": by_purpose, "fits": at.fits(hardware.limit)}
 
 
-def _size_row(found: StageNeed, hardware: Hardware) -> Figures:
-    setting = SIZES.get(found.stage, memory.TOKENS)
-    return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, hardware)
+def _size_row(at: StageNeed, hardware: Hardware) -> Figures:
+    setting = SIZES.get(at.stage, memory.TOKENS)
+    return {"stage": at.stage, "setting": setting, "value": at.size} | _need_row(at, hardware)
 
 
 def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Figures]:
     rows = []
-    for found, workload in zip(as_set, times, strict=True):
+    for at, workload in zip(as_set, times, strict=True):
         hours = workload.seconds / 3600 if math.isfinite(workload.seconds) else None
         work = {"work": workload.what, "tokens": workload.tokens, "padded_tokens": workload.padded, "hours": hours}
-        rows.append(_size_row(found, hardware) | work)
+        rows.append(_size_row(at, hardware) | work)
     return rows
 
 
 def _change_row(change: memory.Change, hardware: Hardware) -> Figures:
     row = {"settings": change.settings, "arguments": memory.as_arguments(change.settings)}
-    return row | {"stages": [_size_row(found, hardware) for found in change.found]}
+    return row | {"stages": [_size_row(at, hardware) for at in change.needs]}
 
 
 # Printing ---------------------------------------------------------------------------------------------------

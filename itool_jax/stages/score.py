@@ -120,31 +120,25 @@ def _ability(
 ) -> Figures:
     """Computes and logs the policy's accuracy on the prompts chosen for the search."""
     settings, n = task.config.replay, len(rank)
-    figures: Figures = {
-        "select": settings.select,
-        "k": settings.samples,
-        "greedy": None,
-        "pass_at_1": None,
-        "pass_at_k": None,
-    }
+    found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
     if settings.select == "mixed":
         asked = sum(
             max(1, round(settings.hardest_fraction * size))
             for is_call in (True, False)
             if (size := sum(score.is_call == is_call for score in scored.values()))
         )
-        figures["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
+        found["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
         if n < asked:
             say(f"{task.phase}: {asked} prompts were asked for, {n} are answered right sometimes and sometimes wrong")
     if n:
-        figures["greedy"] = round(sum(greedy.values()) / n, 4)
-        figures["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
-        figures["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
+        found["greedy"] = round(sum(greedy.values()) / n, 4)
+        found["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
+        found["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
         say(
-            f"{task.phase}: {n} prompts to search: greedy {100 * figures['greedy']:.1f} % right, one sample "
-            f"{100 * figures['pass_at_1']:.1f} %, any of {settings.samples} {100 * figures['pass_at_k']:.1f} %"
+            f"{task.phase}: {n} prompts to search: greedy {100 * found['greedy']:.1f} % right, one sample "
+            f"{100 * found['pass_at_1']:.1f} %, any of {settings.samples} {100 * found['pass_at_k']:.1f} %"
         )
-    return figures
+    return found
 
 
 def _read(phase: cache.Phase) -> Table[ScoreRow]:
