@@ -97,6 +97,11 @@ class SearchSettings:
         return self.batch
 
     @property
+    def longest_step(self) -> int:
+        """Most tokens of a step, last or not."""
+        return max(self.max_last_step_tokens, self.max_step_tokens)
+
+    @property
     def injects(self) -> bool:
         """True if trees may hold gold steps that were not sampled."""
         return self.inject_gold != "never"

@@ -21,6 +21,7 @@ from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.planning import memory, sizes
 from itool_jax.planning.memory import Need
+from itool_jax.planning.sizes import TOKENS
 from itool_jax.store.base import load_base
 from itool_jax.system.devices import HERE, Device, device_like, device_of
 from itool_jax.system.messages import say
@@ -35,10 +36,8 @@ HOST_FLAGS = (
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
     "--xla_backend_optimization_level=0",
 )
-SIZES = {"warmup": "warmup.micro_batch", "search": "search.batch", "dpo": "preference.micro_batch"}
+SIZES = {stage: name for name, stage in sizes.STAGE_OF.items()}
 """The setting that a stage's memory depends on most."""
-TOKENS = "generate.tokens_per_batch"
-"""The setting that matters most for stages that only run the model."""
 
 
 class Hardware(NamedTuple):
@@ -211,7 +210,7 @@ class Planner:
             return None
         if at.stage != "search":
             return "a device's whole share of a batch"
-        prompts = sizes.hardest(self.config, len(self.rows.buffer))
+        prompts = self.config.replay.n_searched(len(self.rows.buffer))
         return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
 
     def fewer_tokens(self, stage: str) -> StageNeed:

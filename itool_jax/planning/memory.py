@@ -208,9 +208,9 @@ def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, le
     """
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
-    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.max_last_step_tokens, search.max_step_tokens)
+    table, path = step_table(model.vocab_size), (_array(batch, lengths.path), _array(batch))
     draws = _draws(batch * search.breadth)
-    step = sampler.sample_step.lower(graph, limit, weights, step_table(model.vocab_size), prompt, *path, *draws)
+    step = sampler.sample_step.lower(graph, search.longest_step, weights, table, prompt, *path, *draws)
     return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
 
 

@@ -342,7 +342,7 @@ def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Fi
     shown = [sample for i in ids[:MOST_EXAMPLES] if (sample := samples.get(i))]
     return {
         "phases": list(answers),
-        "kinds": {name: dict(by_id) for name, by_id in counts.items()},
+        "kinds": {name: dict(kinds) for name, kinds in counts.items()},
         "left_out": len(ids) - len(shown),
         "samples": [_example(sample, answers, tool_lists) for sample in shown],
     }

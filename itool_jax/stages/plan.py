@@ -14,7 +14,7 @@ from rich.table import Table
 from itool_jax.config import Config
 from itool_jax.planning import estimate as memory
 from itool_jax.planning.estimate import SIZES, Hardware, Planner, StageNeed
-from itool_jax.planning.sizes import Rows
+from itool_jax.planning.sizes import TOKENS, Rows
 from itool_jax.planning.time import Data, TimeModel, Workload, workloads
 from itool_jax.store.cache import Figures
 from itool_jax.store.splits import divide, divide_replay
@@ -94,7 +94,7 @@ def _need_row(at: StageNeed, hardware: Hardware) -> Figures:
 
 
 def _size_row(at: StageNeed, hardware: Hardware) -> Figures:
-    setting = SIZES.get(at.stage, memory.TOKENS)
+    setting = SIZES.get(at.stage, TOKENS)
     return {"stage": at.stage, "setting": setting, "value": at.size} | _need_row(at, hardware)
 
 

@@ -123,7 +123,7 @@ def _ability(
     found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
     if settings.select == "mixed":
         asked = sum(
-            max(1, round(settings.hardest_fraction * size))
+            settings.n_searched(size)
             for is_call in (True, False)
             if (size := sum(score.is_call == is_call for score in scored.values()))
         )
