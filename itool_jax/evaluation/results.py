@@ -23,6 +23,8 @@ WATCHED = 200
 """Number of validation samples answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
 """Below both, training had hardly any effect: Δ of held-out pairs in nats, and the share of changed answers."""
+MEASURED = ("accuracy", "n", "standard_error")
+"""Figures of an evaluation, each by category."""
 SEARCH_FIGURES = (
     *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
     *("answers", "self_evaluation"),

@@ -198,7 +198,7 @@ def _evaluation(config: Config, names: Sequence[str]) -> Figures:
         figures = read_figures(config.run_dir, name, stage)
         if figures is None:
             continue
-        if bad := columns.fault(figures, ["accuracy", "n", "standard_error"]):
+        if bad := columns.fault(figures, results.MEASURED):
             raise ValueError(f"{done_file(config.run_dir, name, stage)} is damaged ({bad}); delete it to run it again")
         interval = {key: _interval(value, figures["n"].get(key)) for key, value in figures["accuracy"].items()}
         evaluated.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
