@@ -74,8 +74,8 @@ def ways(on_gpu: bool) -> dict[str, Callable[..., Array]]:
     """Returns the implementations to compare, ours first."""
     found: dict[str, Callable[..., Array]] = {
         "ours": lambda q, k, v, mask: attend(q, [KeyValues(k, v, mask)]),
-        "a product a group": functools.partial(grouped, accumulate=jnp.float32),
-        "the same, scores in 16 bits": functools.partial(grouped, accumulate=jnp.bfloat16),
+        "one product per group": functools.partial(grouped, accumulate=jnp.float32),
+        "the same, 16-bit scores": functools.partial(grouped, accumulate=jnp.bfloat16),
         "sums": sums,
         "jax.nn, XLA": functools.partial(library, implementation="xla"),
     }
@@ -123,7 +123,7 @@ def main(s: Settings) -> None:
     sizes = gpu.small() if s.small else gpu.LARGE
     rows, shape = ((2,), (2, 2, 2, 8, 16)) if s.small else (s.rows, (s.rows[-1], 8, 4, 128, 1024))
     n_bytes = s.caches * 2 * 2 * shape[0] * shape[1] * shape[3] * shape[4]
-    print(f"{s.caches} caches of {shape} (rows, heads, queries a head, size, keys), bfloat16, on {device()}")
+    print(f"{s.caches} caches of {shape} (rows, heads, queries per head, size, keys), bfloat16, on {device()}")
     print(f"reading them takes at least {1e3 * n_bytes / s.machine.bandwidth:.3f} ms")
     for name, taken, difference in compare(s, *shape):
         print(f"  {name:<28} {1e3 * taken:8.3f} ms, differs from ours by {difference:.1e}", flush=True)
@@ -133,7 +133,7 @@ def main(s: Settings) -> None:
     for count in rows:
         work = gpu.decoding(policy, ids[:count], sizes.new)
         taken, found = gpu.seconds(work, 3), kernels(work)
-        print(f"decode, {count} rows, {model.n_layers} layers: {1e3 * taken / sizes.new:.2f} ms a token, by kernel:")
+        print(f"decode, {count} rows, {model.n_layers} layers: {1e3 * taken / sizes.new:.2f} ms per token, by kernel:")
         for name, microseconds in found.most_common(MOST):
             print(f"  {microseconds / found.total():6.1%} {name[:90]}", flush=True)
 

@@ -190,21 +190,19 @@ def main(settings: Settings) -> None:
         "outputs": outputs(shared),
         "api_bank": api_bank_cases(read(shared / "data/api_bank/checker_cases_dev.jsonl.gz")),
     }
-    print(f"{'cases':24} {'equal':>9} {'same kind':>9} {'of v3 only':>10}")
+    print(f"{'cases':24} {'equal':>9} {'same kind':>9} {'v3 only':>10}")
     for name, c in found["cases"]["categories"].items():
         marked = f"{c['marked_equal']}/{c['marked']}" if "marked" in c else ""
         print(f"{name:24} {c['equal']:>4}/{c['n']:<4} {c['same_kind']:>9} {marked:>10}")
-    print(f"{found['cases']['per_second']:.0f} cases a second\n\n{'outputs':56} ours official of  same ids, errors")
+    print(f"{found['cases']['per_second']:.0f} cases per second\n\n{'outputs':56} ours official of  same ids, errors")
     for name, c in found["outputs"]["categories"].items():
         same = f"{c['same_ids']}, {c['same_error_types']}"
         print(f"{name:56} {c['correct']:>4} {c['official']:>8} {c['total']:>4} {same}")
-    print(f"{found['outputs']['n']} outputs, {found['outputs']['per_second']:.0f} a second")
+    print(f"{found['outputs']['n']} outputs, {found['outputs']['per_second']:.0f} per second")
     print(f"API-Bank: {found['api_bank']['equal']} of {found['api_bank']['n']} verdicts equal")
     if settings.fuzz:
         found["fuzz"] = fuzz(rows, settings.fuzz, settings.seed)
-        print(
-            "fuzz: {n} outputs in {seconds:.0f} s, the slowest {slowest_s:.3f} s, {read} read".format(**found["fuzz"])
-        )
+        print("fuzz: {n} outputs in {seconds:.0f} s, slowest {slowest_s:.3f} s, {read} parsed".format(**found["fuzz"]))
     if settings.json is not None:
         settings.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -73,7 +73,7 @@ def main(s: Settings) -> list[dict[str, Any]]:
     """Trains, prints the table and writes the JSON."""
     where = model_folder(Config(stage="warmup", model=s.model))
     rows = []
-    print("kind          MB   saves  ms a save  share by waiting  share by the clock")
+    print("kind          MB   saves    ms/save  share by waiting  share by the clock")
     for rank in s.ranks:
         row = {"rank": rank, "steps": s.steps, "device": jax.devices()[0].device_kind, **measure(where, rank, s)}
         rows.append(row)

@@ -349,15 +349,17 @@ def read_results(folder: Path) -> dict[str, Result]:
         kept = read_json(path)
         cell = Cell(**kept["cell"])
         if cell.corpus not in CORPORA or cell.arm not in (NONE, *ARMS):
-            raise ValueError(f"{path} is of corpus {cell.corpus} and arm {cell.arm}, which are not known; move it away")
+            raise ValueError(f"{path}: unknown corpus {cell.corpus} or arm {cell.arm}; move the file away")
         now = run_directory.binding_settings(cell_config(cell, path))
         changed = [name for name in now if kept["settings"].get(name) != now[name]]
         if changed or kept["settings"].keys() != now.keys():
             name = (changed or sorted(kept["settings"].keys() - now.keys()))[0]
             was, new = kept["settings"].get(name, "missing"), now.get(name, "missing")
-            raise ValueError(f"{path} was made with {name}={was}, now it is {new}; move it away to run the cell again")
+            raise ValueError(
+                f"{path} was created with {name}={was}, but it is now {new}; move it away to rerun the cell"
+            )
         if ids.setdefault((cell.corpus, cell.part), kept["ids"]) != kept["ids"]:
-            raise ValueError(f"{path} is of other samples than the cells before it; move it away to run the cell again")
+            raise ValueError(f"{path} has other samples than the cells before it; move it away to rerun the cell")
         categories = {name: unpack(text, kept["n"]) for name, text in kept["categories"].items()}
         results[cell.name] = Result(cell, unpack(kept["correct"], kept["n"]), categories, kept["ids"], kept["seconds"])
     return results
@@ -488,7 +490,7 @@ def compute(s: Settings) -> None:
     results = read_results(s.cells)
     _print_plan(results, s)
     while not s.plan and (cell := next((c for c in cells_left(results, s.only) if c.known), None)):
-        print(f"{cell.name}: begins; {_left(cells_left(results, s.only), results)}", flush=True)
+        print(f"{cell.name}: starting; {_left(cells_left(results, s.only), results)}", flush=True)
         kept = run_cell(cell, s.output)
         s.cells.mkdir(parents=True, exist_ok=True)
         write_json(s.cells / f"{cell.name}.json", kept)
@@ -499,7 +501,7 @@ def compute(s: Settings) -> None:
     print(report(results))
     if unknown := [cell.arm for cell in cells_left(results, s.only) if not cell.known]:
         arms = ", ".join(dict.fromkeys(unknown))
-        print(f"no rate is chosen yet for {arms}: their development cells are not finished")
+        print(f"no learning rate chosen yet for {arms}: development cells not finished")
 
 
 def _write_table(folder: Path, results: Results) -> None:
@@ -511,10 +513,10 @@ def _print_plan(results: Results, s: Settings) -> None:
     cells = list(all_cells(chosen_rates(results)))
     left = cells_left(results, s.only)
     n_finished = sum(cell.name in results for cell in cells)
-    print(f"{len(cells)} cells, {n_finished} of them finished; {_left(left, results)}")
+    print(f"{len(cells)} cells, {n_finished} finished; {_left(left, results)}")
     if s.plan:
         for cell in cells:
-            state = "finished" if cell.name in results else "left" if cell in left else "not asked for"
+            state = "finished" if cell.name in results else "left" if cell in left else "not requested"
             print(f"    {cell.name:<40} {cell.part:<11} {state}")
 
 
@@ -522,7 +524,7 @@ def _left(cells: Sequence[Cell], results: Results) -> str:
     """How many cells are to be run, and how long they take."""
     seconds = seconds_left(cells, results)
     known = f"about {(seconds or 0) / 3600:.1f} hours"
-    return f"{len(cells)} to run, {'time unknown: none of their kind is finished' if seconds is None else known}"
+    return f"{len(cells)} to run, {'time unknown: no cell of their kind is finished' if seconds is None else known}"
 
 
 if __name__ == "__main__":
@@ -530,4 +532,4 @@ if __name__ == "__main__":
     try:
         compute(tyro.cli(Settings, description=__doc__))
     except (PreemptionError, KeyboardInterrupt):
-        raise SystemExit("Stopped on request. Run the same command to resume.") from None
+        raise SystemExit("Stopped on request. Rerun the same command to resume.") from None

@@ -217,7 +217,7 @@ def fuzz(settings: Settings, name: str) -> dict[str, Any]:
 def show(results: dict[str, dict[str, Any]]) -> None:
     """Prints the table, and a line for each finding."""
     table = Table(box=None)
-    for column in ("target", "executions", "a second", "slowest, s", "its bytes", "memory, MB", "new findings"):
+    for column in ("target", "executions", "per second", "slowest, s", "its size, bytes", "memory, MB", "new findings"):
         table.add_column(column, justify="left" if column == "target" else "right")
     for name, x in results.items():
         rate = f"{x['executions'] / max(x['seconds'], 1e-9):,.0f}"
@@ -237,7 +237,7 @@ def main(settings: Settings) -> int:
 
     chosen = settings.targets or tuple(TARGETS)
     if unknown := set(chosen) - set(TARGETS):
-        raise SystemExit(f"no target {min(unknown)}; there are: {', '.join(TARGETS)}")
+        raise SystemExit(f"unknown target {min(unknown)}; choose from: {', '.join(TARGETS)}")
     if settings.again is not None:
         TARGETS[chosen[0]].run(settings.again.read_bytes())
         return 0

@@ -58,7 +58,7 @@ def _keeps_promise(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (ValueError, OSError) as error:
         if str(path) not in str(error) and str(path) not in str(getattr(error, "filename", "")):
-            raise BrokenPromiseError(f"{path.name} is not named: {error!r}") from error
+            raise BrokenPromiseError(f"the error does not name {path.name}: {error!r}") from error
     except Exception as error:
         raise BrokenPromiseError(repr(error)) from error
     return None
@@ -103,7 +103,7 @@ def calls(data: bytes) -> None:
     if found is not None:
         again = read_calls(write_calls(found))
         if again is None or not same_calls(found, again):
-            raise BrokenPromiseError("the calls are others when they are written and read again")
+            raise BrokenPromiseError("the calls change when they are written and read again")
 
 
 def responses(data: bytes) -> None:
@@ -223,7 +223,7 @@ def config_file(data: bytes) -> None:
     run = settings.Config(stage="iterate", run_dir=_place() / "run")
     _keeps_promise(run.run_dir, lambda: run_directory.save_or_check(run))
     if parsed is not None and parsed.run_dir != Path("r"):
-        raise BrokenPromiseError("the file wins over the command line")
+        raise BrokenPromiseError("the file overrides the command line")
 
 
 def run_files(data: bytes) -> None:

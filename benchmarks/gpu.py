@@ -168,7 +168,7 @@ def main(settings: Settings) -> list[Row]:
         print(f"{row['name']:<34} {row['rate']:10.5g} {row['unit']:<9} {share}  {row['of']}", flush=True)
         if settings.json is not None:  # results are kept even if a later measurement fails
             settings.json.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"on {device()}, {sizes.model.dtype}; most memory in use: {peak_memory() or float('nan'):.1f} GB")
+    print(f"on {device()}, {sizes.model.dtype}; peak memory in use: {peak_memory() or float('nan'):.1f} GB")
     return rows
 
 
@@ -324,9 +324,9 @@ def compare_cached(policy: Policy, ids: np.ndarray, s: Sizes) -> None:
     paths, steps = pad([row[fork - 1 : fork] for row in rows], 1), pad([row[fork:] for row in rows], s.step)
     cached = sampler.score_step(*policy, prefix, *paths, *steps)
     error = float(np.max(np.abs(np.asarray(cached) - np.asarray(whole)))) / s.step
-    print(f"log-probability of a token, cached against uncached: differs by {error:.1e} nats")
+    print(f"log-probabilities with and without cache differ by {error:.1e} nats per token")
     if error > (1e-4 if s.model.dtype == "float32" else 2e-2):
-        raise RuntimeError(f"cached and uncached log-probabilities differ by {error:.3g} nats a token")
+        raise RuntimeError(f"cached and uncached log-probabilities differ by {error:.3g} nats per token")
 
 
 def decoding(policy: Policy, ids: np.ndarray, new: int) -> Callable[[], Any]:

@@ -119,8 +119,10 @@ def mesh_of(machine: Machine, topology: str | None) -> Mesh:
 def main(settings: Settings) -> None:
     """Prints the table and writes the JSON."""
     rows = []
-    print(f"Llama 3.1 8B, {settings.rows} rows of {settings.length} tokens a step, one row a device at a time")
-    print(f"{'devices':<12} {'step':<5} {'weights':<8} {'arguments':>10} {'temporaries':>12} {'total':>8}  GB a device")
+    print(f"Llama 3.1 8B, {settings.rows} rows of {settings.length} tokens per step, one row per device at a time")
+    print(
+        f"{'devices':<12} {'step':<5} {'weights':<8} {'arguments':>10} {'temporaries':>12} {'total':>8}  GB per device"
+    )
     for machine in MACHINES if settings.topology is None else MACHINES[-1:]:
         for kind in settings.kinds:
             for weights in machine.weights:

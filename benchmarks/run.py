@@ -100,7 +100,7 @@ def start_peers(suite: str, settings: Settings, work: Path) -> Iterator[tuple[st
             try:
                 python = peers.python_of(peer.environment, work)
             except RuntimeError as error:
-                print(f"{peer.name} left out: {error}", file=sys.stderr)
+                print(f"{peer.name} skipped: {error}", file=sys.stderr)
                 continue
             log = work / "logs" / f"{suite}_{peer.name}.log"
             yield peer.name, Child(python, peer.module, log, peers.VARIABLES, peer.arguments)
@@ -126,10 +126,10 @@ def _prepare(name: str, child: Child, path: Path, check: dict[str, list[Any]]) -
     try:
         found = disagreement(check, child.ask(do="prepare", task=str(path))["check"])
     except RuntimeError as error:
-        print(f"{name} left out: {error}", file=sys.stderr)
+        print(f"{name} skipped: {error}", file=sys.stderr)
         return None
     if wrong := {kind: error for kind, error in found.items() if not error <= TOLERANCE[kind]}:
-        print(f"{name} left out: it computes something else, {wrong}", file=sys.stderr)
+        print(f"{name} skipped: it computes something different, {wrong}", file=sys.stderr)
         return None
     return max(found.values())
 

@@ -53,14 +53,14 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     path = Path(source).expanduser()
     arguments = ["--stage=generate"]
     if fixed := [s for s in settings if s.split("=")[0] in ("--stage", "--run_dir", "--model", "--help", "-h")]:
-        raise ValueError(f"load takes settings such as --dtype=bfloat16, got {fixed[0]}")
+        raise ValueError(f"load does not accept {fixed[0]}; pass settings such as --dtype=bfloat16")
     is_run = (path / "config.yaml").is_file() and not (path / "config.json").is_file()
     if is_run:
         arguments += [f"--config={path / 'config.yaml'}", f"--run_dir={path}"]
     elif path.is_dir() and (path.parent / "config.yaml").is_file() and not (path / "config.json").is_file():
-        raise ValueError(f"{source} is a part of a run; load {path.parent} with phase={path.name!r}")
+        raise ValueError(f"{source} is part of a run; load {path.parent} with phase={path.name!r}")
     elif phase is not None:
-        raise ValueError(f"phase={phase} is for a run directory, and {source} is none: it holds no config.yaml")
+        raise ValueError(f"phase={phase} needs a run directory, but {source} has no config.yaml")
     elif os.fspath(source) != "embedded":
         arguments.append(f"--model={path if path.is_dir() else source}")
     config = settings_of.parse([*arguments, *settings])
@@ -184,7 +184,7 @@ class Model:
         rows = [{"messages": _messages(one), "tools": tools} for one in given]
         for number, row in enumerate(rows, 1):
             if row["messages"] and row["messages"][-1].get("role") == "assistant":
-                raise ValueError(f"conversation {number} ends with the assistant's turn: there is nothing to answer")
+                raise ValueError(f"conversation {number} ends with an assistant turn, so there is nothing to answer")
         changes = {"temperature": temperature, "max_tokens": max_tokens}
         changes = {name: value for name, value in changes.items() if value is not None}
         settings = dataclasses.replace(self.config.generate, **changes)
@@ -241,9 +241,9 @@ class Model:
         """
         given: list[Any] = [*samples] if isinstance(samples, Sequence) else [samples]
         if wrong := [one for one in given if not isinstance(one, Mapping | Sample)]:
-            raise ValueError(f"a sample is a dict with messages, tools and target, got {wrong[0]!r:.80}")
+            raise ValueError(f"a sample must be a dict with messages, tools and target, got {wrong[0]!r:.80}")
         if unknown := settings.keys() - {field.name for field in dataclasses.fields(SearchSettings)}:
-            raise ValueError(f"the search has no setting {min(unknown)}; see SearchSettings")
+            raise ValueError(f"unknown search setting {min(unknown)}; see SearchSettings")
         settings = {name: current_value(f"search.{name}", value) for name, value in settings.items()}
         rows = [sample_row(one) if isinstance(one, Sample) else dict(one) for one in given]
         parsed = from_rows(rows, need_target=True)
@@ -287,5 +287,5 @@ def _messages(conversation: Conversation) -> list[Row]:
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     if not isinstance(conversation, Sequence) or not all(isinstance(message, Mapping) for message in conversation):
-        raise ValueError(f"a conversation is a text or a list of messages, each a dict, got {conversation!r:.80}")
+        raise ValueError(f"a conversation must be a string or a list of message dicts, got {conversation!r:.80}")
     return [dict(message) for message in conversation]

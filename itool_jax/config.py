@@ -142,11 +142,11 @@ class Recipe:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
-            raise ValueError("quantize=nf4 needs adapters: weights of four bits are not trained; set lora.rank")
+            raise ValueError("quantize=nf4 needs adapters, because 4-bit weights cannot be trained; set lora.rank")
         if self.preference.merge and self.lora.rank == 0:
-            raise ValueError("preference.merge needs adapters, and lora.rank=0 trains the weights themselves")
+            raise ValueError("preference.merge needs adapters, but lora.rank=0 trains the weights themselves")
         if self.preference.merge and self.quantize == "nf4":
-            raise ValueError("preference.merge would round adapters to four bits; set quantize=none, or do not merge")
+            raise ValueError("preference.merge would round adapters to 4 bits; set quantize=none, or do not merge")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,39 +213,38 @@ class Runtime:
             and self.results is None
         ):
             raise ValueError(
-                "output is for the stages score, generate, export and plan, and for results, "
-                f"got it with stage {self.stage}"
+                f"output is only for stages score, generate, export and plan, and for results, got stage {self.stage}"
             )
         self._check_benchmark()
         if self.distributed.several and (self.stage == "export" or (self.stage == "generate" and self.output is None)):
-            need = "--output" if self.stage == "generate" else "one process"
-            raise ValueError(f"stage {self.stage} needs {need}, got it with several processes (distributed)")
+            need = "--output" if self.stage == "generate" else "a single process"
+            raise ValueError(f"stage {self.stage} needs {need}, got several processes (distributed)")
         if self.watch and self.stage != "report":
-            raise ValueError(f"watch is for the stage report, got it with stage {self.stage}")
+            raise ValueError(f"watch is only for stage report, got stage {self.stage}")
         if self.overwrite and self.stage != "export":
-            raise ValueError(f"overwrite is for the stage export, got it with stage {self.stage}")
+            raise ValueError(f"overwrite is only for stage export, got stage {self.stage}")
         self._check_chat()
 
     def _check_chat(self) -> None:
         if self.chat and self.stage != "generate":
-            raise ValueError(f"chat is for the stage generate, got it with stage {self.stage}")
+            raise ValueError(f"chat is only for stage generate, got stage {self.stage}")
         if self.chat and self.output is not None:
-            raise ValueError("output is for generate on a data file, got it with chat, where /save FILE writes one")
+            raise ValueError("output is not for a chat; in a chat, /save FILE writes a file")
         if self.generate.phase is not None and self.stage not in ("generate", "export"):  # files are checked as export
-            raise ValueError(f"generate.phase is for the stage generate, got it with stage {self.stage}")
+            raise ValueError(f"generate.phase is only for stage generate, got stage {self.stage}")
         if self.tools is not None and not self.chat:
-            raise ValueError("tools is for a chat; in a data file each sample has its own. Set --chat")
+            raise ValueError("tools is only for a chat, since each sample of a data file has its own; set --chat")
 
     def _check_benchmark(self) -> None:
         given = [name for name in ("results", "against", "official") if getattr(self, name)]
         if given and self.stage != "evaluate":
-            raise ValueError(f"{given[0]} is for the stage evaluate, got it with stage {self.stage}")
+            raise ValueError(f"{given[0]} is only for stage evaluate, got stage {self.stage}")
         if (given or self.categories) and self.benchmark is None:
             raise ValueError(f"{(given or ['categories'])[0]} needs a benchmark; set --benchmark=bfcl")
         if self.benchmark is not None and self.stage not in BENCHMARK_STAGES:
-            raise ValueError(f"benchmark is for the stages evaluate and iterate, got it with stage {self.stage}")
+            raise ValueError(f"benchmark is only for stages evaluate and iterate, got stage {self.stage}")
         if self.evaluate.underscore_to_dot and self.results is None:
-            raise ValueError("evaluate.underscore_to_dot is for results: our prompts show names with their dots")
+            raise ValueError("evaluate.underscore_to_dot is only for results: our own prompts keep the dots in names")
 
     @property
     def looks_only(self) -> bool:
@@ -280,7 +279,9 @@ class Config(Runtime, Recipe):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
             if isinstance(value, str) and untrusted.redacted(value) != value:
-                raise ValueError(f"{name} holds a token or password; give it in the environment, as HF_TOKEN")
+                raise ValueError(
+                    f"{name} holds a token or password; pass it in an environment variable such as HF_TOKEN"
+                )
 
     def flat(self, kind: type[Recipe] | type[Runtime] | None = None) -> dict[str, Any]:
         """Returns all settings, or those of one kind, as plain values by command-line name."""
@@ -295,7 +296,7 @@ def parse(arguments: Sequence[str]) -> Config:
     """
     arguments = [_at_home(argument) for argument in arguments]
     if not {"--stage", "--help", "-h"} & {argument.split("=")[0] for argument in arguments}:
-        raise ValueError(f"what to do is missing: --stage={{{','.join(get_args(Stage))}}}; see --help")
+        raise ValueError(f"--stage is required; choose one of {', '.join(get_args(Stage))}; see --help")
     chosen = _given(arguments, "--config")
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):
         chosen = DEMO
@@ -388,7 +389,7 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders if f.is_dir() for p in f.rglob("*.yaml")})
-    raise ValueError(f"config {name} is no file, and none of: {', '.join(known)}")
+    raise ValueError(f"config {name!r} not found; presets: {', '.join(known)}")
 
 
 def _file_arguments(path: Path, stage: str | None) -> list[str]:
@@ -401,7 +402,7 @@ def _file_arguments(path: Path, stage: str | None) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold settings, one `name: value` a line")
+        raise ValueError(f"{path} must contain settings, one `name: value` per line")
     flat = dict(_flatten(content))
     if (
         path.name == "config.yaml" and (path.parent / "environment.json").is_file()
@@ -423,7 +424,7 @@ def _argument(name: str, value: Any) -> list[str]:
         return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{last}"]
     if isinstance(value, list):
         if option := next((item for item in map(str, value) if item.startswith("-")), None):
-            raise ValueError(f"{name} holds {option!r}, which would be read as an option")
+            raise ValueError(f"{name} holds {option!r}, which would be parsed as an option")
         return [f"--{name}", *map(str, value)]
     return [_at_home(f"--{name}={value}")]
 
@@ -463,11 +464,11 @@ def describe_error(error: BaseException, where: Path | None = None) -> str:
     """Formats an error as one line for the user; `where` is the path being written, for errors that name no file."""
     text = untrusted.one_line(error)
     if isinstance(error, MemoryError):
-        text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or give less data"
+        text = f"out of host memory ({text[:200]}); lower {MEMORY_SETTINGS}, or use less data"
     if is_out_of_memory(error):
         text = f"out of device memory ({text[:200]}); lower {MEMORY_SETTINGS}"
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or where or 'error'}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text += "; free some space and run the same command again: what is finished is kept"
+            text += "; free some space and rerun the same command (finished work is kept)"
     return untrusted.redacted(f"{PROGRAM}: error: {text}")

@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # after --help
         return int(stop.code or 0)
     except preemption.PreemptionError:
-        print("asked to stop; all is kept, and the same command goes on where it was", file=sys.stderr)
+        print("Stopped on request. Rerun the same command to resume.", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
         hosts.leave("interrupted")
         resumes = config is not None and config.resumes
-        messages.fail("interrupted; the same command goes on where it was" if resumes else "interrupted")
+        messages.fail("Interrupted. Rerun the same command to resume." if resumes else "Interrupted.")
         return INTERRUPTED
     except Exception as error:
         line = settings.describe_error(error, config and (config.output or config.run_dir))
@@ -120,7 +120,7 @@ def _on_devices_here(config: Config) -> Config:
         return config
     mesh = mesh_here(config.mesh)
     if mesh != config.mesh:
-        messages.say("the mesh needs more devices than are here; one is used")
+        messages.say("the mesh needs more devices than this machine has; using one")
     return dataclasses.replace(config, mesh=mesh)
 
 

@@ -8,7 +8,7 @@ run() { if [[ ${DRY_RUN:-} ]]; then printf -v line ' %q' "$@" && echo "${line:1}
 [[ ${1:--} != -* ]] || { grep '^# ' "$0" >&2; exit 2; }
 run_dir=$1
 shift
-[[ ${GPUS:-} ]] || command -v nvidia-smi > /dev/null || { echo "there is no nvidia-smi here: set GPUS" >&2; exit 2; }
+[[ ${GPUS:-} ]] || command -v nvidia-smi > /dev/null || { echo "nvidia-smi not found: set GPUS" >&2; exit 2; }
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 
 run python -m itool_jax.main --stage=iterate --run_dir="$run_dir" --mesh.fsdp="$gpus" "$@"

@@ -18,7 +18,7 @@ read -ra seeds <<< "$3"
 shift 3
 number=$SLURM_ARRAY_TASK_ID count=$((${#configs[@]} * ${#seeds[@]}))
 if ((number >= count)); then
-    echo "there are $count runs and no number $number: sbatch --array=0-$((count - 1))" >&2
+    echo "task $number is out of range: there are $count runs, so use sbatch --array=0-$((count - 1))" >&2
     exit 2
 fi
 config=${configs[number / ${#seeds[@]}]}

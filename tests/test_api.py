@@ -94,20 +94,20 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             itool_jax.load(*arguments)
-    with pytest.raises(ValueError, match=r"phase=warmup is for a run directory, and .* is none"):
+    with pytest.raises(ValueError, match=r"phase=warmup needs a run directory, but .* has no config"):
         itool_jax.load(tiny_folder, phase="warmup")
-    with pytest.raises(ValueError, match=r"is a part of a run; load .* with phase='warmup'"):
+    with pytest.raises(ValueError, match=r"is part of a run; load .* with phase='warmup'"):
         itool_jax.load(made.folder / "warmup")
     for setting in ("--stage=dpo", "--help"):
-        with pytest.raises(ValueError, match=f"load takes settings such as --dtype=bfloat16, got {setting}"):
+        with pytest.raises(ValueError, match=f"load does not accept {setting}"):
             itool_jax.load(tiny_folder, setting)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds adapters alone; export with export\.kind=merged"):
+    with pytest.raises(ValueError, match=r"contains only adapters; export with export\.kind=merged"):
         itool_jax.load(tmp_path)
-    with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*; there are: warmup, iteration_1"):
+    with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*: warmup, iteration_1"):
         itool_jax.load(made.folder, phase="iteration_9")
     model = itool_jax.load(tiny_folder)
-    with pytest.raises(ValueError, match="conversation 1 ends with the assistant's turn"):
+    with pytest.raises(ValueError, match="conversation 1 ends with an assistant turn"):
         model.generate([tiny.USER, {"role": "assistant", "content": "x"}])
     with pytest.raises(ValueError, match="sample 1: message 1 has role 'bot'"):
         model.generate([{"role": "bot", "content": "x"}])
@@ -119,7 +119,7 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
         model.score("x", "")
     with pytest.raises(ValueError, match=r"search\.breadth must be positive"):
         model.search(SAMPLE, breadth=0)
-    with pytest.raises(ValueError, match="the search has no setting breadht"):
+    with pytest.raises(ValueError, match="unknown search setting breadht"):
         model.search(SAMPLE, breadht=2)
     with pytest.raises(ValueError, match='sample 2: sample has no "target"'):
         model.search([SAMPLE, {"messages": [tiny.USER]}])
@@ -130,10 +130,10 @@ def test_arguments_of_another_type_are_refused_without_a_type_checker_too(tiny_f
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         for wrong in ({"role": "user", "content": "x"}, 5, None, [["x"]]):
-            with pytest.raises(ValueError, match="a conversation is a text or a list of messages"):
+            with pytest.raises(ValueError, match="a conversation must be a string or a list"):
                 model.generate(wrong)
         for wrong in ("x", 5, ["x"]):
-            with pytest.raises(ValueError, match="a sample is a dict with messages, tools and target, got"):
+            with pytest.raises(ValueError, match="a sample must be a dict with messages, tools and target, got"):
                 model.search(wrong)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

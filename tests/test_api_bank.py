@@ -66,7 +66,7 @@ def test_published_tests_and_how_many_of_their_answers_can_be_given() -> None:
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no level-1-api\.json"):
+    with pytest.raises(ValueError, match=r"contains no level-1-api\.json"):
         api_bank.load_questions(tmp_path, "level_1")
     (tmp_path / "level-1-api.json").write_text('[{"file": "f", "id": 0, "input": "", "instruction": ""}]')
     with pytest.raises(ValueError, match=r"level-1-api\.json row 1: not a test of API-Bank \(KeyError"):

@@ -43,7 +43,7 @@ def test_questions_are_answered_once_scored_and_kept(
     settings = [f"--data={data}", "--categories", "simple", "multiple"]
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
     out = capsys.readouterr().out
-    assert "bfcl, base: % right" in out
+    assert "bfcl, base: % correct" in out
     assert "5 of 7 missing" in out  # of non-live
     assert "not answer" not in out
     where = tmp_path / "run/base/bfcl"
@@ -58,15 +58,15 @@ def test_questions_are_answered_once_scored_and_kept(
     assert summary["errors"].keys() == scores.keys()
     # Again: nothing is answered; a category whose responses are gone is answered again, and alike.
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 2
+    assert capsys.readouterr().err.count("already done") == 2
     (where / "BFCL_v3_multiple_result.json").unlink()
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert read(where / "BFCL_v3_multiple_result.json") == rows
     # Of other questions nothing is done yet; those that did not change are not asked again.
     write_data(data, "simple", 3)
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
-    assert capsys.readouterr().err.count("is done already") == 1
+    assert capsys.readouterr().err.count("already done") == 1
     assert json.loads((where / "scores.json").read_text())["simple"]["total"] == 3
 
 
@@ -94,7 +94,7 @@ def test_prompts_that_do_not_fit_are_told(
         assert evaluate(tiny_folder, tmp_path / "run", *settings) == 0
         captured = capsys.readouterr()
         assert "unanswered" in captured.out
-        assert "5 of 5 questions the model did not answer" in captured.out
+        assert "the model did not answer 5 of 5 questions" in captured.out
         summary = json.loads((tmp_path / "run/base/bfcl/summary.json").read_text())
         assert summary["unanswered"] == {"simple": 2, "irrelevance": 3}
         assert summary["accuracy"] == {"simple": 0.0, "irrelevance": 1.0}
@@ -126,7 +126,7 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
     assert json.loads((tmp_path / "a.json").read_text()) == {
         "simple": {"correct": 2, "total": 3, "failed": ["simple_2"]}
     }
-    assert "simple, wrong: value_error:string 1" in capsys.readouterr().out
+    assert "simple, errors: value_error:string 1" in capsys.readouterr().out
     against = [f"--results={tmp_path / 'a'}", f"--against={tmp_path / 'b.json'}", f"--output={tmp_path / 'a.json'}"]
     assert main([*command, *against]) == 0
     out = capsys.readouterr().out
@@ -140,18 +140,18 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["--results=none"], "none holds no BFCL_v3_<category>_result.json"),
-        (["--categories=simpel"], "category 'simpel' is none of BFCL's"),
-        (["--data=none"], "none/questions holds no BFCL_v3_simple.json, plain or .gz"),
+        (["--results=none"], "none contains no BFCL_v3_<category>_result.json"),
+        (["--categories=simpel"], "unknown BFCL category 'simpel'"),
+        (["--data=none"], "none/questions contains no BFCL_v3_simple.json, plain or .gz"),
         (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
-        (["--output=x.json"], "output is for the stages score, generate, export and plan, and for results"),
-        (["--against=none.json"], "none.json is no file; against wants another run's scores.json"),
-        (["--benchmark=api_bank", "--official"], "official is for BFCL; set --benchmark=bfcl"),
-        (["--benchmark=api_bank", "--results=none"], "results is for BFCL; set --benchmark=bfcl"),
-        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is for results"),
-        (["--stage=warmup"], "benchmark is for the stages evaluate and iterate, got it with stage warmup"),
-        (["--stage=iterate", "--official"], "official is for the stage evaluate, got it with stage iterate"),
+        (["--output=x.json"], "output is only for stages score, generate, export and plan, and for results"),
+        (["--against=none.json"], "none.json not found; --against needs the scores.json of another run"),
+        (["--benchmark=api_bank", "--official"], "official is only for --benchmark=bfcl"),
+        (["--benchmark=api_bank", "--results=none"], "results is only for --benchmark=bfcl"),
+        (["--evaluate.underscore_to_dot"], "evaluate.underscore_to_dot is only for results"),
+        (["--stage=warmup"], "benchmark is only for stages evaluate and iterate, got stage warmup"),
+        (["--stage=iterate", "--official"], "official is only for stage evaluate, got stage iterate"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -191,7 +191,7 @@ def test_another_scores_file_must_fit(tmp_path: Path, capsys: pytest.CaptureFixt
     results(tmp_path / "a", "simple", "no", "no")
     command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
     for content, reason in (
-        ("{", "is no scores.json"),
+        ("{", "is not a scores.json"),
         ("{}", "has none of the categories simple"),
         ('{"simple": {"correct": 1, "total": 1, "failed": []}}', "2 questions cannot be compared with 1"),
     ):
@@ -205,10 +205,10 @@ def test_nothing_to_score_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixt
     command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--results={tmp_path / 'a'}"]
     results(tmp_path / "a", "simple", "no")
     assert main([*command, "--categories=java"]) == 2
-    assert "a holds none of the categories java" in capsys.readouterr().err
+    assert "a contains none of the categories java" in capsys.readouterr().err
     (tmp_path / "a/BFCL_v3_simple_result.json").write_text("")
     assert main(command) == 2
-    assert "BFCL_v3_simple_result.json holds no responses" in capsys.readouterr().err
+    assert "BFCL_v3_simple_result.json contains no responses" in capsys.readouterr().err
 
 
 def test_columns_of_parts_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     settings = ["--benchmark=api_bank", "--categories=level_1", f"--evaluate.benchmark_data={tmp_path / 'api'}"]
     assert again(made, folder, *settings) == 0
     captured = capsys.readouterr()
-    assert f"{tmp_path / 'api/level-1-api.json'} shares with train: " in captured.err
+    assert f"overlap of {tmp_path / 'api/level-1-api.json'} with train: " in captured.err
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["benchmark"]["name"] == "api_bank"
     assert list(summary["benchmark"]["phases"]) == ["warmup", "iteration_1", "iteration_2"]
@@ -247,7 +247,7 @@ def test_iterate_evaluates_after_each_phase_and_looks_for_the_questions(
     rest = [setting for setting in made.settings if not setting.startswith("--data=")]
     command = ["--stage=evaluate", *settings[:2], f"--data={tmp_path / 'api'}", f"--run_dir={folder}", *rest]
     assert main(command) == 0
-    assert "iteration_2: api_bank/level_1 is done already" in capsys.readouterr().err
+    assert "iteration_2: api_bank/level_1 already done" in capsys.readouterr().err
 
 
 def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
@@ -299,7 +299,7 @@ def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
     assert [row["id"] for row in rows] == ["multi_turn_miss_func_0", "multi_turn_miss_func_1"]
     assert all(isinstance(text, str) for row in rows for turn in row["result"] for text in turn)
     out = capsys.readouterr().out
-    assert "the official scorer beside ours" in out
+    assert "the official scorer and ours" in out
     assert out.count("none") == 2  # categories with another verdict
 
 

@@ -233,7 +233,7 @@ def test_the_accelerator_script_measures_everything(tmp_path: Path, capsys: pyte
     assert [row["name"] for row in rows] == names
     assert all(row["rate"] > 0 for row in rows)
     assert all((row["share"] is None) == (row["name"] == "search") for row in rows)
-    assert "cached against uncached" in capsys.readouterr().out
+    assert "with and without cache" in capsys.readouterr().out
     attention.main(attention.Settings(small=True, caches=2))
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "differs from ours" in line]
     assert [line[0] for line in lines] == ["ours", "a", "the", "sums", "jax.nn,"]

@@ -247,7 +247,7 @@ def test_calls_by_hand() -> None:
 
 
 def test_a_wrong_question_is_named() -> None:
-    with pytest.raises(ValueError, match="'nonsense' is no single-turn category"):
+    with pytest.raises(ValueError, match="'nonsense' is not a single-turn category"):
         language_of("nonsense")
     with pytest.raises(ValueError, match="needs possible answers"):
         check([function()], "f()", [], "simple")
@@ -261,9 +261,9 @@ def test_a_wrong_question_is_named() -> None:
     for functions, answers, reason in (
         ([array], [{"f": {"a": [[1]]}}], r"Python has no parameters of type 'Set' \(f\.a\)"),
         ([{"name": "f"}], [{"f": {"a": [1]}}], 'a function has no "name" or no "parameters"'),
-        ([function(a="any")], [{}], "a possible answer holds no call"),
-        ([function(a="any")], [{"f": [1]}], "the possible arguments of 'f' are no object"),
-        ([function(a="any")], [{"f": {"a": 1}}], "the allowed values of f.a are no list"),
+        ([function(a="any")], [{}], "a possible answer contains no call"),
+        ([function(a="any")], [{"f": [1]}], "the possible arguments of 'f' are not an object"),
+        ([function(a="any")], [{"f": {"a": 1}}], "the allowed values of f.a are not a list"),
         ([function(a="dict")], [{"f": {"a": [{"k": 1}]}}], "an allowed value of f.a has a key without a list"),
         ([function(a=("array", "dict"))], [{"f": {"a": [[{"k": 1}]]}}], "an allowed value of f.a has a key without"),
         ([], [{"f": {"a": [1]}}], "'f', which is not among the functions"),

@@ -59,7 +59,7 @@ def test_categories_by_name_and_group() -> None:
     assert len(MULTI_TURN) == 4
     assert bfcl_data.select(["multi_turn", "simple_python", "java"]) == ("simple", "java", *MULTI_TURN)
     assert bfcl_data.select(["all"]) == CATEGORIES
-    with pytest.raises(ValueError, match="category 'simpel' is none of BFCL's: all, single_turn"):
+    with pytest.raises(ValueError, match="unknown BFCL category 'simpel'; choose from: all, single_turn"):
         bfcl_data.select(["simpel"])
 
 
@@ -70,7 +70,7 @@ def test_questions_are_read_plain_and_gzipped(tmp_path: Path, zipped: bool) -> N
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no BFCL_v3_java\.json, plain or \.gz"):
+    with pytest.raises(ValueError, match=r"contains no BFCL_v3_java\.json, plain or \.gz"):
         bfcl_data.load_questions(tmp_path, "java")
     write_data(tmp_path, "simple", answers=1)
     with pytest.raises(ValueError, match=r"BFCL_v3_simple\.json row 2: no possible answer to simple_1"):
@@ -83,14 +83,22 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "change", "reason"),
     [
-        ("questions", {"function": TOOL}, 'questions/BFCL_v3_java.json row 1: "function" is no list'),
-        ("questions", {"question": [{}]}, 'questions/BFCL_v3_java.json row 1: java_0: "question" is no list of turns'),
-        ("questions", {"id": 1}, 'questions/BFCL_v3_java.json row 1: "id" is no text'),
-        ("possible_answer", {"ground_truth": {}}, 'possible_answer/BFCL_v3_java.json row 1: "ground_truth" is no list'),
+        ("questions", {"function": TOOL}, 'questions/BFCL_v3_java.json row 1: "function" is not a list'),
+        (
+            "questions",
+            {"question": [{}]},
+            'questions/BFCL_v3_java.json row 1: java_0: "question" is not a list of turns',
+        ),
+        ("questions", {"id": 1}, 'questions/BFCL_v3_java.json row 1: "id" is not a string'),
+        (
+            "possible_answer",
+            {"ground_truth": {}},
+            'possible_answer/BFCL_v3_java.json row 1: "ground_truth" is not a list',
+        ),
         (
             "possible_answer",
             {"ground_truth": [{}]},
-            "questions/BFCL_v3_java.json row 1: java_0: a possible answer holds",
+            "questions/BFCL_v3_java.json row 1: java_0: a possible answer contains",
         ),
         ("possible_answer", {"truth": 0}, 'possible_answer/BFCL_v3_java.json row 1: no "ground_truth"'),
     ],
@@ -155,12 +163,12 @@ def test_result_files_are_found_where_they_are_written(tmp_path: Path, version: 
 
 
 def test_wrong_result_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no BFCL_v3_<category>_result\.json"):
+    with pytest.raises(ValueError, match=r"contains no BFCL_v3_<category>_result\.json"):
         bfcl_data.find_results(tmp_path)
     path = tmp_path / "BFCL_v3_simple_result.json"
     asked = [question("simple")]
     for row, reason in (
-        ({"id": "simple_9", "result": ""}, "'simple_9' is none of the category's questions"),
+        ({"id": "simple_9", "result": ""}, "'simple_9' is not a question of this category"),
         ({"result": ""}, 'no "id"'),
         ({"id": "simple_0"}, 'no "result"'),
     ):
@@ -168,17 +176,19 @@ def test_wrong_result_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"row 1: {reason}"):
             bfcl_data.read_results(path, asked)
     path.write_text("")
-    with pytest.raises(ValueError, match="holds no responses"):
+    with pytest.raises(ValueError, match="contains no responses"):
         bfcl_data.read_results(path, asked)
     path.write_text('{"id": "simple_0", "result": ""}\n' * 2)
-    with pytest.raises(ValueError, match="row 2: 'simple_0' is given twice"):
+    with pytest.raises(ValueError, match="row 2: 'simple_0' appears twice"):
         bfcl_data.read_results(path, asked)
     path.with_name(f"{path.name}.gz").write_text("")
-    with pytest.raises(ValueError, match="are both of simple"):
+    with pytest.raises(ValueError, match="are both results for simple"):
         bfcl_data.find_results(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / path.name).write_text("")
-    with pytest.raises(ValueError, match=r"holds the results of several models: \., other; --results is one model's"):
+    with pytest.raises(
+        ValueError, match=r"contains results of several models: \., other; --results must be one model's"
+    ):
         bfcl_data.find_results(tmp_path)
 
 

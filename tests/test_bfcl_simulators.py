@@ -243,8 +243,8 @@ def test_wrong_multi_turn_rows_are_named() -> None:
     row |= {"ground_truth": [], "model_output": []}
     for rows, reason in (
         ([{"id": "a"}], 'row 1: no "category"'),
-        ([row | {"category": "simple"}], "row 1: 'simple' is no multi-turn category"),
-        ([row, row], "row 2: 'a' is given twice"),
+        ([row | {"category": "simple"}], "row 1: 'simple' is not a multi-turn category"),
+        ([row, row], "row 2: 'a' appears twice"),
     ):
         with pytest.raises(ValueError, match=reason):
             check_multi_turn(rows)

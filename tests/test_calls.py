@@ -328,7 +328,7 @@ def test_canonical_text() -> None:
         ([Call("f", {"a": math.nan})], "the value nan"),
         ([Call("f", {"a": {1, 2}})], "the value {1, 2}"),
         ([Call("f", {"a": {(1, 2): 3}})], "the value \\(1, 2\\)"),
-        ([Call("f", {"a": json.loads("[" * 66 + "]" * 66)})], "at most 64 levels"),
+        ([Call("f", {"a": json.loads("[" * 66 + "]" * 66)})], "more than 64 levels"),
     ],
 )
 def test_what_cannot_be_written(calls: list[Call], message: str) -> None:
@@ -355,10 +355,10 @@ def test_calls_from_openai() -> None:
         ({"name": "f", "arguments": "[" * 100_000}, "arguments of 'f' are not JSON"),
         ({"name": "f", "arguments": "[1]"}, "arguments of 'f' are not a JSON object"),
         ({"name": "f", "arguments": None}, "arguments of 'f' are not a JSON object"),
-        ({"name": 'f"', "arguments": {}}, "cannot hold the name"),
+        ({"name": 'f"', "arguments": {}}, "cannot contain the name"),
         ({"name": 3, "arguments": {}}, 'expected {"name"'),
-        ({"name": "f", "arguments": {1: 2}}, "cannot hold the name 1"),
-        ({"name": "f", "arguments": '{"a": NaN}'}, "cannot hold the value nan"),
+        ({"name": "f", "arguments": {1: 2}}, "cannot contain the name 1"),
+        ({"name": "f", "arguments": '{"a": NaN}'}, "cannot contain the value nan"),
     ],
 )
 def test_malformed_openai_calls(entry: Any, message: str) -> None:

@@ -183,7 +183,7 @@ def test_prompt_and_target_are_the_whole_conversation_of_the_template(real, turn
     messages = CONVERSATIONS[turns]
     sample = Sample(id="s", messages=tuple(messages), tools=tools, target=ANSWER)
     if not family.system and (tools or turns == "system"):
-        with pytest.raises(ValueError, match=r"sample s: .* refuses the conversation: System role not supported"):
+        with pytest.raises(ValueError, match=r"sample s: .* cannot render the conversation: System role not supported"):
             encode_sample(chat, sample)
         return
     encoded = encode_sample(chat, sample)
@@ -284,9 +284,9 @@ def test_answer_letters_are_what_a_target_would_begin_with(real):
 
 def test_answer_letters_of_several_tokens_are_refused():
     chat = Chat(byte_tokenizer(QWEN))
-    with pytest.raises(ValueError, match=r"no single token for the answer 'AB'"):
+    with pytest.raises(ValueError, match=r"no single token for the self-evaluation answer 'AB'"):
         answer_ids(chat, ["A", "AB"])
-    with pytest.raises(ValueError, match=r"no single token for the answer 'A'"):
+    with pytest.raises(ValueError, match=r"no single token for the self-evaluation answer 'A'"):
         answer_ids(chat, ["A", "A"])
 
 
@@ -314,7 +314,9 @@ def test_a_template_that_refuses_names_the_sample():
     chat = Chat(
         byte_tokenizer(QWEN, template=PLAIN + "{% if tools %}{{ raise_exception('one tool at most') }}{% endif %}")
     )
-    with pytest.raises(ValueError, match=r"sample s: chat template of .* refuses the conversation: one tool at most"):
+    with pytest.raises(
+        ValueError, match=r"sample s: chat template of .* cannot render the conversation: one tool at most"
+    ):
         encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(TOOL,)))
 
 
@@ -323,7 +325,7 @@ def test_a_template_that_trips_over_a_type_names_the_sample():
         byte_tokenizer(QWEN, template=PLAIN + "{% for t in tools or [] %}{{ t.function.name + ':' }}{% endfor %}")
     )
     tool = {"type": "function", "function": {"name": 5}}
-    with pytest.raises(ValueError, match=r"^sample s: chat template of .* refuses the conversation: unsupported"):
+    with pytest.raises(ValueError, match=r"^sample s: chat template of .* cannot render the conversation: unsupported"):
         encode_sample(chat, Sample(id="s", messages=(QUESTION,), tools=(tool,)))
 
 

@@ -160,12 +160,12 @@ def test_a_character_is_shown_when_all_its_bytes_are_there() -> None:
     [
         ('get_weather(city="Paris", days=3, unit="C")', []),
         ("get_weather(days=3)", ["argument city is missing"]),
-        ('get_weater(city="Paris")', ["unknown function get_weater; there is get_weather"]),
+        ('get_weater(city="Paris")', ["unknown function get_weater; did you mean get_weather?"]),
         ("xyz()", ["unknown function xyz"]),
         ('get_weather(city="Paris", day=3)', ["unknown argument day"]),
         (
             'get_weather(city=5, days=True, unit="K")',
-            ["argument city is no string", "argument days is no integer", "argument unit is none of C, F"],
+            ["argument city must be a string", "argument days must be an integer", "argument unit must be one of C, F"],
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_schema_may_hold_anything() -> None:
     odd = {"a": {"type": ["integer", "null"]}, "b": True, "c": {"type": {}}, "d": {}}
     tools = tool_schemas([{"name": "f", "parameters": {"type": "object", "properties": odd}}])
     assert faults(Call("f", {"a": None, "b": 1, "c": 1, "d": 1}), tools) == []
-    assert faults(Call("f", {"a": "x"}), tools) == ["argument a is no integer|null"]
+    assert faults(Call("f", {"a": "x"}), tools) == ["argument a must be an integer|null"]
     assert signature(tools[0]["function"]) == "f(a: integer|null?, b: any?, c: {}?, d: any?)"
 
 
@@ -206,14 +206,14 @@ def test_a_conversation_with_calls_is_saved_as_training_data(chat: Chat, tmp_pat
     )
     for line in (
         "/save needs a FILE",
-        "not saved: there is no answer to save yet",
+        "not saved: no answer to save yet",
         "you> /bye\n",  # the reset ended the turn
         "change_pump(",
         "saved; ",
         'Enter: {"ok": true}]> {"done": 1}\n',
-        "there is no command /bye; /help lists them",
+        "unknown command /bye; /help lists the commands",
         "/system TEXT",
-        "a new conversation, with that system message",
+        "new conversation with that system message",
     ):
         assert line in shown
     assert "never" not in shown
@@ -253,8 +253,8 @@ def test_a_run_answers_with_the_phase_that_is_asked_for(chat: Chat, made: Made, 
 
 def test_a_conversation_that_is_too_long_is_taken_back(chat: Chat, tiny_folder: Path) -> None:
     shown = chat("x" * 1100, "/save x.jsonl", settings=(f"--model={tiny_folder}",), tools=[WEATHER])
-    assert "tokens, the model's context 1024; /reset begins a new one; the turn is taken back" in shown
-    assert "not saved: there is no answer" in shown
+    assert "tokens, but the model's context is 1024; /reset starts a new one; turn discarded" in shown
+    assert "not saved: no answer" in shown
 
 
 def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(
@@ -274,8 +274,8 @@ def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = (f"--model={tiny_folder}", *TINY)
     shown = chat("one", f"/save {file}", "two", f"/save {file}", settings=settings, tools=[WEATHER])
-    assert "stopped; the turn is taken back" in shown
-    assert "not saved: there is no answer to save yet" in shown
+    assert "stopped; turn discarded" in shown
+    assert "not saved: no answer to save yet" in shown
     (row,) = [json.loads(line) for line in file.read_text().splitlines()]
     assert row["messages"][0] == {"role": "user", "content": "two"}
     assert row["messages"][1]["content"] == itool_jax.load(tiny_folder).generate("two", [WEATHER], max_tokens=12)

@@ -66,7 +66,7 @@ def without(tree: dict[str, Any], *path: str) -> dict[str, Any]:
     ("like", "message"),
     [
         (make_tree() | {"more": {"x": jnp.zeros(2)}}, "tensor more.x is missing"),
-        (without(make_tree(), "layers", "k"), "tensor layers.k is unexpected"),
+        (without(make_tree(), "layers", "k"), "unexpected tensor layers.k"),
         (make_tree() | {"half": jnp.zeros((3, 3))}, r"tensor half has shape \(3, 2\), expected \(3, 3\)"),
         (make_tree() | {"half": jnp.zeros((3, 1))}, r"tensor half has shape \(3, 2\), expected \(3, 1\)"),
         (make_tree() | {"half": jnp.zeros(6)}, r"tensor half has shape \(3, 2\), expected \(6,\)"),
@@ -210,7 +210,7 @@ def test_of_a_damaged_state_the_one_before_is_used(tmp_path: Path, what: str, ca
     assert step == 3
     assert_same(state, later(3))
     said = capsys.readouterr().err.replace("\n", "")
-    assert (f"checkpoint {folder}/4: " in said and "is damaged; the one before it is used" in said) == (
+    assert (f"checkpoint {folder}/4: " in said and "is damaged; falling back to the previous one" in said) == (
         what != "unfinished"
     )
 

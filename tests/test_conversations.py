@@ -188,9 +188,9 @@ def test_held_out_parts_have_what_can_be_judged_and_the_buffer_what_is_asked(
     assert left_out.items() <= card.items()
     err = capsys.readouterr().err
     assert f"{left_out['test_texts_left_out']} texts left out of test: they follow no user turn" in err
-    assert f"{left_out['buffer_left_out']} training samples not used: they follow no user turn" in err
+    assert f"{left_out['buffer_left_out']} training samples unused: they follow no user turn" in err
     findings, _ = examine_data(config)
-    assert f"{left_out['buffer_left_out']} training samples not used" in " ".join(finding.text for finding in findings)
+    assert f"{left_out['buffer_left_out']} training samples unused" in " ".join(finding.text for finding in findings)
 
 
 def test_the_parts_of_turns_after_a_user_turn_do_not_depend_on_the_others(
@@ -253,7 +253,7 @@ def test_empty_parts_are_kept_and_read_back(tmp_path: Path, tiny_folder: Path):
     assert card["parts"]["test"].items() >= {"samples": 0, "longest": 0}.items()
     # A part that was emptied by someone else is not taken for one that the settings leave out.
     (tmp_path / "run/data/train.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"train\.jsonl holds no samples"):
+    with pytest.raises(ValueError, match=r"train\.jsonl contains no samples"):
         splits.load_splits(config).train.samples  # noqa: B018
 
 
@@ -265,7 +265,7 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused_before_any_work(
     command = [f"--stage={stage}", f"--model={tiny_folder}", f"--data={path}", f"--run_dir={tmp_path / 'run'}"]
     assert main([*command, f"--samples.{split}_share=0", f"--evaluate.split={split}"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    remedy = ", set samples.test_file, or give a --benchmark" if split == "test" else ""
+    remedy = ", set samples.test_file, or set --benchmark" if split == "test" else ""
     assert line.endswith(f"samples.{split}_share=0 leaves no {split} part to evaluate on; raise it{remedy}")
     assert not (tmp_path / "run/data").exists()
     findings, _ = examine_data(configured(path, tiny_folder, tmp_path, test_share=0))
@@ -311,7 +311,7 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
     assert card["overlap_with_train"]["test"]["samples"] == 11
     check_sources(config)
     write(test, asked)
-    with pytest.raises(ValueError, match=r"was made with another test\.jsonl of --samples\.test_file="):
+    with pytest.raises(ValueError, match=r"with a different test\.jsonl of --samples\.test_file="):
         check_sources(config)
     # Any form of data will do, beside the generated corpus too.
     sizes = GeneratedSettings(train=8, validation=2, test=3)
@@ -325,8 +325,8 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([], "holds no samples"),
-        ([{"id": "a", "messages": AGENT[:3], "target": "text"}], "holds no sample to evaluate on"),
+        ([], "contains no samples"),
+        ([{"id": "a", "messages": AGENT[:3], "target": "text"}], "has no sample to evaluate on"),
         ([{"id": "a", "messages": [user("x" * 2000)], "target": "text"}], "do not fit the model's context"),
     ],
 )
@@ -368,5 +368,7 @@ def test_less_of_the_generated_corpus_is_said(tmp_path: Path, capsys: pytest.Cap
     config = dataclasses.replace(config, generated=GeneratedSettings(train=30, validation=2, test=3))
     found = splits.load_splits(config)
     assert [len(part.samples) for part in found] == [5, 2, 3]
-    assert capsys.readouterr().err.count("25 training samples not used, by samples.fraction and samples.limit") == 1
+    assert (
+        capsys.readouterr().err.count("25 training samples unused because of samples.fraction and samples.limit") == 1
+    )
     assert len(read(tmp_path / "run/data/train.jsonl")) == 5

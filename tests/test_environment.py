@@ -66,14 +66,14 @@ def test_a_run_that_goes_on_elsewhere_says_what_changed(
     other = session | {"devices": {"H9": 2}, "packages": session["packages"] | {"jax": "0.0.1"}, "code": None}
     (folder / environment.FILE).write_text(json.dumps({"sessions": [other]}))
     assert again(made, folder) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "another environment" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "different environment" in line]
     assert len(said) == 1
     for part in ("devices 2 x H9 → 8 x cpu", f"jax 0.0.1 → {session['packages']['jax']}"):
         assert part in said[0]
     assert [s["devices"] for s in sessions(folder)] == [{"H9": 2}, {"cpu": 8}]
     assert said[0] in [row["text"] for row in read(folder / "log.jsonl")]
     assert again(made, folder) == 0
-    assert "another environment" not in capsys.readouterr().err
+    assert "different environment" not in capsys.readouterr().err
     assert len(sessions(folder)) == 2
 
 

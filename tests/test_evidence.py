@@ -143,19 +143,21 @@ def test_cells_of_other_settings_or_samples_are_refused_by_name(tmp_path: Path) 
     assert isinstance(settings, dict)
     path = tmp_path / f"{cell.name}.json"
     path.write_text(json.dumps(row | {"settings": settings | {"search.breadth": 9}}))
-    with pytest.raises(ValueError, match=rf"{path.name} was made with search.breadth=9, now it is \d+; move it away"):
+    with pytest.raises(
+        ValueError, match=rf"{path.name} was created with search.breadth=9, but it is now \d+; move it away"
+    ):
         evidence.read_results(tmp_path)
     path.write_text(json.dumps(row | {"settings": settings | {"search.old": 1}}))
-    with pytest.raises(ValueError, match=r"was made with search\.old=1, now it is missing"):
+    with pytest.raises(ValueError, match=r"was created with search\.old=1, but it is now missing"):
         evidence.read_results(tmp_path)
     path.write_text(json.dumps(row))
     other = Cell("clean", NONE, None, 1)
     (tmp_path / "other.json").write_text(json.dumps(kept(other, [True]) | {"ids": "cd"}))
-    with pytest.raises(ValueError, match=r"other\.json is of other samples"):
+    with pytest.raises(ValueError, match=r"other\.json has other samples"):
         evidence.read_results(tmp_path)
     unknown = other._replace(corpus="x")._asdict()
     (tmp_path / "other.json").write_text(json.dumps(kept(other, [True]) | {"cell": unknown}))
-    with pytest.raises(ValueError, match=r"other\.json is of corpus x and arm none"):
+    with pytest.raises(ValueError, match=r"other\.json: unknown corpus x or arm none"):
         evidence.read_results(tmp_path)
 
 
@@ -268,7 +270,7 @@ def test_a_small_experiment_is_run_once_and_shares_its_search(
     monkeypatch.setattr(evidence, "REPORTED_SEEDS", (0,))
     settings = Settings(output=tmp_path / "runs", cells=tmp_path / "cells")
     evidence.compute(Settings(output=settings.output, cells=settings.cells, plan=True))
-    assert "8 cells, 0 of them finished; 8 to run, time unknown" in capsys.readouterr().out
+    assert "8 cells, 0 finished; 8 to run, time unknown" in capsys.readouterr().out
     assert not settings.cells.exists()
     evidence.compute(settings)
     assert len(list(settings.cells.glob("*.json"))) == 8
@@ -283,5 +285,5 @@ def test_a_small_experiment_is_run_once_and_shares_its_search(
     assert row["n"] == 60
     capsys.readouterr()
     evidence.compute(settings)
-    assert "8 cells, 8 of them finished; 0 to run, about 0.0 hours" in capsys.readouterr().out
+    assert "8 cells, 8 finished; 0 to run, about 0.0 hours" in capsys.readouterr().out
     evidence._options.cache_clear()

@@ -109,7 +109,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     (target / "thesis.tex").write_text("years of work")
     for changes, message in (
         ((), f"output {target} exists; choose another --output, or replace it with --overwrite"),
-        (("--overwrite",), f"output {target} is no exported model, so --overwrite does not replace it"),
+        (("--overwrite",), f"output {target} is not an exported model, so --overwrite does not replace it"),
         (("--export.phase=iteration_9",), "export.phase=iteration_9 has no weights in"),
     ):
         assert exported(made, target, *changes) == 2
@@ -119,7 +119,7 @@ def test_what_is_there_is_not_overwritten_unasked(
     assert exported(made, target, "--overwrite") == 2  # a project of another kind
     model = Path(made.settings[0].removeprefix("--model="))
     assert exported(made, model, "--overwrite") == 2  # the very base
-    assert f"output {model} is no exported model" in capsys.readouterr().err
+    assert f"output {model} is not an exported model" in capsys.readouterr().err
     assert hf.load(model)
     (target / "thesis.tex").unlink()
     (target / "model.safetensors").write_text("an older one")
@@ -172,7 +172,7 @@ def test_adapters_are_not_merged_into_another_base(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     assert exported(made, tmp_path / "model") == 2
-    assert "was made with another model.safetensors of --model=" in capsys.readouterr().err
+    assert "a different model.safetensors of --model=" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
@@ -190,7 +190,7 @@ def test_four_bit_bases_are_named_in_a_merge(
 ) -> None:
     made = warmed_up(tmp_path, tiny_folder, "--quantize=nf4", "--lora.rank=2")
     assert exported(made, tmp_path / "model") == 2
-    assert "export.base must say what adapters trained beside four-bit weights" in capsys.readouterr().err
+    assert "export.base must be original or dequantized" in capsys.readouterr().err
     ours = logits(policy_of(made, "warmup"))
     worst = {}
     for base in ("dequantized", "original"):
@@ -207,7 +207,7 @@ def test_all_weights_are_trained_and_exported_without_adapters(
 ) -> None:
     made = warmed_up(tmp_path, tiny_folder, "--lora.rank=0")
     assert exported(made, tmp_path / "adapter", "--export.kind=adapter") == 2
-    assert "has no adapters; export.kind=merged" in capsys.readouterr().err
+    assert "has no adapters; set export.kind=merged" in capsys.readouterr().err
     assert exported(made, tmp_path / "model") == 0
     trained, base = (hf.load(f, stacked=False)[1] for f in (tmp_path / "model", tiny_folder))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), trained, base)))

@@ -265,20 +265,20 @@ def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
     ("row", "change", "reason"),
     [
         (TOOLACE, {"conversations": [{"from": "bot", "value": "x"}]}, 'from "bot"'),
-        (TOOLACE, {"conversations": "x"}, '"conversations" is missing or no list'),
+        (TOOLACE, {"conversations": "x"}, '"conversations" is missing or not a list'),
         (XLAM, {"answers": "[{"}, '"answers" is not valid JSON'),
         (XLAM, {"answers": '[{"name": "f"}]'}, "tool call 1"),
         (XLAM, {"answers": "{}"}, '"answers" is not a list'),
         (XLAM, {"tools": '[{"name": "f", "parameters": {"a": 1}}]'}, 'parameter "a"'),
-        (XLAM, {"query": None}, '"query" is missing or no text'),
-        (XLAM, {"answers": 3}, '"answers" is missing or no text or list'),
-        (XLAM, {"tools": None}, '"tools" is missing or no text or list'),
-        (XLAM, {"tools": '[{"name": "f", "description": 5}]'}, '"description" of tool "f" is no text'),
-        (GLAIVE, {"tools": 3}, '"tools" is missing or no text'),
-        (GLAIVE, {"system": 3}, '"system" is missing or no text'),
-        (GLAIVE_HUB, {"chat": 3}, '"chat" is missing or no text'),
-        (GLAIVE_HUB, {"chat": "hello"}, '"chat" is no dialogue'),
-        (GLAIVE_HUB, {"chat": "USER: hello"}, '"chat" is no dialogue'),
+        (XLAM, {"query": None}, '"query" is missing or not a string'),
+        (XLAM, {"answers": 3}, '"answers" is missing or not a string or a list'),
+        (XLAM, {"tools": None}, '"tools" is missing or not a string or a list'),
+        (XLAM, {"tools": '[{"name": "f", "description": 5}]'}, '"description" of tool "f" is not a string'),
+        (GLAIVE, {"tools": 3}, '"tools" is missing or not a string'),
+        (GLAIVE, {"system": 3}, '"system" is missing or not a string'),
+        (GLAIVE_HUB, {"chat": 3}, '"chat" is missing or not a string'),
+        (GLAIVE_HUB, {"chat": "hello"}, '"chat" is not a dialogue'),
+        (GLAIVE_HUB, {"chat": "USER: hello"}, '"chat" is not a dialogue'),
         (GLAIVE_HUB, {"system": 'SYSTEM: - {"name": '}, "a tool is not valid JSON"),
         (GLAIVE_HUB, {"system": 'SYSTEM: - {"description": "d"}'}, 'a tool has no "name"'),
         (called('{"name": "f", "arguments": \'{"a": \'}'), {}, '"functioncall" is not valid JSON'),
@@ -287,12 +287,12 @@ def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
         (called('["f"]'), {}, "tool call 1"),
         (called(""), {}, '"functioncall" is not valid JSON'),
         (TOOLRL, {"instruction": TOOLRL["instruction"].replace('{"n": {"type": "int"}}', "3")}, "are not an object"),
-        (TOOLBENCH, {"conversations": []}, "does not begin with the system turn"),
+        (TOOLBENCH, {"conversations": []}, "does not start with a system turn"),
         (TOOLRL, {"output": "x"}, "no answer"),
         (TOOLRL, {"input": ""}, "no dialogue"),
         (TOOLRL, {"output": "<tool_call>\n{]\n</tool_call>"}, '"tool_call" is not valid JSON'),
         (TOOLRL, {"instruction": "**Available Tools**\n1. Name: f\nWhat: d"}, "a tool is not written as"),
-        ({"instruction": "x", "input": "", "output": ""}, {}, "no turn of the user"),
+        ({"instruction": "x", "input": "", "output": ""}, {}, "has no user turn"),
         (API_BANK, {"input": f"3\n{API_BANK['input']}"}, "a tool is not an object"),
     ],
 )
@@ -323,7 +323,7 @@ def test_what_a_later_row_lacks_is_named(file, row, key):
 
 def test_a_row_that_no_reader_foresaw_is_still_named(file, monkeypatch):
     for error, reason in [
-        (KeyError("answers"), 'lacks "answers"'),
+        (KeyError("answers"), '"answers" is missing'),
         (TypeError("no text"), r"a value is of the wrong type \(no text\)"),
         (AttributeError("no items"), r"a value is of the wrong type \(no items\)"),
     ]:
@@ -376,14 +376,14 @@ def test_hub_data_goes_through_the_same_readers(monkeypatch):
     hub = types.SimpleNamespace(load_dataset=lambda name, split: {("o/n", "train"): [XLAM]}[(name, split)])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert [sample.id for sample in load("hf:o/n")] == ["xlam-7"]
-    with pytest.raises(ValueError, match=r"hf:o/absent could not be fetched"):
+    with pytest.raises(ValueError, match=r"hf:o/absent could not be downloaded"):
         load("hf:o/absent")
 
 
 def test_seal_tools_needs_its_tools_and_draws_distractors_by_id(file, tmp_path):
     row = {"id": "r", "query": "q", "calling": [{"api": "gold", "parameters": {"a": "x"}}]}
     path = file(row)
-    with pytest.raises(ValueError, match=r"needs the tools, tool\.jsonl"):
+    with pytest.raises(ValueError, match=r"needs tool\.jsonl"):
         load(path)
     names = {"gold": "A/x", "near": "A/x", "same": "A/y", "far": "B/z"}
     listed = [SEAL_TOOL | {"api_name": name, "field": where} for name, where in names.items()]
@@ -418,4 +418,4 @@ def test_a_wrong_row_among_the_tools_of_seal_tools_is_named(file, tmp_path, key)
         tools.write_bytes(gzip.compress("\n".join(map(json.dumps, [SEAL_TOOL, wrong])).encode()))
         with pytest.raises(ValueError) as error:
             load(file(ROWS["seal_tools"]))
-        assert str(error.value).startswith(f'{tools} line 2: "{key}" is missing or no ')
+        assert str(error.value).startswith(f'{tools} line 2: "{key}" is missing or not ')

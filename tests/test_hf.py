@@ -124,14 +124,14 @@ def test_accepts_every_spelling(
         ({"architectures": ["LlamaForCausalLM", "LlamaForCausalLM"]}, "is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "type yarn is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type linear is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ({"rope_scaling": "linear"}, r"config\.json: rope_scaling must be an object, got 'linear'"),
         ({"rope_parameters": "linear"}, r"config\.json: rope_parameters must be an object, got 'linear'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope setting full_attention"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not known here"),
-        ({"logit_scale": 0.5}, "logit_scale=0.5 is not known here"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not a known setting"),
+        ({"logit_scale": 0.5}, "logit_scale=0.5 is not a known setting"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 16, "use_sliding_window": False}, "window=16"),
         ({"mlp_bias": True}, "mlp_bias=True"),
@@ -146,7 +146,7 @@ def test_accepts_every_spelling(
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"hidden_size": "32"}, "config.json"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
         ({"rms_norm_eps": "small"}, "config.json"),
     ],
@@ -162,7 +162,7 @@ def test_refuses_what_it_does_not_compute(folder: Path, changes: dict[str, Any],
 @pytest.mark.parametrize("key", ["architectures", "vocab_size", "num_hidden_layers", "hidden_act", "rms_norm_eps"])
 def test_names_a_key_that_is_absent(folder: Path, key: str) -> None:
     write_config(folder, {}, without=(key,))
-    with pytest.raises(ValueError, match=f"lacks '{key}'"):
+    with pytest.raises(ValueError, match=f"'{key}' is missing"):
         hf.load(folder)
 
 
@@ -216,7 +216,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
             rf"{QUERY} has shape \(31, 32\), config.json asks for \(32, 32\)",
         ),
         (lambda t: t.update({NORM: t[NORM][None]}), rf"{NORM} has shape \(1, 32\)"),
-        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), f"{QUERY} holds I8, not one of F32"),
+        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), f"{QUERY} has dtype I8, expected one of F32"),
     ],
 )
 def test_names_the_tensor_that_is_wrong(folder: Path, change: Callable[[Tensors], Any], message: str) -> None:
@@ -328,7 +328,7 @@ def test_refuses_a_corrupt_file(folder: Path, spoil: Callable[[bytes], bytes]) -
 
 def test_refuses_a_folder_without_weights(folder: Path) -> None:
     (folder / hf.WEIGHTS).rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
+    with pytest.raises(ValueError, match=r"contains neither model\.safetensors nor"):
         hf.load(folder)
 
 
@@ -363,7 +363,7 @@ def test_asks_the_hub_for_what_it_reads(folder: Path, monkeypatch: pytest.Monkey
     files = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
     assert all(any(Path(file).match(pattern) for pattern in patterns) for file in [*files, hf.INDEX])
     assert not any(Path("consolidated.safetensors").match(pattern) for pattern in patterns)
-    with pytest.raises(ValueError, match=r"some/private is no folder here and cannot be had .*: first line$"):
+    with pytest.raises(ValueError, match=r"some/private is not a local folder and could not .*: first line$"):
         hf.find("some/private")
 
 

@@ -108,7 +108,7 @@ def test_several_processes_come_to_what_one_does(
     assert [code for code, *_ in found] == [0] * count, found
     assert_equal(made, tmp_path / "run")
     # Only the first reports, and nobody leaves anything behind.
-    assert "everything is in" in found[0][2]
+    assert "Done. Open" in found[0][2]
     assert not any("evaluate base" in out + err or "iteration_1" in out + err for _, out, err in found[1:])
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "run", made.folder)]
     assert {name for name in names[0] ^ names[1] if "weights" not in name} == set()
@@ -218,7 +218,7 @@ def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_pa
     processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=WRONG))
     found = processes[-1].end()
     assert found[0][0] == hosts.LOST
-    assert "process 1 ended: python -m itool_jax.main: error: a mistake of ours" in found[0][2].splitlines()[-1]
+    assert "process 1 failed: python -m itool_jax.main: error: a mistake of ours" in found[0][2].splitlines()[-1]
     assert "Traceback" in found[1][2]
 
 
@@ -256,7 +256,7 @@ def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: P
 def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
     found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
     assert {code for code, *_ in found} <= {2, hosts.LOST}  # each says its own line, or is faster to hear the other's
-    assert all("must all be taken; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found), found
+    assert all("must all be used; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found), found
     (tmp_path / "run/data").mkdir(parents=True)
     (tmp_path / "run/data/card.json").write_text("{")
     (tmp_path / "run/config.yaml").write_text("seed: 0\n")
@@ -271,8 +271,11 @@ def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, proc
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--distributed.num_processes=2"], "distributed.num_processes is given alone"),
-        (["--distributed.auto", "--distributed.process_id=0"], "distributed.process_id is given with distributed.auto"),
+        (["--distributed.num_processes=2"], "distributed.num_processes is set alone"),
+        (
+            ["--distributed.auto", "--distributed.process_id=0"],
+            "distributed.process_id is set with distributed.auto",
+        ),
         (
             [
                 *("--distributed.coordinator_address=localhost:1", "--distributed.num_processes=2"),

@@ -217,7 +217,7 @@ def test_a_script_that_is_given_what_cannot_be_says_so(tmp_path: Path):
     alone = subprocess.run(
         [bash, "launch/gpu_node.sh", "a"], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
     )
-    assert (alone.returncode, alone.stderr) == (2, "there is no nvidia-smi here: set GPUS\n")
+    assert (alone.returncode, alone.stderr) == (2, "nvidia-smi not found: set GPUS\n")
     assert [path.name for path in tmp_path.iterdir()] == ["launch"]
 
 

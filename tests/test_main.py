@@ -114,7 +114,7 @@ def test_an_interrupt_is_one_line_and_code_130(
     assert main(["--stage=iterate", f"--run_dir={tmp_path}"]) == 130
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("interrupted;")
+    assert err == "Interrupted. Rerun the same command to resume.\n"
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
     [
         (ValueError("two\n  lines"), "two lines"),
         (ValueError(), "ValueError"),
-        (OSError(errno.ENOSPC, "No space left on device"), "DIR: No space left on device; free some space and run the"),
+        (OSError(errno.ENOSPC, "No space left on device"), "DIR: No space left on device; free some space and"),
         (OSError(errno.ENOSPC, "No space left on device", "a.jsonl"), "a.jsonl: No space left on device; free some"),
         (OSError(errno.EACCES, "Permission denied", "a.jsonl"), "a.jsonl: Permission denied"),
         (OSError("of a library\nof the network"), "of a library of the network"),
@@ -170,7 +170,7 @@ def test_float32_is_computed_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ("--search.breadht=3", ["--search.breadht=3", "--search.breadth"]),
         ("--search.breadth=0", ["search.breadth must be positive, got 0"]),
         ("--search.temperature=nan", ["search.temperature", "nan"]),
-        ("--config=absent.yaml", ["config absent.yaml is no file", "demo"]),
+        ("--config=absent.yaml", ["config 'absent.yaml' not found", "demo"]),
     ],
 )
 def test_a_bad_argument(refused: Run, argument: str, words: list[str]):
@@ -200,12 +200,12 @@ def test_no_data(refused: Run, tmp_path: Path, tiny_folder: Path, stage: str):
 
 
 BAD_DATA = [
-    ([], "{data} holds no samples"),
-    (["", "  "], "{data} holds no samples"),
+    ([], "{data} contains no samples"),
+    (["", "  "], "{data} contains no samples"),
     ([SAMPLE, '{"id": '], "{data} line 2: not valid JSON"),
     ([SAMPLE, "[1]"], "{data} line 2: not a JSON object"),
     ([SAMPLE, {"id": "b"}], '{data} line 2: sample has no "messages"'),
-    ([SAMPLE, SAMPLE], '{data} line 2: id "a" is already that of {data} line 1'),
+    ([SAMPLE, SAMPLE], '{data} line 2: duplicate id "a", first used in {data} line 1'),
     ([{"id": "b", "prompt_ids": [-1], "target_ids": [1]}], '{data} line 1: "prompt_ids" must be'),
     (
         [{"id": "b", "prompt_ids": [1], "target_ids": [272]}],
@@ -239,8 +239,8 @@ def test_a_prompt_that_leaves_no_room(refused: Run, tmp_path: Path, tiny_folder:
     [
         ([SAMPLE], "data {data} has 1 samples: too few"),
         ([SAMPLE, "{"], "{data} line 2: not valid JSON"),
-        ([], "{data} holds no samples"),
-        ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} holds raw prompts, which only"),
+        ([], "{data} contains no samples"),
+        ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} contains raw prompts, which only"),
         (
             [{**SAMPLE, "id": f"s{i}", "target": "x" * 1024 if i == 150 else f"x{i}"} for i in range(200)],
             "{data} line 151: sample s150: its 1",
@@ -324,7 +324,7 @@ def test_a_tokenizer_larger_than_its_model(refused: Run, tmp_path: Path):
     model = tiny.tiny_checkpoint(tmp_path / "model", vocab_size=260)
     data = write_rows(tmp_path / "d.jsonl", SAMPLE)
     line = refused("--stage=score", f"--model={model}", f"--data={data}", f"--output={tmp_path / 'o'}")
-    assert line == f"tokenizer of {model} has 266 tokens, its model only 260 embeddings"
+    assert line.startswith(f"tokenizer of {model} has 266 tokens")
 
 
 @pytest.mark.parametrize("stage", ["score", "generate", "iterate"])

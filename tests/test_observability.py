@@ -103,7 +103,7 @@ def test_rows_of_an_earlier_command_say_nothing_of_the_speed(
             advance()
     told = [row["text"] for row in read(log[0]) if row["level"] == "progress"]
     assert told == ["counting 7/10, 40 s, about 120 s left", "counting 8/10, 80 s, about 80 s left"]
-    assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8, 2 of them in 80.0 s".split()
+    assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8 (2 new) in 80.0 s".split()
 
 
 def test_the_log_ends_with_the_line_a_user_sees(
@@ -117,7 +117,7 @@ def test_the_log_ends_with_the_line_a_user_sees(
         return lambda run: run.phase("warmup").cached(step)
 
     command = ["--stage=evaluate", f"--model={tiny_folder}", f"--run_dir={tmp_path / 'run'}"]
-    for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "interrupted")):
+    for error, code, text in ((ValueError("too bad"), 2, "too bad"), (KeyboardInterrupt(), 130, "Interrupted")):
         monkeypatch.setattr(evaluate, "run", stage(error))
         assert main(command) == code
         last = read(tmp_path / "run/log.jsonl")[-1]
@@ -312,7 +312,7 @@ def test_a_few_steps_behind_the_first_ones_are_traced_once(
         if traced:
             assert calls.count("on") == calls.count("off") == 1
             assert len(said) == 1
-            assert f"traced {traced} of" in said[0]
+            assert f"traced {traced} steps of" in said[0]
     assert (tmp_path / "profile/search").exists() == (traced > 0)
     assert len(said) == (traced > 0)
 

@@ -193,12 +193,12 @@ def test_what_is_proposed_does_fit(made: Made, roomy: Row, tmp_path: Path, capsy
     device = f"--plan.device={most / 1e9 * 0.75}:100:1"
     short = planned(made, tmp_path, device)
     assert not short["fits"]
-    assert f"it does not fit; it does with {short['change']['arguments']}:" in capsys.readouterr().out
+    assert f"does not fit; fits with {short['change']['arguments']}:" in capsys.readouterr().out
     again = planned(made, tmp_path, device, *short["change"]["arguments"].split())
     assert again["fits"]
     assert not (tmp_path / "run").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-    assert any("none of dtype" in text for text in plan._largest(short | {"change": None}))
+    assert any("whatever dtype" in text for text in plan._largest(short | {"change": None}))
 
 
 def test_a_mesh_that_is_not_given_takes_all_devices(made: Made):
@@ -209,9 +209,9 @@ def test_a_mesh_that_is_not_given_takes_all_devices(made: Made):
     assert hardware.limit == 72_000_000_000
     with pytest.raises(ValueError, match=r"needs 8 devices; set plan\.count"):
         laid_out(configured(made, "--mesh.fsdp=8"), hardware)
-    with pytest.raises(ValueError, match=r"plan\.count=999, and JAX runs on 8 devices already"):
+    with pytest.raises(ValueError, match=r"plan\.count=999, but JAX already runs on 8"):
         hardware_of(configured(made, "--plan.device=h100", "--plan.count=999"))
-    with pytest.raises(ValueError, match=r"plan\.count=9, and 8 devices are here"):
+    with pytest.raises(ValueError, match=r"plan\.count=9, but this machine has 8"):
         hardware_of(configured(made, "--plan.count=9"))
 
 
@@ -284,7 +284,7 @@ def test_settings_that_mean_nothing(change: str):
 def test_without_a_data_sheet_there_are_no_hours(made: Made, roomy: Row, capsys: pytest.CaptureFixture[str]):
     here = roomy | {"stages": [row | {"hours": None} for row in roomy["stages"]]}
     plan._show(here | {"devices": roomy["devices"] | {"data_sheet": None}})
-    assert "no data sheet of this device is known, so no hours" in capsys.readouterr().out
+    assert "no data sheet for this device" in capsys.readouterr().out
 
 
 def test_a_step_of_all_weights_takes_three_passes():

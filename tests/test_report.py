@@ -148,9 +148,9 @@ def test_a_run_that_has_only_begun_has_one_too(made: Made, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("config.yaml", None, "is no run directory"),
-        ("iteration_1/trees.jsonl", '{"id": "a", "gold": "", "nodes": [{"parent": 3}]}\n', "each behind its parent"),
-        ("iteration_1/pairs.jsonl", '{"tree": "a", "node": -1}\n', "the number of a node"),
+        ("config.yaml", None, "is not a run directory"),
+        ("iteration_1/trees.jsonl", '{"id": "a", "gold": "", "nodes": [{"parent": 3}]}\n', "each after its parent"),
+        ("iteration_1/pairs.jsonl", '{"tree": "a", "node": -1}\n', "a node number"),
         ("summary.json", "{", "summary.json is damaged"),
         ("data/card.json", '{"parts": [1]}', "card.json is damaged"),
     ],
@@ -374,4 +374,4 @@ def test_watching_ends_with_the_user(made: Made, tmp_path: Path, monkeypatch: py
 
 def test_watch_is_for_the_report(capsys: Any):
     assert main(["--stage=iterate", "--watch"]) == 2
-    assert "watch is for the stage report" in capsys.readouterr().err
+    assert "watch is only for stage report" in capsys.readouterr().err

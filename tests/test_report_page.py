@@ -59,7 +59,7 @@ def browser(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shown(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run some of whose answers were repaired and some broken, and some of whose trees are unsolved."""
+    """The report of a run some of whose answers were fixed and some regressed, and some of whose trees are unsolved."""
     folder = copy_run(made, tmp_path_factory.mktemp("shown"))
     for name, right in (("base", ()), ("warmup", (0, 1)), ("iteration_1", ()), ("iteration_2", (1, 2, 3, 4))):
         path = folder / name / "evaluation_test_all.jsonl"
@@ -151,10 +151,10 @@ def test_every_chart_has_its_numbers_in_a_table(browser: Any, shown: Path):
 def test_examples_are_filtered_and_opened(browser: Any, shown: Path):
     browser.get(f"{shown.as_uri()}#examples")
     tags = ".cards .head .tag"
-    assert sorted(texts(browser, tags)) == ["✓ repaired"] * 3 + ["✗ broken"]
+    assert sorted(texts(browser, tags)) == ["✓ fixed"] * 3 + ["✗ regressed"]
     for change, word in (
-        ("repaired", "✓ repaired"),
-        ("broken", "✗ broken"),
+        ("fixed", "✓ fixed"),
+        ("regressed", "✗ regressed"),
         ("wrong", "✗ wrong"),
         ("right", "✓ right"),
     ):

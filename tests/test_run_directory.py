@@ -42,7 +42,7 @@ def test_a_finished_run_does_nothing_again(made: Made, tmp_path: Path, capsys: p
         assert path.stat().st_mtime_ns == time or path.name in ("summary.json", ".lock")
     out, err = capsys.readouterr()
     assert out == made.output
-    assert err.count("is done already") == N_STAGES
+    assert err.count("already done") == N_STAGES
     assert err.count("\n") == N_STAGES + ITERATIONS + 1  # what each training changed, and where everything is
 
 
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_where_it_stopped(made: Made, tmp_path: Path, capsy
     kept = (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns
     assert again(made, folder) == 0
     assert (folder / "iteration_1/scores.jsonl").stat().st_mtime_ns == kept
-    assert capsys.readouterr().err.count("is done already") == 5  # base, warm-up and its two evaluations, score
+    assert capsys.readouterr().err.count("already done") == 5  # base, warm-up and its two evaluations, score
     assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
     assert json.loads((folder / "summary.json").read_text())["finished"]
 
@@ -152,7 +152,7 @@ def test_a_stage_is_done_only_where_its_files_are(
     path = folder / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert again(made, folder) == 0
-    assert capsys.readouterr().err.count("is done already") == N_STAGES - 1
+    assert capsys.readouterr().err.count("already done") == N_STAGES - 1
     assert path.exists()
     assert contents(folder, "config.yaml").keys() >= contents(made.folder, "config.yaml", "reference.jsonl").keys()
 
@@ -165,13 +165,13 @@ def test_what_was_made_from_changed_results_is_made_again(
     write(path, read(path)[1:])  # another search
     assert again(made, folder) == 0
     err = capsys.readouterr().err
-    stale = [line.split(" was made from")[0] for line in err.splitlines() if "have changed since" in line]
+    stale = [line.split(" again: ")[0] for line in err.splitlines() if "inputs have changed" in line]
     evaluations = ("evaluation_test_all", WATCHED)
-    assert stale[:4] == [f"iteration_1: {s}" for s in ("dpo", "reference", *evaluations)]
-    assert stale[4:] == [f"iteration_2: {s}" for s in ("score", "search", "dpo", "reference", *evaluations)]
+    assert stale[:4] == [f"iteration_1: running {s}" for s in ("dpo", "reference", *evaluations)]
+    assert stale[4:] == [f"iteration_2: running {s}" for s in ("score", "search", "dpo", "reference", *evaluations)]
     assert len(read(folder / "iteration_1/reference.jsonl")) == len(read(path))
     assert again(made, folder) == 0
-    assert capsys.readouterr().err.count("is done already") == N_STAGES
+    assert capsys.readouterr().err.count("already done") == N_STAGES
 
 
 @pytest.mark.parametrize("what", ["model", "data"])
@@ -185,7 +185,7 @@ def test_a_run_directory_of_other_files_is_refused(
     sources[what][name] = "0" * 32
     (folder / "data/sources.json").write_text(json.dumps(sources))
     line = refused(capsys, made, folder)
-    assert line.startswith(f"run directory {folder} was made with another {name} of --{what}=")
+    assert line.startswith(f"run directory {folder} was created with a different {name} of --{what}=")
     assert contents(folder) == before
 
 
@@ -251,7 +251,7 @@ def test_missing_scores_and_pairs_are_named_with_the_stage_that_writes_them(
 def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, before = copy_run(made, tmp_path), contents(made.folder)
     line = refused(capsys, made, folder, "--search.breadth=3")
-    assert line.startswith(f"run directory {folder} was made with search.breadth={BREADTH}, now it is 3; choose")
+    assert line.startswith(f"run directory {folder} was created with search.breadth={BREADTH}, ")
     assert contents(folder) == before
 
 
@@ -266,7 +266,7 @@ def test_a_run_directory_of_other_settings(made: Made, tmp_path: Path, capsys: p
         ("data/train.jsonl", "{\n", "data/train.jsonl line 1: not valid JSON"),
         ("iteration_2/scores.jsonl", '{"id": "s1"}\n', 'iteration_2/scores.jsonl line 1: no "rank"'),
         ("iteration_2/pairs.jsonl", '{"id": "s1"}\n', 'iteration_2/pairs.jsonl line 1: no "prompt_ids"'),
-        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl holds no row of pair"),
+        ("iteration_2/reference.jsonl", "", "iteration_2/reference.jsonl has no row for pair"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_and_the_rest_kept(
@@ -292,8 +292,8 @@ def test_damaged_weights_are_named_and_made_again(made: Made, tmp_path: Path, ca
     assert again(made, folder) == 0
     err = capsys.readouterr().err
     name = path.relative_to(folder / "iteration_1/weights")
-    assert f"{folder / 'iteration_1/weights'}: {name} is damaged, so it is done again" in err
-    assert err.count("is done already") == N_STAGES  # with the reference; what comes after is as it was
+    assert f"running dpo again: {folder / 'iteration_1/weights'}: {name} is damaged" in err
+    assert err.count("already done") == N_STAGES  # with the reference; what comes after is as it was
     assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")
 
 
@@ -302,7 +302,7 @@ def test_a_result_that_was_edited_is_named_and_kept(made: Made, tmp_path: Path, 
     path = folder / "iteration_2/pairs.jsonl"
     write(path, read(path)[1:])
     assert again(made, folder) == 0
-    assert f"iteration_2: search is done already, {path} has been changed since" in capsys.readouterr().err
+    assert f"iteration_2: search already done, but {path} was edited since" in capsys.readouterr().err
     assert len(read(folder / "iteration_2/reference.jsonl")) == len(read(path))
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", fail)
         line = refused(capsys, made, folder)
-    assert line.startswith(f"{folder}: No space left on device; free some space and run the same command again")
+    assert line.startswith(f"{folder}: No space left on device; free some space and rerun")
     assert contents(folder) == before
     assert again(made, folder) == 0
     assert contents(folder, "config.yaml") == contents(made.folder, "config.yaml")

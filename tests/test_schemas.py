@@ -119,11 +119,11 @@ def test_bare_functions_are_wrapped_with_parameters_flat_or_not():
         ("[{", "not valid JSON"),
         ([{"name": "f", "parameters": []}], 'parameters of tool "f"'),
         ([{"name": "f", "parameters": {"a": "str"}}], 'parameter "a"'),
-        ([{"name": "f", "description": 5}], '"description" of tool "f" is no text'),
-        ([{"name": "f", "parameters": {"properties": {}, "required": True}}], '"required" of tool "f" is no list'),
-        ([{"function": {"name": "f", "description": 5}}], '"description" of tool "f" is no text'),
-        ([{"function": {"name": "f", "parameters": {"required": True}}}], '"required" of tool "f" is no list'),
-        ([{"function": {"name": "f", "parameters": {"properties": []}}}], '"properties" of tool "f" is no object'),
+        ([{"name": "f", "description": 5}], '"description" of tool "f" is not a string'),
+        ([{"name": "f", "parameters": {"properties": {}, "required": True}}], '"required" of tool "f" is not a list'),
+        ([{"function": {"name": "f", "description": 5}}], '"description" of tool "f" is not a string'),
+        ([{"function": {"name": "f", "parameters": {"required": True}}}], '"required" of tool "f" is not a list'),
+        ([{"function": {"name": "f", "parameters": {"properties": []}}}], '"properties" of tool "f" is not an object'),
     ],
 )
 def test_wrong_tools_are_named(tools, reason):

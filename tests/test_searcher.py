@@ -305,7 +305,7 @@ def test_a_step_ends_where_the_context_does(setup: Setup) -> None:
         ]
         assert max(map(len, steps)) == budget
     none = setup.base._replace(config=dataclasses.replace(config, max_length=length - 1))
-    with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: its recorded answers, and the question"):
+    with pytest.raises(ValueError, match=f"sample {setup.batch[0].sample.id}: its recorded answers and the self-eval"):
         setup._replace(base=none).model([0])
     setup._replace(base=none).model([0], self_eval=SelfEvaluationSettings(weight=0.0))  # no question is asked
 

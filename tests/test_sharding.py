@@ -198,7 +198,7 @@ def test_arrays_are_fetched_whole_wherever_they_lie() -> None:
 
 
 def test_meshes_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"mesh of data=3 fsdp=4 tensor=1 needs 12 devices, 8 are here"):
+    with pytest.raises(ValueError, match=r"mesh of data=3 fsdp=4 tensor=1 needs 12 devices, but only 8 are available"):
         sharding.make_mesh(MeshSettings(data=3, fsdp=4))
     with pytest.raises(ValueError, match=r"mesh.fsdp must be at least 1, got 0"):
         MeshSettings(fsdp=0)
@@ -213,7 +213,7 @@ def test_micro_batches_are_counted_in_rows_a_device() -> None:
         assert settings.n_micro() == 3
         assert WarmupSettings(batch_size=8, micro_batch=8).n_micro() == 1
         assert WarmupSettings(batch_size=24).n_micro() == 1
-    message = r"^warmup.batch_size=24: warmup.micro_batch=2 must divide a device's 3$"
+    message = r"^warmup.batch_size=24: warmup.micro_batch=2 must divide the 3 rows per device$"
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=message):
         settings.n_micro()
     with use_mesh(MeshSettings(data=8)), pytest.raises(ValueError, match=r"batch_size=4 must be a multiple of the 8"):

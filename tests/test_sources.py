@@ -107,22 +107,22 @@ def test_rows_without_ids_get_ids_that_do_not_depend_on_their_order(file):
         ({"id": "a", "messages": [{"role": "bot", "content": "x"}]}, "message 1 has role 'bot'"),
         ({"id": "a", "messages": [USER, "x"]}, "message 2 has role 'x'"),
         ({"id": "a", "messages": [{"role": "user"}]}, 'message 1 has no "content"'),
-        ({"id": "a", "messages": [{"role": "user", "content": 3}]}, 'message 1: "content" is not text'),
+        ({"id": "a", "messages": [{"role": "user", "content": 3}]}, 'message 1: "content" must be a string'),
         ({"id": "a", "messages": [USER], "target": ""}, 'an empty "target"'),
-        ({"id": "a", "messages": [USER], "target": 3}, '"target" must be a text'),
+        ({"id": "a", "messages": [USER], "target": 3}, '"target" must be a string'),
         ({"id": "a", "messages": [USER], "target": {"tool_calls": [{}]}}, "tool call 1"),
         ({"id": "a", "messages": [{"role": "assistant", "content": "x"}]}, "no message before"),
         ({"id": "a", "messages": [USER], "target": "t", "tools": [{}]}, 'a tool has no "name"'),
         ({"id": [1], "messages": [USER], "target": "t"}, '"id" must be'),
         ({"id": "a", "messages": [USER], "target": "t", "following": "x"}, '"following" must be a list of messages'),
         ({"id": "a", "messages": [USER], "target": "t", "following": ["x"]}, '"following": message 1 has role'),
-        ({"id": "a", "messages": [USER], "target": "t", "following": [USER]}, "holds a message of role 'user'"),
-        ({"id": "a", "prompt_ids": [], "target_ids": [1]}, '"prompt_ids" must be a list'),
-        ({"id": "a", "prompt_ids": [True], "target_ids": [1]}, '"prompt_ids" must be a list'),
-        ({"id": "a", "prompt_ids": [1], "target_ids": [-1]}, '"target_ids" must be a list'),
+        ({"id": "a", "messages": [USER], "target": "t", "following": [USER]}, "has a message with role 'user'"),
+        ({"id": "a", "prompt_ids": [], "target_ids": [1]}, '"prompt_ids" must be a non-empty list'),
+        ({"id": "a", "prompt_ids": [True], "target_ids": [1]}, '"prompt_ids" must be a non-empty list'),
+        ({"id": "a", "prompt_ids": [1], "target_ids": [-1]}, '"target_ids" must be a non-empty list'),
         ({"id": "a", "prompt_ids": [1], "prompt": "x", "target_ids": [1]}, "both"),
         ({"id": "a", "prompt": "", "target_ids": [1]}, '"prompt" must be'),
-        ({"id": "ok", "messages": [USER], "target": "t"}, 'id "ok" is already that of'),
+        ({"id": "ok", "messages": [USER], "target": "t"}, 'duplicate id "ok", first used in'),
     ],
 )
 def test_a_wrong_row_is_named_by_file_and_line(file, row, reason):
@@ -182,18 +182,18 @@ def test_a_wrong_question_is_named_and_a_test_set_is_never_trained_on(file, chan
     path = file(BFCL, BFCL | change)
     with pytest.raises(ValueError, match=rf"^{path} line 2: "):
         load_questions(path)
-    with pytest.raises(ValueError, match=r"line 1: .* of no known data set: id, question, function"):
+    with pytest.raises(ValueError, match=r"line 1: .* match no known data set: id, question, function"):
         load(path)
 
 
 def test_empty_and_unknown_data_is_named(file, tmp_path):
     for read in (load, lambda path: read_samples(path, need_target=False)):
-        with pytest.raises(ValueError, match=r"data\d+\.jsonl holds no samples"):
+        with pytest.raises(ValueError, match=r"data\d+\.jsonl contains no samples"):
             read(file())
-    with pytest.raises(ValueError, match=r"line 1: .* of no known data set: x, y"):
+    with pytest.raises(ValueError, match=r"line 1: .* match no known data set: x, y"):
         load(file({"x": 1, "y": 2}))
     with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "absent.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no data files"):
+    with pytest.raises(ValueError, match="empty contains no data files"):
         load(tmp_path / "empty")

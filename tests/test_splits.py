@@ -49,7 +49,7 @@ def test_wrong_rows_end_the_run_or_are_listed(
     assert f"{spoilt / 'd.jsonl'} line 113: not valid JSON" in capsys.readouterr().err
     assert warm_up(spoilt, tiny_folder, "--skip_bad_rows") == 0
     skipped = (spoilt / "run/data/skipped.txt").read_text().splitlines()
-    reasons = ("line 113: not valid JSON", "line 114: not a JSON object", 'line 112: id "s5" is already that of')
+    reasons = ("line 113: not valid JSON", "line 114: not a JSON object", 'line 112: duplicate id "s5", first used in')
     reasons += ("line 1: sample has no", 'line 115: sample has no "messages"', "line 116: sample long: its 2")
     assert len(skipped) == len(reasons)
     assert all(any(f"d.jsonl {reason}" in line for line in skipped) for reason in reasons)
@@ -59,7 +59,7 @@ def test_wrong_rows_end_the_run_or_are_listed(
     assert (card["rows_skipped"], card["too_long"], card["repeats_left_out"]) == (5, 1, 10)
     assert sum(part["samples"] for part in card["parts"].values()) == 100
     err = capsys.readouterr().err
-    assert "10 repeats left out, 5 wrong rows skipped, 1 samples too long for the model; nothing truncated" in err
+    assert "10 duplicates dropped, 5 invalid rows skipped, 1 samples too long for the model; nothing truncated" in err
     assert f"train: {card['parts']['train']['samples']} samples of" in err
 
 
@@ -70,8 +70,7 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     bfcl = write(tmp_path / "bfcl.jsonl", [{"id": f"q{i}", "question": [[USER]]} for i in range(3)])
     assert warm_up(tmp_path, tiny_folder, f"--evaluate.benchmarks={bfcl}") == 0
     assert (
-        f"{bfcl} shares with train: 0 of 3 questions, 0 near duplicates, a tool in 0 of the 0 samples"
-        in capsys.readouterr().err
+        f"overlap of {bfcl} with train: 0 of 3 questions, 0 near duplicates; 0 of 0 samples" in capsys.readouterr().err
     )
     # Another benchmark, and the same run, which is done: it is looked for all the same.
     trained = read(tmp_path / "run/data/train.jsonl")
@@ -81,9 +80,9 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     more = write(tmp_path / "more.jsonl", asked)
     assert warm_up(tmp_path, tiny_folder, "--evaluate.benchmarks", str(bfcl), str(more)) == 0
     err = capsys.readouterr().err
-    shared = f"{more} shares with train: 8 of 9 questions (b0, b1, b2, b3, b4, …), 0 near duplicates, "
-    assert f"{shared}a tool in 1 of the 3 samples that list tools" in err
-    assert f"{bfcl} shares" not in err
+    shared = f"overlap of {more} with train: 8 of 9 questions (b0, b1, b2, b3, b4, …), 0 near duplicates; "
+    assert f"{shared}1 of 3 samples with tools list one" in err
+    assert f"overlap of {bfcl}" not in err
     found = json.loads((tmp_path / "run/data/card.json").read_text())
     assert found["parts"]["train"]["samples"] == len(trained)
     assert found["benchmarks"][str(bfcl)]["questions"] == 0
@@ -175,14 +174,14 @@ def test_the_card_by_hand() -> None:
     card |= {"data": "d.jsonl", "repeats_left_out": 0, "rows_skipped": 0, "too_long": 3, "train_left_out": 0}
     card |= {"validation_texts_left_out": 0, "test_texts_left_out": 4, "buffer_left_out": 5}
     text = "\n".join(lines(card))
-    assert "  4 texts left out of test: they follow no user turn, and any text would be right" in text
-    assert "  5 training samples not used: they follow no user turn, and their conversations are in the replay" in text
+    assert "  4 texts left out of test: they follow no user turn, so any text would count as right" in text
+    assert "  5 training samples unused: they follow no user turn, and their conversations are in the replay" in text
     assert "left out of validation" not in text
     assert "samples.fraction" not in text
-    assert "data d.jsonl: 0 repeats left out, 0 wrong rows skipped, 3 samples too long for the model" in text
+    assert "data d.jsonl: 0 duplicates dropped, 0 invalid rows skipped, 3 samples too long for the model" in text
     assert "train: 2 samples of 1 conversations, 4 turns, 2 calls, 1 texts, 18 tokens" in text
     assert (
-        "test shares with train: 1 of 2 questions (b), 0 near duplicates, a tool in 1 of the 1 samples that list tools"
+        "overlap of test with train: 1 of 2 questions (b), 0 near duplicates; 1 of 1 samples with tools list one"
         in text
     )
 

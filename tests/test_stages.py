@@ -225,7 +225,7 @@ def test_a_search_without_pairs_leaves_the_policy_as_it_is(
         (folder / "iteration_2" / name).unlink()
     changes = rewrite_config(folder, pairs__min_q_gap=10.0)
     assert again(made, folder, *changes) == 0
-    assert "the search found no pair, the policy stays as it is" in capsys.readouterr().err
+    assert "the search found no pairs; keeping the policy" in capsys.readouterr().err
     assert read(folder / "iteration_2/pairs.jsonl") == []
     responses = [read(folder / f"iteration_{i}/evaluation_test_all.jsonl") for i in (1, 2)]
     assert responses[0] == responses[1]
@@ -288,7 +288,7 @@ def test_pairs_of_some_prompts_are_held_out_and_measured(
     assert measured["accuracy_before"] == sum(margin > 0 for margin in margins) / len(margins)
     assert measured["delta"] == pytest.approx(measured["margin_after"] - measured["margin_before"])
     assert abs(measured["delta"]) > 0.01
-    assert f"iteration_2: {len(held_out)} held-out pairs: margin {measured['margin_before']:.2f} to " in (
+    assert f"iteration_2: {len(held_out)} held-out pairs: margin {measured['margin_before']:.2f} → " in (
         capsys.readouterr().err
     )
 
@@ -363,7 +363,7 @@ def test_without_own_answers_raft_leaves_the_policy_as_it_is(
     source = copy_run(made, tmp_path / "source")
     write_jsonl(source / "iteration_2/answers.jsonl", [])
     _, figures, _ = trained_again(made._replace(folder=source), tmp_path, preference__loss="raft")
-    assert "iteration_2: the trees hold no right answer of the model's own, the policy stays" in capsys.readouterr().err
+    assert "iteration_2: the trees hold no right answer by the model itself; keeping" in capsys.readouterr().err
     assert figures["steps"] == 0
     assert figures["weights"] == json.loads((made.folder / "iteration_1/dpo.json").read_text())["weights"]
 
@@ -398,7 +398,7 @@ def test_adapters_are_merged_when_an_iteration_begins(made: Made, tmp_path: Path
     capsys.readouterr()
     adapter = ("--preference.merge", "--export.kind=adapter", f"--output={tmp_path / 'adapter'}")
     assert again(made, folder, *adapter, stage="export") != 0
-    assert "export.kind=adapter: with preference.merge the adapters of iteration_2 belong" in capsys.readouterr().err
+    assert "export.kind=adapter: with preference.merge, the adapters of iteration_2" in capsys.readouterr().err
     assert again(made, folder, *adapter, "--export.phase=warmup", stage="export") == 0
 
 

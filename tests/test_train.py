@@ -406,11 +406,11 @@ def test_steps_without_finite_numbers_are_left_out(
     assert [row["step"] for row in rows if row["skipped"]] == list(wrong)
     assert all(row["loss"] is None for row in rows if row["skipped"])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(trained))
-    assert capsys.readouterr().err.count("is left out, its numbers are not finite") == len(wrong)
+    assert capsys.readouterr().err.count(": skipped step ") == len(wrong)
 
 
 def test_three_steps_in_a_row_without_finite_numbers_end_the_training(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 steps in a row had no finite loss or gradient; the batch of step 4") as e:
+    with pytest.raises(ValueError, match=r"3 steps in a row .* the batch of step 4") as e:
         run_with(model, tmp_path, (2, 3, 4), 6)
     path = tmp_path / "warmup/not_finite_step_4.npz"
     assert str(path) in str(e.value)

@@ -72,7 +72,7 @@ def test_the_rate_rises_and_falls_in_each_span() -> None:
 
 
 def test_answers_cannot_be_swapped() -> None:
-    with pytest.raises(ValueError, match=r"^preference.control=swapped exchanges steps of pairs, and .*raft has none$"):
+    with pytest.raises(ValueError, match=r"^preference.control=swapped swaps .* but .*raft has no pairs$"):
         PreferenceSettings(control="swapped", loss="raft")
 
 

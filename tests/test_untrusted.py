@@ -81,7 +81,7 @@ def test_no_setting_holds_a_secret_so_that_none_is_saved(
     assert main(["--stage=iterate", argument]) == 2
     out, err = capsys.readouterr()
     assert is_hidden(out + err)
-    assert "holds a token or password; give it in the environment" in err
+    assert "holds a token or password" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,7 +92,7 @@ def test_a_refused_download_does_not_show_the_token(
         raise OSError(f"401 for https://user:{WANDB}@huggingface.co/o/m?token={HUB}\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match="cannot be had from the hub") as caught:
+    with pytest.raises(ValueError, match="could not be downloaded from the Hub") as caught:
         hf.find("owner/name")
     line = config.describe_error(caught.value)
     assert is_hidden(line)
@@ -156,7 +156,7 @@ def test_names_stay_in_their_folder(tmp_path: Path):
     for name in ("a.json", "sub/a.json", "within/a.json", "sub"):
         assert untrusted.inside(home, name) == home / name
     for name in ("../outside", "sub/../../outside", "/etc/passwd", "out", "", ".", "a\0b"):
-        with pytest.raises(ValueError, match=r"is no name of a file in|leads out of its folder"):
+        with pytest.raises(ValueError, match=r"is not the name of a file in|link to a file outside its folder"):
             untrusted.inside(home, name)
 
 
@@ -185,5 +185,5 @@ def test_a_vocabulary_with_gaps_has_as_many_ids_as_the_largest_says(tmp_path: Pa
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 5000
     (model / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"has 5001 tokens, its model only 272 embeddings"):
+    with pytest.raises(ValueError, match=r"has 5001 tokens, .* only 272 embeddings"):
         load_base(config.Config(stage="score", model=str(model)))

@@ -277,14 +277,15 @@ tags: [tool-use, function-calling, tiny]
 ---
 # The embedded checkpoint of itool_jax
 
-A Llama of {n_weights:,} weights that calls tools in a small made-up English. It is there to try the training loop on a
-laptop, and for tests; it is of no other use. Trained from nothing, from a structured start, on generated samples of
-eight domains (travel, food, media, office, home, shop, sport, money) and of tools named by random words.
+A Llama of {n_weights:,} parameters that calls tools in a small artificial English. It is meant for trying the training
+loop on a laptop and for tests, and has no other use. Trained from scratch, with a structured initialization, on
+generated samples of eight domains (travel, food, media, office, home, shop, sport, money) and of tools named by random
+words.
 
 {commands}
 
-Exact answers, greedy, on {count} held-out samples of the domains it was trained on (names it never saw, tools drawn
-anew; easy, medium and hard are thirds of the calls by number of tools, length of the tool list and number of calls):
+Exact answers, greedy, on {count} held-out samples of the domains it was trained on (unseen names, newly drawn
+tools; easy, medium and hard are thirds of the calls by number of tools, length of the tool list and number of calls):
 
 | part | exact, % | standard error |
 |---|---|---|

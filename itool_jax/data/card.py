@@ -89,23 +89,23 @@ def _runs(text: str) -> set[str]:
 
 def lines(card: Mapping[str, Any]) -> list[str]:
     """Returns the card as lines of text, one per part."""
-    left_out = f"{card['repeats_left_out']} repeats left out, {card['rows_skipped']} wrong rows skipped"
+    left_out = f"{card['repeats_left_out']} duplicates dropped, {card['rows_skipped']} invalid rows skipped"
     found = [f"data {card['data']}: {left_out}, {card['too_long']} samples too long for the model; nothing truncated"]
     for name, c in card["parts"].items():
         line = f"  {name}: {c['samples']} samples of {c['conversations']} conversations, {c['turns']} turns, "
         line += f"{c['calls']} calls, {c['texts']} texts, {c['prompt_tokens'] + c['target_tokens']} tokens"
-        found.append(f"{line} (the longest sample {c['longest']}, half of them at most {c['median']})")
+        found.append(f"{line} (longest sample {c['longest']}, median {c['median']})")
     return found + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
 
 
 def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
     """Returns a line for each reason why samples are in no part or not used, with counts from a card."""
-    no_test = "they follow no user turn, and any text would be right"
+    no_test = "they follow no user turn, so any text would count as right"
     reasons = {
         "validation_texts_left_out": f"texts left out of validation: {no_test}",
         "test_texts_left_out": f"texts left out of test: {no_test}",
-        "train_left_out": "training samples not used, by samples.fraction and samples.limit",
-        "buffer_left_out": "training samples not used: they follow no user turn, and their conversations are in the "
+        "train_left_out": "training samples unused because of samples.fraction and samples.limit",
+        "buffer_left_out": "training samples unused: they follow no user turn, and their conversations are in the "
         "replay buffer",
     }
     return [f"  {counts[name]} {reason}" for name, reason in reasons.items() if counts[name]]
@@ -114,9 +114,10 @@ def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
 def overlap_lines(overlaps: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the result of `overlap` as lines of text, one per set."""
     return [
-        f"  {name} shares with train: {c['questions']} of {c['samples']} questions{_first(c['question_ids'])}, "
-        f"{c['near_questions']} near duplicates{_first(c['near_question_ids'])}, a tool in "
-        f"{c['samples_with_a_known_tool']} of the {c['samples_with_tools']} samples that list tools"
+        f"  overlap of {name} with train: {c['questions']} of {c['samples']} questions{_first(c['question_ids'])}, "
+        f"{c['near_questions']} near duplicates{_first(c['near_question_ids'])}; "
+        f"{c['samples_with_a_known_tool']} of {c['samples_with_tools']} samples with tools list one also seen in "
+        "training"
         for name, c in overlaps.items()
     ]
 

@@ -115,7 +115,7 @@ def from_glaive(row: Row, targets: Targets) -> list[Sample]:
     _, brace, listed = field(row, "system", str).partition("{")
     start, *turns = _GLAIVE_TURN.split(field(row, "chat", str))
     if start.strip() or "ASSISTANT" not in turns[::2]:
-        raise ValueError('"chat" is no dialogue, "USER: ...", "ASSISTANT: ..."')
+        raise ValueError('"chat" is not a dialogue of "USER: ..." and "ASSISTANT: ..." turns')
     messages = [_glaive_message(speaker, text) for speaker, text in zip(turns[::2], turns[1::2], strict=True)]
     tools = tool_schemas(_json_values(brace + listed))
     return samples_from_conversation(content_id("glaive", row), messages, tools, targets)
@@ -128,7 +128,7 @@ def from_toolbench(row: Row, targets: Targets) -> list[Sample]:
     """
     turns = _turns(row)
     if not turns or turns[0]["role"] != "system":
-        raise ValueError('"conversations" does not begin with the system turn that lists the APIs')
+        raise ValueError('"conversations" does not start with a system turn that lists the APIs')
     listed = [tool for tool in tools_inside(turns[0]["content"])[0] if tool["name"] != "Finish"]
     messages = [
         turn | {"content": _toolbench_answer(turn["content"])} if turn["role"] == "assistant" else turn
@@ -160,14 +160,14 @@ def from_toolrl(row: Row) -> list[Sample]:
     listed = rest.partition("\n\n**Steps for Each Turn**")[0]
     tools = tuple(_toolrl_tool(text) for text in re.split(r"\n(?=\d+\. Name: )", listed)[1:])
     if not heading:
-        raise ValueError('"instruction" holds no list of tools')
+        raise ValueError('"instruction" has no list of tools')
     history = [
         _toolrl_message(tag, text.strip()) for tag, text in _toolrl_blocks(field(row, "input", str)) if tag != "think"
     ]
     # The thought may itself mention the tags, so the answer starts after the last thought.
     answers = _toolrl_blocks(field(row, "output", str).rpartition("</think>")[2])
     if not history or not answers:
-        raise ValueError('"input" holds no dialogue or "output" no answer')
+        raise ValueError('"input" has no dialogue, or "output" has no answer')
     target = _toolrl_message(answers[0][0], answers[0][1].strip())["content"]
     name = content_id("toolrl", row)
     return [Sample(id=name, messages=tuple(history), tools=tools, target=target)]
@@ -224,8 +224,8 @@ def from_seal_tools(row: Row, catalogue: SealTools, n_candidates: int = 10) -> l
 def field(row: Any, key: str, *kinds: type) -> Any:
     """Returns the value of a row's key. Raises ValueError if it is absent or has none of these types."""
     if not isinstance(row, dict) or key not in row or not isinstance(row[key], kinds):
-        names = {str: "text", list: "list", dict: "object", NoneType: "null"}
-        raise ValueError(f'"{key}" is missing or no {" or ".join(names[kind] for kind in kinds)}')
+        names = {str: "a string", list: "a list", dict: "an object", NoneType: "null"}
+        raise ValueError(f'"{key}" is missing or not {" or ".join(names[kind] for kind in kinds)}')
     return row[key]
 
 

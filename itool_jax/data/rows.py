@@ -72,7 +72,7 @@ def _most(path: pathlib.Path) -> int:
 
 
 def _too_large(path: pathlib.Path) -> str:
-    return f"{path} holds more than {_most(path) >> 20} MB, far more than its size; unpack it and split it"
+    return f"{path} decompresses to more than {_most(path) >> 20} MB, far more than its size; decompress and split it"
 
 
 def _decode(data: bytes, where: str) -> Any:

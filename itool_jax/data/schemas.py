@@ -85,7 +85,7 @@ def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
     needed: list[str] = []
     for name, parameter in parameters.items():
         if not isinstance(parameter, dict):
-            raise ValueError(f'parameter "{name}" is not described by an object')
+            raise ValueError(f'the description of parameter "{name}" is not an object')
         written = str(parameter.get("type", "string"))
         schema = json_schema({"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")})
         # In these data sets, an empty default means no default.
@@ -157,10 +157,10 @@ def tools_inside(text: str) -> tuple[list[Any], int, int]:
 
 def _check_types(function: Row) -> None:
     schema = function["parameters"]
-    parts = ((function, "description", str, "text"), (schema, "properties", dict, "object"))
-    for part, key, kind, name in (*parts, (schema, "required", list, "list")):
+    parts = ((function, "description", str, "a string"), (schema, "properties", dict, "an object"))
+    for part, key, kind, name in (*parts, (schema, "required", list, "a list")):
         if key in part and not isinstance(part[key], kind):
-            raise ValueError(f'"{key}" of tool "{function["name"]}" is no {name}')
+            raise ValueError(f'"{key}" of tool "{function["name"]}" is not {name}')
 
 
 def _parameters(parameters: Row) -> Row:

@@ -60,7 +60,7 @@ class SamplesSettings:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"samples.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.test_file == "":
-            raise ValueError("samples.test_file must not be empty; leave it out for none")
+            raise ValueError("samples.test_file must not be empty; omit it to use none")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"samples.fraction must be in (0, 1], got {self.fraction}")
         if self.limit < 0:
@@ -104,7 +104,7 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
     read = functools.partial(_openai_or_raw, need_target=need_target, turns=None)
     samples = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
     if any(isinstance(sample, RawSample) for sample in samples):
-        raise ValueError('a sample needs "messages"; raw prompts are for files')
+        raise ValueError('a sample needs "messages"; raw prompts are supported in files only')
     return _distinct(samples)
 
 
@@ -177,9 +177,9 @@ def _samples(
         except ValueError as error:
             refuse(str(error), skipped, error)
     if not samples:
-        raise ValueError(f"{name} holds no samples")
+        raise ValueError(f"{name} contains no samples")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
-        raise ValueError(f"{name} holds raw prompts, which only the stages score and generate read")
+        raise ValueError(f"{name} contains raw prompts, which only the stages score and generate accept")
     return samples
 
 
@@ -202,12 +202,12 @@ def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -
         return functools.partial(formats.from_toolbench, targets=targets)
     if {"instruction", "input", "output"} <= keys:
         return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else benchmarks.from_api_bank
-    raise ValueError(f'{where}: sample has no "messages", and its keys are of no known data set: {", ".join(row)}')
+    raise ValueError(f'{where}: sample has no "messages", and its keys match no known data set: {", ".join(row)}')
 
 
 def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Callable[[int], str]) -> None:
     if (key := row.get("id")) is not None and first.setdefault(str(key), number) != number:
-        raise ValueError(f'{where(number)}: id "{key}" is already that of {where(first[str(key)])}')
+        raise ValueError(f'{where(number)}: duplicate id "{key}", first used in {where(first[str(key)])}')
 
 
 def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[Any]:
@@ -248,7 +248,7 @@ def _following(row: Row) -> tuple[Row, ...]:
     except ValueError as error:
         raise ValueError(f'"following": {error}') from error
     if wrong := [message["role"] for message in messages if message["role"] not in ("assistant", "tool")]:
-        raise ValueError(f'"following" holds a message of role {wrong[0]!r}, expected assistant or tool')
+        raise ValueError(f'"following" has a message with role {wrong[0]!r}, expected assistant or tool')
     return messages
 
 
@@ -257,7 +257,7 @@ def _raw(row: Row, need_target: bool) -> RawSample:
     if prompt is not None and row.get("prompt_ids") is not None:
         raise ValueError('sample has both "prompt" and "prompt_ids"')
     if prompt is not None and (not isinstance(prompt, str) or not prompt):
-        raise ValueError('"prompt" must be a text that is not empty')
+        raise ValueError('"prompt" must be a non-empty string')
     prompt_ids, target_ids = _token_ids(row, "prompt_ids"), _token_ids(row, "target_ids")
     if need_target and target_ids is None:
         raise ValueError('sample has no "target_ids"')
@@ -269,14 +269,14 @@ def _token_ids(row: Row, key: str) -> tuple[int, ...] | None:
     if ids is None:
         return None
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
-        raise ValueError(f'"{key}" must be a list of token ids, integers from 0, that is not empty')
+        raise ValueError(f'"{key}" must be a non-empty list of token ids (non-negative integers)')
     return tuple(ids)
 
 
 def _id(row: Row) -> str:
     given = row.get("id")
     if given is not None and type(given) not in (str, int):
-        raise ValueError('"id" must be a text or an integer')
+        raise ValueError('"id" must be a string or an integer')
     return content_id("sample", row) if given in (None, "") else str(given)
 
 
@@ -303,7 +303,7 @@ def _content(message: Row) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError('"content" is not text')
+        raise ValueError('"content" must be a string')
     return content or ""
 
 
@@ -311,7 +311,7 @@ def _target(target: Any) -> str:
     if isinstance(target, dict):
         return _content(target)
     if not isinstance(target, str):
-        raise ValueError('"target" must be a text or an assistant message')
+        raise ValueError('"target" must be a string or an assistant message')
     return target
 
 
@@ -325,7 +325,7 @@ def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except KeyError as error:
-        raise ValueError(f'{where}: lacks "{error.args[0]}"') from error
+        raise ValueError(f'{where}: "{error.args[0]}" is missing') from error
     except (TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where}: a value is of the wrong type ({error})") from error
 
@@ -349,7 +349,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
     files = [file for file in files if not file.name.startswith("tool.jsonl")]  # Seal-Tools' tools, not samples
     if not files:
-        raise ValueError(f"{path} holds no data files ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{path} contains no data files ({', '.join(SUFFIXES)})")
     return files
 
 
@@ -357,7 +357,7 @@ def _seal_tools_beside(path: pathlib.Path) -> formats.SealTools:
     for file in (path.parent / "tool.jsonl", path.parent / "tool.jsonl.gz"):
         if file.exists():
             return _seal_tools(str(file))
-    raise ValueError(f"{path} is of Seal-Tools and needs the tools, tool.jsonl or tool.jsonl.gz, beside it")
+    raise ValueError(f"{path} is Seal-Tools data and needs tool.jsonl or tool.jsonl.gz in the same folder")
 
 
 @functools.lru_cache(maxsize=2)
@@ -373,6 +373,6 @@ def _hub_rows(name: str) -> Numbered:
         table = datasets.load_dataset(name.removeprefix(HUB), split="train")
     except Exception as error:  # the hub raises errors of many libraries; to the user all mean the same
         raise ValueError(
-            f"{name} could not be fetched ({(str(error) or type(error).__name__).splitlines()[0]})"
+            f"{name} could not be downloaded ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
     return [(number, dict(row)) for number, row in enumerate(table, 1)]

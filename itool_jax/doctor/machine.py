@@ -59,13 +59,13 @@ def packages(there: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("ok", "python", platform.python_version())
     if missing := _missing():
         line = f"pip install {' '.join(repr(name) for name in missing)}"
-        yield Finding("error", "packages", f"{', '.join(missing)} not installed, or of another version", line)
+        yield Finding("error", "packages", f"{', '.join(missing)} not installed or the wrong version", line)
     jax_version, jaxlib = there.get("jax", "?"), there.get("jaxlib", "?")
     plugins = {n: v for n, v in there.items() if n.startswith(("jax-cuda", "jax-rocm"))}
     if wrong := {name: version for name, version in plugins.items() if version != jaxlib}:
         named = ", ".join(f"{name} {version}" for name, version in wrong.items())
         again = f"pip install 'jax[{min(wrong).split('-')[1]}]=={jax_version}'"
-        yield Finding("error", "jax", f"{named} beside jaxlib {jaxlib}: JAX leaves them out", again)
+        yield Finding("error", "jax", f"{named} does not match jaxlib {jaxlib}, so JAX ignores it", again)
     elif _numbers(there.get("flax", "9")) <= (0, 12, 8) and _numbers(jax_version) >= (0, 11, 1):
         text = f"flax {there['flax']} does not work with jax {jax_version}"
         yield Finding("error", "jax", text, "pip install 'flax>=0.12.12' (Python 3.12), or 'jax<0.11' 'jaxlib<0.11'")
@@ -127,7 +127,7 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
         seen = jax.devices()
     except RuntimeError as error:
         reason = one_line(error)[:200]
-        yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or mend the driver")
+        yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or fix the driver")
         return
     kinds = collections.Counter(device.device_kind for device in seen)
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
@@ -147,28 +147,28 @@ def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequ
             text = f"NVIDIA driver {driver} is too old for JAX"
             yield Finding("error", "driver", text, f"install driver {DRIVERS[-1][0]} or newer")
         elif platform_name == "cpu":
-            text = f"JAX uses the CPU only, and nvidia-smi finds {len(found)} x {found[0].name} (driver {driver})"
+            text = f"JAX uses only the CPU, but nvidia-smi finds {len(found)} x {found[0].name} (driver {driver})"
             forced = os.environ.get("JAX_PLATFORMS")
-            mend = f"unset JAX_PLATFORMS, which is {forced}" if forced else f"pip install 'itool-jax[{extra}]'"
+            mend = f"unset JAX_PLATFORMS, which is set to {forced}" if forced else f"pip install 'itool-jax[{extra}]'"
             yield Finding("error", "driver", text, mend)
         else:
             yield Finding("ok", "driver", f"{driver}, {len(found)} x {found[0].name} of {found[0].memory}")
     elif platform_name == "cpu" and (nodes := [*Path("/dev").glob("accel[0-9]*")]):
-        text = f"JAX uses the CPU only, and there are {len(nodes)} TPU chips"
+        text = f"JAX uses only the CPU, but this machine has {len(nodes)} TPU chips"
         yield Finding("error", "driver", text, "pip install 'itool-jax[tpu]'")
     elif platform_name == "cpu" and plugins and not os.environ.get("JAX_PLATFORMS"):
-        text = f"JAX uses the CPU only: {plugins[0]} is installed, and no NVIDIA driver answers"
+        text = f"JAX uses only the CPU: {plugins[0]} is installed, but no NVIDIA driver responds"
         mend = "install the driver; a container needs docker run --gpus=all"
         yield Finding("warning", "driver", text, mend)
     if platform_name == "cpu" and dtype == "bfloat16":
-        yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", "take --dtype=float32 here")
+        yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", "use --dtype=float32")
 
 
 def _mesh(config: Config) -> Iterator[Finding]:
     """Applies a run's own mesh checks; assumes that each of several processes has as many devices as this one."""
     if config.distributed.auto:
-        text = "not checked: it takes the devices of all processes, and only one's are here"
-        yield Finding("warning", "mesh", text, "--stage=plan --plan.count=N looks at it on N devices")
+        text = "not checked: the mesh spans the devices of all processes, and only this process's are visible"
+        yield Finding("warning", "mesh", text, "--stage=plan --plan.count=N checks it for N devices")
         return
     processes = config.distributed.num_processes or 1
     count = processes * len(jax.devices())
@@ -182,7 +182,7 @@ def _mesh(config: Config) -> Iterator[Finding]:
         return
     if config.mesh.data and (used := math.prod(shape)) < count:
         text = f"{used} of {count} devices are used"
-        yield Finding("warning", "mesh", text, "--mesh.data=0 takes all; --mesh.fsdp shares the weights out")
+        yield Finding("warning", "mesh", text, "--mesh.data=0 uses all; --mesh.fsdp shards the weights")
     else:
         yield Finding("ok", "mesh", " ".join(f"{axis}={n}" for axis, n in zip(AXES, shape, strict=True)))
 
@@ -202,7 +202,7 @@ def disk(folder: Path, needed: int) -> Iterator[Finding]:
     """Checks for `needed` free bytes where the run directory is or will be, and the speed of writes and renames."""
     place = _nearest(folder)
     free = shutil.disk_usage(place).free
-    text = f"{free / 1e9:.1f} GB free in {place}, the run keeps about {needed / 1e9:.1f} GB"
+    text = f"{free / 1e9:.1f} GB free in {place}, the run needs about {needed / 1e9:.1f} GB"
     if free < needed:
         yield Finding("error", "disk", text, "free some space, or choose another --run_dir")
     elif free < 2 * needed:
@@ -243,8 +243,8 @@ def compile_cache(folder: Path) -> Iterator[Finding]:
     """Checks that compiled programs can be kept for the next start."""
     place = _nearest(folder)
     if not os.access(place, os.W_OK | os.X_OK):
-        text = f"{folder} cannot be written to: every start compiles all programs again"
-        yield Finding("warning", "compile cache", text, "set JAX_COMPILATION_CACHE_DIR to a folder of yours")
+        text = f"{folder} is not writable, so every start recompiles all programs"
+        yield Finding("warning", "compile cache", text, "set JAX_COMPILATION_CACHE_DIR to a writable folder")
     else:
         count = sum(path.name.endswith("-cache") for path in folder.iterdir()) if folder.is_dir() else 0
         yield Finding("ok", "compile cache", f"{folder}, {count} programs")
@@ -260,14 +260,14 @@ def hub(config: Config) -> Iterator[Finding]:
         return
     from huggingface_hub import constants, get_token
 
-    token = "a token is there" if get_token() else "no token"
-    offline = ", offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+    token = "token found" if get_token() else "no token"
+    offline = ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
     yield Finding("ok", "hub", f"cache {constants.HF_HUB_CACHE}; {token}{offline}")
     for kind, name in names:
         if could_be_hub_name(name):
             yield _hub_name(kind, name, constants.HF_HUB_OFFLINE)
         else:
-            yield Finding("error", "hub", f"{kind} {name} is neither a folder here nor a hub name", "check the name")
+            yield Finding("error", "hub", f"{kind} {name} is neither a local folder nor a hub name", "check the name")
 
 
 def _hub_name(kind: str, name: str, offline: bool) -> Finding:
@@ -278,16 +278,16 @@ def _hub_name(kind: str, name: str, offline: bool) -> Finding:
         return Finding("ok", "hub", f"{kind} {name} is in the cache")
     except Exception as error:  # not cached, or an invalid name, which the Hub library reports in many ways
         if offline:
-            remedy = "unset HF_HUB_OFFLINE, or download it first where there is a network"
+            remedy = "unset HF_HUB_OFFLINE, or download it first on a machine with network access"
             return Finding("error", "hub", f"{kind} {name} is not in the cache, and HF_HUB_OFFLINE is set", remedy)
         reason = _first_line(error)
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=NETWORK)
-        return Finding("ok", "hub", f"{kind} {name} can be downloaded, and is not yet")
+        return Finding("ok", "hub", f"{kind} {name} is not downloaded yet, but can be")
     except Exception as error:  # from many libraries: no network, no such name, no permission
         text = _first_line(error) or reason
         gated = any(word in text for word in ("401", "403", "gated", "Gated"))
-        remedy = "accept its licence on the hub, and hf auth login" if gated else "check the name and the network"
+        remedy = "accept its licence on the Hub, then run hf auth login" if gated else "check the name and the network"
         return Finding("error", "hub", f"{kind} {name}: {text}", remedy)
 
 
@@ -300,12 +300,12 @@ def processes(config: Config) -> Iterator[Finding]:
     d, cluster = config.distributed, next((name for key, name in CLUSTERS.items() if os.environ.get(key)), None)
     if not d.several:
         if cluster == "Slurm" and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
-            text = f"Slurm started {os.environ['SLURM_NTASKS']} tasks, and each would be a run of its own"
-            yield Finding("warning", "processes", text, "--distributed.auto lets them work as one")
+            text = f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but each would be a separate run"
+            yield Finding("warning", "processes", text, "--distributed.auto makes them one run")
         return
     if d.auto and cluster is None:
-        text = "distributed.auto is set, and neither Slurm, Open MPI, a TPU slice nor GKE started this process"
-        yield Finding("error", "processes", text, "give distributed.coordinator_address, num_processes and process_id")
+        text = "distributed.auto is set, but this process was not started by Slurm, Open MPI, a TPU slice or GKE"
+        yield Finding("error", "processes", text, "set distributed.coordinator_address, num_processes and process_id")
     elif d.auto:
         yield Finding("ok", "processes", f"started by {cluster}")
     else:
@@ -318,5 +318,7 @@ def _coordinator(address: str, process: str) -> Finding:
         socket.getaddrinfo(host, int(port))
         return Finding("ok", "processes", f"{process}, coordinator {address}")
     except (ValueError, OSError) as error:
-        text = f"coordinator {address} is no host and port that can be found ({error})"
-        return Finding("error", "processes", text, "give it as node1:12345, by a name that all hosts know")
+        text = f"coordinator {address} cannot be resolved ({error})"
+        return Finding(
+            "error", "processes", text, "set host and port, such as node1:12345, with a name that all hosts can resolve"
+        )

@@ -49,7 +49,7 @@ def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, lis
 def model(config: Config) -> Iterator[Finding]:
     """Checks the configuration, weights (by their file headers), tokenizer, special tokens and template."""
     place = model_folder(config)
-    shapes, found = _refused("model", "take a supported model", lambda: hf.read_config(place, config.dtype))
+    shapes, found = _refused("model", "use a supported model", lambda: hf.read_config(place, config.dtype))
     yield from found
     if shapes is None:
         return
@@ -59,8 +59,8 @@ def model(config: Config) -> Iterator[Finding]:
     yield from found
     if held is not None:
         total = sum(math.prod(tensor.shape) for tensor in held.values())
-        yield Finding("ok", "weights", f"{len(held)} tensors of {total:,} numbers, as config.json asks for")
-    base, found = _refused("tokenizer", "take the tokenizer that belongs to the model", lambda: load_base(config))
+        yield Finding("ok", "weights", f"{len(held)} tensors with {total:,} numbers, matching config.json")
+    base, found = _refused("tokenizer", "use the model's own tokenizer", lambda: load_base(config))
     yield from found
     if base is not None:
         yield from tokens(base.chat, base.config.vocab_size)
@@ -69,10 +69,10 @@ def model(config: Config) -> Iterator[Finding]:
 
 def tokens(chat: Chat, vocab_size: int) -> Iterator[Finding]:
     """Reports the vocabulary size, and checks the tokens that end a response."""
-    yield Finding("ok", "tokenizer", f"{chat.n_ids} tokens of the model's {vocab_size}")
+    yield Finding("ok", "tokenizer", f"{chat.n_ids} tokens, model vocabulary {vocab_size}")
     named = ", ".join(f"{chat.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in chat.stop_ids)
     if (largest := max(chat.stop_ids)) >= vocab_size:
-        text = f"token {largest} ends a response, and the model has {vocab_size} embeddings only"
+        text = f"token {largest} ends a response, but the model has only {vocab_size} embeddings"
         yield Finding("error", "stop tokens", text, "correct eos_token_id in generation_config.json")
     else:
         yield Finding("ok", "stop tokens", f"{named}; the first ends a turn")
@@ -89,22 +89,22 @@ def template(chat: Chat, config: Config) -> Iterator[Finding]:
     ids = chat.encode(prompt)
     again = chat.tokenizer.decode(ids, skip_special_tokens=False)
     if again == prompt:
-        yield Finding("ok", "template", f"rendered, tokenised ({len(ids)} tokens) and decoded again, nothing changed")
+        yield Finding("ok", "template", f"tokenising ({len(ids)} tokens) and decoding leaves the prompt unchanged")
     else:
         pairs = enumerate(zip(again, prompt, strict=False))
         at = next((i for i, (a, b) in pairs if a != b), min(len(again), len(prompt)))
         was, now = prompt[at : at + 20], again[at : at + 20]
-        text = f"decoded again, the prompt differs at character {at}: {was!r} became {now!r}"
-        yield Finding("warning", "template", text, "the model reads another text than the template writes")
+        text = f"tokenising and decoding changes the prompt at character {at}: {was!r} became {now!r}"
+        yield Finding("warning", "template", text, "the model reads a different text than the template writes")
     if TOOL["function"]["name"] not in prompt:
-        yield Finding("error", "template", "the tools do not appear in the prompt", "take a template that writes tools")
+        yield Finding("error", "template", "the tools do not appear in the prompt", "use a template that writes tools")
     yield _prefix(chat, prompt, whole, ids)
     yield from _self_evaluation(chat, config)
 
 
 def _self_evaluation(chat: Chat, config: Config) -> Iterator[Finding]:
     s = config.self_eval
-    gold, remedy = chat.encode(ANSWER) if s.reference == "gold" else None, "take another template or tokenizer"
+    gold, remedy = chat.encode(ANSWER) if s.reference == "gold" else None, "use another template or tokenizer"
     ids, found = _refused("self-evaluation", remedy, lambda: answer_ids(chat, s.letters))
     found += _refused("self-evaluation", remedy, lambda: evaluation_frame(chat, gold, s.scale))[1]
     yield from found or [Finding("ok", "self-evaluation", f"the answers {', '.join(s.letters)} are the tokens {ids}")]
@@ -121,13 +121,17 @@ def _prefix(chat: Chat, prompt: str, whole: str, ids: list[int]) -> Finding:
     """Checks that a conversation begins with its prompt: as text, and as tokens up to where the loss begins."""
     what, own = "loss mask", [*ids, *chat.target_ids(ANSWER)]
     if not whole.startswith(prompt):
-        text = "a prompt is not how the same conversation begins once it is answered"
-        mend = "it is trained as it is sampled here, and differs from what other trainers make of the template"
+        text = "the prompt is not a prefix of the same conversation with its answer"
+        mend = "training and sampling here agree, but other trainers may use this template differently"
         return Finding("warning", what, text, mend)
     if chat.encode(whole)[: len(own)] != own:
-        text = "prompt and answer tokenised apart are other tokens than both together"
-        return Finding("warning", what, text, "serve with the same template: the model is trained on them apart")
-    return Finding("ok", what, f"a prompt's {len(ids)} tokens begin the answered conversation; the answer's follow")
+        text = "tokenising prompt and answer separately gives other tokens than tokenising both together"
+        return Finding(
+            "warning", what, text, "serve with the same template: the model is trained on separately tokenised answers"
+        )
+    return Finding(
+        "ok", what, f"the prompt's {len(ids)} tokens are a prefix of the answered conversation; the answer's follow"
+    )
 
 
 # Data -------------------------------------------------------------------------------------------------------
@@ -143,25 +147,25 @@ class Shown(NamedTuple):
 def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     """Checks the data as a run would load it, and picks samples of it: a call and a text, if there are any."""
     skipped: list[str] = []
-    remedy = "check --data; --skip_bad_rows leaves wrong rows out"
+    remedy = "check --data; --skip_bad_rows skips wrong rows"
     made, found = _refused("data", remedy, lambda: divide(config, skipped))
     if made is None:
         return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in found], []
     train, limit = made[0]["train"], load_base(config).config.max_length
     lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
-    text = f"{counts}; {statistics.median(lengths):.0f} tokens in the middle, {lengths[-1]} at most, of {limit}"
+    text = f"{counts}; median {statistics.median(lengths):.0f} tokens, longest {lengths[-1]}, context {limit}"
     found = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
     if config.benchmark is None:
         found += _refused("evaluation", "", lambda: require_part(config))[1]
     if skipped:
         level = "warning" if config.skip_bad_rows else "error"
-        remedy = "they are left out" if config.skip_bad_rows else "mend them, or leave them out with --skip_bad_rows"
+        remedy = "they are skipped" if config.skip_bad_rows else "fix them, or skip them with --skip_bad_rows"
         found.append(Finding(level, "data", _first(skipped), remedy))
     _, short = _refused("data", "add data", lambda: divide_replay(config, train.samples))
     if (tokens := config.search.max_last_step_tokens) + lengths[-1] > limit:
-        text = f"a last step of {tokens} tokens behind the longest sample is more than the context"
-        mend = "responses end there; lower search.max_last_step_tokens, if at all"
+        text = f"a last step of {tokens} tokens after the longest sample exceeds the context"
+        mend = "responses are cut off at the context limit; lower search.max_last_step_tokens if that matters"
         short.append(Finding("warning", "data", text, mend))
     by_kind: dict[bool, Shown] = {}
     for sample, row in zip(train.samples, train.encoded, strict=True):
@@ -187,7 +191,7 @@ def preview(config: Config, shown: Shown) -> Iterator[Text]:
     table = step_table(config, config.search.granularity)
     for number, step in enumerate(split_steps(table, shown.encoded.target_ids)):
         steps.append(" | " if number else "", "bold red").append(harmless(decode(step, skip_special_tokens=False)))
-    yield Text(f"sample {shown.sample.id}: {len(shown.encoded.prompt_ids)} tokens of prompt, then the target")
+    yield Text(f"sample {shown.sample.id}: {len(shown.encoded.prompt_ids)} prompt tokens, then the target")
     yield from (before, trained, steps)
 
 

@@ -72,7 +72,7 @@ def question_file(folder: Path, category: str) -> Path:
     for path in (folder / f"{_FILES[category]}{ending}" for ending in ("", ".gz")):
         if path.is_file():
             return path
-    raise ValueError(f"{folder} holds no {_FILES[category]}, plain or .gz")
+    raise ValueError(f"{folder} contains no {_FILES[category]}, plain or .gz")
 
 
 def load_questions(folder: Path, category: str) -> list[Question]:
@@ -95,9 +95,9 @@ def load_questions(folder: Path, category: str) -> list[Question]:
 def _question(row: Mapping[str, Any]) -> Question:
     answer = read_call(row["expected_output"], _WHOLE_ARGUMENT)
     if answer is None:
-        raise KeyError("expected_output holds no call")
+        raise KeyError("expected_output contains no call")
     if not all(isinstance(row[key], str) for key in ("instruction", "input")):
-        raise TypeError("instruction and input must be texts")
+        raise TypeError("instruction and input must be strings")
     messages = ({"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["input"]})
     return Question(f"{row['file']}/{row['id']}", messages, answer)
 

@@ -53,7 +53,7 @@ def run(run: Run) -> dict[str, Any]:
     chosen = config.evaluate.phase or (known[-1] if known else "base")
     if chosen not in ("all", "base", *known):
         raise ValueError(
-            f"evaluate.phase {chosen} has no weights in {config.run_dir}; there are: base {' '.join(known)}"
+            f"evaluate.phase={chosen} has no weights in {config.run_dir}; phases with weights: base {' '.join(known)}"
         )
     return {phase: evaluate(run, phase) for phase in (("base", *known) if chosen == "all" else (chosen,))}
 
@@ -62,7 +62,7 @@ def _check(config: Config) -> None:
     """Checks settings, scorer and `against` before any work. Raises ValueError if one is invalid or missing."""
     if config.benchmark != "bfcl" and (config.official or config.results is not None):
         name = "results" if config.results is not None else "official"
-        raise ValueError(f"{name} is for BFCL; set --benchmark=bfcl, got --benchmark={config.benchmark}")
+        raise ValueError(f"{name} is only for --benchmark=bfcl, got --benchmark={config.benchmark}")
     if config.official:
         bfcl_setup.python()
     if config.against is not None:
@@ -84,7 +84,7 @@ def evaluate(run: Run, phase: str) -> Figures:
             compare_official(config, scores, responses, simulators)
     if config.against is not None:
         compare(config, scores, where / "comparison.json")
-    say(f"responses and scores are in {where}")
+    say(f"responses and scores saved in {where}")
     return figures
 
 
@@ -94,7 +94,7 @@ def score_results(config: Config) -> Figures:
     files = bfcl_data.find_results(config.results, config.evaluate.layout)
     chosen = [category for category in files if not config.categories or category in categories(config)]
     if not chosen:
-        raise ValueError(f"{config.results} holds none of the categories {', '.join(categories(config))}")
+        raise ValueError(f"{config.results} contains none of the categories {', '.join(categories(config))}")
     if set(chosen) & set(bfcl_data.MULTI_TURN):
         bfcl_setup.python()
     responses, scores = {}, {}
@@ -125,7 +125,7 @@ def categories(config: Config) -> tuple[str, ...]:
             bfcl_setup.python()
         return chosen
     if unknown := set(config.categories) - set(api_bank.CATEGORIES):
-        raise ValueError(f"category {min(unknown)!r} is none of API-Bank's: {', '.join(api_bank.CATEGORIES)}")
+        raise ValueError(f"unknown API-Bank category {min(unknown)!r}; choose from: {', '.join(api_bank.CATEGORIES)}")
     return config.categories or api_bank.CATEGORIES
 
 
@@ -188,8 +188,8 @@ def _answer_category(category: str, questions: Sequence[Any], file: Path, task: 
     answers = task.map(asked, work, f"{config.benchmark} {category}")
     if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
         say(
-            f"{category}: {unfit} of {len(answers)} prompts do not fit the model's context; a line saying so answers "
-            "them"
+            f"{category}: {unfit} of {len(answers)} prompts do not fit the model's context and get an error "
+            "line as response"
         )
     results = {question.id: result for question, result in zip(asked, answers, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
@@ -281,8 +281,8 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
 
 def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figures) -> None:
     """Prints accuracies with their intervals, counts and most frequent errors; for BFCL also the columns of Table 1."""
-    table = Table(title=f"{config.benchmark}, {name}: % right [95 % interval]", title_justify="left", box=None)
-    for column in ("category", "right", "n", *(["unanswered"] if any(figures["unanswered"].values()) else [])):
+    table = Table(title=f"{config.benchmark}, {name}: % correct [95 % interval]", title_justify="left", box=None)
+    for column in ("category", "correct", "n", *(["unanswered"] if any(figures["unanswered"].values()) else [])):
         table.add_column(column, justify="left" if column == "category" else "right", no_wrap=True)
     for category, score in scores.items():
         partial = f"{score.total} of {score.questions}" if score.total < score.questions else str(score.total)
@@ -296,14 +296,14 @@ def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figure
     console_out.print(table)
     if total := sum(figures["unanswered"].values()):
         console_out.print(
-            f"{total} of {sum(figures['n'].values())} questions the model did not answer: they count as wrong, and as "
-            "right where no call is wanted, which says nothing of the model",
+            f"the model did not answer {total} of {sum(figures['n'].values())} questions: they count as wrong, or as "
+            "correct where no call is expected, which says nothing about the model",
             soft_wrap=True,
         )
     for category, score in scores.items():
         if score.failed:
             kinds = ", ".join(f"{kind} {count}" for kind, count in score.kinds().most_common())
-            console_out.print(f"{category}, wrong: {kinds}", soft_wrap=True)
+            console_out.print(f"{category}, errors: {kinds}", soft_wrap=True)
 
 
 def _cell(value: float | None, bounds: Sequence[float] | None) -> str:
@@ -325,9 +325,11 @@ def compare_official(
     config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
 ) -> None:
     """Prints the official scorer's figures beside ours, with up to five ids per category where the verdicts differ."""
-    table = Table(title="the official scorer beside ours", title_justify="left", box=None)
-    for column in ("category", "n", "official", "ours", "other verdict"):
-        table.add_column(column, justify="left" if column == "category" else "right", no_wrap=column != "other verdict")
+    table = Table(title="the official scorer and ours", title_justify="left", box=None)
+    for column in ("category", "n", "official", "ours", "verdicts differ"):
+        table.add_column(
+            column, justify="left" if column == "category" else "right", no_wrap=column != "verdicts differ"
+        )
     official = {}
     for category, score in scores.items():
         questions = _load(config, category)

@@ -19,7 +19,7 @@ from itool_jax.system.untrusted import read_json
 def read_scores(path: Path) -> dict[str, Score]:
     """Reads a `scores.json`. Raises ValueError if the file is missing or has another form."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file; against wants another run's scores.json")
+        raise ValueError(f"{path} not found; --against needs the scores.json of another run")
     try:
         content = read_json(path)
         return {
@@ -27,7 +27,7 @@ def read_scores(path: Path) -> dict[str, Score]:
             for name, row in content.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path} is no scores.json: {error!r}") from error
+        raise ValueError(f"{path} is not a scores.json: {error!r}") from error
 
 
 def compare(config: Config, scores: Mapping[str, Score], output: Path | None) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
         for side, ids in only.items():
             more = " …" if len(ids) > 8 else ""
             console_out.print(
-                f"  right {side.replace('_', ' ')}, {len(ids)}: {' '.join(ids[:8])}{more}", soft_wrap=True
+                f"  correct {side.replace('_', ' ')} ({len(ids)}): {' '.join(ids[:8])}{more}", soft_wrap=True
             )
     if output is not None:
         write_json(output, differences)
-        say(f"all questions that one has right and the other wrong are in {output}")
+        say(f"questions that only one run answers correctly are listed in {output}")
     return differences
 
 

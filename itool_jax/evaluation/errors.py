@@ -6,16 +6,16 @@ from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_cal
 
 UNFINISHED = "cut off"
 KINDS = {
-    UNFINISHED: "it ran into the length limit",
-    "no call": "text where calls are wanted",
-    "needless call": "calls where text is wanted",
-    "unreadable": "it looks like calls and cannot be read",
-    "missing call": "all its calls are among the wanted functions, and some are missing",
-    "extra call": "all functions wanted are called, and others or some more than once too often",
-    "wrong function": "it calls a function that is not wanted, and not one that is",
-    "wrong parameters": "the right functions, but parameters are missing or too many",
+    UNFINISHED: "the response hit the length limit",
+    "no call": "text where calls are expected",
+    "needless call": "calls where text is expected",
+    "unreadable": "looks like calls but cannot be parsed",
+    "missing call": "only expected functions are called, but some are missing",
+    "extra call": "all expected functions are called, plus others or repeats",
+    "wrong function": "calls a function that is not expected, and misses one that is",
+    "wrong parameters": "the right functions, but with missing or extra parameters",
     "wrong value": "the right functions and parameters, but a value differs",
-    "other": "none of these",
+    "other": "none of the above",
 }
 """Kinds of error and their meaning; if several fit, the first one here is reported."""
 

@@ -71,9 +71,11 @@ def describe_training(phase: str, found: Figures) -> str:
         parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
     if found["delta"] is not None:
         parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
-    line = f"{phase}: {', '.join(parts) or 'nothing was held out to see what training changed'}"
+    line = f"{phase}: {', '.join(parts) or 'no held-out data to measure the effect of training'}"
     if found["hardly_trained"]:
-        line += "; hardly anything was trained: raise preference.learning_rate or preference.epochs, or give more pairs"
+        line += (
+            "; training had almost no effect: raise preference.learning_rate or preference.epochs, or use more pairs"
+        )
     return line
 
 
@@ -104,7 +106,7 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     rows = columns.read_table(results_file(config, phase), EvaluationRow, ["id", "correct", "categories"])
     if missing := [row.id for row in rows if row.id not in marks]:
         path = results_file(config, before)
-        raise ValueError(f"{path} holds no row of sample {missing[0]}; delete it to compute it again")
+        raise ValueError(f"{path} has no row for sample {missing[0]}; delete it to compute it again")
     differences = {}
     for name in CATEGORIES[1:]:
         chosen = [row for row in rows if name in row.categories]

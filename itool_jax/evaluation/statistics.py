@@ -72,7 +72,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> PairedDifference:
     probability that a fair coin splits them at least this unevenly. Raises ValueError if the lengths differ.
     """
     if len(a) != len(b):
-        raise ValueError(f"paired runs must mark the same samples, got {len(a)} and {len(b)} marks")
+        raise ValueError(f"paired runs must cover the same samples, got {len(a)} and {len(b)} marks")
     n = len(a)
     a_right, b_right = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     wins, losses = int(np.sum(a_right & ~b_right)), int(np.sum(b_right & ~a_right))
@@ -114,7 +114,9 @@ def hierarchical_bootstrap(
     """
     if len({len(row) for row in differences}) != 1 or not len(differences[0]):
         counts = [len(row) for row in differences]
-        raise ValueError(f"a bootstrap needs one or more seeds with the same samples, got {counts} samples by seed")
+        raise ValueError(
+            f"a bootstrap needs the same samples, at least one, for every seed, got {counts} samples by seed"
+        )
     random, S = np.random.default_rng(seed), len(differences)
     # Samples with equal differences in all seeds are interchangeable, so it is enough to draw the count of each kind.
     kinds_SK, counts_K = np.unique(np.asarray(differences, dtype=float), axis=1, return_counts=True)

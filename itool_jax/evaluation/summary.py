@@ -129,7 +129,7 @@ def _table(phases: Sequence[Mapping[str, Any]], names: Sequence[str], title: str
 def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
     """Prints the summary: accuracies as tables, then a line per search, training and comparison."""
     names = [name for name, count in summary["phases"][0]["n"].items() if count]
-    title = f"exact answers, % ± standard error, {summary['split']} part" if names else "time of each phase"
+    title = f"exact answers, % ± standard error, {summary['split']} part" if names else "time per phase"
     for first in range(0, max(1, len(names)), COLUMNS):
         console_out.print(_table(summary["phases"], names[first : first + COLUMNS], title if first == 0 else None))
     for row in summary["search"]:
@@ -145,4 +145,4 @@ def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
             console_out.print(f"  lower: {line}", soft_wrap=True)
-    say(f"everything is in {config.run_dir}{more}")
+    say(f"Done. {more or f'Results are in {config.run_dir}'}")

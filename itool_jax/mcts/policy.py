@@ -91,9 +91,9 @@ class ModelPolicy:
         for problem, budget in zip(self.problems, self.token_budgets, strict=True):
             if budget < len(problem.gold):
                 raise ValueError(
-                    f"sample {problem.id}: its recorded answers, and the question about them, do not fit the model's "
-                    f"context of {max_length} tokens; remove the sample, take a model with a longer context, or set "
-                    "self_eval.weight=0, which asks no question"
+                    f"sample {problem.id}: its recorded answers and the self-evaluation question do not fit the "
+                    f"model's context of {max_length} tokens; remove the sample, use a model with a longer context, or "
+                    "set self_eval.weight=0 to ask no question"
                 )
         self.prompts = _ContextCache(policy, prompts, settings.lanes)
         self.questions = _ContextCache(policy, questions, settings.lanes)

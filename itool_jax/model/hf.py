@@ -92,7 +92,9 @@ def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not fetch))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model {name} is no folder here and cannot be had from the hub: {reason}") from error
+        raise ValueError(
+            f"model {name} is not a local folder and could not be downloaded from the Hub: {reason}"
+        ) from error
 
 
 def read_config(folder: Path, dtype: str) -> ModelConfig:
@@ -101,14 +103,16 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
     if not path.is_file():
         adapters = (folder / "adapter_config.json").is_file()
         other = (
-            "holds adapters alone; export with export.kind=merged" if adapters else "is not a Hugging Face model folder"
+            "contains only adapters; export with export.kind=merged"
+            if adapters
+            else "is not a Hugging Face model folder"
         )
         raise ValueError(f"{path} does not exist: {folder} {other}")
     raw = _read_json(path)
     try:
         return _config(raw, dtype)
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]!r}") from error
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -133,11 +137,11 @@ def _config(raw: dict[str, Any], dtype: str) -> ModelConfig:
     llama = names[0] == "LlamaForCausalLM"  # older Llama files omit the key; other families require it
     n_kv_heads = n_heads if llama and not raw.get("num_key_value_heads") else _positive(raw, "num_key_value_heads")
     if n_heads % n_kv_heads:
-        raise ValueError(f"num_attention_heads={n_heads} is no multiple of num_key_value_heads={n_kv_heads}")
+        raise ValueError(f"num_attention_heads={n_heads} is not a multiple of num_key_value_heads={n_kv_heads}")
     given = raw.get("head_dim") or ARCHITECTURES[names[0]].qk_norm
     head_dim = _positive(raw, "head_dim") if given else _positive(raw, "hidden_size") // n_heads
     if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
+        raise ValueError(f"head_dim={head_dim} is odd; rotary embeddings need an even number")
     return ModelConfig(
         vocab_size=_positive(raw, "vocab_size"),
         hidden_size=_positive(raw, "hidden_size"),
@@ -199,7 +203,9 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
     if kinds := [kind for kind in raw.get("layer_types") or () if kind != "full_attention"]:
         raise ValueError(f"layer_types: layers of type {str(kinds[0])[:40]} are not supported, only full_attention")
     if unknown := sorted(key for key, value in raw.items() if value and key not in UNDERSTOOD):
-        raise ValueError(f"{unknown[0]}={raw[unknown[0]]} is not known here; remove it if it changes nothing")
+        raise ValueError(
+            f"{unknown[0]}={raw[unknown[0]]} is not a known setting; remove it if it does not change the logits"
+        )
 
 
 def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
@@ -313,7 +319,9 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
         if found.shape != shape:
             raise ValueError(f"{found.file}: tensor {name} has shape {found.shape}, config.json asks for {shape}")
         if found.dtype not in FLOATS:
-            raise ValueError(f"{found.file}: tensor {name} holds {found.dtype}, not one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"{found.file}: tensor {name} has dtype {found.dtype}, expected one of {', '.join(FLOATS)}"
+            )
 
 
 def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:
@@ -342,7 +350,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in sorted({inside(folder, name) for name in index.values()}) or [folder / WEIGHTS]:
         if not path.is_file():
-            raise ValueError(f"{path} is not a readable safetensors file: there is no such file")
+            raise ValueError(f"{path} does not exist")
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no dictionary
@@ -360,7 +368,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if (folder / WEIGHTS).is_file():
         return {}
     if not (folder / INDEX).exists():
-        raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+        raise ValueError(f"{folder} contains neither {WEIGHTS} nor {INDEX}")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to file names")

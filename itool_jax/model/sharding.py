@@ -64,11 +64,13 @@ def checked_shape(settings: MeshSettings, count: int, processes: int) -> tuple[i
     """Computes `mesh_shape` on `count` devices of several processes; ValueError if the mesh does not fit them."""
     data, fsdp, tensor = shape = mesh_shape(settings, count)
     if (needed := math.prod(shape)) > count:
-        raise ValueError(f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, {count} are here")
+        raise ValueError(
+            f"mesh of data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, but only {count} are available"
+        )
     if needed < count and processes > 1:
         raise ValueError(
-            f"mesh of data={data} fsdp={fsdp} tensor={tensor} takes {needed} of the {count} devices of "
-            f"{processes} processes, which must all be taken; set --mesh.data=0"
+            f"mesh of data={data} fsdp={fsdp} tensor={tensor} uses {needed} of the {count} devices of "
+            f"{processes} processes, which must all be used; set --mesh.data=0"
         )
     return shape
 

@@ -77,10 +77,10 @@ def hardware_of(config: Config) -> Hardware:
     if p.device == HERE:
         here = jax.devices()
         if (count := p.count or len(here)) > len(here):
-            raise ValueError(f"plan.count={count}, and {len(here)} devices are here; name theirs with --plan.device")
+            raise ValueError(f"plan.count={count}, but this machine has {len(here)} devices; set --plan.device")
         kind = here[0].device_kind
         limit = int(memory.device_limit() * p.memory_share / memory.SHARE)
-        return Hardware(device_like(kind), kind, count, limit, f"the compiler for {kind}, which is here", False)
+        return Hardware(device_like(kind), kind, count, limit, f"this machine's compiler for {kind}", False)
     device, count = device_of(p.device), p.count or needed
     limit = int(device.gigabytes * 1e9 * p.memory_share)
     tpus, reason = _tpus(device, count) if device.topology else ((), "")
@@ -88,7 +88,7 @@ def hardware_of(config: Config) -> Hardware:
         return Hardware(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
     _host_devices(count)
     answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
-    answers += f"; the TPU's did not answer ({reason}), and lays arrays out otherwise" if device.topology else ""
+    answers += f"; the TPU's was not available ({reason}) and lays arrays out differently" if device.topology else ""
     return Hardware(device, p.device, count, limit, answers, True)
 
 
@@ -107,7 +107,7 @@ def _host_devices(count: int) -> None:
         else:
             os.environ["XLA_FLAGS"] = given
     if here < count:
-        raise ValueError(f"plan.count={count}, and JAX runs on {here} devices already; plan in a process of its own")
+        raise ValueError(f"plan.count={count}, but JAX already runs on {here} devices; plan in a new process")
 
 
 def _set(flags: Sequence[str], flag: str) -> bool:
@@ -133,7 +133,7 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
             continue
         if len(described) >= count:
             return described[:count], ""
-    return (), f"it knows no slice of {count}"
+    return (), f"it has no slice of {count} devices"
 
 
 @contextlib.contextmanager
@@ -211,7 +211,7 @@ class Planner:
         if at.stage != "search":
             return "a device's whole share of a batch"
         prompts = self.config.replay.n_searched(len(self.rows.buffer))
-        return f"an iteration has {prompts} prompts" + (", more are not looked at" if prompts > 2 * largest else "")
+        return f"an iteration has {prompts} prompts" + (", larger sizes are not tried" if prompts > 2 * largest else "")
 
     def fewer_tokens(self, stage: str) -> StageNeed:
         """Returns the need of a stage that only runs the model, with fewer tokens per batch.
@@ -227,7 +227,7 @@ class Planner:
     def _need(self, stage: str, size: int) -> Need | None:
         """Computes and logs a stage's need; returns None if the compiler rejects it for lack of memory."""
         need = self._compiled(stage, size)
-        amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB a device"
+        amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB per device"
         say(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
         return need
 
@@ -290,7 +290,7 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
             continue
         if change is not None:
             return change._replace(settings=settings | change.settings)
-        say(f"{as_arguments(settings) or 'a smaller size alone'} does not make it fit")
+        say(f"does not fit with {as_arguments(settings) or 'smaller sizes alone'}")
     return None
 
 

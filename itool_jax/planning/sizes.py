@@ -68,10 +68,10 @@ def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
     limit = memory.device_limit()
     with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
         value, needs = memory.largest(candidates, need_of(run, name), limit)
-    fits = f"needs {_gb(needs[value])} of {_gb(limit)} a device by the compiler's estimate"
+    fits = f"needs {_gb(needs[value])} of {_gb(limit)} per device by the compiler's estimate"
     larger = min((size for size in needs if size > value), default=None)
     beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
-    short = "" if needs[value] <= limit else "; it may not fit, and there is no smaller one"
+    short = "" if needs[value] <= limit else "; it may not fit, but it is the smallest size"
     say(f"{name}=auto: {value}, which {fits}{beyond}{short}")
     return value
 
@@ -210,15 +210,17 @@ def advice(run: Run, where: str, error: str) -> str:
         share = training_settings(config, name).share()
         now = min(now or share, share)
         less = max((c for c in _candidates(run, name) if c < now), default=None)
-    down = f"lower {name}, now {now}{_estimate(run, name, now)}"
-    down += f", to {less}{_estimate(run, name, less)}" if less else ", which is the least"
-    down += ", in another --run_dir" if name == "search.batch" and config.run_dir.exists() else ""
-    other = "set remat, quantize=nf4 or a larger mesh.fsdp"
-    return f"out of device memory in {where} ({text}); {down}; or {other}"
+    estimate, elsewhere = _estimate(run, name, now), name == "search.batch" and config.run_dir.exists()
+    if less:
+        down = f"lower {name} from {now}{estimate} to {less}{_estimate(run, name, less)}"
+        down += f"{', in another --run_dir' if elsewhere else ''}; or"
+    else:
+        down = f"{name}={now}{estimate} is the smallest size;"
+    return f"out of device memory in {where} ({text}); {down} set remat, quantize=nf4 or a larger mesh.fsdp"
 
 
 def _estimate(run: Run, name: str, size: int) -> str:
-    """Formats an estimate, such as ` (about 3.2 GB a device)`.
+    """Formats an estimate, such as ` (about 3.2 GB per device)`.
 
     Returns an empty string if the compiler gives none: a device without free memory may refuse even that.
     """
@@ -228,7 +230,7 @@ def _estimate(run: Run, name: str, size: int) -> str:
         need = need_of(run, name)(size)
     except (RuntimeError, ValueError, OSError):
         return ""
-    return f" (about {_gb(need)} a device)"
+    return f" (about {_gb(need)} per device)"
 
 
 def _gb(size: Any) -> str:

@@ -106,7 +106,7 @@ def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
     thirds = replay.curriculum([replay.sample_features(x) for x in data.warmup], s.order, config.seed)
     batches: list[grain.MapDataset] = []
     if not s.most_epochs:
-        return Workload("warmup", "none, as warmup.epochs is 0", 0, 0, 0.0)
+        return Workload("warmup", "none (warmup.epochs=0)", 0, 0, 0.0)
     for number, ids in enumerate(part for part in thirds if part):
         given = ([data.encoded[i] for i in ids], s.batch_size, s.most_epochs, config.seed + number)
         batches.append(packed_batches(given[0], s.pack, *given[1:]) if s.pack else sft_batches(*given))
@@ -114,7 +114,7 @@ def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
     padded, n = sum(map(math.prod, shapes)), sum(shape[0] for shape in shapes)
     tokens = s.most_epochs * sum(map(_length, rows))
     seconds = time_model.train(n, padded / n, s.most_epochs * sum(len(row.target_ids) for row in rows) / n)
-    most = f" at most, {s.max_epochs} rounds (their validation is left out)" if s.epochs == "auto" else ""
+    most = f" at most, {s.max_epochs} rounds (validation not included)" if s.epochs == "auto" else ""
     return Workload("warmup", f"{len(rows)} samples, {len(shapes)} steps{most}", tokens, padded, seconds)
 
 

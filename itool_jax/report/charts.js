@@ -74,8 +74,8 @@ function drawAccuracy() {
   const count = phases.at(-1)?.n?.overall;
   byId("accuracy-lead").textContent = phases.length
     ? `Exact answers on the ${split} part, ${limit ? `the first ${limit} samples` : "all samples"} (n = ${count}), decoded greedily. ` +
-      "Intervals are 95 % Wilson score intervals of each accuracy by itself; whether one phase beats another is asked sample by sample below."
-    : "No phase was evaluated yet.";
+      "Intervals are 95 % Wilson score intervals of each single accuracy; phases are compared sample by sample below."
+    : "No phase has been evaluated yet.";
   byId("comparisons").replaceChildren(...comparisons.map((row) => make("li", {},
     make("strong", {}, phaseName(row.phase)), ` against ${phaseName(row.against)}: ${row.text}`,
     (row.regressions ?? []).map((line) => make("div", { className: "lower" }, `lower: ${line}`)))));
@@ -89,7 +89,7 @@ function benchmarkTables() {
     const lines = rows.flatMap((row) => Object.entries({ ...row.accuracy, ...row.columns }).filter(([, value]) => value !== null)
       .map(([category, value]) => [category, phaseName(row.phase), percent(value),
         interval(row.interval?.[category] ?? row.column_interval?.[category]), number(row.n?.[category])]));
-    return [make("h3", {}, `Benchmark ${name}`), table(["category", "phase", "right", "95 % interval", "n"], lines)];
+    return [make("h3", {}, `Benchmark ${name}`), table(["category", "phase", "correct", "95 % interval", "n"], lines)];
   });
 }
 
@@ -103,11 +103,11 @@ function accuracyFigure() {
   }));
   const rows = categories.flatMap((category) => phases.map((row) =>
     [`${category}, ${phaseName(row.phase)}`, percent(row.accuracy[category]), interval(row.interval[category]), number(row.n[category])]));
-  return figure("accuracy-figure", "Exact answers by category", "Percent; lines are 95 % intervals.", {
+  return figure("accuracy-figure", "Exact answers by category", "Percent; error bars are 95 % intervals.", {
     type: "bar", data: { labels: categories.map((name) => name.replace("_", " ")), datasets },
     options: options({ y: { min: 0, max: 100 }, tooltip: { label: (item) =>
       `${item.dataset.label}: ${item.raw.toFixed(1)} % [${item.dataset.whiskers[item.dataIndex]?.map((value) => value.toFixed(1)).join(", ")}]` } }),
-  }, ["category, phase", "right", "95 % interval", "n"], rows);
+  }, ["category, phase", "correct", "95 % interval", "n"], rows);
 }
 
 /** A curve over steps for each training that has the quantity. */
@@ -136,10 +136,10 @@ const isPreference = (row) => !isWarmup(row);
 
 function trainingFigures() {
   const setting = (name) => report.settings.find((row) => row.name === name)?.value;
-  const [title, note] = setting("preference.control") ? ["Loss of the control", "Mean negative log-likelihood a token."]
+  const [title, note] = setting("preference.control") ? ["Loss of the control", "Mean negative log-likelihood per token."]
     : [`Loss of preference training (${setting("preference.loss") ?? "–"})`, "Mean over the pairs of a batch."];
   return [
-    curveFigure("loss-sft", "Loss of the warm-up", "Mean negative log-likelihood a token.", "loss", isWarmup),
+    curveFigure("loss-sft", "Loss of the warm-up", "Mean negative log-likelihood per token.", "loss", isWarmup),
     curveFigure("loss-preference", title, note, "loss", isPreference),
     curveFigure("margin", "Reward margin", "How much more the policy prefers the chosen step than the reference does.", "reward_margin", isPreference),
     curveFigure("reward-accuracy", "Pairs in the right order", "Share whose chosen step has the higher reward.", "reward_accuracy", isPreference),
@@ -152,15 +152,15 @@ function perplexityFigure() {
   if (!boxes.length) return null;
   const shades = { all: colour("three"), before: colour("six"), after: colour("one") };
   const most = Math.max(...boxes.map(([, box]) => box.p90));
-  return figure("perplexity-figure", "Perplexity of the gold answers", "Of the whole replay buffer at each iteration, and of what was searched there, before and after the iteration. Boxes hold the middle half, lines four fifths; dots are medians.", {
+  return figure("perplexity-figure", "Perplexity of the gold answers", "Whole replay buffer at each iteration, and the searched samples before and after the iteration. Boxes span the middle 50 %, lines the middle 80 %; dots are medians.", {
     type: "bar",
     data: { labels: boxes.map(([name]) => name.split(", ")), datasets: [{
       label: "middle half", data: boxes.map(([, box]) => [box.p25, box.p75]), whiskers: boxes.map(([, box]) => [box.p10, box.p90]),
       middles: boxes.map(([, box]) => box.p50), minBarLength: 2, maxBarThickness: 46, borderSkipped: false, borderRadius: 2,
       backgroundColor: boxes.map(([name]) => shades[name.split(",")[0]]) }] },
     options: options({ legend: false, y: { type: most > 10 ? "logarithmic" : "linear", min: 1, suggestedMax: most, ticks: { callback: (value) => number(value, 1), maxTicksLimit: 7 } },
-      tooltip: { label: (item) => `median ${number(boxes[item.dataIndex][1].p50)}, half from ${item.raw.map((value) => number(value)).join(" to ")}` } }),
-  }, ["of", "10 %", "25 %", "median", "75 %", "90 %", "mean", "n"],
+      tooltip: { label: (item) => `median ${number(boxes[item.dataIndex][1].p50)}, middle half from ${item.raw.map((value) => number(value)).join(" to ")}` } }),
+  }, ["samples", "10 %", "25 %", "median", "75 %", "90 %", "mean", "n"],
   boxes.map(([name, box]) => [name, ...["p10", "p25", "p50", "p75", "p90", "mean"].map((key) => number(box[key])), number(box.n)]), true);
 }
 
@@ -179,15 +179,15 @@ function barFigure(id, title, note, rows, parts, { stacked = true, written = num
 function searchFigures() {
   const mean = (row, key) => number(row.pairs ? row[key] / row.pairs : null, 1);
   const verdict = (name) => (row) => row.verdicts[name] ?? 0;
-  const trees = barFigure("verdicts", "What the searches came to", "Trees by the finished responses in them.", report.searches,
+  const trees = barFigure("verdicts", "Results of the searches", "Trees by the outcomes of their finished responses.", report.searches,
     [["right and wrong", "one", verdict("mixed")], ["all right", "five", verdict("right")], ["all wrong", "two", verdict("wrong")], ["none finished", "three", verdict("none")]],
     { extra: [["nodes", (row) => number(row.nodes)], ["trees without pairs", (row) => number(row.trees_without_pairs)]] });
-  const gaps = report.searches.length ? figure("gaps", "How far apart the steps of a pair are", "Pairs by the gap in Q between chosen and rejected.", {
+  const gaps = report.searches.length ? figure("gaps", "Gap in Q within pairs", "Pairs by the gap in Q between the chosen and the rejected step.", {
     type: "bar",
     data: { labels: report.searches[0].gaps.map((row, n, all) => (n + 1 < all.length ? `${row.from}–${all[n + 1].from}` : `${row.from}+`)), datasets: report.searches.map((row) => ({
       label: phaseName(row.phase), data: row.gaps.map((gap) => gap.n), backgroundColor: phaseColour(row.phase, ["base", ...report.searches.map((other) => other.phase)]) })) },
     options: options({ x: { text: "gap in Q" }, y: { ticks: { precision: 0 } } }),
-  }, ["phase", "pairs", "median gap", "at the first step", "chosen is gold", "tokens chosen", "tokens rejected"],
+  }, ["phase", "pairs", "median gap", "at the first step", "chosen is gold", "mean chosen tokens", "mean rejected tokens"],
   report.searches.map((row) => [phaseName(row.phase), number(row.pairs), number(row.median_gap), number(row.first_step), number(row.chosen_is_gold), mean(row, "chosen_tokens"), mean(row, "rejected_tokens")])) : null;
   return [abilityFigure(), perplexityFigure(), trees, gaps, timeFigure(), tokenFigure()];
 }
@@ -197,16 +197,16 @@ function abilityFigure() {
   const percent = (value) => (value == null ? "–" : `${number(100 * value, 1)} %`);
   const judged = (row) => row.self_evaluation ?? {}, held = (row) => row.held_out ?? {};
   const rows = report.iterations;
-  return barFigure("ability", "The searched prompts", "Share that the policy answers rightly: greedily, in one sample, and in any of K samples. The table has what the search found, how well the self-evaluation tells right from wrong, and what training changed.", rows,
+  return barFigure("ability", "Policy accuracy on the searched prompts", "Share answered correctly by greedy decoding, by one sample, and by any of K samples. The table adds the results of the search, the quality of self-evaluation, and the effect of training.", rows,
     [["greedy", "three", (row) => row.greedy ?? 0], ["one sample", "two", (row) => row.pass_at_1 ?? 0], [`any of ${rows[0]?.k ?? "K"}`, "one", (row) => row.pass_at_k ?? 0]],
     { stacked: false, written: percent, extra: [
-      ["prompts", (row) => number(row.prompts)], ["solved by own steps", (row) => number(row.solved)], ["only by the gold", (row) => number(row.solved_by_gold)],
-      ["pairs", (row) => number(row.pairs)], ["chosen is gold", (row) => number(row.chosen_is_gold)], ["injected", (row) => number(row.chosen_injected)],
+      ["prompts", (row) => number(row.prompts)], ["solved by own steps", (row) => number(row.solved)], ["solved by gold only", (row) => number(row.solved_by_gold)],
+      ["pairs", (row) => number(row.pairs)], ["chosen is gold", (row) => number(row.chosen_is_gold)], ["chosen is injected", (row) => number(row.chosen_injected)],
       ["invalid pairs", (row) => number(row.invalid_pairs)], ["AUC of self-evaluation", (row) => number(judged(row).auc, 2)],
-      ["calibration error", (row) => number(judged(row).calibration_error, 2)], ["flipped by letters", (row) => percent(judged(row).flipped)],
+      ["calibration error", (row) => number(judged(row).calibration_error, 2)], ["flipped by reversed letters", (row) => percent(judged(row).flipped)],
       ["held-out pairs", (row) => number(held(row).pairs)], ["margin before", (row) => number(held(row).margin_before, 2)], ["margin after", (row) => number(held(row).margin_after, 2)],
-      ["in order before", (row) => percent(held(row).accuracy_before)], ["in order after", (row) => percent(held(row).accuracy_after)],
-      ["validation answers changed", (row) => percent(row.changed)], ["hardly trained", (row) => (row.hardly_trained ? "yes" : "no")]] });
+      ["pairs in order before", (row) => percent(held(row).accuracy_before)], ["pairs in order after", (row) => percent(held(row).accuracy_after)],
+      ["validation answers changed", (row) => percent(row.changed)], ["almost no effect", (row) => (row.hardly_trained ? "yes" : "no")]] });
 }
 
 function timeFigure() {
@@ -216,14 +216,14 @@ function timeFigure() {
   const seconds = (kind) => (row) => (kind === "dpo" ? Math.max(0, (row.dpo ?? 0) - (row.reference ?? 0)) : row[kind] ?? 0);
   const most = Math.max(0, ...rows.map((row) => kinds.reduce((sum, [kind]) => sum + seconds(kind)(row), 0)));
   const [text, unit] = most < 120 ? ["seconds", 1] : most < 7200 ? ["minutes", 60] : ["hours", 3600];
-  return barFigure("time", "Time", "Of finished stages.", rows, kinds.map(([kind, shade]) => [kind, shade, seconds(kind)]), { written: duration, text, unit });
+  return barFigure("time", "Time", "Finished stages only.", rows, kinds.map(([kind, shade]) => [kind, shade, seconds(kind)]), { written: duration, text, unit });
 }
 
 function tokenFigure() {
   const rows = report.searches.map((row) => ({ ...row,
     search: report.stages.find((stage) => stage.phase === row.phase && stage.stage === "search") ?? {},
     scored: report.perplexity.find((other) => other.phase === row.phase)?.tokens ?? 0 }));
-  return barFigure("tokens", "Tokens", "Of responses: scored for perplexity, generated by the search, and in pairs.", rows, [
+  return barFigure("tokens", "Tokens", "Response tokens scored for perplexity, generated by the search, and in pairs.", rows, [
     ["scored", "three", (row) => row.scored], ["generated in search", "two", (row) => row.search.generated_tokens ?? 0],
     ["in pairs", "one", (row) => row.chosen_tokens + row.rejected_tokens]],
   { stacked: false, extra: [["generated per second", (row) => number((row.search.generated_tokens ?? 0) / Math.max(row.search.seconds ?? 0, 1e-9), 0)]] });
@@ -233,7 +233,7 @@ function kindsFigure() {
   const { phases, kinds } = report.examples;
   const names = Object.keys(report.kinds).filter((kind) => phases.some((phase) => kinds[phase][kind]));
   if (!names.length) return null;
-  return figure("kinds-figure", "What goes wrong", "Wrong answers by kind of error and phase.", {
+  return figure("kinds-figure", "Kinds of error", "Wrong answers by kind of error and phase.", {
     type: "bar",
     data: { labels: names, datasets: phases.map((phase) => ({ label: phaseName(phase), data: names.map((kind) => kinds[phase][kind] ?? 0),
       backgroundColor: phaseColour(phase, phases), categoryPercentage: 0.78, barPercentage: 0.88, borderRadius: 2 })) },

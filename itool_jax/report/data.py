@@ -65,7 +65,7 @@ def find(config: Config) -> tuple[Figures, list[report_trees.ReportTree]]:
         ValueError: there is no run, or one of its files is damaged; names the file.
     """
     if not (config.run_dir / "config.yaml").is_file():
-        raise ValueError(f"{config.run_dir} is no run directory (it holds no config.yaml); set --run_dir")
+        raise ValueError(f"{config.run_dir} is not a run directory (no config.yaml); set --run_dir")
     names, tool_lists = phases(config), ToolLists()
     config = _with_evaluation(config, names)
     iterations = [name for name in names if name.startswith("iteration_")]
@@ -126,7 +126,7 @@ def _card(path: Path) -> Figures | None:
     for name in ("parts", "overlap_with_train") if card else ():
         counts = card.get(name) if card else None
         if not isinstance(counts, dict) or not all(_counts(row) for row in counts.values()):
-            raise ValueError(f"{path} is damaged (its {name} are no counts by part); choose another --run_dir")
+            raise ValueError(f"{path} is damaged (its {name} are not counts by part); choose another --run_dir")
     return card
 
 
@@ -142,7 +142,7 @@ def _settings(path: Path) -> list[Figures]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     if not isinstance(saved, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
+        raise ValueError(f"{path} is damaged (no settings)")
     defaults = Config(stage="iterate")
     default, runtime = defaults.flat(), defaults.flat(Runtime)
     kept = ("iterations", "benchmark", "evaluate.", "generate.", "mesh.")

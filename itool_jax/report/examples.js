@@ -28,8 +28,8 @@ function fillExampleControls() {
 }
 
 function changeOf(before, after) {
-  if (before.kind === null) return after.kind === null ? "right" : "broken";
-  return after.kind === null ? "repaired" : "wrong";
+  if (before.kind === null) return after.kind === null ? "right" : "regressed";
+  return after.kind === null ? "fixed" : "wrong";
 }
 
 function chosenExamples() {
@@ -40,13 +40,13 @@ function chosenExamples() {
     const [before, after] = [row.answers[from], row.answers[to]];
     if (!before || !after) return false;
     const change = changeOf(before, after);
-    if (wanted !== "all" && (wanted ? change !== wanted : !["repaired", "broken"].includes(change))) return false;
+    if (wanted !== "all" && (wanted ? change !== wanted : !["fixed", "regressed"].includes(change))) return false;
     if (state.error && before.kind !== state.error && after.kind !== state.error) return false;
     return !text || [row.id, row.question, row.gold, before.response, after.response].some((part) => part.toLowerCase().includes(text));
   });
 }
 
-const TAGS = { repaired: ["good", "✓ repaired"], broken: ["bad", "✗ broken"], wrong: ["", "✗ wrong"], right: ["", "✓ right"] };
+const TAGS = { fixed: ["good", "✓ fixed"], regressed: ["bad", "✗ regressed"], wrong: ["", "✗ wrong"], right: ["", "✓ right"] };
 
 function drawExamples() {
   const [from, to] = comparedPhases();
@@ -58,7 +58,7 @@ function drawExamples() {
   // One that an address points to is shown wherever it stands.
   const at = found.findIndex((row) => row.id === state.example);
   const count = Math.max(Number(state.examples) || PAGE, at + 1);
-  const left = report.examples.left_out ? `; ${number(report.examples.left_out)} of the evaluation are not in this page` : "";
+  const left = report.examples.left_out ? `; ${number(report.examples.left_out)} more are not included` : "";
   byId("example-count").textContent = `${number(found.length)} of ${number(report.examples.samples.length)} samples${left}`;
   byId("example-list").replaceChildren(...found.slice(0, count).map((row) => exampleCard(row, from, to)));
   byId("example-more").hidden = found.length <= count;
@@ -83,7 +83,7 @@ function exampleCard(row, from, to) {
 function block(label, text, kind, gold) {
   const verdict = kind === undefined ? null : kind === null ? make("span", { className: "tag good" }, "✓ right") : make("span", { className: "tag bad", title: report.kinds[kind] }, `✗ ${kind}`);
   return make("div", { className: "block" }, make("div", { className: "caption" }, label, verdict),
-    make("pre", {}, kind ? marked(text, gold) : text || "(nothing)"));
+    make("pre", {}, kind ? marked(text, gold) : text || "(empty)"));
 }
 
 /** The text with what is between the beginning and the end that it shares with the gold marked, in whole words. */
@@ -100,14 +100,14 @@ function marked(text, gold) {
 
 function conversation(messages) {
   return make("div", { className: "talk" }, messages.map((message) =>
-    make("div", { className: "block" }, make("div", { className: "role" }, message.role), make("pre", {}, message.content || "(nothing)"))));
+    make("div", { className: "block" }, make("div", { className: "role" }, message.role), make("pre", {}, message.content || "(empty)"))));
 }
 
 function toolList(place, id) {
   const tools = report.tool_lists[place] ?? [];
   if (!tools.length) return make("p", { className: "caption" }, "No tools were offered.");
   const rows = tools.map((tool) => [make("code", {}, shown(tool.name)), shown(tool.description ?? ""), make("code", {}, parameters(tool))]);
-  return folded(id, `${tools.length} tool${tools.length > 1 ? "s" : ""}`, table(["tool", "what it does", "parameters"], rows, { numeric: false }));
+  return folded(id, `${tools.length} tool${tools.length > 1 ? "s" : ""}`, table(["tool", "description", "parameters"], rows, { numeric: false }));
 }
 
 function parameters(tool) {

@@ -201,12 +201,12 @@ const fill = (id, content) => byId(id).lastElementChild.replaceChildren(content)
 function drawStatus() {
   const finished = report.summary?.finished === true;
   const last = report.log.lines.at(-1);
-  const now = last ? `${shown(report.log.stage ?? "")}: ${shown(last.text)}` : "nothing was logged yet";
+  const now = last ? `${shown(report.log.stage ?? "")}: ${shown(last.text)}` : "nothing logged yet";
   const when = report.log.time ? new Date(1000 * report.log.time).toLocaleString() : "";
-  const text = finished ? `Finished, ${when}` : `${report.live ? "At work" : "Not finished"}, ${when}. ${now}`;
+  const text = finished ? `Finished, ${when}` : `${report.live ? "Running" : "Not finished"}, ${when}. ${now}`;
   byId("status").replaceChildren(make("span", { className: `dot${report.live && !finished ? " live" : ""}` }), text);
   byId("fault").hidden = !report.error;
-  byId("fault").textContent = report.error ? `What is shown is older than the run directory: ${report.error}` : "";
+  byId("fault").textContent = report.error ? `This page is older than the run directory: ${report.error}` : "";
 }
 
 function drawHeadline() {
@@ -226,11 +226,11 @@ function drawEnvironment() {
     Object.entries(session).map(([name, value]) => [n ? `${name} (session ${n + 1})` : name,
       name === "time" ? new Date(1000 * value).toLocaleString() : value && typeof value === "object"
         ? Object.entries(value).map(([key, item]) => `${key} ${shown(item)}`).join(", ") || "none" : shown(value)]));
-  fill("environment", rows.length ? table(["what", "value"], rows, { numeric: false }) : make("p", {}, "It was not recorded."));
+  fill("environment", rows.length ? table(["name", "value"], rows, { numeric: false }) : make("p", {}, "Not recorded."));
 }
 
 function drawCard() {
-  if (!report.card) { fill("card", make("p", {}, "The data was not made yet.")); return; }
+  if (!report.card) { fill("card", make("p", {}, "The data has not been prepared yet.")); return; }
   const { parts = {}, overlap_with_train: overlap = {}, ...rest } = report.card;
   const names = [...new Set(Object.values(parts).flatMap(Object.keys))];
   const rows = Object.entries(parts).map(([part, counts]) => [part, ...names.map((name) => number(counts[name]))]);
@@ -238,7 +238,7 @@ function drawCard() {
   const left = Object.entries(rest).filter(([, value]) => typeof value !== "object").map(([name, value]) => `${name.replaceAll("_", " ")}: ${shown(value)}`);
   fill("card", make("div", {}, make("p", {}, left.join(", ")),
     table(["part", ...names.map((name) => name.replaceAll("_", " "))], rows),
-    table(["shares with train", "questions", "near duplicates", "samples with a known tool", "of samples"], shared)));
+    table(["overlap with train", "questions", "near duplicates", "samples with a tool seen in training", "of samples"], shared)));
 }
 
 // Start, and follow a run that goes on. --------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ async function follow() {
       if (answer.status === 200) renew(await answer.json());
       if (!report.error) byId("fault").hidden = true;
     } catch {
-      byId("fault").textContent = "The server of this page is gone; what is shown stays as it was. Start --stage=report --watch again.";
+      byId("fault").textContent = "The report server has stopped, so this page no longer updates. Restart --stage=report --watch.";
       byId("fault").hidden = false;
     }
   }
@@ -282,7 +282,7 @@ async function follow() {
 
 function start() {
   addEventListener("error", (event) => {
-    byId("fault").textContent = `The page met an error: ${event.message}`;
+    byId("fault").textContent = `Error in this page: ${event.message}`;
     byId("fault").hidden = false;
   });
   state = readAddress();

@@ -68,7 +68,7 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.headers.get("Host", "").rpartition(":")[0] not in NAMES:  # another site's name for this machine
-                self._answer(403, "text/plain", "only this machine's own browser is answered")
+                self._answer(403, "text/plain", "only requests to 127.0.0.1 or localhost are answered")
                 return
             path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
             latest = source.now()
@@ -83,7 +83,7 @@ def handler(source: Source) -> type[BaseHTTPRequestHandler]:
             elif path == "/tree" and at.isascii() and at.isdigit() and int(at[:9]) < len(latest.trees):
                 self._answer(200, "application/json", latest.trees[int(at[:9])])
             else:
-                self._answer(404, "text/plain", "there is no such page")
+                self._answer(404, "text/plain", "page not found")
 
         def _answer(self, status: int, kind: str, text: str) -> None:
             body = text.encode()
@@ -113,7 +113,7 @@ def listen(source: Source, port: int = PORT) -> ThreadingHTTPServer:
     for number in range(port, port + TRIES):
         with contextlib.suppress(OSError):
             return _Server((HOST, number), handler(source))
-    raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; end another --watch")
+    raise ValueError(f"ports {port} to {port + TRIES - 1} of {HOST} are all in use; stop another --watch")
 
 
 def serve(stamp: Stamp, content: Content) -> int:
@@ -121,9 +121,9 @@ def serve(stamp: Stamp, content: Content) -> int:
     source = Source(stamp, content)
     source.latest = Latest(stamp(), *content(), None)  # fails at once on a bad run directory
     with listen(source) as server:
-        print(f"the report is at http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
+        print(f"report at http://{HOST}:{server.server_port}/ (Ctrl-C stops the server)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print("ended")
+            print("stopped")
     return len(source.latest.trees)

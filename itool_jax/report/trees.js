@@ -26,7 +26,7 @@ function drawPicker() {
   const found = chosenTrees();
   // The one that is shown stands in the list too.
   const count = Math.max(Number(state.prompts) || PROMPTS, 1 + found.findIndex((entry) => keyOf(entry) === currentKey()));
-  const left = report.trees_left_out ? `; ${number(report.trees_left_out)} more are not in this page` : "";
+  const left = report.trees_left_out ? `; ${number(report.trees_left_out)} more are not included` : "";
   byId("tree-count").textContent = `${number(found.length)} of ${number(report.trees.length)} trees${left}`;
   byId("tree-list").replaceChildren(...found.slice(0, count).map((entry) => {
     const key = keyOf(entry);
@@ -78,7 +78,7 @@ async function drawTree() {
   const key = currentKey();
   const place = report.trees.findIndex((entry) => keyOf(entry) === key);
   if (place < 0) {
-    byId("tree").replaceChildren(make("p", { className: "caption" }, key ? `There is no tree ${key} in this report.` : "No tree was searched yet."));
+    byId("tree").replaceChildren(make("p", { className: "caption" }, key ? `Tree ${key} is not in this report.` : "No trees yet."));
     return;
   }
   const raw = await readTree(place);
@@ -192,7 +192,7 @@ function legend() {
 // The table of steps, a tree grid: arrows move and fold, Enter chooses. ------------------------------------------------
 
 const COLUMNS = [
-  ["N", "visits", (node) => number(node.visits)], ["Q", "worth", (node) => (node.id ? number(node.q) : "–")], ["P", "prior", (node) => (node.id ? number(node.prior) : "–")],
+  ["N", "visits", (node) => number(node.visits)], ["Q", "value", (node) => (node.id ? number(node.q) : "–")], ["P", "prior", (node) => (node.id ? number(node.prior) : "–")],
   ["O", "outcome", (node) => (node.terminal ? number(node.outcome) : "–")], ["C", "confidence", (node) => (node.id ? number(node.confidence) : "–")],
 ];
 
@@ -276,28 +276,28 @@ function detail(tree, node) {
   for (let at = node; at.id; at = tree.nodes[at.parent]) path.unshift(at);
   const text = path.map((step, n) => (n === path.length - 1 ? make("mark", {}, step.text) : step.text));
   const measures = [
-    ["N", number(node.visits), "times the search came by"],
-    ["Q", number(node.q, 3), "what the step is worth: its reward and what follows it"],
-    ["V", number(node.value, 3), "mean worth of the steps after it"],
-    ["Prior", number(node.prior, 3), "how likely the policy finds the step"],
+    ["N", number(node.visits), "visits"],
+    ["Q", number(node.q, 3), "value of the step: its reward plus what follows"],
+    ["V", number(node.value, 3), "mean value of the steps that follow"],
+    ["Prior", number(node.prior, 3), "how likely the step is under the policy"],
     ["O", node.terminal ? number(node.outcome, 2) : "–", "outcome of a finished response: +1 right, −1 wrong"],
-    ["C", number(node.confidence, 3), "how right the policy believes it is"],
+    ["C", number(node.confidence, 3), "how likely the policy believes the response so far to be right"],
   ];
-  const response = node.id ? make("div", { className: "block" }, make("div", { className: "caption" }, "Response up to here, its last step marked"), make("pre", {}, text)) : null;
+  const response = node.id ? make("div", { className: "block" }, make("div", { className: "caption" }, "Response so far, last step highlighted"), make("pre", {}, text)) : null;
   const values = make("dl", { className: "measures" }, measures.map(([name, value, meaning]) => make("div", {}, make("dt", {}, name), make("dd", {}, value, make("small", {}, meaning)))));
   return make("tr", { className: "detail", role: "row" }, make("td", { colSpan: 6, role: "gridcell" },
     make("div", { className: "caption" }, `Node ${node.id}, depth ${node.depth}`), response, values));
 }
 
 function pairList(tree) {
-  if (!tree.pairs.length) return [make("h4", {}, "Pairs"), make("p", { className: "caption" }, "This tree gave no pair.")];
+  if (!tree.pairs.length) return [make("h4", {}, "Pairs"), make("p", { className: "caption" }, "This tree yielded no pairs.")];
   const button = (id, label) => {
     const found = make("button", { type: "button", className: "link" }, label);
     found.addEventListener("click", () => choose(id));
     return found;
   };
   const side = (label, id, q) => make("div", { className: "block" }, make("div", { className: "caption" }, button(id, `${label}, node ${id}`), `Q ${number(q)}`),
-    make("pre", {}, tree.nodes[id] ? stepText(tree.nodes[id]) : "(it is not in the tree)"));
+    make("pre", {}, tree.nodes[id] ? stepText(tree.nodes[id]) : "(not in the tree)"));
   return [make("h4", {}, "Pairs"), make("ol", { className: "cards" }, tree.pairs.map((pair) => make("li", {}, make("div", { className: "body" },
     make("div", { className: "caption" }, `Pair ${pair.n}, after `, button(pair.at, `node ${pair.at}`)),
     make("div", { className: "two" }, side("▲ chosen", pair.chosen, pair.qChosen), side("▼ rejected", pair.rejected, pair.qRejected))))))];

@@ -36,12 +36,12 @@ from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
 from itool_jax.text.sample import Row
 
 HELP = """\
-/reset         begins a new conversation, with the same tools and system message
-/system TEXT   begins a new one with TEXT as system message; without TEXT, with none
+/reset         starts a new conversation with the same tools and system message
+/system TEXT   starts a new conversation with TEXT as system message; without TEXT, with none
 /tools         lists the tools
-/save FILE     adds the conversation to FILE.jsonl, which trains a model
+/save FILE     adds the conversation to FILE.jsonl as training data
 /help          lists the commands
-/quit          ends, as Ctrl-D does; Ctrl-C stops an answer and takes the turn back"""
+/quit          quits, like Ctrl-D; Ctrl-C stops an answer and discards the turn"""
 NEW = ("/reset", "/system")
 EXAMPLE = 40
 """Index of the generated validation sample that supplies the tools if no file does; the demo does not train on it."""
@@ -61,7 +61,7 @@ def run(run: Run) -> dict[str, Any]:
     with use_own_mesh(config.mesh):
         session = Session(run, tools, given)
         if config.tools is None:
-            session.say(f"tools of the demo; try: {example.messages[-1]['content']}", "dim")
+            session.say(f"demo tools; try: {example.messages[-1]['content']}", "dim")
         session.talk()
     return {"turns": session.turns}
 
@@ -73,7 +73,7 @@ def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         ValueError: the file holds no valid tool; names the file.
     """
     if path.suffix == ".jsonl":
-        raise ValueError(f"tools {path}: a JSON file is wanted, with one tool or one list of them, not a row a line")
+        raise ValueError(f"tools {path} must be a JSON file with one tool or a list of tools, not one row per line")
     try:
         content = read_json(path)
         given = content if isinstance(content, list) else [content]
@@ -81,7 +81,7 @@ def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     except ValueError as error:
         raise ValueError(f"tools {path}: {error}") from error
     if not schemas:
-        raise ValueError(f"tools {path}: there is no tool in it")
+        raise ValueError(f"tools {path}: no tools in the file")
     return schemas, tuple(given)
 
 
@@ -118,7 +118,7 @@ class Session:
                 try:
                     line = _ask("you> ").strip()
                 except KeyboardInterrupt:
-                    self.say("\n/quit or Ctrl-D ends", "dim")
+                    self.say("\nuse /quit or Ctrl-D to quit", "dim")
                     continue
                 if line.startswith("/"):
                     self.command(line)
@@ -130,7 +130,7 @@ class Session:
     def turn(self, text: str) -> None:
         """Answers a question until an answer calls no tool; takes the turn back if it is interrupted or fails."""
         if any("\ud800" <= character <= "\udfff" for character in text):
-            self.say("that line is not UTF-8", "yellow")
+            self.say("the line is not valid UTF-8", "yellow")
             return
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -144,10 +144,10 @@ class Session:
         except _ResetError:
             return
         except KeyboardInterrupt:
-            self.say("\nstopped; the turn is taken back", "yellow")
+            self.say("\nstopped; turn discarded", "yellow")
             self.messages = before
         except ValueError as error:
-            self.say(f"{error}; the turn is taken back", "red")
+            self.say(f"{error}; turn discarded", "red")
             self.messages = before
 
     def answer(self) -> list[Call]:
@@ -156,8 +156,8 @@ class Session:
         ids = chat.prompt_ids(self.messages, self.tools)
         if (room := self.base.config.max_length - len(ids)) < 1:
             raise ValueError(
-                f"the conversation has {len(ids)} tokens, the model's context {self.base.config.max_length}; "
-                "/reset begins a new one"
+                f"the conversation has {len(ids)} tokens, but the model's context is {self.base.config.max_length}; "
+                "/reset starts a new one"
             )
         limit = min(settings.max_tokens, room)
         fold = np.array([stable_hash(f"{len(self.messages)} {self.messages[-1]['content']}")], np.uint32)
@@ -180,7 +180,7 @@ class Session:
         """Shows the parsed calls of an answer with the faults of each, and returns the calls."""
         calls = read_calls(text)
         if calls is None and looks_like_calls(text):
-            self.say("  it begins like a list of calls, and cannot be read as one", "red")
+            self.say("  starts like a list of calls, but cannot be parsed as one", "red")
         for number, call in enumerate(calls or (), 1):
             console_out.print(Text(f"  call {number}: ", style="dim") + highlighted(call), soft_wrap=True)
             for line in remarks.faults(call, self.tools):
@@ -213,15 +213,15 @@ class Session:
                     self.say(f"{remarks.signature(function)}  {function['description']}")
             case "/reset":
                 self.reset()
-                self.say("a new conversation", "dim")
+                self.say("new conversation", "dim")
             case "/system":
                 self.system = {"role": "system", "content": rest} if rest else None
                 self.reset()
-                self.say(f"a new conversation, {'with that' if rest else 'without a'} system message", "dim")
+                self.say(f"new conversation {'with that' if rest else 'without a'} system message", "dim")
             case "/save":
                 self.save(rest)
             case _:
-                self.say(f"there is no command {name}; /help lists them", "yellow")
+                self.say(f"unknown command {name}; /help lists the commands", "yellow")
 
     def save(self, name: str) -> None:
         """Adds the conversation to a file of training data, or updates it there."""
@@ -233,12 +233,12 @@ class Session:
             return
         try:
             if not samples_from_conversation(self.id, self.messages, self.tools, "after_user"):
-                raise ValueError("there is no answer to save yet")
+                raise ValueError("no answer to save yet")
             path = Path(name).expanduser()
             rows = [row for _, row in read_rows(path)] if path.exists() else []
             row = {"id": self.id, "messages": self.messages, "tools": list(self.tools)}
             count = write_jsonl(path, [*(other for other in rows if other.get("id") != self.id), row])
-            self.say(f"saved; {name} holds {count} conversation{'s' * (count > 1)}", "dim")
+            self.say(f"saved; {name} now has {count} conversation{'s' * (count > 1)}", "dim")
         except (ValueError, OSError) as error:
             self.say(f"not saved: {error}", "red")
 

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
                 console_out.print(line, soft_wrap=True)
     errors, warnings = (_counted(findings, level) for level in ("error", "warning"))
     if any(finding.level == "error" for finding in findings):
-        raise ValueError(f"doctor: {errors} and {warnings}; mend what is marked error above")
+        raise ValueError(f"doctor: {errors} and {warnings}; fix the errors marked above")
     console_out.print(Text(f"no errors, {warnings}"))
 
 
@@ -64,7 +64,7 @@ def _examined(config: Config) -> Iterator[Finding]:
     if _absent(hub, "model "):
         answers = all(finding.level == "ok" for finding in hub)
         remedy = f"hf download {config.model}" if answers else ""
-        yield Finding("warning", "model", "its files are not here, so not looked at", remedy)
+        yield Finding("warning", "model", "not checked: its files are not on this machine", remedy)
         yield from machine.disk(config.run_dir, int(LEAST))
         return
     findings = list(doctor_model.model(config))

@@ -48,14 +48,14 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow], answers: T
     config, settings = task.config, task.config.preference
     rows, held_out = _hold_out(config, pairs.rows)
     if not rows:
-        return _keep(task, policy, "all pairs are held out" if held_out else "the search found no pair")
+        return _keep(task, policy, "all pairs are held out" if held_out else "the search found no pairs")
     source = task.run.policy(WARMUP) if settings.reference == "warmup" else policy
     reference: dict[str, ReferenceRow] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
         targets = _targets(task, rows, _hold_out(config, answers.rows)[0])
         if not targets:
-            return _keep(task, policy, "the trees hold no right answer of the model's own")
+            return _keep(task, policy, "the trees hold no right answer by the model itself")
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
         loss = train.sft_loss(graph)
     else:
@@ -78,7 +78,7 @@ TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     """Saves the unchanged policy as the iteration's, because there is nothing to train on."""
-    say(f"{task.phase}: {why}, the policy stays as it is")
+    say(f"{task.phase}: {why}; keeping the policy unchanged")
     trainable, _ = policy.trainable(merge=task.config.preference.merge)
     digest = checkpoint.save(task.folder / WEIGHTS, trainable)
     return {"pairs": 0, "steps": 0, "weights": digest, "held_out": compare_held_out([], [])}
@@ -153,11 +153,11 @@ def _report(task: Task, x: Figures) -> None:
     if x["pairs"]:
         say(
             f"{task.phase}: {x['pairs']} held-out pairs: "
-            f"margin {x['margin_before']:.2f} to {x['margin_after']:.2f} nats, "
-            f"chosen step likelier in {100 * x['accuracy_before']:.1f} to {100 * x['accuracy_after']:.1f} %"
+            f"margin {x['margin_before']:.2f} → {x['margin_after']:.2f} nats, "
+            f"chosen step more likely in {100 * x['accuracy_before']:.1f} → {100 * x['accuracy_after']:.1f} %"
         )
     elif share := task.config.pairs.held_out:
-        say(f"{task.phase}: no pair is held out (pairs.held_out={share}), so nothing measures the training")
+        say(f"{task.phase}: no held-out pairs (pairs.held_out={share}), so the effect of training is not measured")
 
 
 # The reference ----------------------------------------------------------------------------------------------
@@ -195,5 +195,5 @@ def _by_pair(pairs: Sequence[PreferenceRow], reference: Table[ReferenceRow]) -> 
     """Indexes the reference's log-probabilities by pair id; ValueError names a pair that has none."""
     by_id = {row.id: row for row in reference.rows}
     if missing := [row.id for row in pairs if row.id not in by_id]:
-        raise ValueError(f"{reference.path} holds no row of pair {missing[0]}; delete it to compute it again")
+        raise ValueError(f"{reference.path} has no row for pair {missing[0]}; delete it to compute it again")
     return by_id

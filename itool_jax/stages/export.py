@@ -44,7 +44,9 @@ def run(run: Run) -> dict[str, Any]:
         run.policy(WARMUP).require()
     phase = config.export.phase or phases[-1]
     if phase not in phases:
-        raise ValueError(f"export.phase={phase} has no weights in {config.run_dir}; there are: {', '.join(phases)}")
+        raise ValueError(
+            f"export.phase={phase} has no weights in {config.run_dir}; phases with weights: {', '.join(phases)}"
+        )
     check_sources(config, ["model"])  # adapters only fit the base they were trained with
     target = config.output or config.run_dir / phase / config.export.kind
     _refuse_to_replace(config, target)
@@ -59,29 +61,29 @@ def run(run: Run) -> dict[str, Any]:
 
 def _write_adapter(config: Config, phase: str, target: Path) -> None:
     if config.lora.rank == 0:
-        raise ValueError("export.kind=adapter: this run trained all weights and has no adapters; export.kind=merged")
+        raise ValueError(
+            "export.kind=adapter: this run trained all weights and has no adapters; set export.kind=merged"
+        )
     if merged_phases(config, phase) != [phase]:
         raise ValueError(
-            f"export.kind=adapter: with preference.merge the adapters of {phase} belong to weights that earlier ones "
-            "were merged into; export.kind=merged"
+            f"export.kind=adapter: with preference.merge, the adapters of {phase} apply to weights with earlier "
+            "adapters merged in; set export.kind=merged"
         )
     name = config.model if config.model != "embedded" else str(model_folder(config))
     export.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
     if config.quantize == "nf4":
-        say(
-            f"these adapters were trained beside {name} in four bits; beside its 16-bit weights answers differ a little"
-        )
+        say(f"these adapters were trained on 4-bit weights of {name}; on its 16-bit weights, answers differ slightly")
 
 
 def _write_merged(config: Config, phase: str, target: Path) -> None:
     nf4 = config.quantize == "nf4"
     if not nf4 and config.export.base is not None:
-        raise ValueError("export.base is for runs with quantize=nf4; other adapters have one base only")
+        raise ValueError("export.base is only for runs with quantize=nf4; other adapters have a single base")
     if nf4 and config.export.base is None:
         raise ValueError(
-            "export.base must say what adapters trained beside four-bit weights are merged into: original or "
-            "dequantized"
+            "export.base must be original or dequantized: the weights into which adapters trained on 4-bit weights "
+            "are merged"
         )
     trained = [forms.to_run(restore_trained(config, part)) for part in merged_phases(config, phase)]
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
@@ -150,7 +152,7 @@ def _refuse_to_replace(config: Config, target: Path) -> None:
     kinds = (("config.json", "model*.safetensors"), ("adapter_config.json", "adapter_model.safetensors"))
     exported = any((place / name).is_file() and any(place.glob(weights)) for name, weights in kinds)
     if not exported or place in (model, run, *model.parents, *run.parents):
-        raise ValueError(f"output {target} is no exported model, so --overwrite does not replace it")
+        raise ValueError(f"output {target} is not an exported model, so --overwrite does not replace it")
 
 
 @contextlib.contextmanager

@@ -105,5 +105,5 @@ def _finish(run: Run) -> dict[str, Any]:
     if is_first():
         write_json(config.run_dir / "summary.json", content)
         page = report.refresh(config)
-        summary.show(config, content, f", {page.name} to look at it" if page else "")
+        summary.show(config, content, f"Open {page}" if page else "")
     return content

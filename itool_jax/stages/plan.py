@@ -41,7 +41,7 @@ def run(config: Config) -> Figures:
     config = memory.laid_out(config, hardware)
     data = _data(config)
     planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool)), hardware)
-    say(f"planning for {hardware.n_devices} x {hardware.name}, asking {hardware.answers}")
+    say(f"planning for {hardware.n_devices} x {hardware.name}, using {hardware.answers}")
     # 1. The memory that each stage needs with the current settings, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
     stages = stages if data.evaluated else stages[:-1]  # a run may be evaluated on nothing but a benchmark
@@ -133,17 +133,18 @@ def _head(plan: Figures) -> list[str]:
     sheet = (
         "" if kind is None else f": {kind['gigabytes']:g} GB, {kind['bandwidth']:g} GB/s, {kind['teraflops']:g} TFLOP/s"
     )
-    source = "" if kind is None else f"; by the {kind['source']}"
-    idle = f"; {d['count'] - d['used']} of them idle" if d["used"] < d["count"] else ""
+    source = "" if kind is None else f"; source: {kind['source']}"
+    idle = f"; {d['count'] - d['used']} idle" if d["used"] < d["count"] else ""
     return [
-        f"{model['name']}: {model['parameters']:,} parameters, {model['trained']:,} trained",
+        f"{model['name']}: {model['parameters']:,} parameters, {model['trained']:,} trainable",
         f"{d['count']} x {d['name']}{sheet}; mesh {mesh}{idle}{source}",
-        f"programs may take {d['bytes_for_programs'] / 1e9:.1f} GB of each ({share:.0%}); memory by {d['analysis']}",
+        f"programs may use {d['bytes_for_programs'] / 1e9:.1f} GB of each ({share:.0%}); memory estimated by "
+        f"{d['analysis']}",
     ]
 
 
 def _memory_table(rows: list[Figures]) -> Table:
-    table = _table("GB a device, as set")
+    table = _table("GB per device, current settings")
     for name in ("stage", "size", *PURPOSES, ""):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
@@ -161,15 +162,15 @@ def _largest(plan: Figures) -> list[str]:
             of = f", {row['of']}" if row["of"] else ""
             lines.append(f"largest that fits: {row['setting']}={row['value']}, {total:.1f} GB{of}")
         else:
-            lines.append(f"no {row['setting']} fits, {row['value']} is the least")
+            lines.append(f"no {row['setting']} fits, not even {row['value']}")
     if plan["fits"]:
         return lines
     if (change := plan["change"]) is None:
         return [
             *lines,
-            "it does not fit, and none of dtype, remat, lora, quantize and mesh.fsdp helps: take larger or more",
+            "does not fit, whatever dtype, remat, lora, quantize and mesh.fsdp are: use larger devices or more of them",
         ]
-    lines.append(f"it does not fit; it does with {change['arguments']}:")
+    lines.append(f"does not fit; fits with {change['arguments']}:")
     for row in change["stages"]:
         total = row["bytes_a_device"]["total"] / 1e9
         lines += [f"  {row['stage']}: {total:.1f} GB with {row['setting']}={row['value']}"]
@@ -189,15 +190,16 @@ def _time_table(rows: list[Figures]) -> Table:
 def _foot(plan: Figures) -> list[str]:
     hours, used, a = [row["hours"] for row in plan["stages"]], plan["devices"]["used"], plan["assumed"]
     if None in hours:
-        return ["no data sheet of this device is known, so no hours; give --plan.device=GB:bandwidth:TFLOPS"]
+        return ["no data sheet for this device, so no hours; set --plan.device=GB:bandwidth:TFLOPS"]
     total = math.fsum(hours)
-    slower = " (products in float32 take longer)" if a["dtype"] == "float32" else ""
-    more = "" if a["benchmark"] is None else f"; the questions of {a['benchmark']} come on top"
+    slower = " (slower in float32)" if a["dtype"] == "float32" else ""
+    more = "" if a["benchmark"] is None else f" or the questions of {a['benchmark']}"
     return [
-        f"all: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading and "
-        f"compiling{more}",
+        f"total: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading, "
+        f"compilation{more}",
         f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
-        f"scoring at {a['scoring_share']:.0%}{slower}, {a['pairs_a_tree']:g} pairs a tree, responses as the gold's",
+        f"scoring at {a['scoring_share']:.0%}{slower}, {a['pairs_a_tree']:g} pairs per tree, responses as "
+        "long as the gold's",
     ]
 
 

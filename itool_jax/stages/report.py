@@ -25,7 +25,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.watch:
         return {"trees": server.serve(lambda: report_data.stamp(config), lambda: content(config, live=True))}
     report, _ = write(config)
-    say(f"the report is {config.run_dir / FILE}")
+    say(f"wrote the report to {config.run_dir / FILE}")
     return {"trees": len(report["trees"])}
 
 
@@ -56,6 +56,6 @@ def refresh(config: Config) -> Path | None:
     try:
         write(config)
     except Exception as error:  # a fault of the report must not end days of work
-        say(f"there is no report: {one_line(error)}")
+        say(f"could not write the report: {one_line(error)}")
         return None
     return config.run_dir / FILE

@@ -129,14 +129,14 @@ def _ability(
         )
         found["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
         if n < asked:
-            say(f"{task.phase}: {asked} prompts were asked for, {n} are answered right sometimes and sometimes wrong")
+            say(f"{task.phase}: wanted {asked} prompts with both right and wrong answers, found {n}")
     if n:
         found["greedy"] = round(sum(greedy.values()) / n, 4)
         found["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
         found["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
         say(
-            f"{task.phase}: {n} prompts to search: greedy {100 * found['greedy']:.1f} % right, one sample "
-            f"{100 * found['pass_at_1']:.1f} %, any of {settings.samples} {100 * found['pass_at_k']:.1f} %"
+            f"{task.phase}: {n} prompts to search: greedy accuracy {100 * found['greedy']:.1f} %, "
+            f"pass@1 {100 * found['pass_at_1']:.1f} %, pass@{settings.samples} {100 * found['pass_at_k']:.1f} %"
         )
     return found
 

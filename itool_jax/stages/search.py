@@ -182,14 +182,17 @@ def _with_refusals(task: Task, pairs: list[PreferenceRow]) -> list[PreferenceRow
     share = sum(is_text.values()) / len(is_text)
     marked = [(pair.id, is_text[pair.tree]) for pair in pairs]
     kept = replay.keep_share(marked, share, REFUSAL_MARGIN, config.seed + task.iteration)
-    n_texts, of_data = sum(text for _, text in marked), f"{100 * share:.0f} % of the training data"
+    n_texts, of_data = sum(text for _, text in marked), f"{100 * share:.0f} %"
     if len(kept) < len(pairs):
         say(
-            f"{task.phase}: {len(pairs) - len(kept)} of {len(pairs)} pairs are left out at random: {n_texts} were of "
-            f"answers in text, as {of_data} are, and that share is kept within {100 * REFUSAL_MARGIN:.0f} points"
+            f"{task.phase}: dropped {len(pairs) - len(kept)} of {len(pairs)} pairs at random: {n_texts} were for text "
+            f"answers, whose share is kept within {100 * REFUSAL_MARGIN:.0f} points of the training data's {of_data}"
         )
     elif pairs and not n_texts and share > REFUSAL_MARGIN:
-        say(f"{task.phase}: no pair is of an answer in text, as {of_data} are; the policy may unlearn refusals")
+        say(
+            f"{task.phase}: no pair is for a text answer, but {of_data} of the training data are; the policy may "
+            "unlearn refusals"
+        )
     return [pair for pair in pairs if pair.id in kept]
 
 
@@ -234,37 +237,37 @@ def _mean(values: Sequence[float]) -> float | None:
 def _remark(phase: str, config: Config, figures: Figures) -> None:
     """Logs the results of the search, and which trees give nothing to learn from."""
     n, pairs = figures["trees"], figures["pairs"]
-    by_gold = f", {figures['solved_by_gold']} more only by the gold's steps" if config.search.injects else ""
+    by_gold = f", {figures['solved_by_gold']} more only with the gold's steps" if config.search.injects else ""
     say(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")
     if figures["unreachable_golds"]:
         say(
-            f"{phase}: the gold of {figures['unreachable_golds']} of {n} prompts is out of reach; raise "
-            "search.max_depth, search.max_step_tokens or search.max_last_step_tokens"
+            f"{phase}: the gold response exceeds the search limits in {figures['unreachable_golds']} of {n} prompts; "
+            "raise search.max_depth, search.max_step_tokens or search.max_last_step_tokens"
         )
     if figures["trees_without_pairs"]:
         say(
-            f"{phase}: {figures['trees_without_pairs']} of {n} trees have no pair; all responses are right in "
-            f"{figures['all_right']} trees, wrong in {figures['all_wrong']}"
+            f"{phase}: {figures['trees_without_pairs']} of {n} trees have no pairs; all responses are right in "
+            f"{figures['all_right']} trees, all wrong in {figures['all_wrong']}"
         )
     if pairs:
         say(
             f"{phase}: {pairs} pairs, the chosen step is the gold's in {figures['chosen_is_gold']} "
             f"(injected in {figures['chosen_injected']}); "
             + (
-                f"{figures['invalid_pairs']} more compare no right ending with a wrong one and are left out"
+                f"{figures['invalid_pairs']} more do not compare a right ending with a wrong one and are dropped"
                 if config.pairs.require == "outcome"
-                else f"{figures['invalid_pairs']} compare no right ending with a wrong one"
+                else f"{figures['invalid_pairs']} do not compare a right ending with a wrong one"
             )
         )
     else:
-        say(f"{phase}: the search found no pair, preference training will leave the policy as it is")
+        say(f"{phase}: the search found no pairs; preference training will leave the policy unchanged")
     judged = figures["self_evaluation"]
     if judged["auc"] is not None:
-        line = f"{phase}: self-evaluation tells right responses from wrong ones with an AUC of {judged['auc']:.2f}"
+        line = f"{phase}: self-evaluation separates right from wrong responses with AUC {judged['auc']:.2f}"
         if judged["flipped"] is not None:
             line += (
-                f", its calibration error is {judged['calibration_error']:.2f}; with the letters swapped it changes "
-                f"its mind in {100 * judged['flipped']:.0f} %"
+                f" and calibration error {judged['calibration_error']:.2f}; swapping the letters flips "
+                f"{100 * judged['flipped']:.0f} % of its answers"
             )
         say(line)
 

@@ -46,7 +46,7 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     config, settings = task.config, task.config.warmup
     figures: Figures = {"samples": len(samples.samples)}
     if settings.epochs == 0:
-        say("warm-up: warmup.epochs is 0, so the policy stays the base")
+        say("warm-up: warmup.epochs=0, so the policy is the base model")
         return figures | {"steps": 0, "weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
     # 1. Rank the samples by difficulty and split them into three parts (eq 1).
     encoded = {row.id: row for row in samples.encoded}
@@ -100,9 +100,9 @@ def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encod
     validation = task.run.splits.validation.choose(lambda samples: samples[:VALIDATION])
     n = len(validation.samples)
     if not n:
-        raise ValueError("warmup.epochs=auto needs validation samples, and there are none; set it to a number")
+        raise ValueError("warmup.epochs=auto needs validation samples, but there are none; set it to a number")
     if n < VALIDATION:
-        say(f"warm-up: warmup.epochs=auto should see {VALIDATION} validation samples, there are {n}: gains are noisy")
+        say(f"warm-up: warmup.epochs=auto expects {VALIDATION} validation samples, got {n}: gains will be noisy")
     policies: list[PhasePolicy] = [base]
     correct: list[int] = []
     steps = 0

@@ -38,7 +38,7 @@ def load_base(config: Config) -> Base:
     base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
     if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
-            f"tokenizer of {config.model} has {n} tokens, its model only {base.config.vocab_size} embeddings"
+            f"tokenizer of {config.model} has {n} tokens, but the model has only {base.config.vocab_size} embeddings"
         )
     return base
 

@@ -197,10 +197,10 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
     stale = _staleness(task, step, basis)
     if stale is None:
         shutil.rmtree(task.working, ignore_errors=True)
-        say(f"{task.phase}: {step.name} is done already{_edited(task, step)}")
+        say(f"{task.phase}: {step.name} already done{_edited(task, step)}")
         return _State(stop=False, done=True)
     if stale:
-        say(f"{task.phase}: {stale}, so it is done again")
+        say(f"{task.phase}: running {step.name} again: {stale}")
     return _State(stop=False, basis=basis, seconds=open_working(task.working, basis))
 
 
@@ -214,7 +214,7 @@ def _staleness(task: Task, step: Step[Any], basis: Mapping[str, Any]) -> str | N
         if path.is_dir() and (bad := damage(path)):
             return f"{path}: {bad}"
     if not _unchanged(figures.get("after"), basis):
-        return f"{step.name} was made from results that have changed since"
+        return "its inputs have changed"
     return None
 
 
@@ -232,7 +232,7 @@ def _edited(task: Task, step: Step[Any]) -> str:
     written = (read_figures(task.config.run_dir, task.phase, step.name) or {})["outputs"]
     paths = {name: task.folder / name for name in step.outputs}
     edited = [path for name, path in paths.items() if file_hash(path) != written.get(name)]
-    return f", {edited[0]} has been changed since" if edited else ""
+    return f", but {edited[0]} was edited since" if edited else ""
 
 
 def _end(task: Task, step: Step[Any], figures: Figures, basis: Mapping[str, Any]) -> None:
@@ -284,7 +284,7 @@ def read_figures(run_dir: Path, phase: str, step: str) -> Figures | None:
     figures = read_json(path)
     for key, kind in (("seconds", int | float), ("outputs", dict)):
         if not isinstance(figures.get(key), kind):
-            raise ValueError(f"{path} is damaged (it holds no {key}); delete it to run the stage again")
+            raise ValueError(f'{path} is damaged (no "{key}"); delete it to run the stage again')
     if outside := [name for name in figures["outputs"] if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"{path} is damaged ({outside[0]} is not in its folder); delete it to run the stage again")
     return figures

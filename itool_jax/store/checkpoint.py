@@ -167,7 +167,7 @@ class Training:
         for path in sorted(self.folder.iterdir()):
             if bad := damage(path):
                 if "damaged" in bad:
-                    say(f"checkpoint {path}: {bad}; the one before it is used")
+                    say(f"checkpoint {path}: {bad}; falling back to the previous one")
                 shutil.rmtree(path)
 
     def _seal(self) -> None:
@@ -230,7 +230,7 @@ def _compare(found: Any, wanted: Any) -> None:
         if name not in found:
             raise ValueError(f"tensor {name} is missing")
         if name not in wanted:
-            raise ValueError(f"tensor {name} is unexpected")
+            raise ValueError(f"unexpected tensor {name}")
         if found[name] != wanted[name]:
             raise ValueError(f"tensor {name} has shape {found[name]}, expected {wanted[name]}")
 

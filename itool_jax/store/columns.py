@@ -62,20 +62,20 @@ def _is_intervals(value: Any) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(("id", "tree"), (lambda value: isinstance(value, str), "a string")),
     **dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids", "answer_ids"), (_is_token_ids, "a list of token ids")),
     **dict.fromkeys(("chosen", "rejected", "visits_chosen", "visits_rejected"), (_is_number, "a number")),
     **dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds", "time"), (_is_number, "a number")),
     **dict.fromkeys(("accuracy", "n", "standard_error"), (_is_numbers, "an object of numbers")),
-    **dict.fromkeys(("node", "chosen_node", "rejected_node"), (_is_count, "the number of a node")),
+    **dict.fromkeys(("node", "chosen_node", "rejected_node"), (_is_count, "a node number")),
     **dict.fromkeys(("q_chosen", "q_rejected", "perplexity", "n_tokens"), (_is_number, "a number")),
     **dict.fromkeys(
-        ("response", "target", "gold", "text", "phase", "against"), (lambda value: isinstance(value, str), "a text")
+        ("response", "target", "gold", "text", "phase", "against"), (lambda value: isinstance(value, str), "a string")
     ),
-    "nodes": (_is_nodes, "a list of nodes, each behind its parent"),
+    "nodes": (_is_nodes, "a list of nodes, each after its parent"),
     **dict.fromkeys(("rank", "right"), (lambda value: value is None or _is_number(value), "a number or null")),
     **dict.fromkeys(("correct", "finished"), (lambda value: isinstance(value, bool), "true or false")),
-    **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of texts")),
+    **dict.fromkeys(("categories", "regressions"), (_is_texts, "a list of strings")),
     "interval": (_is_intervals, "an object of pairs of numbers"),
 }
 """For each key, a check of its value and a description of what the value must be."""

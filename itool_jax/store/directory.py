@@ -124,7 +124,7 @@ def check_weights(config: Config) -> None:
     """Raises ValueError if this is not a run directory, or its model, adapter or quantize settings differ."""
     path = config.run_dir / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{config.run_dir} is no run directory: it holds no config.yaml")
+        raise ValueError(f"{config.run_dir} is not a run directory: no config.yaml")
     _check_saved(path, config, ("model", "lora.", "quantize"))
 
 
@@ -138,11 +138,11 @@ def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> N
     binding = {name: value for name, value in binding_settings(config).items() if name.startswith(only)}
     for name, value in binding.items():
         if not isinstance(saved, dict) or name not in saved:
-            raise ValueError(f"{path} is damaged, or of another version: it holds no {name}; {mend}")
+            raise ValueError(f"{path} is damaged or from another version (no {name}); {mend}")
         if current_value(name, saved[name]) != value:
             raise ValueError(
-                f"run directory {config.run_dir} was made with {name}={saved[name]}, now it is {value}; "
-                f"{mend} or the same settings"
+                f"run directory {config.run_dir} was created with {name}={saved[name]}, but it is now {value}; "
+                f"{mend}, or use the same settings"
             )
 
 

@@ -18,7 +18,7 @@ def check_lengths(encoded: Sequence[Encoded], limit: int) -> None:
     """Raises ValueError naming a sample with no target, or one that exceeds the context of `limit` tokens."""
     for row in encoded:
         if not row.target_ids:
-            raise ValueError(f"sample {row.id}: there is no target")
+            raise ValueError(f"sample {row.id}: no target")
     check_room(encoded, limit)
 
 
@@ -38,5 +38,5 @@ def check_room(encoded: Sequence[Encoded], limit: int, room: int = 0) -> None:
         if length + room > limit:
             raise ValueError(
                 f"sample {row.id}: its {length} tokens do not fit the model's context of {limit}; "
-                "remove the sample, or take a model with a longer context"
+                "remove the sample, or use a model with a longer context"
             )

@@ -23,7 +23,9 @@ def resumed(config: Config, output: Path) -> Iterator[Path]:
     """
     if output.exists() and not output.is_file():
         if hosts.count() > 1:
-            raise ValueError(f"output {output} must be a file, which {hosts.count()} processes can meet through")
+            raise ValueError(
+                f"output {output} must be a regular file: {hosts.count()} processes coordinate through files beside it"
+            )
         with tempfile.TemporaryDirectory() as elsewhere:
             yield Path(elsewhere)
         return

@@ -46,7 +46,9 @@ def check_sources(config: Config, names: Sequence[str] = ALL) -> None:
     then, now = read_json(path), fingerprints(config, names)
     for name in now:
         if not isinstance(then.get(name), dict):
-            raise ValueError(f"{path} is damaged (it holds no {name}); choose another --run_dir")
+            raise ValueError(f'{path} is damaged (no "{name}"); choose another --run_dir')
         if changed := sorted(f for f in then[name] | now[name] if then[name].get(f) != now[name].get(f)):
             source = f"{changed[0]} of --{name}={config.flat()[name]}"
-            raise ValueError(f"run directory {config.run_dir} was made with another {source}; choose another --run_dir")
+            raise ValueError(
+                f"run directory {config.run_dir} was created with a different {source}; choose another --run_dir"
+            )

@@ -159,14 +159,14 @@ def require_part(config: Config) -> None:
     """Raises ValueError, naming the setting, if there is no part to evaluate on."""
     name = config.evaluate.split
     if not has_part(config, name):
-        other = ", set samples.test_file, or give a --benchmark" if name == "test" else ""
+        other = ", set samples.test_file, or set --benchmark" if name == "test" else ""
         raise ValueError(f"samples.{name}_share=0 leaves no {name} part to evaluate on; raise it{other}")
 
 
 def data_file(config: Config) -> str:
     """Returns `--data` for a stage that reads its own data file; ValueError if none is given."""
     if config.data == "generated":
-        raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or of raw prompts")
+        raise ValueError(f"--stage={config.stage} needs --data=FILE, a file of samples or raw prompts")
     return config.data
 
 
@@ -268,9 +268,11 @@ def _check_not_empty(config: Config, parts: dict[str, Part], skipped: list[str] 
         return
     left_out = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
     if empty[0] == "test" and (file := config.samples.test_file) is not None:
-        raise ValueError(f"samples.test_file {file} holds no sample to evaluate on{left_out}")
+        raise ValueError(f"samples.test_file {file} has no sample to evaluate on{left_out}")
     count = sum(len(part.samples) for part in parts.values())
-    raise ValueError(f"data {config.data} has {count} samples{left_out}: too few, its {empty[0]} part would be empty")
+    raise ValueError(
+        f"data {config.data} has {count} samples{left_out}, too few: the {empty[0]} part would be empty; add data"
+    )
 
 
 def _used(config: Config, train: list[Sample]) -> list[Sample]:
@@ -303,7 +305,7 @@ def _encode_fitting(config: Config, samples: list[Sample], skipped: list[str] | 
 def _how_to_leave_out(config: Config, sample: Sample) -> str:
     """Returns a hint at the setting that leaves out a conversation's turns that do not follow a user turn."""
     is_further_turn = sample.conversation and not sample.follows_user and config.samples.targets == "all"
-    return "; samples.targets=after_user leaves such turns out" if is_further_turn else ""
+    return "; set samples.targets=after_user to leave such turns out" if is_further_turn else ""
 
 
 def _without_repeats(given: list[Sample]) -> list[Sample]:

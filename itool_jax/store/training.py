@@ -92,7 +92,7 @@ def train_resumably(
     if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
         first, state, position = restored
         data.set_state(position)
-        say(f"{what}: goes on after step {first} of {n_steps}")
+        say(f"{what}: resuming after step {first} of {n_steps}")
     metrics.drop_after(first)
     with progress(what, n_steps, first) as advance:
         reports = _Reports(metrics, settings.section, advance)
@@ -165,13 +165,13 @@ class _Reports:
         if not self.skipped:
             return
         what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
-        say(f"{self.metrics.stage}: step {step} is left out, its numbers are not finite ({what})")
+        say(f"{self.metrics.stage}: skipped step {step}: loss or gradient not finite ({what})")
         if self.skipped == PATIENCE:
             path = self.metrics.path.parent / self.metrics.stage / f"not_finite_step_{step}.npz"
             _save_batch(path, batch)
             raise ValueError(
-                f"{self.metrics.stage}: {PATIENCE} steps in a row had no finite loss or gradient; the batch of step "
-                f"{step} is in {path}; lower {self.section}.learning_rate, or look at the batch"
+                f"{self.metrics.stage}: {PATIENCE} steps in a row had a non-finite loss or gradient; the batch of step "
+                f"{step} is saved in {path}; lower {self.section}.learning_rate, or inspect the batch"
             )
 
 

@@ -175,5 +175,5 @@ def answering_phase(config: Config) -> str:
     chosen = phases[-1] if name == "last" and phases else name
     if chosen not in phases:
         there = ", ".join(phases) or "none yet"
-        raise ValueError(f"generate.phase={name} has no weights in {config.run_dir}; there are: {there}")
+        raise ValueError(f"generate.phase={name} has no weights in {config.run_dir}; phases with weights: {there}")
     return chosen

@@ -60,7 +60,7 @@ def record(folder: Path, arguments: Sequence[str]) -> str | None:
     if not changes:
         return None
     more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-    return f"this run goes on in another environment: {', '.join(changes[:4])}{more}; its last bits may differ"
+    return f"resuming in a different environment: {', '.join(changes[:4])}{more}; results may differ in their last bits"
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:

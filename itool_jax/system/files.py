@@ -83,7 +83,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is damaged ({error}); delete it to run the stage again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it is no JSON object); delete it to run the stage again")
+        raise ValueError(f"{path} is damaged (not a JSON object); delete it to run the stage again")
     return content
 
 

@@ -54,7 +54,7 @@ class DistributedSettings:
         given = [f"distributed.{name}" for name in names if getattr(self, name) is not None]
         if given and (self.auto or len(given) < 3):
             raise ValueError(
-                f"{given[0]} is given {'with distributed.auto' if self.auto else 'alone'}: either auto, or all of "
+                f"{given[0]} is set {'with distributed.auto' if self.auto else 'alone'}; set either auto, or all of "
                 "coordinator_address, num_processes and process_id"
             )
         if given and not 0 <= (self.process_id or 0) < (self.num_processes or 0):
@@ -148,7 +148,7 @@ def join(settings: DistributedSettings, stage: Callable[[], str | None] = lambda
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the processes of this run did not find each other: {reason}") from error
+        raise ValueError(f"the processes of this run could not connect to each other: {reason}") from error
     _run.store, _run.index, _run.count = distributed.global_state.client, jax.process_index(), jax.process_count()
     _run.stage, _run.timeout = stage, settings.heartbeat_timeout
     _watch()
@@ -305,13 +305,13 @@ def _judge() -> None:
         if _run.leaving:
             return
         if silent[index()] > _run.timeout and index() != 0:  # nobody can be heard if the store is silent
-            _end(f"{_described(0)} has not been heard of for {silent[index()]:.0f} s: it died or hangs")
+            _end(f"{_described(0)} has sent no heartbeat for {silent[index()]:.0f} s: it died or hangs")
         others = silent.keys() - _run.left - {index()} if silent[index()] < _run.timeout / 2 else ()
         for i in sorted(others):
             if (seconds := silent[i]) > _run.timeout:
-                _end(f"{_described(i)} has not been heard of for {seconds:.0f} s: it died or hangs")
+                _end(f"{_described(i)} has sent no heartbeat for {seconds:.0f} s: it died or hangs")
             if (quiet := _behind(_run.heard[i].state)) > _run.timeout:
-                _end(f"{_described(i)} has been at one training step for {quiet:.0f} s, and is behind: it hangs")
+                _end(f"{_described(i)} has been at one training step for {quiet:.0f} s, behind the others: it hangs")
 
 
 def _behind(state: dict[str, Any]) -> float:
@@ -330,7 +330,7 @@ def _described(number: int) -> str:
 
 def _end(line: str) -> NoReturn:
     """Ends this process at once, because its main thread may wait for the other one forever."""
-    text = f"{line}; process {index()} stops, and the same command goes on where the run was\n"
+    text = f"{line}; stopping process {index()}. Rerun the same command to resume.\n"
     with contextlib.suppress(OSError):
         os.write(2, redacted(text).encode())
     os._exit(LOST)
@@ -349,7 +349,7 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 @_HANDLER
 def _on_abort(_: int) -> None:
-    _end("the exchange with the other processes broke off: process 0, which holds it, is gone")
+    _end("process 0, which holds the key-value store, is gone")
 
 
 def leave(failure: str | None = None) -> None:
@@ -359,7 +359,7 @@ def leave(failure: str | None = None) -> None:
     with contextlib.suppress(Exception):
         key, text = "left", ASKED if asked_to_stop() else "done"
         if failure:
-            key, text = "failed", f"process {index()} ended: {failure}"
+            key, text = "failed", f"process {index()} failed: {failure}"
         _run.store.key_value_set(f"itool/{key}/{index()}", text, allow_overwrite=True)
         end = time.monotonic() + (2 * BEAT if failure else PARTING)
         while is_first() and time.monotonic() < end and len(_run.left) < count():
@@ -381,5 +381,5 @@ def end(code: int) -> NoReturn:
 def await_verdict() -> None:
     """Waits, after an error that another process may have caused, until the watch names it and ends this process."""
     if _run.store is not None:
-        print("an exchange with the other processes failed; looking for the one that is gone", file=sys.stderr)
+        print("communication between the processes failed; waiting to find out which one is gone", file=sys.stderr)
         time.sleep(_run.timeout + 3 * BEAT)

@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[int, Any], int]:
     while (end := content.find(b"\n", whole)) >= 0:
         checksum, _, text = content[whole:end].partition(b" ")
         if checksum != b"%08x" % zlib.crc32(text):
-            say(f"{path} is damaged after its first {lines} lines; the rows from there on are computed again")
+            say(f"{path} is damaged after its first {lines} lines; recomputing the rows that follow")
             break
         entry = untrusted.parse_json(text.decode())  # intact, since its checksum matches
         if not isinstance(entry, list) or not all(isinstance(x, list) and len(x) == 2 for x in entry):

@@ -30,7 +30,7 @@ def traced(folder: Path | None, what: str, done: Callable[[str], None]) -> Itera
         yield trace.tick
     finally:
         if trace.stop():
-            done(f"profile: traced {trace.steps - SKIPPED} of the steps of {kind}, in {place}")
+            done(f"profile: traced {trace.steps - SKIPPED} steps of {kind}, see {place}")
 
 
 class _Trace:

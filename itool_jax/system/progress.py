@@ -69,7 +69,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
                 _log(what, done, total, now - start, left, note)
 
         yield advance
-    new = f", {done - before} of them" if before else ""
+    new = f" ({done - before} new)" if before else ""
     say(f"{what:<28} {done}{new} in {time.monotonic() - start:.1f} s")
 
 

@@ -260,13 +260,13 @@ def _written_call(call: Call) -> str:
 
 def _checked(name: Any, pattern: re.Pattern[str]) -> str:
     if not isinstance(name, str) or name != name.strip() or not pattern.fullmatch(name):
-        raise ValueError(f"a call list cannot hold the name {name!r}")
+        raise ValueError(f"a call list cannot contain the name {name!r}")
     return name
 
 
 def _written(value: Any, depth: int) -> str:
     if depth > MAX_DEPTH:
-        raise ValueError(f"a call list holds values of at most {MAX_DEPTH} levels")
+        raise ValueError(f"a value in a call list is nested more than {MAX_DEPTH} levels deep")
     match value:
         case list() | tuple():
             return "[" + ", ".join(_written(item, depth + 1) for item in value) + "]"
@@ -284,7 +284,7 @@ def _written_scalar(value: Any) -> str:
             return str(value)
         case float() if math.isfinite(value):
             return repr(value)
-    raise ValueError(f"a call list cannot hold the value {value!r}")
+    raise ValueError(f"a call list cannot contain the value {value!r}")
 
 
 def _openai_call(entry: Any) -> Call:

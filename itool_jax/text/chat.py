@@ -152,7 +152,7 @@ class Chat:
                 )
         except Exception as error:  # from the template, which may divide by zero or recurse forever
             reason = f"{error or type(error).__name__}"
-            raise ValueError(f"chat template of {self.name} refuses the conversation: {reason[:500]}") from error
+            raise ValueError(f"chat template of {self.name} cannot render the conversation: {reason[:500]}") from error
 
     def _find_end_of_turn(self) -> int:
         if self.tokenizer.chat_template:
@@ -215,16 +215,14 @@ def answer_ids(chat: Chat, letters: Sequence[str]) -> list[int]:
     encoded = [chat.encode(letter) for letter in letters]
     for letter, ids in zip(letters, encoded, strict=True):
         if len(ids) != 1 or encoded.count(ids) > 1:
-            raise ValueError(
-                f"tokenizer of {chat.name} has no single token for the answer {letter!r} of self-evaluation"
-            )
+            raise ValueError(f"tokenizer of {chat.name} has no single token for the self-evaluation answer {letter!r}")
     return [ids[0] for ids in encoded]
 
 
 def _around_candidate(chat: Chat, reference_ids: Sequence[int], question: str) -> tuple[list[int], list[int]]:
     left, found, right = _text_after_answer(chat, question).partition(_CANDIDATE_MARK)
     if not found or _CANDIDATE_MARK in right:
-        raise ValueError(f"chat template of {chat.name} does not write a user's message as it is, once")
+        raise ValueError(f"chat template of {chat.name} must write a user message verbatim and only once")
     return [*reference_ids, *_ended(chat, chat.encode(left))], chat.encode(right)
 
 

@@ -41,7 +41,7 @@ def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
     function = find(call.name, tools)
     if function is None:
         close = difflib.get_close_matches(call.name, [tool["function"]["name"] for tool in tools], 1)
-        return [f"unknown function {call.name}" + (f"; there is {close[0]}" if close else "")]
+        return [f"unknown function {call.name}" + (f"; did you mean {close[0]}?" if close else "")]
     schema = function["parameters"]
     known = schema.get("properties") or {}
     found = [f"argument {name} is missing" for name in schema.get("required") or () if name not in call.arguments]
@@ -85,10 +85,11 @@ def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]
     # True is an int in Python, but not in a schema.
     fits = any(isinstance(value, kind) and (not isinstance(value, bool) or bool in kind) for kind in known)
     if len(known) == len(kinds) and not fits:
-        return [f"argument {name} is no {_type(schema)}"]
+        kind = _type(schema)
+        return [f"argument {name} must be {'an' if kind.startswith(('a', 'i', 'o')) else 'a'} {kind}"]
     options = schema.get("enum")
     if isinstance(options, list) and value not in options:
-        return [f"argument {name} is none of {', '.join(map(str, options))}"]
+        return [f"argument {name} must be one of {', '.join(map(str, options))}"]
     return []
 
 

@@ -211,4 +211,4 @@ def uniform(purpose: str, seed: int, id_: str) -> float:
 def _reject_duplicates(ids: Iterable[str]) -> None:
     id_, count = next(iter(Counter(ids).most_common(1)), ("", 0))
     if count > 1:
-        raise ValueError(f"sample id {id_!r} appears {count} times; give every sample an id of its own")
+        raise ValueError(f"sample id {id_!r} appears {count} times; give every sample a unique id")

@@ -87,7 +87,9 @@ class TrainingSettings(TrainingRuntime, TrainingRecipe):
         assert self.micro_batch != "auto", f"{self.section}.micro_batch was not resolved"
         share, name = self.share(), f"{self.section}.batch_size={self.batch_size}"
         if self.micro_batch and share % min(self.micro_batch, share):
-            raise ValueError(f"{name}: {self.section}.micro_batch={self.micro_batch} must divide a device's {share}")
+            raise ValueError(
+                f"{name}: {self.section}.micro_batch={self.micro_batch} must divide the {share} rows per device"
+            )
         return share // min(self.micro_batch or share, share)
 
     def share(self) -> int:
@@ -175,7 +177,9 @@ class PreferenceRecipe(LossSettings, TrainingRecipe):
         if self.epochs < 1:
             raise ValueError(f"preference.epochs must be positive, got {self.epochs}")
         if self.control == "swapped" and self.loss == "raft":
-            raise ValueError("preference.control=swapped exchanges steps of pairs, and preference.loss=raft has none")
+            raise ValueError(
+                "preference.control=swapped swaps the steps of pairs, but preference.loss=raft has no pairs"
+            )
 
     @property
     def loss_settings(self) -> LossSettings:

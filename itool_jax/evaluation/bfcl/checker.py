@@ -84,7 +84,7 @@ def check(
     except _WrongError as wrong:
         return Verdict(False, str(wrong))
     except (TypeError, KeyError, AttributeError, IndexError, StopIteration) as error:  # never caused by text
-        raise ValueError(f"a question whose functions or possible answers are malformed ({error!r})") from error
+        raise ValueError(f"malformed functions or possible answers ({error!r})") from error
     return Verdict(True, None)
 
 
@@ -100,7 +100,7 @@ def language_of(category: str) -> Language:
     if category in _SPECIAL:
         return _SPECIAL[category]
     if category.removeprefix("live_").removesuffix("_python") not in _KINDS:
-        raise ValueError(f"{category!r} is no single-turn category of BFCL")
+        raise ValueError(f"{category!r} is not a single-turn category of BFCL")
     return "Python"
 
 
@@ -114,9 +114,9 @@ def expected_calls(
 ) -> list[tuple[Function, Answer]]:
     """Returns (documentation, allowed values by parameter) of each expected call. Raises ValueError for other forms."""
     if not possible_answer:
-        raise ValueError("a question that wants calls needs possible answers, got none")
-    _need(isinstance(functions, list | tuple), "the functions are no list")
-    _need(isinstance(possible_answer, list | tuple), "the possible answers are no list")
+        raise ValueError("a question that expects calls needs possible answers, got none")
+    _need(isinstance(functions, list | tuple), "the functions are not a list")
+    _need(isinstance(possible_answer, list | tuple), "the possible answers are not a list")
     for function in functions:
         known = isinstance(function, Mapping) and isinstance(function.get("name"), str)
         schema: Any = function.get("parameters") if known else None
@@ -125,12 +125,12 @@ def expected_calls(
     by_name = {function["name"]: function for function in functions}
     pairs = []
     for answer in possible_answer:
-        _need(isinstance(answer, Mapping) and len(answer) > 0, f"a possible answer holds no call: {answer!r}")
+        _need(isinstance(answer, Mapping) and len(answer) > 0, f"a possible answer contains no call: {answer!r}")
         name, parameters = next(iter(answer.items()))
         if not functions or (len(functions) != 1 and name not in by_name):
             raise ValueError(f"the possible answer calls {name!r}, which is not among the functions")
         function = functions[0] if len(functions) == 1 else by_name[name]
-        _need(isinstance(parameters, Mapping), f"the possible arguments of {name!r} are no object")
+        _need(isinstance(parameters, Mapping), f"the possible arguments of {name!r} are not an object")
         for parameter, allowed in parameters.items():
             _require_form(f"{name}.{parameter}", function["parameters"]["properties"].get(parameter), allowed, language)
         pairs.append((function, parameters))
@@ -139,7 +139,7 @@ def expected_calls(
 
 def _require_form(name: str, schema: Any, allowed: Any, language: Language) -> None:
     """Raises ValueError if a parameter's documentation or its allowed values have another form."""
-    _need(isinstance(allowed, list), f"the allowed values of {name} are no list")
+    _need(isinstance(allowed, list), f"the allowed values of {name} are not a list")
     if schema is None:
         return
     types = _TYPES[language]

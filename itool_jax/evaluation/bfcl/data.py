@@ -90,7 +90,7 @@ def select(names: Sequence[str]) -> tuple[str, ...]:
         name = _V3_NAMES.get(name, name)
         if name not in (*GROUPS, *CATEGORIES):
             known = ", ".join((*GROUPS, *CATEGORIES))
-            raise ValueError(f"category {name!r} is none of BFCL's: {known}")
+            raise ValueError(f"unknown BFCL category {name!r}; choose from: {known}")
         chosen |= set(GROUPS.get(name, (name,)))
     return tuple(category for category in CATEGORIES if category in chosen)
 
@@ -131,12 +131,12 @@ def _wrong_form(question: Question) -> str | None:
     if not question.turns or not all(
         isinstance(turn, list) and all(_is_message(message) for message in turn) for turn in question.turns
     ):
-        return '"question" is no list of turns, each a list of messages'
+        return '"question" is not a list of turns, each a list of messages'
     if question.category in MULTI_TURN:
         turns_are_lists = all(isinstance(turn, list) for turn in question.answer)
-        return None if turns_are_lists else "the possible answer is no list of turns, each a list of calls"
+        return None if turns_are_lists else "the possible answer is not a list of turns, each a list of calls"
     if not all(isinstance(function, dict) for function in question.functions):
-        return '"function" is no list of objects'
+        return '"function" is not a list of objects'
     try:
         if "relevance" not in question.category:
             expected_calls(question.functions, question.answer, language_of(question.category))
@@ -144,7 +144,7 @@ def _wrong_form(question: Question) -> str | None:
     except ValueError as error:
         return str(error)
     except (TypeError, KeyError, AttributeError) as error:
-        return f"no prompt can be made of it ({error!r})"
+        return f"cannot build a prompt from it ({error!r})"
     return None
 
 
@@ -152,7 +152,7 @@ def _field(row: Row, name: str, file: Path, number: int, kind: type = object) ->
     if name not in row:
         raise ValueError(f'{place(file, number)}: no "{name}"')
     if not isinstance(row[name], kind):
-        raise ValueError(f'{place(file, number)}: "{name}" is no {_KINDS[kind]}')
+        raise ValueError(f'{place(file, number)}: "{name}" is not {_KINDS[kind]}')
     return row[name]
 
 
@@ -160,7 +160,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-_KINDS = {str: "text", list: "list", dict: "object"}
+_KINDS = {str: "a string", list: "a list", dict: "an object"}
 
 
 def _find(folder: Path, part: str, category: str) -> Path:
@@ -171,7 +171,8 @@ def _find(folder: Path, part: str, category: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"{folders[0]} holds no {names[0]}, plain or .gz; --data is a folder with questions/ and possible_answer/"
+        f"{folders[0]} contains no {names[0]}, plain or .gz; --data must be a folder with "
+        "questions/ and possible_answer/"
     )
 
 
@@ -244,16 +245,18 @@ def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
         if category in CATEGORIES:
             found.setdefault(category, []).append(path)
     if not found:
-        raise ValueError(f"{folder} holds no BFCL_v3_<category>_result.json")
+        raise ValueError(f"{folder} contains no BFCL_v3_<category>_result.json")
     models = sorted({_model_folder(path, folder) for paths in found.values() for path in paths})
     if len(models) > 1:
         names = ", ".join(str(model.relative_to(folder)) for model in models)
-        raise ValueError(f"{folder} holds the results of several models: {names}; --results is one model's folder")
+        raise ValueError(f"{folder} contains results of several models: {names}; --results must be one model's folder")
     files = {}
     for category, paths in found.items():
         chosen = [path for path in paths if path.name.startswith(f"BFCL_{layout}_")] or paths
         if len(chosen) > 1:
-            raise ValueError(f"{chosen[0]} and {chosen[1]} are both of {category}; --results is one model's folder")
+            raise ValueError(
+                f"{chosen[0]} and {chosen[1]} are both results for {category}; --results must be one model's folder"
+            )
         files[category] = chosen[0]
     return {category: files[category] for category in CATEGORIES if category in files}
 
@@ -274,9 +277,9 @@ def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
     for number, row in read_rows(path):
         question_id = _field(row, "id", path, number, str)
         if question_id not in known or question_id in results:
-            problem = "is given twice" if question_id in results else "is none of the category's questions"
+            problem = "appears twice" if question_id in results else "is not a question of this category"
             raise ValueError(f"{place(path, number)}: {question_id!r} {problem}")
         results[question_id] = _field(row, "result", path, number)
     if not results:
-        raise ValueError(f"{path} holds no responses")
+        raise ValueError(f"{path} contains no responses")
     return results

@@ -42,7 +42,7 @@ def read_response(text: Any, language: Language) -> list[Call] | None:
     under the name None. Raises `UnreadableError` for everything else, including a value that is not a string.
     """
     if not isinstance(text, str):
-        raise UnreadableError(f"a response is text, got {type(text).__name__}")
+        raise UnreadableError(f"a response must be a string, got {type(text).__name__}")
     if len(text) > MAX_CHARACTERS[language]:
         raise UnreadableError(f"{len(text)} characters, more than {MAX_CHARACTERS[language]}")
     text = text.strip("`\n ")
@@ -98,7 +98,7 @@ def _python_value(node: ast.AST | None) -> Any:
             return {call.name: call.arguments}
         case ast.Subscript():
             return f"{ast.unparse(node.value)}[{ast.unparse(node.slice)}]"
-    raise UnreadableError(f"{type(node).__name__} is no value")
+    raise UnreadableError(f"{type(node).__name__} is not a value")
 
 
 _UNARY: dict[type, Callable[[Any], Any]] = {
@@ -137,9 +137,9 @@ def _computed(node: ast.AST) -> Any:
         case ast.BinOp() if type(node.op) in _BINARY:
             left, right = _computed(node.left), _computed(node.right)
             if _size_bound(node.op, left, right) > MAX_COMPUTED:
-                raise UnreadableError("arithmetic in a value comes to too much")
+                raise UnreadableError("the result of arithmetic in a value is too large")
             return _BINARY[type(node.op)](left, right)
-    raise UnreadableError(f"{type(node).__name__} in arithmetic")
+    raise UnreadableError(f"{type(node).__name__} is not supported in arithmetic")
 
 
 def _size_bound(op: ast.operator, left: Any, right: Any) -> float:
@@ -241,7 +241,7 @@ def _grammar(language: Language) -> tree_sitter.Language:
 def _parsed(source: str, language: Language) -> tree_sitter.Node:
     root = tree_sitter.Parser(_grammar(language)).parse(source.encode()).root_node
     if any(node.is_error for node in _nodes(root)):
-        raise UnreadableError(f"not {language}")
+        raise UnreadableError(f"not valid {language}")
     return root
 
 

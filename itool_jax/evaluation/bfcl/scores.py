@@ -119,7 +119,9 @@ def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[s
 def paired(now: Score, then: Score) -> PairedDifference:
     """Compares two runs question by question. Raises ValueError if their numbers of questions differ."""
     if now.total != then.total:
-        raise ValueError(f"{now.total} questions cannot be compared with {then.total}; evaluate both runs on the same")
+        raise ValueError(
+            f"{now.total} questions cannot be compared with {then.total}; evaluate both runs on the same questions"
+        )
     either = now.failed.keys() | then.failed.keys()
     both_right = [True] * (now.total - len(either))
     marks = ([name not in side.failed for name in either] + both_right for side in (now, then))

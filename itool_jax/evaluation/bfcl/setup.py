@@ -48,14 +48,14 @@ def install(folder: Path) -> None:
     for packages in (REQUIREMENTS, ("--no-deps", PACKAGE)):
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", *packages]
         if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"pip could not install {' '.join(packages)}; its reason stands above")
+            raise ValueError(f"pip could not install {' '.join(packages)}; see its output above")
     (folder / "done").write_text(PACKAGE)
 
 
 def main() -> int:
     """Installs the scorer unless it is installed already; returns the exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--again", action="store_true", help="replace what is there")
+    parser.add_argument("--again", action="store_true", help="reinstall the scorer if it is already installed")
     again = parser.parse_args().again
     try:
         if again or not (environment() / "done").exists():

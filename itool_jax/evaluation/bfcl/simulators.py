@@ -70,10 +70,10 @@ class Simulators:
             line = self._line(child, seconds)
         except (BrokenPipeError, TimeoutError) as error:
             self._stop()
-            raise SimulatorError(f"the simulators gave no answer to {command['do']} in {seconds} s") from error
+            raise SimulatorError(f"the simulators did not answer {command['do']} within {seconds} s") from error
         answer = json.loads(line)
         if "error" in answer:
-            raise SimulatorError(f"the simulators could not do {command['do']}: {answer['error']}")
+            raise SimulatorError(f"the simulators failed on {command['do']}: {answer['error']}")
         return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -242,10 +242,10 @@ def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
     for number, row in enumerate(rows, 1):
         missing = [name for name in _CASE if name not in row]
         if missing or row["category"] not in MULTI_TURN:
-            problem = f'no "{missing[0]}"' if missing else f"{row['category']!r} is no multi-turn category of BFCL"
+            problem = f'no "{missing[0]}"' if missing else f"{row['category']!r} is not a multi-turn category of BFCL"
             raise ValueError(f"row {number}: {problem}")
         if any(row["id"] in cases for cases in by_category.values()):
-            raise ValueError(f"row {number}: {row['id']!r} is given twice")
+            raise ValueError(f"row {number}: {row['id']!r} appears twice")
         question = Question(row["id"], row["category"], [], [], row["ground_truth"], {**row, "question": []})
         by_category.setdefault(row["category"], {})[row["id"]] = question, row["model_output"]
     found: dict[str, Verdict] = {}

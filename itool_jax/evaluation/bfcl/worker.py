@@ -173,7 +173,7 @@ def _confine(alone: bool) -> None:
     writable = os.path.realpath(os.getcwd()) + os.sep
     # Drop the capabilities that came with the namespace; one of them would allow leaving this folder again.
     if alone and ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()):
-        raise OSError("the rights of a new namespace could not be given up")
+        raise OSError("could not drop the capabilities of the new namespace")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
@@ -237,7 +237,7 @@ def _read(result: int, until: float) -> bytes:
             return json.dumps(found).encode()
     except (ValueError, RecursionError):
         pass
-    return json.dumps(_error("its process ended without an answer")).encode()
+    return json.dumps(_error("the process ended without an answer")).encode()
 
 
 def _end(process: int, alone: bool) -> None:
