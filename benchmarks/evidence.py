@@ -42,6 +42,7 @@ from itool_jax.store import directory as run_directory
 from itool_jax.store.cache import read_figures
 from itool_jax.store.paths import WARMUP, phase_name
 from itool_jax.store.run import Run
+from itool_jax.store.tables import EvaluationRow, PreferenceRow
 from itool_jax.system.allocator import keep_freed_memory
 from itool_jax.system.files import read_json, whole_file, write_json
 from itool_jax.system.preemption import PreemptionError
@@ -279,9 +280,9 @@ def _summary(cell: Cell, config: Config, phase: str, begun_from: Config | None) 
     part = run.splits.test if cell.part == "test" else run.splits.validation
     with run_directory.lock(config), use_mesh(config.mesh):
         run.phase(phase).cached(evaluate.step(config), run.policy(phase), part)
-    rows = columns.read_table(results.results_file(config, phase), ["id", "correct", "categories"])
-    rows = sorted(rows, key=lambda row: row["id"])
-    names = sorted({name for row in rows for name in row["categories"]}) if cell.arm == NONE else []
+    rows = columns.read_table(results.results_file(config, phase), EvaluationRow, ["id", "correct", "categories"])
+    rows = sorted(rows, key=lambda row: row.id)
+    names = sorted({name for row in rows for name in row.categories}) if cell.arm == NONE else []
     figures = _figures(config)
     copied = _figures(begun_from) if begun_from else {}
     own = {name: found for name, found in figures.items() if name not in copied}
@@ -293,9 +294,9 @@ def _summary(cell: Cell, config: Config, phase: str, begun_from: Config | None) 
         "figures": {name: _without(found, "after", "outputs") for name, found in figures.items()},
         "pairs_by_kind": _pairs_by_kind(run),
         "n": len(rows),
-        "ids": hashlib.blake2b("\n".join(row["id"] for row in rows).encode(), digest_size=8).hexdigest(),
-        "correct": pack([row["correct"] for row in rows]),
-        "categories": {name: pack([name in row["categories"] for row in rows]) for name in names},
+        "ids": hashlib.blake2b("\n".join(row.id for row in rows).encode(), digest_size=8).hexdigest(),
+        "correct": pack([row.correct for row in rows]),
+        "categories": {name: pack([name in row.categories for row in rows]) for name in names},
     }
 
 
@@ -317,7 +318,7 @@ def _pairs_by_kind(run: Run) -> dict[str, dict[str, int]]:
     counts = {}
     for phase in run.iterations():
         if (path := phase.folder / "pairs.jsonl").exists():
-            count = Counter(kinds[row["tree"]] for row in columns.read_table(path, ["tree"]))
+            count = Counter(kinds[row.tree] for row in columns.read_table(path, PreferenceRow, ["tree"]))
             counts[phase.name] = dict(sorted(count.items()))
     return counts
 

@@ -20,9 +20,11 @@ from itool_jax.inference.sampler import GenerateSettings, generate
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.sharding import mesh_here, use_mesh, use_own_mesh
 from itool_jax.stages import score, search
+from itool_jax.store.columns import json_of
 from itool_jax.store.encoding import check_room, encode
 from itool_jax.store.paths import BASE, trained_phases
 from itool_jax.store.run import Run
+from itool_jax.store.tables import SearchRow
 from itool_jax.system import environment
 from itool_jax.system.progress import progress
 from itool_jax.text.chat import Encoded, encode_sample
@@ -216,7 +218,7 @@ class Model:
             encoded = encode(self._base, from_rows(rows, need_target=True))
             config = dataclasses.replace(self.config, generate=_fitting(self.config.generate, encoded))
             [[(_, row)]] = score.perplexities(self._policy, encoded, config)
-        return Score(row["logprob_sum"], row["n_tokens"], row["perplexity"])
+        return Score(row.logprob_sum, row.n_tokens, row.perplexity)
 
     @overload
     def search(self, samples: Mapping[str, Any] | Sample, **settings: Any) -> SearchTree: ...
@@ -244,26 +246,26 @@ class Model:
             raise ValueError(f"unknown search setting {min(unknown)}; see SearchSettings")
         settings = {name: current_value(f"search.{name}", value) for name, value in settings.items()}
         rows = [sample_row(one) if isinstance(one, Sample) else dict(one) for one in given]
-        found = from_rows(rows, need_target=True)
-        if not found:
+        parsed = from_rows(rows, need_target=True)
+        if not parsed:
             return []
         # No more lanes than samples, rounded up to a power of two: a tree does not depend on its neighbours.
         most = 64 if self.config.search.batch == "auto" else self.config.search.batch
-        lanes = min(most, 1 << (len(found) - 1).bit_length())
+        lanes = min(most, 1 << (len(parsed) - 1).bit_length())
         config = dataclasses.replace(
             self.config, search=dataclasses.replace(self.config.search, **({"batch": lanes} | settings))
         )
-        by_number: dict[int, dict[str, Any]] = {}
-        with self._working(), progress("search", len(found) * config.search.n_simulations) as advance:
-            items = [search.Searched(*row) for row in zip(found, encode(self._base, found), strict=True)]
+        by_number: dict[int, SearchRow] = {}
+        with self._working(), progress("search", len(parsed) * config.search.n_simulations) as advance:
+            items = [search.Searched(*row) for row in zip(parsed, encode(self._base, parsed), strict=True)]
             table = self._run.step_table(config.search.granularity)
             for n_simulations, finished in search.trees(
                 self._policy, self._base, table, items, config, config.iteration
             ):
                 advance(n_simulations)
                 by_number.update(finished)
-        rows = [by_number[number] for number in range(len(items))]
-        trees = [SearchTree(**row["tree"], pairs=row["pairs"]) for row in rows]
+        searched = [by_number[number] for number in range(len(items))]
+        trees = [SearchTree(**json_of(row.tree), pairs=[json_of(pair) for pair in row.pairs]) for row in searched]
         return trees if isinstance(samples, Sequence) else trees[0]
 
     @contextlib.contextmanager

@@ -28,6 +28,7 @@ from itool_jax.model import hf
 from itool_jax.store.cache import read_figures
 from itool_jax.store.columns import read_table
 from itool_jax.store.paths import done_file
+from itool_jax.store.tables import ScoreRow
 from itool_jax.system import messages, untrusted
 from itool_jax.text import chat
 from itool_jax.text.sample import Sample
@@ -365,7 +366,7 @@ def test_a_table_of_wrong_values_is_named_where_it_is_read(
     tmp_path: Path, keys: list[str], row: dict[str, Any], words: str
 ):
     path = write(tmp_path / "t.jsonl", [row])
-    line = refused(lambda: read_table(path, keys), f"{path} line 1: {words}; delete the file")
+    line = refused(lambda: read_table(path, ScoreRow, keys), f"{path} line 1: {words}; delete the file")
     assert line.startswith(f"{config.PROGRAM}: error: {path}")
 
 

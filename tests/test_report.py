@@ -21,6 +21,8 @@ from itool_jax.report import data as report_data
 from itool_jax.report import page, server
 from itool_jax.report import trees as report_trees
 from itool_jax.stages import report
+from itool_jax.store.columns import row_of
+from itool_jax.store.tables import TreeRow
 from tests.conftest import read, write
 from tests.runs import ITERATIONS, PHASES, Made, copy_run
 
@@ -196,8 +198,8 @@ def test_kinds_of_errors(kind: str, gold: str, response: str):
 def test_stop_tokens_are_no_part_of_a_response():
     node = {"parent": 0, "outcome": -1.0}
     nodes = [{"parent": -1, "text": ""}, {"text": "[f(x=2)]", **node}, {"text": "<|eot_id|>", **node, "parent": 1}]
-    assert report_trees._kind({"gold": "[f(x=1)]", "nodes": nodes}, 2) == "wrong value"
-    assert report_trees._kind({"gold": "[f(x=1)]", "nodes": nodes[:2]}, 1) == "cut off"
+    assert report_trees._kind(row_of(TreeRow, {"gold": "[f(x=1)]", "nodes": nodes}), 2) == "wrong value"
+    assert report_trees._kind(row_of(TreeRow, {"gold": "[f(x=1)]", "nodes": nodes[:2]}), 1) == "cut off"
 
 
 def test_wilson_intervals():
@@ -350,8 +352,9 @@ def test_a_near_miss_is_not_right():
     nodes = [
         {"terminal": terminal, "outcome": outcome} for terminal, outcome in ((False, 0.0), (True, 0.7), (True, -1))
     ]
-    assert report_trees._verdict({"nodes": nodes}) == "wrong"
-    assert report_trees._verdict({"nodes": [*nodes, {"terminal": True, "outcome": 1.0}]}) == "mixed"
+    assert report_trees._verdict(row_of(TreeRow, {"nodes": nodes})) == "wrong"
+    right = {"terminal": True, "outcome": 1.0}
+    assert report_trees._verdict(row_of(TreeRow, {"nodes": [*nodes, right]})) == "mixed"
 
 
 def test_the_server_answers_this_machine_alone(served: tuple[str, Path]):

@@ -100,7 +100,7 @@ def sample(setup: Setup, *, prompts=EACH_PROMPT, responses=RESPONSES, keys: Any 
         *inputs(setup, prompts, responses),
         jax.random.split(jax.random.key(keys), n) if isinstance(keys, int) else keys,
         np.asarray(settings["limit_B"], np.int32),
-        np.asarray(settings["whole_B"] if "whole_B" in settings else np.zeros(n, bool)),
+        np.asarray(settings["until_stop_B"] if "until_stop_B" in settings else np.zeros(n, bool)),
         np.float32(settings["temperature"]),
     )
     return jax.tree.map(np.asarray, steps)
@@ -156,7 +156,7 @@ def reference(
     ids=["steps", "whole", "limits"],
 )
 def test_greedy_equals_uncached_argmax(setup: Setup, limits: list[int], whole: list[bool]) -> None:
-    steps = sample(setup, temperature=0.0, limit_B=limits, whole_B=whole)
+    steps = sample(setup, temperature=0.0, limit_B=limits, until_stop_B=whole)
     expected = reference(setup, limits, whole, lambda b, t, log_probs: int(log_probs.argmax()))
     assert tokens_of(steps) == expected.tokens
     np.testing.assert_allclose(steps.log_prob_B, expected.log_probs, rtol=0, atol=1e-4)
@@ -167,7 +167,7 @@ def test_sampled_steps_end_where_they_should(setup: Setup) -> None:
     limits, whole = [T, T, 3, T, T, 2], [False, False, False, False, True, False]
     ends = []
     for seed in range(12):
-        steps = sample(setup, keys=seed, limit_B=limits, whole_B=whole)
+        steps = sample(setup, keys=seed, limit_B=limits, until_stop_B=whole)
         tokens = tokens_of(steps)
         expected = reference(setup, limits, whole, lambda b, t, _, tokens=tokens: (tokens[b] + [STOP] * T)[t])
         assert tokens == expected.tokens
@@ -178,7 +178,7 @@ def test_sampled_steps_end_where_they_should(setup: Setup) -> None:
 
 
 def test_log_probs_are_those_of_scoring(setup: Setup) -> None:
-    steps = sample(setup, temperature=1.7, whole_B=[True] * B)
+    steps = sample(setup, temperature=1.7, until_stop_B=[True] * B)
     scored = scores(setup, list(zip(ROWS, tokens_of(steps), strict=True)))
     np.testing.assert_allclose(steps.log_prob_B, scored, rtol=0, atol=1e-4)
     assert np.ptp(scored) > 1
@@ -197,9 +197,9 @@ def test_a_given_step_is_scored_as_the_uncached_model_does(setup: Setup) -> None
 def test_rows_that_share_a_path_are_as_each_alone(setup: Setup) -> None:
     keys = jax.random.split(jax.random.key(9), 3 * B)
     whole = np.arange(3 * B) % 3 == 0
-    together = sample(setup, keys=keys, limit_B=np.full(3 * B, T), whole_B=whole)
+    together = sample(setup, keys=keys, limit_B=np.full(3 * B, T), until_stop_B=whole)
     for w in range(3):
-        alone = sample(setup, keys=keys[w::3], whole_B=whole[w::3])
+        alone = sample(setup, keys=keys[w::3], until_stop_B=whole[w::3])
         assert tokens_of(alone) == tokens_of(together)[w::3]
         np.testing.assert_allclose(alone.log_prob_B, together.log_prob_B[w::3], rtol=0, atol=1e-4)
     assert len({tuple(row) for row in tokens_of(together)}) > B
@@ -217,7 +217,7 @@ def test_a_row_of_limit_zero_takes_nothing(setup: Setup) -> None:
 
 def test_a_key_gives_its_tokens_wherever_the_row_stands(setup: Setup) -> None:
     keys = jax.random.split(jax.random.key(5), B)
-    settings = {"whole_B": np.arange(B) % 2 == 0, "limit_B": np.arange(B) + 1}
+    settings = {"until_stop_B": np.arange(B) % 2 == 0, "limit_B": np.arange(B) + 1}
     steps = sample(setup, keys=keys, **settings)
     order = np.arange(B)[::-1]
     moved = sample(
@@ -267,7 +267,7 @@ def many(setup: Setup) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
             setup,
             prompts=PROMPTS[:1],
             responses=[[]],
-            whole_B=np.ones(n, bool),
+            until_stop_B=np.ones(n, bool),
             limit_B=np.full(n, 2),
             temperature=temperature,
         )

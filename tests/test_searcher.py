@@ -23,6 +23,8 @@ from itool_jax.model import hf
 from itool_jax.model.transformer import Params, abstract
 from itool_jax.stages import search as stage
 from itool_jax.store.base import Base
+from itool_jax.store.columns import json_of, row_of
+from itool_jax.store.tables import PreferenceRow, SearchRow, TreeRow
 from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.padding import bucket, pad
 from itool_jax.text.sample import Sample
@@ -382,22 +384,23 @@ def test_trees_and_pairs_are_written_as_they_are(searches: Searches, setup: Setu
     decode = functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
     for searched, sample, one in zip(setup.batch, SAMPLES, searches.together, strict=True):
         tree = stage._tree_row(one, searched, chat)
-        assert json.loads(json.dumps(tree)) == tree
-        assert (tree["id"], tree["gold"]) == (sample.id, sample.target)
-        assert [node["node"] for node in tree["nodes"]] == list(range(one.tree.n_nodes))
-        assert all(node["text"] == decode(node["token_ids"]) for node in tree["nodes"])
-        assert tree["nodes"][0]["visits"] == SMALL.n_simulations + 1  # the walk down the gold
+        assert row_of(TreeRow, json.loads(json.dumps(json_of(tree)))) == tree
+        assert (tree.id, tree.gold) == (sample.id, sample.target)
+        assert [node.node for node in tree.nodes] == list(range(one.tree.n_nodes))
+        assert all(node.text == decode(node.token_ids) for node in tree.nodes)
+        assert tree.nodes[0].visits == SMALL.n_simulations + 1  # the walk down the gold
+        assert "observed" not in json_of(tree)["nodes"][0]
         for pair in preference_pairs(one.tree, one.steps, chat.tokenizer.decode, PairSettings()):
-            row, nodes = stage._pair_row(pair, searched, chat, Config(stage="search"), 2), tree["nodes"]
-            assert json.loads(json.dumps(row)) == row
-            assert row["id"] == f"{row['tree']}/2/{row['node']}"
-            assert row["chosen_ids"] == nodes[row["chosen_node"]]["token_ids"]
-            assert row["rejected_ids"] == nodes[row["rejected_node"]]["token_ids"]
-            assert row["visits_chosen"] == nodes[row["chosen_node"]]["visits"]
-            assert row["prompt_ids"] == searched.encoded.prompt_ids + response_of(one, pair.node)
+            row, nodes = stage._pair_row(pair, searched, chat, Config(stage="search"), 2), tree.nodes
+            assert row_of(PreferenceRow, json.loads(json.dumps(json_of(row)))) == row
+            assert row.id == f"{row.tree}/2/{row.node}"
+            assert row.chosen_ids == nodes[row.chosen_node].token_ids
+            assert row.rejected_ids == nodes[row.rejected_node].token_ids
+            assert row.visits_chosen == nodes[row.chosen_node].visits
+            assert row.prompt_ids == searched.encoded.prompt_ids + response_of(one, pair.node)
             for side in ("prompt", "chosen", "rejected"):
-                assert row[side] == decode(row[f"{side}_ids"])
-            assert row["q_chosen"] >= row["q_rejected"] + 0.1 - 1e-5
+                assert getattr(row, side) == decode(getattr(row, f"{side}_ids"))
+            assert row.q_chosen >= row.q_rejected + 0.1 - 1e-5
             pairs += 1
     assert pairs
 
@@ -428,7 +431,8 @@ def test_four_grades_are_no_probability(is_probability: bool) -> None:
     root = {"parent": -1, "terminal": False, "outcome": 0.0, "confidence": 0.0, "sampled": True}
     ends = [root | {"parent": 0, "terminal": True, "outcome": o, "confidence": c} for o, c in ((1.0, 0.9), (-1.0, 0.2))]
     row = {"tree": {"id": "a", "nodes": [root, *ends]}, "judged": [0.9, 0.4], "invalid_pairs": 0, "answers": []}
-    judged = stage._figures([row | {"reachable": True}], [], is_probability)["self_evaluation"]
+    searched = row_of(SearchRow, row | {"pairs": [], "reachable": True})
+    judged = stage._figures([searched], [], is_probability)["self_evaluation"]
     assert (judged["responses"], judged["auc"], judged["asked_both_ways"]) == (2, 1.0, 1)
     assert judged["flipped"] == (1.0 if is_probability else None)
     assert judged["calibration_error"] == (pytest.approx(0.15) if is_probability else None)

@@ -21,6 +21,7 @@ from itool_jax.evaluation import results
 from itool_jax.evaluation.summary import COLUMNS, SEARCH_KEYS
 from itool_jax.model import forms
 from itool_jax.stages import dpo
+from itool_jax.store.tables import ReferenceRow
 from itool_jax.store.weights import Weights, restore_trained
 from itool_jax.system.files import write_jsonl
 from itool_jax.training import loop as train
@@ -174,7 +175,7 @@ def test_the_summary_has_its_fixed_shape(made: Made):
         assert phase["seconds"] > 0
     assert [row["iteration"] for row in summary["search"]] == list(range(1, ITERATIONS + 1))
     for row, phase in zip(summary["search"], PHASES[2:], strict=True):
-        assert set(row) == {"iteration", *SEARCH_KEYS, *results.FOUND, *results.ABILITY}
+        assert set(row) == {"iteration", *SEARCH_KEYS, *results.SEARCH_FIGURES, *results.ABILITY_FIGURES}
         trees = read(made.folder / phase / "trees.jsonl")
         assert row["prompts"] == row["trees"] == len(trees)
         assert row["pairs"] == len(read(made.folder / phase / "pairs.jsonl"))
@@ -254,8 +255,8 @@ def trained_again(made: Made, tmp_path: Path, **changes: Any) -> tuple[Path, Row
 
 
 def test_held_out_pairs_by_hand():
-    before = [{"chosen": -10.0, "rejected": -12.0}, {"chosen": -8.0, "rejected": -7.0}]
-    after = [{"chosen": -9.0, "rejected": -14.0}, {"chosen": -7.0, "rejected": -8.0}]
+    before = [ReferenceRow("a", -10.0, -12.0), ReferenceRow("b", -8.0, -7.0)]
+    after = [ReferenceRow("a", -9.0, -14.0), ReferenceRow("b", -7.0, -8.0)]
     assert dpo.compare_held_out(before, after) == {
         **{"pairs": 2, "margin_before": 0.5, "margin_after": 3.0},
         **{"accuracy_before": 0.5, "accuracy_after": 1.0, "delta": 2.5},

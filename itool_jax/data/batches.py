@@ -14,7 +14,7 @@ import numpy as np
 from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import PairBatch, TargetBatch, bucket, collate, collate_packed, fill, stack, target_width
 
-Row = TypeVar("Row")
+T = TypeVar("T")
 
 OPEN_PACKS = 64  # packs that are searched for free space
 SHORT_STEP = 128  # tokens; the steps of nearly all batches are no longer than this
@@ -31,7 +31,7 @@ class PairRow(NamedTuple):
     visits: tuple[int, int]
 
 
-def repeat_or_thin(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+def repeat_or_thin(rows: Sequence[T], count: int, seed: int) -> list[T]:
     """Returns `count` rows in a seeded order: a subset, or all rows repeated with counts that differ by at most 1."""
     order = random.Random(f"repeat_or_thin/{seed}").sample(range(len(rows)), len(rows))
     return [rows[order[i % len(order)]] for i in range(count)]

@@ -49,8 +49,8 @@ def from_api_bank(row: Row) -> list[Sample]:
 
     The tools are ToolSearcher and those that earlier searches of the dialogue found. Unquoted values are quoted.
     """
-    head, found, dialogue = field(row, "input", str).partition("\nUser: ")
-    if not found:
+    head, separator, dialogue = field(row, "input", str).partition("\nUser: ")
+    if not separator:
         raise ValueError('"input" has no user turn')
     if len(dialogue) > MAX_CHARACTERS:
         raise ValueError(f"a dialogue of {len(dialogue)} characters, more than {MAX_CHARACTERS}")

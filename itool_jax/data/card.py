@@ -37,12 +37,12 @@ def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> di
     questions = {_question(sample): sample.id for sample in train if _question(sample)}
     near = _NearDuplicates(questions)
     tools = set().union(*map(_tools, train))
-    found: dict[str, dict[str, Any]] = {}
+    overlaps: dict[str, dict[str, Any]] = {}
     for name, samples in sets.items():
         known = [sample.id for sample in samples if _question(sample) in questions]
         likely = {s.id: near.find(_question(s)) for s in samples if _question(s) not in questions}
         offered = [_tools(sample) for sample in samples]
-        found[name] = {
+        overlaps[name] = {
             "samples": len(samples),
             "questions": len(known),
             "question_ids": known,
@@ -52,7 +52,7 @@ def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> di
             "samples_with_a_known_tool": sum(bool(names & tools) for names in offered),
             "known_tools": sorted(set().union(*offered) & tools),
         }
-    return found
+    return overlaps
 
 
 class _NearDuplicates:
@@ -111,14 +111,14 @@ def left_out_lines(counts: Mapping[str, Any]) -> list[str]:
     return [f"  {counts[name]} {reason}" for name, reason in reasons.items() if counts[name]]
 
 
-def overlap_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def overlap_lines(overlaps: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the result of `overlap` as lines of text, one per set."""
     return [
         f"  overlap of {name} with train: {c['questions']} of {c['samples']} questions{_first(c['question_ids'])}, "
         f"{c['near_questions']} near duplicates{_first(c['near_question_ids'])}; "
         f"{c['samples_with_a_known_tool']} of {c['samples_with_tools']} samples with tools list one also seen in "
         "training"
-        for name, c in found.items()
+        for name, c in overlaps.items()
     ]
 
 
@@ -137,8 +137,8 @@ def _counts(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> dict[str, 
         "samples": len(samples),
         "conversations": len(turns),
         "turns": sum(turns.values()),
-        "calls": sum(len(found) for found in calls if found is not None),
-        "texts": sum(found is None for found in calls),
+        "calls": sum(len(parsed) for parsed in calls if parsed is not None),
+        "texts": sum(parsed is None for parsed in calls),
         "prompt_tokens": sum(len(row.prompt_ids) for row in encoded),
         "target_tokens": sum(len(row.target_ids) for row in encoded),
         "longest": max(lengths, default=0),

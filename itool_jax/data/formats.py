@@ -156,10 +156,10 @@ def from_xlam(row: Row) -> list[Sample]:
 
 def from_toolrl(row: Row) -> list[Sample]:
     """Converts a ToolRL SFT row (arXiv 2504.13958): {instruction, input, output}, with tools in the instruction."""
-    _, found, rest = field(row, "instruction", str).partition("**Available Tools**")
+    _, heading, rest = field(row, "instruction", str).partition("**Available Tools**")
     listed = rest.partition("\n\n**Steps for Each Turn**")[0]
     tools = tuple(_toolrl_tool(text) for text in re.split(r"\n(?=\d+\. Name: )", listed)[1:])
-    if not found:
+    if not heading:
         raise ValueError('"instruction" has no list of tools')
     history = [
         _toolrl_message(tag, text.strip()) for tag, text in _toolrl_blocks(field(row, "input", str)) if tag != "think"
@@ -325,9 +325,9 @@ def _toolbench_action(text: str) -> tuple[str, str] | None:
         return None
     for match in _TOOLBENCH_INPUT.finditer(text):
         line = max(text.rfind("\n", 0, match.start()), begin)
-        found = text.find(_TOOLBENCH_ACTION, line, match.start())
-        name = text[found + len(_TOOLBENCH_ACTION) : match.start()]
-        if found >= 0 and name and (found == begin or text.startswith("Thought:", begin)):
+        action = text.find(_TOOLBENCH_ACTION, line, match.start())
+        name = text[action + len(_TOOLBENCH_ACTION) : match.start()]
+        if action >= 0 and name and (action == begin or text.startswith("Thought:", begin)):
             return name, text[match.end() :]
     return None
 
@@ -344,7 +344,7 @@ def _toolrl_tool(text: str) -> Row:
 
 def _toolrl_blocks(text: str) -> list[tuple[str, str]]:
     """Returns tag and content of each block, `<obs>…</obs>`; unclosed blocks are ignored."""
-    found, end, unclosed = [], 0, set()
+    blocks, end, unclosed = [], 0, set()
     for opening in _TOOLRL_TAG.finditer(text):
         if opening.start() < end or opening[1] in unclosed:
             continue
@@ -352,9 +352,9 @@ def _toolrl_blocks(text: str) -> list[tuple[str, str]]:
         if close < 0:
             unclosed.add(opening[1])
             continue
-        found.append((opening[1], text[opening.end() : close]))
+        blocks.append((opening[1], text[opening.end() : close]))
         end = close
-    return found
+    return blocks
 
 
 def _toolrl_message(tag: str, text: str) -> Row:

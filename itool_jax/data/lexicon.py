@@ -251,9 +251,9 @@ REFUSAL = "None of the tools can do that."
 
 def words() -> tuple[str, ...]:
     """Returns every content word, sorted: verbs, things, parameters, options, fillers."""
-    found = {word for verb in VERBS + TASK_VERBS for word in verb} | set(FILLERS)
+    vocabulary = {word for verb in VERBS + TASK_VERBS for word in verb} | set(FILLERS)
     for domain in PRETRAINING_DOMAINS + TASK_DOMAINS:
-        found.update(word for thing in domain.things for word in thing)
+        vocabulary.update(word for thing in domain.things for word in thing)
         for parameter in domain.parameters:
-            found.update((parameter.name, *parameter.options))
-    return tuple(sorted(found))
+            vocabulary.update((parameter.name, *parameter.options))
+    return tuple(sorted(vocabulary))

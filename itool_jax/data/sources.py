@@ -102,10 +102,10 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
         ValueError: a row is invalid; one line that gives its number, from 1.
     """
     read = functools.partial(_openai_or_raw, need_target=need_target, turns=None)
-    found = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
-    if any(isinstance(sample, RawSample) for sample in found):
+    samples = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
+    if any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError('a sample needs "messages"; raw prompts are supported in files only')
-    return _distinct(found)
+    return _distinct(samples)
 
 
 def load_questions(source: Path) -> list[Sample]:
@@ -172,8 +172,8 @@ def _samples(
                 read = _public_reader(row, where(number), pathlib.Path(name), targets) or plain
             if read is plain:
                 _refuse_repeated_id(row, number, first, where)
-            found = _at(where(number), read, row)
-            samples += [dataclasses.replace(s, place=where(number)) if isinstance(s, Sample) else s for s in found]
+            new = _at(where(number), read, row)
+            samples += [dataclasses.replace(s, place=where(number)) if isinstance(s, Sample) else s for s in new]
         except ValueError as error:
             refuse(str(error), skipped, error)
     if not samples:
@@ -223,10 +223,10 @@ def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[A
     if row.get("target") is not None:
         target, following = _target(row["target"]), _following(row)
     elif turns is not None:
-        found = samples_from_conversation(name, shown, tools, turns, category)
-        if not found:
+        samples = samples_from_conversation(name, shown, tools, turns, category)
+        if not samples:
             raise ValueError('sample has no "target" and no assistant turn that follows a user turn')
-        return found
+        return samples
     else:
         target = shown.pop()["content"] if shown[-1]["role"] == "assistant" else ""
     if need_target and not target:
@@ -318,10 +318,10 @@ def _target(target: Any) -> str:
 def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
     """Applies `read` to a row, which may hold anything. Raises ValueError with the place and the reason if it fails."""
     try:
-        found = read(row)
-        if too_deep([(s.messages, s.tools, s.following) for s in found if isinstance(s, Sample)], MAX_DEPTH + 3):
+        samples = read(row)
+        if too_deep([(s.messages, s.tools, s.following) for s in samples if isinstance(s, Sample)], MAX_DEPTH + 3):
             raise ValueError(f"a value is {TOO_DEEP}")
-        return found
+        return samples
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except KeyError as error:

@@ -82,16 +82,16 @@ def _missing() -> list[str]:
         required = [Requirement(line) for line in importlib.metadata.requires("itool-jax") or ()]
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return []
-    found = []
+    missing = []
     for r in required:
         if r.marker is not None and not r.marker.evaluate({"extra": ""}):
             continue
         try:
             if not r.specifier.contains(importlib.metadata.version(r.name), prereleases=True):
-                found.append(f"{r.name}{r.specifier}")
+                missing.append(f"{r.name}{r.specifier}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{r.name}{r.specifier}")
-    return found
+            missing.append(f"{r.name}{r.specifier}")
+    return missing
 
 
 def _numbers(version: str) -> tuple[int, ...]:

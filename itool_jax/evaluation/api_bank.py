@@ -42,11 +42,11 @@ def read_call(text: Any, argument: re.Pattern[str] = _ARGUMENT) -> Call | None:
     As in the official evaluator, a quoted value ends at the next quote of either kind, so some published answers cannot
     be given.
     """
-    found = _CALL.search(text) if isinstance(text, str) and len(text) <= MAX_CHARACTERS else None
-    if found is None:
+    match = _CALL.search(text) if isinstance(text, str) and len(text) <= MAX_CHARACTERS else None
+    if match is None:
         return None
-    values = {m[1]: next(value for value in m.groups()[1:] if value is not None) for m in argument.finditer(found[2])}
-    return Call(found[1], values)
+    values = {m[1]: next(value for value in m.groups()[1:] if value is not None) for m in argument.finditer(match[2])}
+    return Call(match[1], values)
 
 
 def check(model_output: Any, answer: Call) -> Verdict:
@@ -81,15 +81,15 @@ def load_questions(folder: Path, category: str) -> list[Question]:
     Raises ValueError for a missing file, and for a row of another form, naming file and row.
     """
     path = question_file(folder, category)
-    found = []
+    questions = []
     for number, row in read_rows(path):
         try:
             question = _question(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{place(path, number)}: not a test of API-Bank ({error!r})") from None
         if question.answer.name != SEARCH or category != "level_2_without_search":
-            found.append(question)
-    return found
+            questions.append(question)
+    return questions
 
 
 def _question(row: Mapping[str, Any]) -> Question:

@@ -27,7 +27,7 @@ from itool_jax.evaluation.bfcl.simulators import Simulators, converse, official_
 from itool_jax.evaluation.comparison import compare, fallen, read_scores
 from itool_jax.inference.sampler import generate
 from itool_jax.store import cache, splits
-from itool_jax.store.cache import Step, Task
+from itool_jax.store.cache import Figures, Step, Task
 from itool_jax.store.paths import trained_phases
 from itool_jax.store.run import Run
 from itool_jax.store.spread import Advance, by_row, stop_if_any_asked
@@ -36,7 +36,6 @@ from itool_jax.system import hosts
 from itool_jax.system.files import write_json, write_jsonl
 from itool_jax.system.messages import console_out, say
 
-Figures = dict[str, Any]
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
 """(key, messages) of each conversation."""
 
@@ -81,8 +80,8 @@ def evaluate(run: Run, phase: str) -> Figures:
     show(config, phase, scores, figures)
     if config.official:
         with Simulators() as simulators:
-            found = {c: _read_responses(config, phase, c) for c in scores}
-            compare_official(config, scores, found, simulators)
+            responses = {c: _read_responses(config, phase, c) for c in scores}
+            compare_official(config, scores, responses, simulators)
     if config.against is not None:
         compare(config, scores, where / "comparison.json")
     say(f"responses and scores saved in {where}")
@@ -267,7 +266,7 @@ def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Itera
 def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
     """Returns accuracies by category and column with 95 % intervals, counts, and failures by kind of error."""
     intervals = bfcl_scores.intervals(scores, config.seed)
-    found: Figures = {
+    figures: Figures = {
         "accuracy": {name: score.correct / score.total if score.total else None for name, score in scores.items()},
         "n": {name: score.total for name, score in scores.items()},
         "questions": {name: score.questions for name, score in scores.items()},
@@ -276,8 +275,8 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
         "errors": {name: dict(score.kinds().most_common()) for name, score in scores.items()},
     }
     if config.benchmark == "bfcl":
-        found |= {"columns": bfcl_scores.figures(scores), "column_interval": intervals.columns}
-    return found
+        figures |= {"columns": bfcl_scores.figures(scores), "column_interval": intervals.columns}
+    return figures
 
 
 def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figures) -> None:
@@ -351,8 +350,8 @@ def compare_official(
 def regressions(config: Config, before: str, phase: str) -> list[str]:
     """Returns a line for each benchmark category that fell from one phase to the next, with its significance."""
     then, now = (read_scores(results_folder(config, name) / "scores.json") for name in (before, phase))
-    found = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
-    return fallen(found)
+    differences = {category: bfcl_scores.paired(now[category], then[category]) for category in now}
+    return fallen(differences)
 
 
 # Leakage -----------------------------------------------------------------------------------------------------

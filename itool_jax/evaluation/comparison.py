@@ -37,11 +37,11 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
     shared = [category for category in scores if category in theirs]
     if not shared:
         raise ValueError(f"{config.against} has none of the categories {', '.join(scores)}")
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     if config.benchmark == "bfcl" and len(shared) > 1:  # API-Bank's categories share questions
         pooled = [bfcl_scores.pooled([side[category] for category in shared]) for side in (scores, theirs)]
         result = bfcl_scores.paired(*pooled)
-        found["all"] = {**result._asdict(), "text": describe(result)}
+        differences["all"] = {**result._asdict(), "text": describe(result)}
         console_out.print(f"all {len(shared)} categories against {config.against}: {describe(result)}", soft_wrap=True)
     for category in shared:
         result = bfcl_scores.paired(scores[category], theirs[category])
@@ -50,7 +50,7 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
             "only_here": [name for name in theirs_failed if name not in ours_failed],
             "only_there": [name for name in ours_failed if name not in theirs_failed],
         }
-        found[category] = {**result._asdict(), "text": describe(result), **only}
+        differences[category] = {**result._asdict(), "text": describe(result), **only}
         console_out.print(f"{category} against {config.against}: {describe(result)}", soft_wrap=True)
         for side, ids in only.items():
             more = " …" if len(ids) > 8 else ""
@@ -58,15 +58,15 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
                 f"  correct {side.replace('_', ' ')} ({len(ids)}): {' '.join(ids[:8])}{more}", soft_wrap=True
             )
     if output is not None:
-        write_json(output, found)
+        write_json(output, differences)
         say(f"questions that only one run answers correctly are listed in {output}")
-    return found
+    return differences
 
 
-def fallen(found: Mapping[str, PairedDifference]) -> list[str]:
+def fallen(differences: Mapping[str, PairedDifference]) -> list[str]:
     """Returns a line for each category with fewer right answers than before, with the significance of the drop."""
     lines = []
-    for category, x in found.items():
+    for category, x in differences.items():
         if x.difference < 0:
             doubt = "significant" if x.significant else "not significant"
             points = f"{100 * x.difference:+.1f} ± {100 * x.standard_error:.1f} points"

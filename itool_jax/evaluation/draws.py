@@ -12,12 +12,11 @@ import jax
 
 from itool_jax.config import Config
 from itool_jax.inference.sampler import Policy, stable_hash
-from itool_jax.mcts.policy import PROMPT_BUCKET, ModelPolicy, Searched
+from itool_jax.mcts.policy import ModelPolicy, Searched, prompt_width
 from itool_jax.mcts.search import RIGHT, SearchSettings, State
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.store.base import Base
 from itool_jax.text.calls import looks_like_calls
-from itool_jax.text.padding import bucket
 from itool_jax.text.steps import StepTable
 
 
@@ -81,7 +80,7 @@ def by_prompt_width(items: Sequence[Searched], least: int) -> list[list[int]]:
     """Groups sample indices by padded prompt length; a group with fewer than `least` is merged with the next."""
 
     def width(i: int) -> int:
-        return bucket(len(items[i].encoded.prompt_ids), PROMPT_BUCKET)
+        return prompt_width(len(items[i].encoded.prompt_ids))
 
     groups: list[list[int]] = []
     for _, same in itertools.groupby(sorted(range(len(items)), key=width), width):

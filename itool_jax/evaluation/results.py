@@ -6,7 +6,6 @@ In: settings and a phase. Out: marks by sample, comparisons of phases, and the e
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.evaluation import comparison
@@ -14,8 +13,7 @@ from itool_jax.evaluation.statistics import PairedDifference, paired_difference
 from itool_jax.mcts.search import RIGHT
 from itool_jax.store import columns
 from itool_jax.store.cache import Figures, read_figures
-
-Row = dict[str, Any]
+from itool_jax.store.tables import EvaluationRow, NodeRow
 
 CATEGORIES = (
     *("overall", "easy", "medium", "hard", "irrelevance", "multi_turn"),
@@ -25,12 +23,14 @@ WATCHED = 200
 """Number of validation samples answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
 """Below both, training had hardly any effect: Δ of held-out pairs in nats, and the share of changed answers."""
-FOUND = (
+MEASURED = ("accuracy", "n", "standard_error")
+"""Figures of an evaluation, each by category."""
+SEARCH_FIGURES = (
     *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
     *("answers", "self_evaluation"),
 )
 """Figures of a search's result."""
-ABILITY = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
+ABILITY_FIGURES = ("select", "k", "greedy", "pass_at_1", "pass_at_k")
 """Figures of the policy's ability on the chosen prompts."""
 SCORES = "scores.jsonl"
 
@@ -54,8 +54,8 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     paths = [results_file(watching(config), name) for name in (phase, before)]
     changed = n = None
     if all(path.is_file() for path in paths):
-        tables = [columns.read_table(path, ["id", "response"]) for path in paths]
-        answers, earlier = ({row["id"]: row["response"] for row in table} for table in tables)
+        tables = [columns.read_table(path, EvaluationRow, ["id", "response"]) for path in paths]
+        answers, earlier = ({row.id: row.response for row in table} for table in tables)
         n = len(answers)
         changed = sum(text != earlier.get(name) for name, text in answers.items()) / n
     held_out = (read_figures(config.run_dir, phase, "dpo") or {}).get("held_out") or {}
@@ -86,8 +86,8 @@ def results_file(config: Config, phase: str) -> Path:
 
 def read_results(config: Config, phase: str) -> dict[str, bool]:
     """Reads the mark (right or wrong) of each evaluated sample, by id."""
-    rows = columns.read_table(results_file(config, phase), ["id", "correct"])
-    return {row["id"]: row["correct"] for row in rows}
+    rows = columns.read_table(results_file(config, phase), EvaluationRow, ["id", "correct"])
+    return {row.id: row.correct for row in rows}
 
 
 def compared(config: Config, phase: str, before: str) -> tuple[PairedDifference, list[str]]:
@@ -103,20 +103,20 @@ def by_category(config: Config, phase: str, before: str) -> dict[str, PairedDiff
     Raises ValueError if the earlier phase has no mark for a sample.
     """
     marks = read_results(config, before)
-    rows = columns.read_table(results_file(config, phase), ["id", "correct", "categories"])
-    if missing := [row["id"] for row in rows if row["id"] not in marks]:
+    rows = columns.read_table(results_file(config, phase), EvaluationRow, ["id", "correct", "categories"])
+    if missing := [row.id for row in rows if row.id not in marks]:
         path = results_file(config, before)
         raise ValueError(f"{path} has no row for sample {missing[0]}; delete it to compute it again")
-    found = {}
+    differences = {}
     for name in CATEGORIES[1:]:
-        chosen = [row for row in rows if name in row["categories"]]
-        found[name] = paired_difference([row["correct"] for row in chosen], [marks[row["id"]] for row in chosen])
-    return found
+        chosen = [row for row in rows if name in row.categories]
+        differences[name] = paired_difference([row.correct for row in chosen], [marks[row.id] for row in chosen])
+    return differences
 
 
-def is_solved(nodes: Sequence[Row], *, own: bool = True) -> bool:
+def is_solved(nodes: Sequence[NodeRow], *, own: bool = True) -> bool:
     """Returns True if a tree, given as node rows, has a right response; with `own`, one without an injected step."""
-    whole = [True] * len(nodes)
+    sampled = [True] * len(nodes)
     for n, node in enumerate(nodes[1:], 1):
-        whole[n] = whole[node["parent"]] and node.get("sampled", True)
-    return any(node["terminal"] and node["outcome"] >= RIGHT and (whole[n] or not own) for n, node in enumerate(nodes))
+        sampled[n] = sampled[node.parent] and node.sampled
+    return any(node.terminal and node.outcome >= RIGHT and (sampled[n] or not own) for n, node in enumerate(nodes))

@@ -20,7 +20,6 @@ from itool_jax.system.files import read_json
 from itool_jax.system.messages import console_out, say
 
 SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
-MEASURED = ("accuracy", "n", "standard_error")
 COLUMNS = 6
 """Most categories in one table of the summary; the rest go into further tables below."""
 
@@ -34,28 +33,22 @@ def evaluated_phases(config: Config) -> list[str]:
 
 def summarize(config: Config) -> dict[str, Any]:
     """Summarizes the run from its stage results."""
-    evaluation = results.evaluation_name(config)
-    rows, kinds = (
-        [],
-        ("warmup", "score", "search", "dpo", evaluation, results.evaluation_name(results.watching(config))),
-    )
+    evaluation, watching = results.evaluation_name(config), results.evaluation_name(results.watching(config))
+    steps = ("warmup", "score", "search", "dpo", evaluation, watching)
+    is_evaluated, rows = has_part(config, config.evaluate.split), []
     names = [BASE, *(phase_name(i) for i in range(config.iterations + 1))]
     for name in evaluated_phases(config):
         before, names = names[: names.index(name) + 1], names[names.index(name) + 1 :]
-        figures = (
-            _figures(config, name, evaluation)
-            if has_part(config, config.evaluate.split)
-            else {key: {} for key in MEASURED}
-        )
-        seconds = sum(_seconds(config, phase, kind) for phase in before for kind in kinds)
-        measured = {key: figures[key] for key in MEASURED}
+        figures = _figures(config, name, evaluation) if is_evaluated else {}
+        seconds = sum(_seconds(config, phase, step) for phase in before for step in steps)
+        measured = {key: figures.get(key, {}) for key in results.MEASURED}
         rows.append({"name": name, **measured, "seconds": round(seconds, 2)})
     searches, trainings = [], []
     for i in range(1, config.iterations + 1):
         name, before = phase_name(i), phase_name(i - 1)
         figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
-        found = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.FOUND)}
-        searches.append({"iteration": i, **found, **{key: scored.get(key) for key in results.ABILITY}})
+        searched = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.SEARCH_FIGURES)}
+        searches.append({"iteration": i, **searched, **{key: scored.get(key) for key in results.ABILITY_FIGURES}})
         trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
         trainings.append({"iteration": i, **trained, **results.what_training_changed(config, name, before)})
     return {
@@ -85,7 +78,7 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
     figures = read_figures(config.run_dir, phase, stage)
     assert figures is not None  # every stage was just run
-    wanted = {"search": SEARCH_KEYS, "score": (), "dpo": ("pairs", "steps")}.get(stage, MEASURED)
+    wanted = {"search": SEARCH_KEYS, "score": (), "dpo": ("pairs", "steps")}.get(stage, results.MEASURED)
     if bad := columns.fault(figures, wanted):
         path = done_file(config.run_dir, phase, stage)
         raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")

@@ -191,7 +191,7 @@ def sample_step(
     path_length_P: Int[Array, " P"],
     keys_B: Array,
     limit_B: Int[Array, " B"],
-    whole_B: Bool[Array, " B"],
+    until_stop_B: Bool[Array, " B"],
     temperature: Float[Array, ""],
     top_p: Float[Array, ""] | float = 1.0,
     turn_start_P: Int[Array, " P"] | int = 0,
@@ -208,7 +208,7 @@ def sample_step(
         path_length_P: number of tokens in each path, including the prompt's last one.
         keys_B: one random key per row; token t uses the key with t folded in.
         limit_B: most tokens per row, up to `max_tokens`; a row with limit 0 samples none.
-        whole_B: rows whose step is the whole remainder, up to a stop token.
+        until_stop_B: rows whose step is the whole remainder, up to a stop token.
         temperature: sampling temperature, 0 is greedy; log-probabilities are always at temperature 1.
         top_p: nucleus sampling: share of the probability to sample from, likeliest tokens first.
         turn_start_P: number of tokens in each response so far that belong to earlier turns, whose steps do not count.
@@ -234,7 +234,7 @@ def sample_step(
         log_prob_B = token_log_probs_from_logits(logits_BV, token_B)
         automaton, boundary_B = advance(table, state.automaton, token_B)
         stopped_B = table.is_stop_V[token_B]
-        complete_B = stopped_B | (boundary_B & ~whole_B)
+        complete_B = stopped_B | (boundary_B & ~until_stop_B)
         ended_B = complete_B | (t + 1 >= limit_B)
         steps = Steps(
             tokens_BT=steps.tokens_BT.at[:, t].set(token_B),

@@ -28,6 +28,21 @@ FEW = 4
 """If a request covers at most 1/FEW of the lanes, a program of that smaller size runs."""
 
 
+def prompt_width(length: int) -> int:
+    """Returns the padded width of contexts: prompts, or prompts and the beginning of a question."""
+    return bucket(length, PROMPT_BUCKET)
+
+
+def path_width(length: int) -> int:
+    """Returns the padded width of responses so far, each after its context's last token."""
+    return 1 + bucket(length, PATH_BUCKET)
+
+
+def own_width(length: int) -> int:
+    """Returns the padded width of what a candidate adds to its path: a gold step, or the end of a question."""
+    return bucket(length, OWN_BUCKET)
+
+
 class Searched(NamedTuple):
     """A sample under search."""
 
@@ -101,7 +116,7 @@ class ModelPolicy:
         """Samples `breadth` steps per state in one compiled loop, and scores the gold steps that join."""
         s, (cache, rows) = self.settings, self.prompts.read(states)
         until_stop = any(state.until_stop for state in states)
-        max_tokens = max(s.max_last_step_tokens, s.max_step_tokens) if until_stop else s.max_step_tokens
+        max_tokens = s.longest_step if until_stop else s.max_step_tokens
         steps = sample_step(
             self.policy.graph,
             max_tokens,
@@ -131,7 +146,7 @@ class ModelPolicy:
             return {}
         cache, rows = self.prompts.read(with_gold)
         gold = [state.gold_step for state in with_gold]
-        steps = rows.pad(gold, bucket(max(map(len, gold)), OWN_BUCKET))
+        steps = rows.pad(gold, own_width(max(map(len, gold))))
         log_prob_P = to_host(score_step(*self.policy, cache, *self._paths(with_gold, rows), *steps))
         return {
             state.lane: [
@@ -147,7 +162,7 @@ class ModelPolicy:
 
     def _paths(self, states: Sequence[State], rows: "_Rows") -> tuple[np.ndarray, np.ndarray]:
         paths = [[self.prompts.last_token(state.problem), *state.response] for state in states]
-        return rows.pad(paths, _path_width(paths))
+        return rows.pad(paths, path_width(max(map(len, paths)) - 1))
 
     def _limit(self, state: State) -> int:
         return max(1, min(state.limit, self.token_budgets[state.problem] - len(state.response)))
@@ -166,15 +181,15 @@ class ModelPolicy:
         The first response to each problem is also judged with the answer letters reversed, see `swapped`.
         """
         by_problem = [list(same) for _, same in itertools.groupby(responses, lambda response: response.problem)]
-        found = self._judge(by_problem, in_reverse=False)
+        confidences = self._judge(by_problem, in_reverse=False)
         firsts = dict(zip(itertools.accumulate(map(len, by_problem[:-1]), initial=0), by_problem, strict=True))
         new = {i: same[0] for i, same in firsts.items() if same[0].problem not in self.swapped}
         again = self._ask([[response] for response in new.values()], 1, in_reverse=True)
         for (i, response), confidence_in_reverse in zip(new.items(), again, strict=True):
-            self.swapped[response.problem] = found[i], confidence_in_reverse
+            self.swapped[response.problem] = confidences[i], confidence_in_reverse
         if not self.self_eval.both_orders:
-            return found
-        return [(a + b) / 2 for a, b in zip(found, self._judge(by_problem, in_reverse=True), strict=True)]
+            return confidences
+        return [(a + b) / 2 for a, b in zip(confidences, self._judge(by_problem, in_reverse=True), strict=True)]
 
     def _judge(self, by_problem: Sequence[Sequence[Response]], *, in_reverse: bool) -> list[float]:
         """Returns the confidence in every response, grouped by problem.
@@ -208,8 +223,8 @@ class ModelPolicy:
         logits_BA = choice_logits(
             *self.policy,
             cache,
-            *rows.pad(shared, _path_width(shared)),
-            *own_rows.pad(own, bucket(max(map(len, own)), OWN_BUCKET)),
+            *rows.pad(shared, path_width(max(map(len, shared)) - 1)),
+            *own_rows.pad(own, own_width(max(map(len, own)))),
             np.ascontiguousarray(letters),
         )
         return to_host(_confidences(logits_BA))[own_rows.taken].tolist()
@@ -253,7 +268,7 @@ class _ContextCache:
 
     def __init__(self, policy: Policy, contexts: Sequence[list[int]], lanes: int):
         self.policy, self.contexts, self.lanes = policy, contexts, lanes
-        self.width = bucket(max(map(len, contexts)), PROMPT_BUCKET)
+        self.width = prompt_width(max(map(len, contexts)))
         self.problem_of: dict[int, int] = {}
         self.cache: Prefix | None = None
 
@@ -329,11 +344,6 @@ def _step(steps: Any, row: int) -> Step:
     token_ids = steps.tokens_BT[row, : steps.length_B[row]].tolist()
     stopped, complete = bool(steps.stopped_B[row]), bool(steps.complete_B[row])
     return Step(token_ids, float(steps.log_prob_B[row]), stopped, complete)
-
-
-def _path_width(paths: Sequence[list[int]]) -> int:
-    """Returns the padded width of paths: one for the context's last token, plus the bucketed response length."""
-    return 1 + bucket(max(map(len, paths)) - 1, PATH_BUCKET)
 
 
 def _n_common(rows: Sequence[list[int]]) -> int:

@@ -97,6 +97,11 @@ class SearchSettings:
         return self.batch
 
     @property
+    def longest_step(self) -> int:
+        """Most tokens of a step, last or not."""
+        return max(self.max_last_step_tokens, self.max_step_tokens)
+
+    @property
     def injects(self) -> bool:
         """True if trees may hold gold steps that were not sampled."""
         return self.inject_gold != "never"
@@ -317,7 +322,7 @@ class _Lane(NamedTuple):
     leaf: int
     nodes: list[_Node]
     sampled_tokens: int
-    on_gold: bool
+    follows_reference: bool
     """True during the walk down the gold path, which precedes the simulations."""
 
     @property
@@ -345,7 +350,7 @@ _BARE_ROOT = _Node(
 
 
 def _new_lane(number: int, problem: Problem, s: SearchSettings) -> _Lane:
-    return _Lane(number, s.n_simulations, ROOT, [_BARE_ROOT], 0, on_gold=_gold_joins(problem, s))
+    return _Lane(number, s.n_simulations, ROOT, [_BARE_ROOT], 0, follows_reference=_gold_joins(problem, s))
 
 
 def _gold_joins(problem: Problem, s: SearchSettings) -> bool:
@@ -369,11 +374,13 @@ def _expand_leaves(
     best_B = np.asarray(_select_child(trees, leaf_B, s.exploration))
     expanded = {}
     for (b, lane), state, steps in zip(lanes.items(), states, proposals, strict=True):
-        on_gold = lane.on_gold and bool(state.gold_step)
+        follows_reference = lane.follows_reference and bool(state.gold_step)
         new = [node.step for node in children[b]]
-        leaf = len(lane.nodes) + new.index(state.gold_step) if on_gold else int(best_B[b])
+        leaf = len(lane.nodes) + new.index(state.gold_step) if follows_reference else int(best_B[b])
         sampled = lane.sampled_tokens + sum(len(step.token_ids) for step in steps[: s.breadth])
-        expanded[b] = lane._replace(leaf=leaf, nodes=lane.nodes + children[b], sampled_tokens=sampled, on_gold=on_gold)
+        expanded[b] = lane._replace(
+            leaf=leaf, nodes=lane.nodes + children[b], sampled_tokens=sampled, follows_reference=follows_reference
+        )
     return trees, expanded
 
 
@@ -402,9 +409,9 @@ def _end_simulations(trees: Tree, lanes: _Lanes, s: SearchSettings) -> tuple[Tre
         trees = _backup(trees, leaf_B, s.discount, s.value_weight)
         next_B = np.asarray(_descend(trees, s.exploration))
         for b, lane in ended.items():
-            left = lane.simulations_left - (not lane.on_gold)
-            lanes[b] = lane._replace(leaf=int(next_B[b]), simulations_left=left, on_gold=False)
-        n_simulations += sum(not lane.on_gold for lane in ended.values())
+            left = lane.simulations_left - (not lane.follows_reference)
+            lanes[b] = lane._replace(leaf=int(next_B[b]), simulations_left=left, follows_reference=False)
+        n_simulations += sum(not lane.follows_reference for lane in ended.values())
     return trees, lanes, n_simulations
 
 

@@ -274,9 +274,9 @@ def load(
                 parts[key] = _read(tensors, stored, config.dtype, part)
             return parts[key]
 
-        found = jax.make_array_from_callback(leaf.shape, where, read)
+        array = jax.make_array_from_callback(leaf.shape, where, read)
         coded = nf4 and stored.transposed and path[0].key == "layers"
-        return _quantize(str(path[-2].key), stacked, found) if coded else found
+        return _quantize(str(path[-2].key), stacked, array) if coded else array
 
     return dataclasses.replace(config, nf4=nf4), jax.tree.map_with_path(make, shapes)
 
@@ -330,16 +330,16 @@ def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> 
 
     names = stored.names[part[0]] if stored.stacked else stored.names
     inner = part[1:] if stored.stacked else part
-    found: np.ndarray | None = None
+    array: np.ndarray | None = None
     for i, name in enumerate(names):
         with safe_open(tensors[name].file, framework="numpy") as file:
             value = file.get_slice(name)[inner[::-1] if stored.transposed else inner]
         value = value.T if stored.transposed else value
-        if found is None:
-            found = np.empty((len(names), *value.shape), jnp.dtype(dtype))
-        found[i] = value
-    assert found is not None
-    return found if stored.stacked else found[0]
+        if array is None:
+            array = np.empty((len(names), *value.shape), jnp.dtype(dtype))
+        array[i] = value
+    assert array is not None
+    return array if stored.stacked else array[0]
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -347,7 +347,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     index = _read_index(folder)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted({inside(folder, name) for name in index.values()}) or [folder / WEIGHTS]:
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
@@ -355,12 +355,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no dictionary
                     header = file.get_slice(name)
-                    found[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype())
+                    tensors[name] = Tensor(path, tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if missing := set(index) - set(found):
+    if missing := set(index) - set(tensors):
         raise ValueError(f"{folder}: tensor {min(missing)} of {INDEX} is not in {index[min(missing)]}")
-    return found
+    return tensors
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -89,7 +89,7 @@ def _midpoints(values: np.ndarray) -> np.ndarray:
 
 
 def _nearest(x: Array, values: np.ndarray) -> Array:
-    found = jnp.zeros(x.shape, jnp.uint8)
+    codes = jnp.zeros(x.shape, jnp.uint8)
     for middle in _midpoints(values).tolist():
-        found += x > middle
-    return found
+        codes += x > middle
+    return codes

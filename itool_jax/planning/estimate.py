@@ -21,6 +21,7 @@ from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.planning import memory, sizes
 from itool_jax.planning.memory import Need
+from itool_jax.planning.sizes import TOKENS
 from itool_jax.store.base import load_base
 from itool_jax.system.devices import HERE, Device, device_like, device_of
 from itool_jax.system.messages import say
@@ -35,10 +36,8 @@ HOST_FLAGS = (
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
     "--xla_backend_optimization_level=0",
 )
-SIZES = {"warmup": "warmup.micro_batch", "search": "search.batch", "dpo": "preference.micro_batch"}
+SIZES = {stage: name for name, stage in sizes.STAGE_OF.items()}
 """The setting that a stage's memory depends on most."""
-TOKENS = "generate.tokens_per_batch"
-"""The setting that matters most for stages that only run the model."""
 
 
 class Hardware(NamedTuple):
@@ -127,13 +126,13 @@ def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
         sides = [1 << (power + 2 - i) // 3 for i in range(3)] if not flat else [1 << power // 2, 1 << (power + 1) // 2]
         try:
             name = f"{device.topology}:{'x'.join(map(str, sides))}"
-            found = topologies.get_topology_desc(name, platform="tpu").devices
+            described = topologies.get_topology_desc(name, platform="tpu").devices
         except Exception as error:  # libtpu is missing, too old, or knows no such slice: use the host
             if power == 0 or "libtpu" in str(error):
                 return (), one_line(error)[:80]
             continue
-        if len(found) >= count:
-            return found[:count], ""
+        if len(described) >= count:
+            return described[:count], ""
     return (), f"it has no slice of {count} devices"
 
 
@@ -203,15 +202,15 @@ class Planner:
         size, _ = memory.largest(candidates, lambda n: _bytes(self.need(stage, n)), self.hardware.limit)
         return self.need_at(stage, size)
 
-    def no_larger_than(self, found: StageNeed) -> str | None:
+    def no_larger_than(self, at: StageNeed) -> str | None:
         """Names the limit that makes a size the largest candidate; returns None if a larger one did not fit."""
         with on(self.hardware, self.config.mesh):
-            largest = self.candidates(found.stage)[-1]
-        if found.size < largest:
+            largest = self.candidates(at.stage)[-1]
+        if at.size < largest:
             return None
-        if found.stage != "search":
+        if at.stage != "search":
             return "a device's whole share of a batch"
-        prompts = sizes.hardest(self.config, len(self.rows.buffer))
+        prompts = self.config.replay.n_searched(len(self.rows.buffer))
         return f"an iteration has {prompts} prompts" + (", larger sizes are not tried" if prompts > 2 * largest else "")
 
     def fewer_tokens(self, stage: str) -> StageNeed:
@@ -276,7 +275,7 @@ class Change(NamedTuple):
     """Settings that make a run fit, and the stages' needs with them."""
 
     settings: dict[str, Any]
-    found: list[StageNeed]
+    needs: list[StageNeed]
 
 
 def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
@@ -286,11 +285,11 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
     for settings in tried:
         try:
             config = with_settings(planner.config, settings)
-            found = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
+            change = _fitted(Planner(config, planner.rows, planner.hardware) if settings else planner, stages)
         except ValueError:  # this mesh cannot divide the batch
             continue
-        if found is not None:
-            return found._replace(settings=settings | found.settings)
+        if change is not None:
+            return change._replace(settings=settings | change.settings)
         say(f"does not fit with {as_arguments(settings) or 'smaller sizes alone'}")
     return None
 
@@ -298,7 +297,7 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
 def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
     """Chooses sizes that make the stages fit, keeping those that fit; None if a stage does not fit at its smallest."""
     settings: dict[str, Any] = {}
-    found: list[StageNeed] = []
+    needs: list[StageNeed] = []
     for stage in stages:
         now = planner.as_set(stage)
         if not now.fits(planner.hardware.limit):
@@ -307,8 +306,8 @@ def _fitted(planner: Planner, stages: Sequence[str]) -> Change | None:
                 return None
             name = SIZES.get(stage, TOKENS)
             settings[name] = min(settings.get(name, now.size), now.size)
-        found.append(now)
-    return Change(settings, found)
+        needs.append(now)
+    return Change(settings, needs)
 
 
 def changes(config: Config, hardware: Hardware, model: ModelConfig) -> Iterator[dict[str, Any]]:

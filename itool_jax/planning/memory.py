@@ -84,9 +84,9 @@ class Lengths(NamedTuple):
 
 def _need(program: Any, held: Held, unread: int = 0) -> Need:
     """Returns the need of a lowered program, given resident bytes `held`, of which it does not read `unread`."""
-    found = program.compile().memory_analysis()
-    read = found.argument_size_in_bytes - (sum(held) - unread)
-    return Need(*held, max(0, read), found.temp_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes)
+    used = program.compile().memory_analysis()
+    read = used.argument_size_in_bytes - (sum(held) - unread)
+    return Need(*held, max(0, read), used.temp_size_in_bytes, used.output_size_in_bytes - used.alias_size_in_bytes)
 
 
 class Program(NamedTuple):
@@ -208,9 +208,9 @@ def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, le
     """
     graph, weights, held, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
-    path, limit = (_array(batch, lengths.path), _array(batch)), max(search.max_last_step_tokens, search.max_step_tokens)
+    table, path = step_table(model.vocab_size), (_array(batch, lengths.path), _array(batch))
     draws = _draws(batch * search.breadth)
-    step = sampler.sample_step.lower(graph, limit, weights, step_table(model.vocab_size), prompt, *path, *draws)
+    step = sampler.sample_step.lower(graph, search.longest_step, weights, table, prompt, *path, *draws)
     return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
 
 
@@ -280,14 +280,14 @@ def step_table(vocab_size: int) -> StepTable:
 def device_limit() -> int:
     """Returns the bytes that programs may use on each device: the minimum over all devices of all processes."""
     if LIMIT in os.environ:
-        found = float(os.environ[LIMIT]) * 1e9
+        limit = float(os.environ[LIMIT]) * 1e9
     else:
         devices = jax.local_devices()
         stats = [device.memory_stats() or {} for device in devices]
-        found = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
+        limit = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
     if jax.process_count() > 1:
-        found = float(np.min(multihost_utils.process_allgather(np.float32(found))))
-    return int(found)
+        limit = float(np.min(multihost_utils.process_allgather(np.float32(limit))))
+    return int(limit)
 
 
 def _host_bytes() -> int:

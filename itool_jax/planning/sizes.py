@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from itool_jax.config import Config, is_out_of_memory
+from itool_jax.mcts.policy import own_width, path_width, prompt_width
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model.sharding import use_own_mesh
@@ -30,7 +31,7 @@ FILE = "sizes.json"
 MOST = 256
 """Largest search.batch that auto considers."""
 STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preference.micro_batch": "dpo"}
-OTHER_STAGES = "generate.tokens_per_batch"
+TOKENS = "generate.tokens_per_batch"
 """The setting to lower for stages that only run the model."""
 Need = Callable[[int], float]
 Plan = Callable[[int], list[memory.Program]]
@@ -57,8 +58,8 @@ def resolved(run: Run) -> Run:
 def _known(config: Config) -> dict[str, int]:
     """Returns the sizes stored in the run directory."""
     path = config.run_dir / FILE
-    found = read_json(path) if path.exists() else {}
-    return {name: found[name] for name in STAGE_OF if isinstance(found.get(name), int) and found[name] > 0}
+    stored = read_json(path) if path.exists() else {}
+    return {name: stored[name] for name in STAGE_OF if isinstance(stored.get(name), int) and stored[name] > 0}
 
 
 def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
@@ -86,13 +87,8 @@ def _candidates(run: Run, name: str) -> list[int]:
 def search_batches(config: Config, buffer: int) -> list[int]:
     """Returns the values of search.batch to try, for a replay buffer of `buffer` samples."""
     count = memory.row_devices(running=True)
-    wanted = min(MOST, hardest(config, buffer))
+    wanted = min(MOST, config.replay.n_searched(buffer))
     return [count << power for power in range(MOST.bit_length()) if power == 0 or count << power <= wanted]
-
-
-def hardest(config: Config, buffer: int) -> int:
-    """Estimates how many prompts an iteration searches, for a replay buffer of `buffer` samples."""
-    return max(1, round(config.replay.hardest_fraction * buffer))
 
 
 def training_settings(config: Config, name: str) -> TrainingSettings:
@@ -135,9 +131,9 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
         ]
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
     prefers = not is_warmup and config.preference.control != "sft_same_prompts"
-    found = rows.warmup if is_warmup else rows.buffer
+    encoded = rows.warmup if is_warmup else rows.buffer
     # Chosen steps and the model's own right answers are shorter than pairs.
-    width = pair_width(config, found) if prefers else max(target_width(len(e[1]), len(e[2])) for e in found)
+    width = pair_width(config, encoded) if prefers else max(target_width(len(e[1]), len(e[2])) for e in encoded)
     pack = config.warmup.pack if is_warmup else 0
     loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
     shape = (settings.batch_size, max(width, pack), pack > 0)
@@ -170,19 +166,20 @@ def search_lengths(
     gold = chat.content_ids(longest.target_ids) if self_eval.reference == "gold" else None
     frame = evaluation_frame(chat, gold, self_eval.scale)
     prompt, target = max(len(row.prompt_ids) for row in rows), max(len(row.target_ids) for row in rows)
-    path = max((s.max_depth - 1) * s.max_step_tokens, target)
+    before_last = (s.max_depth - 1) * s.max_step_tokens
+    path = max(before_last, target)
     return memory.Lengths(
-        bucket(prompt, 256),
-        bucket(max(prompt, len(longest.prompt_ids) + len(frame.before)), 256),
-        1 + bucket(path, 64),
-        bucket(max(path, (s.max_depth - 1) * s.max_step_tokens + s.max_last_step_tokens) + len(frame.after), 64),
+        prompt_width(prompt),
+        prompt_width(max(prompt, len(longest.prompt_ids) + len(frame.before))),
+        path_width(path),
+        own_width(max(path, before_last + s.max_last_step_tokens) + len(frame.after)),
     )
 
 
 def pair_width(config: Config, rows: Sequence[Encoded]) -> int:
     """Returns the padded width of the longest possible pair: a prompt, a response and another step."""
     s, limit = config.search, load_base(config).config.max_length
-    step = max(s.max_last_step_tokens, s.max_step_tokens, *(len(row.target_ids) for row in rows))
+    step = max(s.longest_step, *(len(row.target_ids) for row in rows))
     response = (s.max_depth - 1) * s.max_step_tokens + step
     longest = max(len(row.prompt_ids) for row in rows)
     return bucket(max(min(longest + response, limit) + step, 2 * step))
@@ -206,7 +203,7 @@ def advice(run: Run, where: str, error: str) -> str:
     """Advises what to change after `where`, a stage or phase/stage, ran out of memory."""
     config = run.config
     stage = where.rpartition("/")[2]
-    name = next((n for n, of in STAGE_OF.items() if of == stage), OTHER_STAGES)
+    name = next((n for n, of in STAGE_OF.items() if of == stage), TOKENS)
     flat, text = config.flat(), " ".join(error.split())[:160]
     now, less = flat[name], flat[name] // 2 or None
     if name in STAGE_OF and name != "search.batch":

@@ -90,14 +90,14 @@ class TimeModel:
 
 def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> list[Workload]:
     """Returns the workloads of a run that searches `batch` prompts at a time."""
-    found = [_warmup(config, data, time_model)]
+    rows = [_warmup(config, data, time_model)]
     if config.iterations:
         trees = _trees(config, data)
         prompts = config.iterations * _hardest(config, data.pool)
-        found.append(_scores(config, data, time_model, max(1, min(batch, prompts // config.iterations))))
-        found.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
-        found.append(_preferences(config, data, time_model, trees, prompts))
-    return [*found, _evaluation(config, data, time_model)] if data.evaluated else found
+        rows.append(_scores(config, data, time_model, max(1, min(batch, prompts // config.iterations))))
+        rows.append(_search(data, time_model, trees, prompts, min(batch, prompts / config.iterations)))
+        rows.append(_preferences(config, data, time_model, trees, prompts))
+    return [*rows, _evaluation(config, data, time_model)] if data.evaluated else rows
 
 
 def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
@@ -158,7 +158,7 @@ class _ExpectedTree(NamedTuple):
 def _trees(config: Config, data: Data) -> _ExpectedTree:
     s, rows, base = config.search, data.rows(data.pool), load_base(config)
     table = step_table(config, s.granularity)
-    found: list[tuple[float, float, float]] = []
+    sizes: list[tuple[float, float, float]] = []
     steps: list[int] = []
     for row in rows[:LOOKED_AT]:
         lengths = [len(step) for step in split_steps(table, row.target_ids)]
@@ -168,11 +168,11 @@ def _trees(config: Config, data: Data) -> _ExpectedTree:
             expansions, level = expansions + level, level * s.breadth
             states, tokens = states + level, tokens + level * length
         part = min(1.0, s.n_simulations * s.max_depth / expansions)
-        found.append((part * expansions, part * states, part * tokens))
+        sizes.append((part * expansions, part * states, part * tokens))
         steps += lengths
     gold = base.chat.content_ids(rows[0].target_ids) if config.self_eval.reference == "gold" else None
     frame = evaluation_frame(base.chat, gold, config.self_eval.scale)
-    expansions, states, tokens = np.mean(found, axis=0).tolist()
+    expansions, states, tokens = np.mean(sizes, axis=0).tolist()
     loop = float(np.quantile(steps, 0.9))
     return _ExpectedTree(expansions, states, tokens, float(np.mean(steps)), loop, _mean_target(rows), len(frame.after))
 

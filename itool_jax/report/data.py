@@ -19,14 +19,15 @@ from itool_jax.evaluation.errors import KINDS, error_kind
 from itool_jax.evaluation.statistics import describe, wilson_interval
 from itool_jax.report import trees as report_trees
 from itool_jax.store import columns
-from itool_jax.store.cache import read_figures
+from itool_jax.store.cache import Figures, read_figures
 from itool_jax.store.paths import done_file, iteration_of, phase_name
 from itool_jax.store.splits import CARD
+from itool_jax.store.tables import EvaluationRow, ScoreRow
 from itool_jax.system import environment, untrusted
 from itool_jax.system.files import read_json
-from itool_jax.text.sample import Sample
+from itool_jax.system.messages import LogRow
+from itool_jax.text.sample import Row, Sample
 
-Row = dict[str, Any]
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
 """Most points of a curve, example samples and log lines that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
@@ -45,8 +46,8 @@ def phases(config: Config) -> list[str]:
 
 def stamp(config: Config) -> str:
     """Returns a text that changes whenever a file shown in the report changes."""
-    found = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
-    marks = [(str(path), status.st_mtime_ns, status.st_size) for path in found if (status := _status(path))]
+    paths = sorted(path for pattern in SHOWN for path in config.run_dir.glob(pattern))
+    marks = [(str(path), status.st_mtime_ns, status.st_size) for path in paths if (status := _status(path))]
     return f"{hash(tuple(marks)) & (2**64 - 1):x}"
 
 
@@ -57,7 +58,7 @@ def _status(path: Path) -> Any:
         return None
 
 
-def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
+def find(config: Config) -> tuple[Figures, list[report_trees.ReportTree]]:
     """Returns the report, and the trees of all iterations in the order of its index.
 
     Raises:
@@ -85,8 +86,8 @@ def find(config: Config) -> tuple[Row, list[report_trees.ReportTree]]:
         "benchmarks": _benchmarks(config, names),
         "training": _training(config.run_dir / "metrics.jsonl"),
         "perplexity": _perplexity(config, iterations),
-        "iterations": [found for name in iterations if (found := _iteration(config, name))],
-        "searches": [found for name in iterations if (found := report_trees.statistics(config.run_dir / name))],
+        "iterations": [figures for name in iterations if (figures := _iteration(config, name))],
+        "searches": [figures for name in iterations if (figures := report_trees.statistics(config.run_dir / name))],
         "stages": _stages(config, names),
         "kinds": KINDS,
         "examples": _examples(config, names, tool_lists),
@@ -111,20 +112,20 @@ class ToolLists:
         return self._numbers[key]
 
 
-def _optional(path: Path) -> Row | None:
+def _optional(path: Path) -> Figures | None:
     return read_json(path) if path.is_file() else None
 
 
-def _environment(path: Path) -> Row:
+def _environment(path: Path) -> Figures:
     sessions = (_optional(path) or {}).get("sessions")
     return {"sessions": [row for row in sessions if isinstance(row, dict)] if isinstance(sessions, list) else []}
 
 
-def _card(path: Path) -> Row | None:
+def _card(path: Path) -> Figures | None:
     card = _optional(path)
     for name in ("parts", "overlap_with_train") if card else ():
-        found = card.get(name) if card else None
-        if not isinstance(found, dict) or not all(_counts(row) for row in found.values()):
+        counts = card.get(name) if card else None
+        if not isinstance(counts, dict) or not all(_counts(row) for row in counts.values()):
             raise ValueError(f"{path} is damaged (its {name} are not counts by part); choose another --run_dir")
     return card
 
@@ -134,7 +135,7 @@ def _counts(row: Any) -> bool:
     return isinstance(row, dict) and not any(isinstance(value, str) for value in row.values())
 
 
-def _settings(path: Path) -> list[Row]:
+def _settings(path: Path) -> list[Figures]:
     """Returns the run's settings; those of single commands, such as its output, only where they are of interest."""
     try:
         saved = untrusted.read_yaml(path)
@@ -156,14 +157,14 @@ def _settings(path: Path) -> list[Row]:
     ]
 
 
-def _log(path: Path) -> Row:
+def _log(path: Path) -> Figures:
     """Returns the last lines of the log, and the current stage."""
-    rows = _lines(path)
-    begun = [row for row in rows if row.get("text") == "begin"]
+    rows = [columns.row_of(LogRow, row) for row in _lines(path)]
+    begun = [row for row in rows if row.text == "begin"]
     return {
-        "lines": [{key: row.get(key) for key in ("time", "stage", "level", "text")} for row in rows[-LAST_LINES:]],
-        "stage": begun[-1].get("stage") if begun else None,
-        "time": rows[-1].get("time") if rows else None,
+        "lines": [row._asdict() for row in rows[-LAST_LINES:]],
+        "stage": begun[-1].stage if begun else None,
+        "time": rows[-1].time if rows else None,
     }
 
 
@@ -190,23 +191,23 @@ def _with_evaluation(config: Config, names: Sequence[str]) -> Config:
 # Accuracy -----------------------------------------------------------------------------------------------------
 
 
-def _evaluation(config: Config, names: Sequence[str]) -> Row:
-    found = []
+def _evaluation(config: Config, names: Sequence[str]) -> Figures:
+    evaluated = []
     for name in names:
         stage = results.results_file(config, name).stem
         figures = read_figures(config.run_dir, name, stage)
         if figures is None:
             continue
-        if bad := columns.fault(figures, ["accuracy", "n", "standard_error"]):
+        if bad := columns.fault(figures, results.MEASURED):
             raise ValueError(f"{done_file(config.run_dir, name, stage)} is damaged ({bad}); delete it to run it again")
         interval = {key: _interval(value, figures["n"].get(key)) for key, value in figures["accuracy"].items()}
-        found.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
+        evaluated.append({"phase": name, "interval": interval, **{key: figures[key] for key in ("accuracy", "n")}})
     return {
         "split": config.evaluate.split,
         "limit": config.evaluate.limit,
-        "categories": [name for name in results.CATEGORIES if any(row["n"].get(name) for row in found)],
-        "phases": found,
-        "comparisons": _comparisons(config, [row["phase"] for row in found]),
+        "categories": [name for name in results.CATEGORIES if any(row["n"].get(name) for row in evaluated)],
+        "phases": evaluated,
+        "comparisons": _comparisons(config, [row["phase"] for row in evaluated]),
     }
 
 
@@ -214,128 +215,134 @@ def _interval(accuracy: float | None, n: float | None) -> tuple[float, float] | 
     return wilson_interval(accuracy, int(n)) if accuracy is not None and n and 0 <= accuracy <= 1 else None
 
 
-def _comparisons(config: Config, names: Sequence[str]) -> list[Row]:
+def _comparisons(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns the comparisons in a finished run's summary, or else of each available phase with the one before."""
     summary = _optional(config.run_dir / "summary.json")
     told = (summary or {}).get("comparisons")
     if isinstance(told, list) and not any(columns.fault(row, COMPARED) for row in told if isinstance(row, dict)):
         return [row for row in told if isinstance(row, dict)]
-    found = []
+    comparisons = []
     for before, phase in itertools.pairwise(names):
         result, lower = results.compared(config, phase, before)
-        found.append({"phase": phase, "against": before, "text": describe(result), "regressions": lower})
-    return found
+        comparisons.append({"phase": phase, "against": before, "text": describe(result), "regressions": lower})
+    return comparisons
 
 
-def _benchmarks(config: Config, names: Sequence[str]) -> list[Row]:
+def _benchmarks(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns a row for each phase and benchmark that was scored."""
-    found = []
+    benchmarks = []
     for name in names:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
             if path.parent.name.startswith(("bfcl", "api_bank")):
                 figures = read_json(path)
                 if bad := columns.fault(figures, ["accuracy", "n", "interval"]):
                     raise ValueError(f"{path} is damaged ({bad}); delete it to score the benchmark again")
-                found.append({**figures, "phase": name, "benchmark": path.parent.name})
-    return found
+                benchmarks.append({**figures, "phase": name, "benchmark": path.parent.name})
+    return benchmarks
 
 
 # Curves -------------------------------------------------------------------------------------------------------
 
 
-def _training(path: Path) -> list[Row]:
+def _training(path: Path) -> list[Figures]:
     """Returns the training curves of each phase; of long ones only every n-th step."""
     by_phase: dict[str, dict[int, Row]] = {}
     for row in _lines(path):
         if isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
             by_phase.setdefault(row["stage"], {})[row["step"]] = row
-    found = []
+    trainings = []
     for phase, rows in by_phase.items():
         steps = sorted(rows)
         kept = sorted({*steps[:: 1 + len(steps) // MOST_POINTS], steps[-1]})
         names = sorted(set().union(*(rows[step].keys() for step in kept)) - {"time", "stage", "step"})
         curves = {name: [_number(rows[step].get(name)) for step in kept] for name in names}
-        found.append({"phase": phase, "n_steps": len(steps), "steps": kept, "curves": curves})
-    return found
+        trainings.append({"phase": phase, "n_steps": len(steps), "steps": kept, "curves": curves})
+    return trainings
 
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _perplexity(config: Config, iterations: Sequence[str]) -> list[Row]:
+def _perplexity(config: Config, iterations: Sequence[str]) -> list[Figures]:
     """Returns perplexities of the gold responses by iteration: of all, and of the searched ones before and after it."""
     keys = ["id", "perplexity", "n_tokens", "rank"]
-    tables = [columns.read_table(path, keys) for name in iterations if (path := _scores(config, name)).is_file()]
-    found = []
+    paths = [config.run_dir / name / results.SCORES for name in iterations]
+    tables = [columns.read_table(path, ScoreRow, keys) for path in paths if path.is_file()]
+    curves = []
     for name, table, later in itertools.zip_longest(iterations[: len(tables)], tables, tables[1:]):
-        searched = {row["id"] for row in table if row["rank"] is not None}
-        row = {"phase": name, "all": quantiles([row["perplexity"] for row in table])}
-        row["before"] = quantiles([row["perplexity"] for row in table if row["id"] in searched])
-        after = [row["perplexity"] for row in later or () if row["id"] in searched]
-        found.append(row | {"after": quantiles(after), "tokens": sum(row["n_tokens"] for row in table)})
-    return found
+        searched = {row.id for row in table if row.rank is not None}
+        curves.append(
+            {
+                "phase": name,
+                "all": quantiles([row.perplexity for row in table]),
+                "before": quantiles([row.perplexity for row in table if row.id in searched]),
+                "after": quantiles([row.perplexity for row in later or () if row.id in searched]),
+                "tokens": sum(row.n_tokens for row in table),
+            }
+        )
+    return curves
 
 
-def _iteration(config: Config, phase: str) -> Row | None:
+def _iteration(config: Config, phase: str) -> Figures | None:
     """Returns figures of an iteration's searched prompts, its search and its training; None before a search."""
-    scored, found = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
-    if scored is None or found is None:
+    scored, searched = (read_figures(config.run_dir, phase, stage) for stage in ("score", "search"))
+    if scored is None or searched is None:
         return None
-    ability = {key: scored.get(key) for key in results.ABILITY}
+    ability = {key: scored.get(key) for key in results.ABILITY_FIGURES}
     trained = read_figures(config.run_dir, phase, "dpo")
-    row = {"phase": phase, **ability, **{key: found.get(key) for key in ("prompts", "pairs", *results.FOUND)}}
+    row = {
+        "phase": phase,
+        **ability,
+        **{key: searched.get(key) for key in ("prompts", "pairs", *results.SEARCH_FIGURES)},
+    }
     if trained is None:
         return row
     before = phase_name(iteration_of(phase) - 1)
     return row | {"held_out": trained.get("held_out"), **results.what_training_changed(config, phase, before)}
 
 
-def _scores(config: Config, phase: str) -> Path:
-    return config.run_dir / phase / "scores.jsonl"
-
-
-def quantiles(values: Sequence[float]) -> Row | None:
+def quantiles(values: Sequence[float]) -> Figures | None:
     """Returns the 10th, 25th, 50th, 75th and 90th percentile, the mean and the count; None if there are no values."""
     if not values:
         return None
     ordered, last = sorted(values), len(values) - 1
-    found = {f"p{q}": ordered[round(q / 100 * last)] for q in (10, 25, 50, 75, 90)}
-    return found | {"mean": sum(values) / len(values), "n": len(values)}
+    percentiles = {f"p{q}": ordered[round(q / 100 * last)] for q in (10, 25, 50, 75, 90)}
+    return percentiles | {"mean": sum(values) / len(values), "n": len(values)}
 
 
-def _stages(config: Config, names: Sequence[str]) -> list[Row]:
+def _stages(config: Config, names: Sequence[str]) -> list[Figures]:
     """Returns the numeric figures of each finished stage, such as its seconds."""
     stage = results.results_file(config, "base").stem
-    found = []
+    stages = []
     for name, kind in itertools.product(names, (*STAGES, stage)):
         if (figures := read_figures(config.run_dir, name, kind)) is not None:
             kept = {key: value for key, value in figures.items() if _number(value) is not None}
-            found.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
-    return found
+            stages.append({"phase": name, "stage": "evaluate" if kind == stage else kind, **kept})
+    return stages
 
 
 # Examples -----------------------------------------------------------------------------------------------------
 
 
 class _Answer(NamedTuple):
-    """A row of an evaluation; `kind` is its kind of error, None if it is right."""
+    """An evaluated answer; `kind` is its kind of error, None if it is right."""
 
     kind: str | None
     response: str
 
 
-def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Row:
+def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Figures:
     """Returns responses of all phases to samples of the evaluated split, first those whose verdict changed."""
-    answers = {name: found for name in names if (found := _answers(results.results_file(config, name)))}
-    counts = {name: Counter(answer.kind for answer in found.values() if answer.kind) for name, found in answers.items()}
-    ids = list(dict.fromkeys(sample_id for found in answers.values() for sample_id in found))
-    ids.sort(key=lambda i: len({found[i].kind is None for found in answers.values() if i in found}) < 2)
+    answers = {name: by_id for name in names if (by_id := _answers(results.results_file(config, name)))}
+    counts = {name: Counter(answer.kind for answer in by_id.values() if answer.kind) for name, by_id in answers.items()}
+    ids = list(dict.fromkeys(sample_id for by_id in answers.values() for sample_id in by_id))
+    ids.sort(key=lambda i: len({by_id[i].kind is None for by_id in answers.values() if i in by_id}) < 2)
     samples = _samples(config.run_dir, config.evaluate.split)
     shown = [sample for i in ids[:MOST_EXAMPLES] if (sample := samples.get(i))]
     return {
         "phases": list(answers),
-        "kinds": {name: dict(found) for name, found in counts.items()},
+        "kinds": {name: dict(kinds) for name, kinds in counts.items()},
         "left_out": len(ids) - len(shown),
         "samples": [_example(sample, answers, tool_lists) for sample in shown],
     }
@@ -344,17 +351,18 @@ def _examples(config: Config, names: Sequence[str], tool_lists: ToolLists) -> Ro
 def _answers(path: Path) -> dict[str, _Answer]:
     if not path.is_file():
         return {}
-    rows = columns.read_table(path, ["id", "correct", "finished", "response", "target"])
-    return {row["id"]: _Answer(_kind(row), row["response"]) for row in rows}
+    rows = columns.read_table(path, EvaluationRow, ["id", "correct", "finished", "response", "target"])
+    return {row.id: _Answer(_kind(row), row.response) for row in rows}
 
 
-def _kind(row: Row) -> str | None:
-    return None if row["correct"] else error_kind(row["target"], row["response"], finished=row["finished"])
+def _kind(row: EvaluationRow) -> str | None:
+    return None if row.correct else error_kind(row.target, row.response, finished=row.finished)
 
 
-def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Row:
-    found = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
-    return {**report_trees.prompt(sample, tool_lists.number), "id": sample.id, "gold": sample.target, "answers": found}
+def _example(sample: Sample, answers: Mapping[str, Mapping[str, _Answer]], tool_lists: ToolLists) -> Figures:
+    shown = report_trees.prompt(sample, tool_lists.number)
+    by_phase = {name: answer._asdict() for name, rows in answers.items() if (answer := rows.get(sample.id))}
+    return {**shown, "id": sample.id, "gold": sample.target, "answers": by_phase}
 
 
 def _samples(run_dir: Path, part: str) -> dict[str, Sample]:

@@ -36,7 +36,7 @@ def assemble(report: Mapping[str, Any], trees: Iterable[str], title: str) -> str
         ),
     }
     # One pass, so that inserted text is not searched for placeholders.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: pieces[found[1]], (FOLDER / "page.html").read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: pieces[match[1]], (FOLDER / "page.html").read_text())
 
 
 def policy(scripts: Iterable[str], style: str) -> str:

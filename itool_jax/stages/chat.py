@@ -77,12 +77,12 @@ def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     try:
         content = read_json(path)
         given = content if isinstance(content, list) else [content]
-        found = tool_schemas(given)
+        schemas = tool_schemas(given)
     except ValueError as error:
         raise ValueError(f"tools {path}: {error}") from error
-    if not found:
+    if not schemas:
         raise ValueError(f"tools {path}: no tools in the file")
-    return found, tuple(given)
+    return schemas, tuple(given)
 
 
 class _ResetError(Exception):

@@ -27,26 +27,26 @@ LEAST = 1e9
 
 def run(config: Config) -> None:
     """Prints the findings; raises a one-line ValueError if any is an error."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for finding in _examined(config):
-        found.append(finding)
+        findings.append(finding)
         _print(finding)
-    if _read(found) and not _absent(found, "dataset "):
+    if _read(findings) and not _absent(findings, "dataset "):
         of_data, samples = doctor_model.data(config)
-        found += of_data
+        findings += of_data
         for finding in of_data:
             _print(finding)
         for shown in samples:
             for line in doctor_model.preview(config, shown):
                 console_out.print(line, soft_wrap=True)
-    errors, warnings = (_counted(found, level) for level in ("error", "warning"))
-    if any(finding.level == "error" for finding in found):
+    errors, warnings = (_counted(findings, level) for level in ("error", "warning"))
+    if any(finding.level == "error" for finding in findings):
         raise ValueError(f"doctor: {errors} and {warnings}; fix the errors marked above")
     console_out.print(Text(f"no errors, {warnings}"))
 
 
-def _counted(found: list[Finding], level: str) -> str:
-    count = sum(finding.level == level for finding in found)
+def _counted(findings: list[Finding], level: str) -> str:
+    count = sum(finding.level == level for finding in findings)
     return f"{count} {level}{'s' * (count != 1)}"
 
 
@@ -67,20 +67,20 @@ def _examined(config: Config) -> Iterator[Finding]:
         yield Finding("warning", "model", "not checked: its files are not on this machine", remedy)
         yield from machine.disk(config.run_dir, int(LEAST))
         return
-    found = list(doctor_model.model(config))
-    yield from found
-    yield from machine.disk(config.run_dir, _kept(config) if _read(found) else int(LEAST))
+    findings = list(doctor_model.model(config))
+    yield from findings
+    yield from machine.disk(config.run_dir, _kept(config) if _read(findings) else int(LEAST))
 
 
-def _read(found: list[Finding]) -> bool:
+def _read(findings: list[Finding]) -> bool:
     """Returns true if the model's configuration and tokenizer could be read and its template makes prompts."""
-    refused = any(finding.level == "error" and finding.what == "template" for finding in found)
-    return not refused and any(finding.level == "ok" and finding.what == "tokenizer" for finding in found)
+    refused = any(finding.level == "error" and finding.what == "template" for finding in findings)
+    return not refused and any(finding.level == "ok" and finding.what == "tokenizer" for finding in findings)
 
 
-def _absent(found: list[Finding], kind: str) -> bool:
+def _absent(findings: list[Finding], kind: str) -> bool:
     """Returns true if a hub finding is about a `kind` that is not in the local cache."""
-    return any(f.what == "hub" and f.text.startswith(kind) and not f.text.endswith("in the cache") for f in found)
+    return any(f.what == "hub" and f.text.startswith(kind) and not f.text.endswith("in the cache") for f in findings)
 
 
 def _kept(config: Config) -> int:

@@ -7,7 +7,7 @@ policy unless `preference.reference` is warmup. Out: the iteration's weights and
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import grain
 
@@ -20,6 +20,7 @@ from itool_jax.store.cache import Figures, Phase, Step, Table, Task
 from itool_jax.store.paths import WARMUP, WEIGHTS, command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.spread import by_row
+from itool_jax.store.tables import AnswerRow, PreferenceRow, ReferenceRow
 from itool_jax.store.weights import PhasePolicy, training_graph
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
@@ -27,7 +28,7 @@ from itool_jax.text.chat import Encoded
 from itool_jax.training import loop as train
 from itool_jax.training.replay import is_drawn
 
-Row = dict[str, Any]
+R = TypeVar("R", PreferenceRow, AnswerRow)
 Batches = grain.MapDataset
 
 
@@ -39,7 +40,7 @@ def run(run: Run) -> PhasePolicy:
     return phase.cached(TRAIN, policy, forest.pairs, forest.answers)
 
 
-def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figures:
+def fit(task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow], answers: Table[AnswerRow]) -> Figures:
     """Trains the policy to prefer the chosen steps, and saves the iteration's weights.
 
     `preference.control` and the supervised losses train on other targets, for the same number of steps.
@@ -49,7 +50,7 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
     if not rows:
         return _keep(task, policy, "all pairs are held out" if held_out else "the search found no pairs")
     source = task.run.policy(WARMUP) if settings.reference == "warmup" else policy
-    reference: dict[str, Row] = {}
+    reference: dict[str, ReferenceRow] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
         targets = _targets(task, rows, _hold_out(config, answers.rows)[0])
@@ -64,7 +65,7 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table, answers: Table) -> Figure
     what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
     seed = config.seed + task.iteration
     known = reference and source.phase == policy.phase
-    before = [reference[row["id"]] for row in held_out] if known else _measure(task, policy, held_out, "before")
+    before = [reference[row.id] for row in held_out] if known else _measure(task, policy, held_out, "before")
     start = policy.trainable(merge=settings.merge)
     digest = training.train_and_save(task, loss, settings, start, batches, seed=seed, what=what)
     measured = compare_held_out(before, _measure(task, task.run.policy(task.phase), held_out, "after"))
@@ -83,26 +84,25 @@ def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     return {"pairs": 0, "steps": 0, "weights": digest, "held_out": compare_held_out([], [])}
 
 
-def _sides(config: Config, row: Row) -> tuple[str, str]:
-    """Returns the keys of the preferred and the other step; the control `swapped` swaps them by a fair coin."""
-    if config.preference.control == "swapped" and is_drawn(row["id"], 0.5, "swapped", config.seed):
-        return "rejected", "chosen"
-    return "chosen", "rejected"
+def _is_swapped(config: Config, row: PreferenceRow) -> bool:
+    """Returns True if the control `swapped` swaps the chosen and the rejected step of a pair, by a fair coin."""
+    return config.preference.control == "swapped" and is_drawn(row.id, 0.5, "swapped", config.seed)
 
 
-def _pair_batches(task: Task, rows: Sequence[Row], reference: dict[str, Row]) -> Batches:
+def _pair_batches(task: Task, rows: Sequence[PreferenceRow], reference: dict[str, ReferenceRow]) -> Batches:
     """Makes batches of the pairs with the reference's log-probabilities."""
     settings, pairs = task.config.preference, list[PairRow]()
     for row in rows:
-        sides, by_reference = _sides(task.config, row), reference[row["id"]]
-        chosen_ids, rejected_ids = (row[f"{side}_ids"] for side in sides)
-        chosen, rejected = (by_reference[side] for side in sides)
-        visits = row[f"visits_{sides[0]}"], row[f"visits_{sides[1]}"]
-        pairs.append(PairRow(row["prompt_ids"], chosen_ids, rejected_ids, (chosen, rejected), visits))
+        log_probs = reference[row.id]
+        better = row.chosen_ids, log_probs.chosen, row.visits_chosen
+        worse = row.rejected_ids, log_probs.rejected, row.visits_rejected
+        if _is_swapped(task.config, row):
+            better, worse = worse, better
+        pairs.append(PairRow(row.prompt_ids, better[0], worse[0], (better[1], worse[1]), (better[2], worse[2])))
     return pair_batches(pairs, settings.batch_size, settings.epochs, task.config.seed + task.iteration)
 
 
-def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[Encoded]:
+def _targets(task: Task, rows: Sequence[PreferenceRow], answers: Sequence[AnswerRow]) -> list[Encoded]:
     """Returns the targets of a supervised loss, as many as there are pairs, so that all arms take equally many steps.
 
     Control `sft_same_prompts`: the gold responses to the pairs' prompts. `chosen_steps`: the pairs' chosen steps.
@@ -110,30 +110,31 @@ def _targets(task: Task, rows: Sequence[Row], answers: Sequence[Row]) -> list[En
     """
     if task.config.preference.control == "sft_same_prompts":
         by_id = {sample.id: sample for sample in task.run.splits.train.samples}
-        return task.run.splits.train.choose(lambda _: [by_id[row["tree"]] for row in rows]).encoded
+        return task.run.splits.train.choose(lambda _: [by_id[row.tree] for row in rows]).encoded
     if task.config.preference.loss == "chosen_steps":
-        return [Encoded(row["id"], row["prompt_ids"], row[f"{_sides(task.config, row)[0]}_ids"]) for row in rows]
-    own = [Encoded(row["id"], row["prompt_ids"], row["answer_ids"]) for row in answers]
+        steps = [row.rejected_ids if _is_swapped(task.config, row) else row.chosen_ids for row in rows]
+        return [Encoded(row.id, row.prompt_ids, step) for row, step in zip(rows, steps, strict=True)]
+    own = [Encoded(row.id, row.prompt_ids, row.answer_ids) for row in answers]
     return repeat_or_thin(own, len(rows), task.config.seed + task.iteration) if own else []
 
 
 # Held-out pairs ---------------------------------------------------------------------------------------------
 
 
-def _hold_out(config: Config, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def _hold_out(config: Config, rows: Sequence[R]) -> tuple[list[R], list[R]]:
     """Splits pairs (or answers) by prompt into those to train on and those held out."""
-    parts: tuple[list[Row], list[Row]] = [], []
+    parts: tuple[list[R], list[R]] = [], []
     for row in rows:
-        parts[is_drawn(row["tree"], config.pairs.held_out, "held_out", config.seed)].append(row)
+        parts[is_drawn(row.tree, config.pairs.held_out, "held_out", config.seed)].append(row)
     return parts
 
 
-def _measure(task: Task, policy: PhasePolicy, rows: Sequence[Row], when: str) -> list[Row]:
+def _measure(task: Task, policy: PhasePolicy, rows: Sequence[PreferenceRow], when: str) -> list[ReferenceRow]:
     """Computes the log-probabilities of the held-out pairs' steps, before or after training."""
     return _log_probs(task, policy, rows, f"held-out log-probs {when}", task.working / when) if rows else []
 
 
-def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
+def compare_held_out(before: Sequence[ReferenceRow], after: Sequence[ReferenceRow]) -> Figures:
     """Measures how training changed held-out pairs, from their steps' log-probabilities before and after it.
 
     A pair's margin is log π_w - log π_l in nats. `delta` is the gain in mean margin: the Δ of eq 11 between the two
@@ -141,7 +142,7 @@ def compare_held_out(before: Sequence[Row], after: Sequence[Row]) -> Figures:
     """
     figures: Figures = {"pairs": len(before)}
     for name, rows in (("before", before), ("after", after)):
-        margins = [row["chosen"] - row["rejected"] for row in rows]
+        margins = [row.chosen - row.rejected for row in rows]
         figures[f"margin_{name}"] = sum(margins) / len(margins) if margins else None
         figures[f"accuracy_{name}"] = sum(margin > 0 for margin in margins) / len(margins) if margins else None
     return figures | {"delta": figures["margin_after"] - figures["margin_before"] if before else None}
@@ -162,37 +163,37 @@ def _report(task: Task, x: Figures) -> None:
 # The reference ----------------------------------------------------------------------------------------------
 
 
-def score_pairs(task: Task, policy: PhasePolicy, pairs: Table) -> Figures:
+def score_pairs(task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow]) -> Figures:
     """Writes the log-probabilities of both steps of each pair under the given policy (π_ref of eq 11)."""
-    scored = zip(pairs.rows, _log_probs(task, policy, pairs.rows, "reference log-probs"), strict=True)
-    write_jsonl(task.folder / FILE, ({"id": pair["id"]} | log_probs for pair, log_probs in scored))
+    log_probs = _log_probs(task, policy, pairs.rows, "reference log-probs")
+    write_jsonl(task.folder / FILE, (row._asdict() for row in log_probs))
     return {"pairs": len(pairs.rows)}
 
 
 def _log_probs(
-    task: Task, policy: PhasePolicy, rows: Sequence[Row], what: str, folder: Path | None = None
-) -> list[Row]:
-    """Computes the log-probabilities of both steps of each pair, `chosen` and `rejected`."""
-    steps = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
+    task: Task, policy: PhasePolicy, rows: Sequence[PreferenceRow], what: str, folder: Path | None = None
+) -> list[ReferenceRow]:
+    """Computes the log-probabilities of both steps of each pair."""
+    steps = [(row.prompt_ids, step) for row in rows for step in (row.chosen_ids, row.rejected_ids)]
     tokens, running = task.config.generate.tokens_per_batch, policy.running()
     sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), what, folder=folder)
-    return [{"chosen": c, "rejected": r} for c, r in zip(sums[::2], sums[1::2], strict=True)]
+    return [ReferenceRow(row.id, *both) for row, *both in zip(rows, sums[::2], sums[1::2], strict=True)]
 
 
 FILE = "reference.jsonl"
 
 
-def _read(phase: Phase) -> Table:
+def _read(phase: Phase) -> Table[ReferenceRow]:
     origin = (phase.name, "reference")
-    return Table(phase.folder / FILE, ["id", "chosen", "rejected"], origin, command((phase.name, "dpo")))
+    return Table(phase.folder / FILE, ReferenceRow, ReferenceRow._fields, origin, command((phase.name, "dpo")))
 
 
 REFERENCE = Step("reference", [FILE], score_pairs, _read)
 
 
-def _by_pair(pairs: Sequence[Row], reference: Table) -> dict[str, Row]:
+def _by_pair(pairs: Sequence[PreferenceRow], reference: Table[ReferenceRow]) -> dict[str, ReferenceRow]:
     """Indexes the reference's log-probabilities by pair id; ValueError names a pair that has none."""
-    by_id = {row["id"]: row for row in reference.rows}
-    if missing := [row["id"] for row in pairs if row["id"] not in by_id]:
+    by_id = {row.id: row for row in reference.rows}
+    if missing := [row.id for row in pairs if row.id not in by_id]:
         raise ValueError(f"{reference.path} has no row for pair {missing[0]}; delete it to compute it again")
     return by_id

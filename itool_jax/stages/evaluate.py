@@ -8,7 +8,6 @@ seen and not seen in training, irrelevance, multi-turn.
 import functools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.evaluation import benchmark, results
@@ -18,6 +17,7 @@ from itool_jax.store.cache import Figures, Step, Task
 from itool_jax.store.paths import BASE, trained_phases
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples, require_part
+from itool_jax.store.tables import EvaluationRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
@@ -27,8 +27,6 @@ from itool_jax.training import replay
 
 LONG = 4
 """Minimum number of calls in an answer that counts as long."""
-
-Row = dict[str, Any]
 
 
 def run(run: Run) -> dict[str, Figures]:
@@ -45,7 +43,7 @@ def run(run: Run) -> dict[str, Figures]:
 
 def step(config: Config, *, aloud: bool = True) -> Step[Figures]:
     """Returns the step that evaluates a phase on the split and number of samples in the settings."""
-    name = f"evaluation_{config.evaluate.split}_{config.evaluate.limit or 'all'}"
+    name = results.evaluation_name(config)
     compute = functools.partial(accuracy, aloud=aloud)
     this: Step[Figures] = Step(name, [f"{name}.jsonl"], compute, lambda phase: phase.figures(name))
     return this
@@ -70,17 +68,10 @@ def accuracy(task: Task, policy: PhasePolicy, held_out: Samples, *, aloud: bool 
     chosen = held_out.choose(lambda samples: samples[: config.evaluate.limit or None])
     answers = answer_greedily(task, policy, chosen, f"{'evaluate' if aloud else 'validate'} {task.phase}")
     rows = [
-        {
-            "id": sample.id,
-            "categories": categories[sample.id],
-            "correct": answer.correct,
-            "finished": answer.finished,
-            "response": answer.text,
-            "target": sample.target,
-        }
+        EvaluationRow(sample.id, categories[sample.id], answer.correct, answer.finished, answer.text, sample.target)
         for sample, answer in zip(chosen.samples, answers, strict=True)
     ]
-    write_jsonl(results.results_file(config, task.phase), rows)
+    write_jsonl(results.results_file(config, task.phase), (row._asdict() for row in rows))
     figures = summarize(rows)
     known = {name: value for name, value in figures["accuracy"].items() if value is not None}
     if aloud:
@@ -100,24 +91,24 @@ def categorize(samples: Sequence[Sample], known: AbstractSet[str]) -> dict[str, 
     """
     calls = [sample for sample in samples if looks_like_calls(sample.target)]
     thirds = replay.curriculum([replay.sample_features(sample) for sample in calls], "easy_to_hard", 0)
-    found = {sample.id: ["irrelevance"] for sample in samples}
+    categories = {sample.id: ["irrelevance"] for sample in samples}
     for name, ids in zip(("easy", "medium", "hard"), thirds, strict=True):
-        found |= {sample_id: [name] for sample_id in ids}
+        categories |= {sample_id: [name] for sample_id in ids}
     for sample in samples:
         if any(message["role"] == "assistant" for message in sample.messages):
-            found[sample.id].append("multi_turn")
+            categories[sample.id].append("multi_turn")
         if called := read_calls(sample.target):
-            found[sample.id].append("known_tools" if {call.name for call in called} <= known else "new_tools")
+            categories[sample.id].append("known_tools" if {call.name for call in called} <= known else "new_tools")
             if len(called) >= LONG:
-                found[sample.id].append("long")
-    return found
+                categories[sample.id].append("long")
+    return categories
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize(rows: Sequence[EvaluationRow]) -> Figures:
     """Computes accuracy, count and standard error by category; accuracy and error are None without samples."""
-    marks = {name: [r["correct"] for r in rows if name in ("overall", *r["categories"])] for name in results.CATEGORIES}
+    marks_of = {name: [r.correct for r in rows if name in ("overall", *r.categories)] for name in results.CATEGORIES}
     return {
-        "accuracy": {name: sum(found) / len(found) if found else None for name, found in marks.items()},
-        "n": {name: len(found) for name, found in marks.items()},
-        "standard_error": {name: standard_error(found) if found else None for name, found in marks.items()},
+        "accuracy": {name: sum(marks) / len(marks) if marks else None for name, marks in marks_of.items()},
+        "n": {name: len(marks) for name, marks in marks_of.items()},
+        "standard_error": {name: standard_error(marks) if marks else None for name, marks in marks_of.items()},
     }

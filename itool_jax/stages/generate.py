@@ -5,26 +5,26 @@ are printed. For `--chat`, see `stages.chat`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from itool_jax.data.sources import read_samples
 from itool_jax.inference.sampler import generate
 from itool_jax.stages import chat
 from itool_jax.store import outputs
+from itool_jax.store.cache import Figures
 from itool_jax.store.encoding import check_ids, check_room
 from itool_jax.store.run import Run
 from itool_jax.store.splits import data_file
-from itool_jax.store.spread import by_row, map_across_hosts
+from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.store.tables import GeneratedRow
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
 from itool_jax.system.progress import progress
 from itool_jax.text.chat import Encoded, encode_sample
 
-Row = dict[str, Any]
 WHAT = "generate"
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: Run) -> Figures:
     """Generates a response for every row of the data file; returns the number of rows, or of turns after a chat."""
     config = run.config
     if config.chat:
@@ -36,25 +36,28 @@ def run(run: Run) -> dict[str, Any]:
     check_room(encoded, model.max_length, room=1)
     policy, table = run.answering_policy().running(), run.step_table("sentence")
 
-    def answer(rows: Sequence[Encoded]) -> Iterator[list[tuple[int, Row]]]:
+    def answer(rows: Sequence[Encoded]) -> Iterator[list[tuple[int, GeneratedRow]]]:
         prompts = [(row.id, row.prompt_ids) for row in rows]
         for batch in generate(policy, table, prompts, config.generate, model.max_length, config.seed):
             yield [(i, _row(rows[i].id, ids)) for i, ids in batch]
 
-    def _row(name: str, ids: list[int]) -> Row:
-        return {"id": name, "token_ids": ids, "text": chat_format.tokenizer.decode(chat_format.content_ids(ids))}
+    def _row(name: str, ids: list[int]) -> GeneratedRow:
+        return GeneratedRow(name, ids, chat_format.tokenizer.decode(chat_format.content_ids(ids)))
+
+    def work(rows: Sequence[Encoded]) -> Iterator[Advance]:
+        return by_row([(i, row._asdict()) for i, row in batch] for batch in answer(rows))
 
     if config.output is None:
         with progress(WHAT, len(encoded)) as advance:
-            answered: dict[int, Row] = {}
+            answered: dict[int, GeneratedRow] = {}
             for batch in answer(encoded):
                 answered |= dict(batch)
                 advance(len(batch))
         for _, row in sorted(answered.items()):
-            print(f"{row['id']}\t{row['text']}")
+            print(f"{row.id}\t{row.text}")
     else:
         with outputs.resumed(config, config.output) as working:
-            rows = map_across_hosts(config, working, encoded, lambda rows: by_row(answer(rows)), WHAT)
+            rows = map_across_hosts(config, working, encoded, work, WHAT)
             write_jsonl(config.output, rows)
         say(f"wrote {len(encoded)} responses to {config.output}")
     return {"samples": len(encoded)}

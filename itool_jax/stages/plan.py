@@ -8,15 +8,15 @@ weights are allocated: memory comes from the compiler's own analysis of the prog
 import dataclasses
 import math
 import time
-from typing import Any
 
 from rich.table import Table
 
 from itool_jax.config import Config
 from itool_jax.planning import estimate as memory
 from itool_jax.planning.estimate import SIZES, Hardware, Planner, StageNeed
-from itool_jax.planning.sizes import Rows
+from itool_jax.planning.sizes import TOKENS, Rows
 from itool_jax.planning.time import Data, TimeModel, Workload, workloads
+from itool_jax.store.cache import Figures
 from itool_jax.store.splits import divide, divide_replay
 from itool_jax.system.files import write_json
 from itool_jax.system.messages import console_out, say
@@ -32,10 +32,9 @@ PURPOSES = {
     "total": ("total",),
 }
 """Columns of the table, with the parts of the memory estimate that each one adds up."""
-Row = dict[str, Any]
 
 
-def run(config: Config) -> Row:
+def run(config: Config) -> Figures:
     """Prints the plan, writes it to `--output` if given, and returns it."""
     start = time.monotonic()
     hardware = memory.hardware_of(config)
@@ -49,17 +48,17 @@ def run(config: Config) -> Row:
     as_set = [planner.as_set(stage) for stage in stages]
     most = [planner.largest(stage) for stage in stages if stage in SIZES]
     # 2. Settings to change if a stage does not fit.
-    fits = all(found.fits(hardware.limit) for found in as_set)
+    fits = all(at.fits(hardware.limit) for at in as_set)
     change = None if fits else memory.change_of(planner, stages)
     # 3. How long each stage takes.
-    batch = next((found.size for found in as_set if found.stage == "search"), 1)
+    batch = next((at.size for at in as_set if at.stage == "search"), 1)
     time_model = TimeModel(config, hardware.device, memory.devices_used(config), memory.copies(config, hardware))
     plan = {
         "devices": _devices(config, hardware),
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
-        "largest": [_size_row(found, hardware) | {"of": planner.no_larger_than(found)} for found in most],
+        "largest": [_size_row(at, hardware) | {"of": planner.no_larger_than(at)} for at in most],
         "change": None if change is None else _change_row(change, hardware),
         "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype, "benchmark": config.benchmark},
         "seconds_to_plan": round(time.monotonic() - start, 1),
@@ -73,14 +72,14 @@ def run(config: Config) -> Row:
 
 def _data(config: Config) -> Data:
     """Splits the data as a run would, in memory only."""
-    found, _ = divide(config, [] if config.skip_bad_rows else None)
-    warmup, buffer = divide_replay(config, found["train"].samples)
-    pool = buffer if config.replay.pool == "buffer" else [s for s in found["train"].samples if s.follows_user]
-    encoded = {row.id: row for row in found["train"].encoded}
-    return Data(warmup, pool, encoded, found[config.evaluate.split].encoded[: config.evaluate.limit or None])
+    parts, _ = divide(config, [] if config.skip_bad_rows else None)
+    warmup, buffer = divide_replay(config, parts["train"].samples)
+    pool = buffer if config.replay.pool == "buffer" else [s for s in parts["train"].samples if s.follows_user]
+    encoded = {row.id: row for row in parts["train"].encoded}
+    return Data(warmup, pool, encoded, parts[config.evaluate.split].encoded[: config.evaluate.limit or None])
 
 
-def _devices(config: Config, hardware: Hardware) -> Row:
+def _devices(config: Config, hardware: Hardware) -> Figures:
     mesh = dataclasses.asdict(config.mesh)
     sheet = None if hardware.device is None else hardware.device._asdict()
     used = memory.devices_used(config)
@@ -88,35 +87,35 @@ def _devices(config: Config, hardware: Hardware) -> Row:
     return row | {"bytes_for_programs": hardware.limit, "analysis": hardware.answers}
 
 
-def _need_row(found: StageNeed, hardware: Hardware) -> Row:
-    need = found.need
+def _need_row(at: StageNeed, hardware: Hardware) -> Figures:
+    need = at.need
     by_purpose = None if need is None else need._asdict() | {"total": need.total}
-    return {"bytes_a_device": by_purpose, "fits": found.fits(hardware.limit)}
+    return {"bytes_a_device": by_purpose, "fits": at.fits(hardware.limit)}
 
 
-def _size_row(found: StageNeed, hardware: Hardware) -> Row:
-    setting = SIZES.get(found.stage, memory.TOKENS)
-    return {"stage": found.stage, "setting": setting, "value": found.size} | _need_row(found, hardware)
+def _size_row(at: StageNeed, hardware: Hardware) -> Figures:
+    setting = SIZES.get(at.stage, TOKENS)
+    return {"stage": at.stage, "setting": setting, "value": at.size} | _need_row(at, hardware)
 
 
-def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Row]:
+def _stages(as_set: list[StageNeed], times: list[Workload], hardware: Hardware) -> list[Figures]:
     rows = []
-    for found, workload in zip(as_set, times, strict=True):
+    for at, workload in zip(as_set, times, strict=True):
         hours = workload.seconds / 3600 if math.isfinite(workload.seconds) else None
         work = {"work": workload.what, "tokens": workload.tokens, "padded_tokens": workload.padded, "hours": hours}
-        rows.append(_size_row(found, hardware) | work)
+        rows.append(_size_row(at, hardware) | work)
     return rows
 
 
-def _change_row(change: memory.Change, hardware: Hardware) -> Row:
+def _change_row(change: memory.Change, hardware: Hardware) -> Figures:
     row = {"settings": change.settings, "arguments": memory.as_arguments(change.settings)}
-    return row | {"stages": [_size_row(found, hardware) for found in change.found]}
+    return row | {"stages": [_size_row(at, hardware) for at in change.needs]}
 
 
 # Printing ---------------------------------------------------------------------------------------------------
 
 
-def _show(plan: Row) -> None:
+def _show(plan: Figures) -> None:
     for line in _head(plan):
         console_out.print(line, soft_wrap=True, markup=False)
     console_out.print(_memory_table(plan["stages"]))
@@ -127,7 +126,7 @@ def _show(plan: Row) -> None:
         console_out.print(line, soft_wrap=True, markup=False)
 
 
-def _head(plan: Row) -> list[str]:
+def _head(plan: Figures) -> list[str]:
     d, model = plan["devices"], plan["model"]
     mesh = " ".join(f"{axis}={n}" for axis, n in d["mesh"].items())
     share, kind = plan["assumed"]["memory_share"], d["data_sheet"]
@@ -144,7 +143,7 @@ def _head(plan: Row) -> list[str]:
     ]
 
 
-def _memory_table(rows: list[Row]) -> Table:
+def _memory_table(rows: list[Figures]) -> Table:
     table = _table("GB per device, current settings")
     for name in ("stage", "size", *PURPOSES, ""):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
@@ -155,7 +154,7 @@ def _memory_table(rows: list[Row]) -> Table:
     return table
 
 
-def _largest(plan: Row) -> list[str]:
+def _largest(plan: Figures) -> list[str]:
     lines = []
     for row in plan["largest"]:
         if row["fits"]:
@@ -178,7 +177,7 @@ def _largest(plan: Row) -> list[str]:
     return lines
 
 
-def _time_table(rows: list[Row]) -> Table:
+def _time_table(rows: list[Figures]) -> Table:
     table = _table("work of the whole run")
     for name in ("stage", "work", "M tokens", "padded", "hours"):
         table.add_column(name, justify="left" if name in ("stage", "work") else "right", no_wrap=True)
@@ -188,7 +187,7 @@ def _time_table(rows: list[Row]) -> Table:
     return table
 
 
-def _foot(plan: Row) -> list[str]:
+def _foot(plan: Figures) -> list[str]:
     hours, used, a = [row["hours"] for row in plan["stages"]], plan["devices"]["used"], plan["assumed"]
     if None in hours:
         return ["no data sheet for this device, so no hours; set --plan.device=GB:bandwidth:TFLOPS"]

@@ -20,11 +20,13 @@ from itool_jax.mcts.policy import Searched
 from itool_jax.model.log_probs import perplexity
 from itool_jax.store import cache, outputs, splits
 from itool_jax.store.cache import Figures, Step, Table, Task
+from itool_jax.store.columns import row_of
 from itool_jax.store.encoding import check_ids, check_lengths
 from itool_jax.store.paths import BASE, command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples
 from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.store.tables import PerplexityRow, ScoreRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
@@ -32,10 +34,8 @@ from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.training import replay
 
-Row = dict[str, Any]
 
-
-def run(run: Run) -> Table | None:
+def run(run: Run) -> Table[ScoreRow] | None:
     """Scores a data file, or a run's replay buffer unless already done; returns the scores of the buffer."""
     config = run.config
     if config.output is not None:
@@ -53,9 +53,7 @@ def _score_file(run: Run, output: Path) -> None:
     check_lengths(encoded, base.config.max_length)
     policy = run.policy(BASE).running()
     with outputs.resumed(config, output) as working:
-        rows = map_across_hosts(
-            config, working, encoded, lambda rows: by_row(perplexities(policy, rows, config)), "perplexity"
-        )
+        rows = map_across_hosts(config, working, encoded, lambda rows: _work(policy, rows, config), "perplexity")
         write_jsonl(output, rows)
     say(f"wrote {len(rows)} scores to {output}")
 
@@ -65,10 +63,11 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
     config, settings = task.config, task.config.replay
     # 1. Perplexities of the gold responses (eq 4).
     running, encoded = policy.running(), pool.encoded
-    rows = task.map(encoded, lambda rows: by_row(perplexities(running, rows, config)), "perplexity")
+    journaled = task.map(encoded, lambda rows: _work(running, rows, config), "perplexity")
+    rows = [row_of(PerplexityRow, row) for row in journaled]
     # 2. Select the hardest share, or the share with the most mixed answers, separately for calls and texts.
     is_call = {sample.id: looks_like_calls(sample.target) for sample in pool.samples}
-    scored = {row["id"]: replay.ScoredSample(row["id"], row["perplexity"], is_call[row["id"]]) for row in rows}
+    scored = {row.id: replay.ScoredSample(row.id, row.perplexity, is_call[row.id]) for row in rows}
     mixed = settings.select == "mixed"
     right = _sampled_right(task, policy, pool) if mixed else {}
     if mixed:
@@ -82,14 +81,9 @@ def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
     if not mixed:
         right = _sampled_right(task, policy, searched)
     greedy = _right(task, policy, searched, n=1, temperature=0.0, part="greedy")
-    write_jsonl(
-        task.folder / results.SCORES,
-        (
-            row | {"rank": rank.get(row["id"]), "right": right.get(row["id"]), "greedy": greedy.get(row["id"])}
-            for row in rows
-        ),
-    )
-    mean = sum(row["perplexity"] for row in rows) / len(rows)
+    scores = [ScoreRow(*row, rank.get(row.id), right.get(row.id), greedy.get(row.id)) for row in rows]
+    write_jsonl(task.folder / results.SCORES, (row._asdict() for row in scores))
+    mean = sum(row.perplexity for row in rows) / len(rows)
     figures = {"samples": len(rows), "hardest": len(rank), "mean_perplexity": round(mean, 4)}
     return figures | _ability(task, scored, rank, right, greedy)
 
@@ -129,7 +123,7 @@ def _ability(
     found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
     if settings.select == "mixed":
         asked = sum(
-            max(1, round(settings.hardest_fraction * size))
+            settings.n_searched(size)
             for is_call in (True, False)
             if (size := sum(score.is_call == is_call for score in scored.values()))
         )
@@ -147,26 +141,32 @@ def _ability(
     return found
 
 
-def _read(phase: cache.Phase) -> Table:
+def _read(phase: cache.Phase) -> Table[ScoreRow]:
     origin = (phase.name, "score")
-    return Table(phase.folder / results.SCORES, ["id", "rank", "right"], origin, command(origin))
+    return Table(phase.folder / results.SCORES, ScoreRow, ["id", "rank", "right"], origin, command(origin))
 
 
 SCORE = Step("score", [results.SCORES], score_buffer, _read)
 
 
-def ranked_hardest(pool: Samples, scores: Table) -> Samples:
+def ranked_hardest(pool: Samples, scores: Table[ScoreRow]) -> Samples:
     """Selects the ranked samples of the pool, in rank order."""
 
     def ranked(samples: Sequence[Any]) -> list[Any]:
-        ranks = {row["id"]: row["rank"] for row in scores.rows if row["rank"] is not None}
+        ranks = {row.id: row.rank for row in scores.rows if row.rank is not None}
         return sorted((s for s in samples if s.id in ranks), key=lambda s: ranks[s.id])
 
     return pool.choose(ranked, scores.origin, scores.require)
 
 
-def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config) -> Iterator[list[tuple[int, Row]]]:
-    """Yields the finished rows of each batch: (index into `encoded`, {id, n_tokens, logprob_sum, perplexity}).
+def _work(policy: Policy, encoded: Sequence[Encoded], config: Config) -> Iterator[Advance]:
+    return by_row([(i, row._asdict()) for i, row in batch] for batch in perplexities(policy, encoded, config))
+
+
+def perplexities(
+    policy: Policy, encoded: Sequence[Encoded], config: Config
+) -> Iterator[list[tuple[int, PerplexityRow]]]:
+    """Yields the finished rows of each batch, each with its index into `encoded`.
 
     Raises:
         ValueError: a log-probability is not finite; names the sample.
@@ -177,7 +177,7 @@ def perplexities(policy: Policy, encoded: Sequence[Encoded], config: Config) -> 
         yield list(zip(places, _rows([encoded[i] for i in places], log_probs), strict=True))
 
 
-def _rows(encoded: Sequence[Encoded], log_probs: Sequence[float]) -> list[Row]:
+def _rows(encoded: Sequence[Encoded], log_probs: Sequence[float]) -> list[PerplexityRow]:
     for row, log_prob in zip(encoded, log_probs, strict=True):
         if not math.isfinite(log_prob):
             raise ValueError(
@@ -188,6 +188,6 @@ def _rows(encoded: Sequence[Encoded], log_probs: Sequence[float]) -> list[Row]:
     # JSON cannot represent infinity.
     values = np.minimum(perplexity(np.array(log_probs), np.array(counts)), np.finfo(np.float32).max).tolist()
     return [
-        {"id": row.id, "n_tokens": n, "logprob_sum": log_prob, "perplexity": value}
+        PerplexityRow(row.id, n, log_prob, value)
         for row, n, log_prob, value in zip(encoded, counts, log_probs, values, strict=True)
     ]

@@ -7,7 +7,7 @@ In: `scores.jsonl` of the iteration. Out: `trees.jsonl`, one tree per line; `pai
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from itool_jax.config import Config
 from itool_jax.evaluation import draws
@@ -21,10 +21,12 @@ from itool_jax.mcts.search import grow as grow_trees
 from itool_jax.stages import score
 from itool_jax.store.base import Base
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
+from itool_jax.store.columns import json_of, row_of
 from itool_jax.store.paths import command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples, search_pool
 from itool_jax.store.spread import Advance
+from itool_jax.store.tables import AnswerRow, NodeRow, PreferenceRow, ScoreRow, SearchRow, TreeRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
@@ -33,7 +35,6 @@ from itool_jax.text.chat import Chat
 from itool_jax.text.steps import StepTable
 from itool_jax.training import replay
 
-Row = dict[str, Any]
 REFUSAL_MARGIN = 0.05
 """Maximum difference between the share of pairs whose gold is text and that share in the training data."""
 
@@ -41,9 +42,9 @@ REFUSAL_MARGIN = 0.05
 class Forest(NamedTuple):
     """The trees of an iteration, their preference pairs, and the model's own right answers in them."""
 
-    trees: Table
-    pairs: Table
-    answers: Table
+    trees: Table[TreeRow]
+    pairs: Table[PreferenceRow]
+    answers: Table[AnswerRow]
 
 
 def run(run: Run) -> Forest:
@@ -55,14 +56,14 @@ def run(run: Run) -> Forest:
     return phase.cached(SEARCH, policy, score.ranked_hardest(pool, scores), scores)
 
 
-def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figures:
+def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table[ScoreRow]) -> Figures:
     """Searches the prompts in lock-step, and writes their trees, preference pairs and right answers.
 
     `scores` tell which prompts the policy has already answered correctly.
     """
     run, config = task.run, task.config
     table = run.step_table(config.search.granularity)
-    right = {row["id"]: row["right"] for row in scores.rows}
+    right = {row.id: row.right for row in scores.rows}
     items = [
         Searched(sample, encoded, bool(right[sample.id]))
         for sample, encoded in zip(hard.samples, hard.encoded, strict=True)
@@ -71,18 +72,19 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figur
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
         for n_simulations, finished in trees(running, run.base, table, items, config, task.iteration):
-            yield Advance(n_simulations, finished)
+            yield Advance(n_simulations, [(i, json_of(row)) for i, row in finished])
 
-    results = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)
-    pairs = _with_refusals(task, [pair for row in results for pair in row["pairs"]])
-    write_jsonl(task.folder / "trees.jsonl", (row["tree"] for row in results))
-    write_jsonl(task.folder / "pairs.jsonl", pairs)
-    write_jsonl(task.folder / "answers.jsonl", (answer for row in results for answer in row["answers"]))
+    journaled = task.map(items, work, f"search, iteration {task.iteration}", units=config.search.n_simulations)
+    results = [row_of(SearchRow, row) for row in journaled]
+    pairs = _with_refusals(task, [pair for row in results for pair in row.pairs])
+    write_jsonl(task.folder / "trees.jsonl", (json_of(row.tree) for row in results))
+    write_jsonl(task.folder / "pairs.jsonl", map(json_of, pairs))
+    write_jsonl(task.folder / "answers.jsonl", (json_of(answer) for row in results for answer in row.answers))
     figures = {
         "prompts": len(items),
         "trees": len(results),
         "pairs": len(pairs),
-        "generated_tokens": sum(row["sampled_tokens"] for row in results),
+        "generated_tokens": sum(row.sampled_tokens for row in results),
         **_figures(results, pairs, config.self_eval.scale == "binary"),
     }
     _remark(task.phase, config, figures)
@@ -90,27 +92,25 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table) -> Figur
 
 
 def _read(phase: Phase) -> Forest:
-    origin = (phase.name, "search")
-
-    def table(name: str, keys: Sequence[str]) -> Table:
-        return Table(phase.folder / f"{name}.jsonl", keys, origin, command(origin))
-
-    return Forest(table("trees", ["id", "gold", "nodes"]), table("pairs", PAIR_KEYS), table("answers", ANSWER_KEYS))
+    origin, folder = (phase.name, "search"), phase.folder
+    made_by = origin, command(origin)
+    return Forest(
+        Table(folder / "trees.jsonl", TreeRow, ["id", "gold", "nodes"], *made_by),
+        Table(folder / "pairs.jsonl", PreferenceRow, PAIR_KEYS, *made_by),
+        Table(folder / "answers.jsonl", AnswerRow, AnswerRow._fields, *made_by),
+    )
 
 
 PAIR_KEYS = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "visits_chosen", "visits_rejected", "tree")
-ANSWER_KEYS = ("id", "tree", "prompt_ids", "answer_ids")
 SEARCH = Step("search", ["trees.jsonl", "pairs.jsonl", "answers.jsonl"], grow, _read)
 
 
 def trees(
     policy: Policy, base: Base, table: StepTable, items: Sequence[Searched], config: Config, iteration: int
-) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
+) -> Iterator[tuple[int, list[tuple[int, SearchRow]]]]:
     """Searches samples, and yields the progress after each round.
 
-    That is the number of simulations finished, and (index into `items`, row) for each completed tree. A row is {tree,
-    pairs, invalid_pairs, answers, sampled_tokens, judged, reachable}: a row of trees.jsonl, and rows of the other
-    files.
+    That is the number of simulations finished, and (index into `items`, row) for each completed tree.
     """
     key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
     for group in draws.by_prompt_width(items, config.search.lanes):
@@ -120,28 +120,31 @@ def trees(
         model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, key)
         for n_simulations, finished in grow_trees(model.problems, model, config.search, weight):
             # The best and the worst step at each node form a preference pair.
-            rows = [(group[i], _row(tree, batch[i], base.chat, config, iteration)) for i, tree in finished]
-            for (i, _), (_, row) in zip(finished, rows, strict=True):
-                row["judged"] = model.swapped.get(i)
-                row["reachable"] = is_reachable(model.problems[i], config.search)
-            yield n_simulations, rows
+            yield (
+                n_simulations,
+                [(group[i], _row(i, tree, model, base.chat, config, iteration)) for i, tree in finished],
+            )
 
 
-def _row(finished: FinishedTree, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
-    decode = chat.tokenizer.decode
+def _row(
+    problem: int, finished: FinishedTree, model: ModelPolicy, chat: Chat, config: Config, iteration: int
+) -> SearchRow:
+    searched, decode = model.batch[problem], chat.tokenizer.decode
     pairs = preference_pairs(finished.tree, finished.steps, decode, config.pairs, finished.observed)
-    return {
-        "tree": _tree_row(finished, searched, chat),
-        "pairs": [_pair_row(pair, searched, chat, config, iteration) for pair in pairs if config.pairs.accepts(pair)],
-        "invalid_pairs": sum(not config.pairs.is_valid(pair) for pair in pairs),
-        "answers": _own_answers(finished, searched, iteration),
-        "sampled_tokens": finished.sampled_tokens,
-    }
+    return SearchRow(
+        tree=_tree_row(finished, searched, chat),
+        pairs=[_pair_row(pair, searched, chat, config, iteration) for pair in pairs if config.pairs.accepts(pair)],
+        invalid_pairs=sum(not config.pairs.is_valid(pair) for pair in pairs),
+        answers=_own_answers(finished, searched, iteration),
+        sampled_tokens=finished.sampled_tokens,
+        judged=model.swapped.get(problem),
+        reachable=is_reachable(model.problems[problem], config.search),
+    )
 
 
-def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> list[Row]:
+def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> list[AnswerRow]:
     """Returns the right turns that the model sampled from first token to last, without duplicates."""
-    tree, answers = finished.tree, dict[tuple[int, ...], Row]()
+    tree, answers = finished.tree, dict[tuple[int, ...], AnswerRow]()
     for node in range(1, int(tree.n_nodes)):
         ends_right = node in finished.observed or (tree.terminal_N[node] and tree.extra.outcome[node] >= RIGHT)
         path = _path(finished, node)
@@ -153,8 +156,8 @@ def _own_answers(finished: FinishedTree, searched: Searched, iteration: int) -> 
             turn += finished.steps[step]
             if step in finished.observed and step != node:
                 before, turn = [*before, *turn, *finished.observed[step]], []
-        answer = {"tree": searched.sample.id, "prompt_ids": before, "answer_ids": turn}
-        answers.setdefault((*before, -1, *turn), {"id": f"{searched.sample.id}/{iteration}/{node}", **answer})
+        sample = searched.sample.id
+        answers.setdefault((*before, -1, *turn), AnswerRow(f"{sample}/{iteration}/{node}", sample, before, turn))
     return list(answers.values())
 
 
@@ -170,14 +173,14 @@ def _path(finished: FinishedTree, node: int) -> list[int]:
 # Results ----------------------------------------------------------------------------------------------------
 
 
-def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
+def _with_refusals(task: Task, pairs: list[PreferenceRow]) -> list[PreferenceRow]:
     """Drops pairs of calls or texts at random, to keep the share of texts within 5 points of the training data's."""
     config = task.config
     if config.pairs.require == "gap":
         return pairs
     is_text = {sample.id: not looks_like_calls(sample.target) for sample in task.run.splits.train.samples}
     share = sum(is_text.values()) / len(is_text)
-    marked = [(pair["id"], is_text[pair["tree"]]) for pair in pairs]
+    marked = [(pair.id, is_text[pair.tree]) for pair in pairs]
     kept = replay.keep_share(marked, share, REFUSAL_MARGIN, config.seed + task.iteration)
     n_texts, of_data = sum(text for _, text in marked), f"{100 * share:.0f} %"
     if len(kept) < len(pairs):
@@ -190,31 +193,31 @@ def _with_refusals(task: Task, pairs: list[Row]) -> list[Row]:
             f"{task.phase}: no pair is for a text answer, but {of_data} of the training data are; the policy may "
             "unlearn refusals"
         )
-    return [pair for pair in pairs if pair["id"] in kept]
+    return [pair for pair in pairs if pair.id in kept]
 
 
-def _figures(results: Sequence[Row], pairs: Sequence[Row], is_probability: bool) -> Figures:
+def _figures(results: Sequence[SearchRow], pairs: Sequence[PreferenceRow], is_probability: bool) -> Figures:
     """Computes the search's figures on trees, pairs and self-evaluation.
 
     If the self-evaluation is not a probability (four grades), its calibration error and flip rate are None.
     """
-    trees = [row["tree"]["nodes"] for row in results]
-    ends = [node for nodes in trees for node in nodes if node["terminal"]]
-    asked = [row["judged"] for row in results if row["judged"] is not None]
-    marks = [node["outcome"] >= RIGHT for node in ends]
-    confidences = [node["confidence"] for node in ends]
+    trees = [row.tree.nodes for row in results]
+    ends = [node for nodes in trees for node in nodes if node.terminal]
+    asked = [row.judged for row in results if row.judged is not None]
+    marks = [node.outcome >= RIGHT for node in ends]
+    confidences = [node.confidence for node in ends]
     flips = sum((a > 0.5) != (b > 0.5) for a, b in asked)
     return {
         "solved": sum(is_solved(nodes) for nodes in trees),
         "solved_by_gold": sum(is_solved(nodes, own=False) and not is_solved(nodes) for nodes in trees),
-        "trees_without_pairs": len({row["tree"]["id"] for row in results} - {pair["tree"] for pair in pairs}),
-        "all_right": sum(all(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
-        "all_wrong": sum(not any(n["outcome"] >= RIGHT for n in nodes if n["terminal"]) for nodes in trees),
-        "unreachable_golds": sum(not row["reachable"] for row in results),
-        "invalid_pairs": sum(row["invalid_pairs"] for row in results),
-        "chosen_is_gold": sum(pair["chosen_is_gold"] for pair in pairs),
-        "chosen_injected": sum(not pair["chosen_sampled"] for pair in pairs),
-        "answers": sum(len(row["answers"]) for row in results),
+        "trees_without_pairs": len({row.tree.id for row in results} - {pair.tree for pair in pairs}),
+        "all_right": sum(all(n.outcome >= RIGHT for n in nodes if n.terminal) for nodes in trees),
+        "all_wrong": sum(not any(n.outcome >= RIGHT for n in nodes if n.terminal) for nodes in trees),
+        "unreachable_golds": sum(not row.reachable for row in results),
+        "invalid_pairs": sum(row.invalid_pairs for row in results),
+        "chosen_is_gold": sum(pair.chosen_is_gold for pair in pairs),
+        "chosen_injected": sum(not pair.chosen_sampled for pair in pairs),
+        "answers": sum(len(row.answers) for row in results),
         "self_evaluation": {
             "responses": len(marks) if asked else 0,
             "auc": roc_auc(confidences, marks) if asked else None,
@@ -269,54 +272,42 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
         say(line)
 
 
-def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iteration: int) -> Row:
+def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iteration: int) -> PreferenceRow:
     prompt_ids = searched.encoded.prompt_ids + pair.path
     decode = functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
-    return {
-        "id": f"{searched.sample.id}/{iteration}/{pair.node}",
-        "prompt": decode(prompt_ids),
-        "chosen": decode(pair.chosen_ids),
-        "rejected": decode(pair.rejected_ids),
-        "prompt_ids": prompt_ids,
-        "chosen_ids": pair.chosen_ids,
-        "rejected_ids": pair.rejected_ids,
-        "q_chosen": pair.q_chosen,
-        "q_rejected": pair.q_rejected,
-        "visits_chosen": pair.visits_chosen,
-        "visits_rejected": pair.visits_rejected,
-        "tree": searched.sample.id,
-        "node": pair.node,
-        "chosen_node": pair.chosen_node,
-        "rejected_node": pair.rejected_node,
-        "best_ending_chosen": pair.best_ending_chosen,
-        "best_ending_rejected": pair.best_ending_rejected,
-        "chosen_sampled": pair.chosen_sampled,
-        "chosen_is_gold": pair.chosen_is_gold,
-        "valid": config.pairs.is_valid(pair),
-    }
+    return PreferenceRow(
+        id=f"{searched.sample.id}/{iteration}/{pair.node}",
+        prompt=decode(prompt_ids),
+        chosen=decode(pair.chosen_ids),
+        rejected=decode(pair.rejected_ids),
+        prompt_ids=prompt_ids,
+        tree=searched.sample.id,
+        valid=config.pairs.is_valid(pair),
+        **{name: value for name, value in pair._asdict().items() if name != "path"},
+    )
 
 
-def _tree_row(finished: FinishedTree, searched: Searched, chat: Chat) -> Row:
+def _tree_row(finished: FinishedTree, searched: Searched, chat: Chat) -> TreeRow:
     tree, decode = finished.tree, functools.partial(chat.tokenizer.decode, skip_special_tokens=False)
     nodes = [
-        {
-            "node": n,
-            "parent": int(tree.parent_N[n]),
-            "depth": int(tree.depth_N[n]),
-            "text": decode(token_ids),
-            "token_ids": token_ids,
-            "visits": int(tree.visit_count_N[n]),
-            "q": float(tree.q_value_N[n]),
-            "value": float(tree.value_N[n]),
-            "prior": float(tree.prior_N[n]),
-            "outcome": float(tree.extra.outcome[n]),
-            "confidence": float(tree.extra.confidence[n]),
-            "terminal": bool(tree.terminal_N[n]),
-            "gold": bool(tree.extra.matches_reference[n]),
-            "sampled": bool(tree.extra.sampled[n]),
-            "complete": bool(tree.extra.complete[n]),
-        }
-        | ({"observed": decode(finished.observed[n])} if n in finished.observed else {})
+        NodeRow(
+            node=n,
+            parent=int(tree.parent_N[n]),
+            depth=int(tree.depth_N[n]),
+            text=decode(token_ids),
+            token_ids=token_ids,
+            visits=int(tree.visit_count_N[n]),
+            q=float(tree.q_value_N[n]),
+            value=float(tree.value_N[n]),
+            prior=float(tree.prior_N[n]),
+            outcome=float(tree.extra.outcome[n]),
+            confidence=float(tree.extra.confidence[n]),
+            terminal=bool(tree.terminal_N[n]),
+            gold=bool(tree.extra.matches_reference[n]),
+            sampled=bool(tree.extra.sampled[n]),
+            complete=bool(tree.extra.complete[n]),
+            observed=decode(finished.observed[n]) if n in finished.observed else None,
+        )
         for n, token_ids in enumerate(finished.steps)
     ]
-    return {"id": searched.sample.id, "gold": searched.sample.target, "nodes": nodes}
+    return TreeRow(searched.sample.id, searched.sample.target, nodes)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from itool_jax.store.run import Run
 
 T = TypeVar("T")
+R = TypeVar("R", bound=NamedTuple)
 Figures = dict[str, Any]
 
 
@@ -126,12 +127,12 @@ class Phase(NamedTuple):
         return figures
 
 
-class Table:
+class Table(Generic[R]):
     """Rows of a file that a step wrote, read and checked on first use."""
 
-    def __init__(self, path: Path, keys: Sequence[str], origin: StepId, command: str):
-        self.path, self._keys, self._command, self.origin = path, keys, command, origin
-        self._rows: list[dict[str, Any]] | None = None
+    def __init__(self, path: Path, kind: type[R], keys: Sequence[str], origin: StepId, command: str):
+        self.path, self._kind, self._keys, self._command, self.origin = path, kind, keys, command, origin
+        self._rows: list[R] | None = None
 
     def require(self) -> None:
         """Raises ValueError, naming the step to run first, if the file does not exist."""
@@ -139,11 +140,11 @@ class Table:
             raise ValueError(f"{self.path} does not exist; run {self._command} first")
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[R]:
         """The rows; ValueError names one that lacks a key."""
         if self._rows is None:
             self.require()
-            self._rows = columns.read_table(self.path, self._keys)
+            self._rows = columns.read_table(self.path, self._kind, self._keys)
         return self._rows
 
 

@@ -75,10 +75,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def digest(tree: Any) -> str:
     """Hashes all values of a tree; equal trees have equal hashes, however they are laid out on devices."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(tree):
-        found.update(np.asarray(to_host(leaf)).tobytes())
-    return found.hexdigest()
+        hasher.update(np.asarray(to_host(leaf)).tobytes())
+    return hasher.hexdigest()
 
 
 def restore(folder: Path, like: Any) -> Any:
@@ -115,17 +115,17 @@ def restore(folder: Path, like: Any) -> Any:
 
 def seal(folder: Path) -> None:
     """Writes the checksums of a complete checkpoint."""
-    found = json.dumps(_checksums(folder), indent=0).encode()
+    checksums = json.dumps(_checksums(folder), indent=0).encode()
     with whole_file(folder / CHECKSUMS) as file:
-        file.write(found)
+        file.write(checksums)
 
 
 def damage(folder: Path) -> str | None:
     """Describes what is wrong with a checkpoint; None if it is complete and unchanged."""
     try:
         sealed = read_json(folder / CHECKSUMS)
-        found = _checksums(folder)
-        wrong = sorted(name for name in sealed.keys() | found.keys() if sealed.get(name) != found.get(name))
+        checksums = _checksums(folder)
+        wrong = sorted(name for name in sealed.keys() | checksums.keys() if sealed.get(name) != checksums.get(name))
     except FileNotFoundError:
         return "it was not finished"
     except (ValueError, AttributeError):
@@ -135,12 +135,12 @@ def damage(folder: Path) -> str | None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Hashes each file in a folder."""
-    found = {}
+    checksums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / CHECKSUMS:
             with path.open("rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-    return found
+                checksums[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return checksums
 
 
 class Training:
@@ -186,9 +186,9 @@ class Training:
             return None
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         with _quiet():
-            found = self.manager.restore(step, args=wanted)
+            restored = self.manager.restore(step, args=wanted)
         self.kept, self.next = step, step + (self.every or 1)
-        return step, found["state"], found["data"]
+        return step, restored["state"], restored["data"]
 
     def due(self, step: int) -> bool:
         """Returns whether to save a checkpoint after this step."""

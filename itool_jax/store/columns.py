@@ -1,15 +1,17 @@
-"""Checks the values in a run's rows and figures, so that an error names the damaged file.
+"""Reads rows from a run's files, and checks their values, so that an error names the damaged file.
 
-In: a row, and the keys that a stage needs. Out: a description of what is wrong with it.
+In: a file or figures, and the keys that a stage needs. Out: rows as named tuples, or a description of what is wrong.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from itool_jax.data.rows import read_rows
 from itool_jax.system.files import place
 
+R = TypeVar("R", bound=NamedTuple)
 MAX_ID = 2**31 - 1
 
 
@@ -89,11 +91,45 @@ def fault(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
     return None
 
 
-def read_table(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a file of the run; ValueError names a row whose keys are missing or malformed."""
+def read_table(path: Path, kind: type[R], keys: Sequence[str]) -> list[R]:
+    """Reads the rows of a file of the run; ValueError names a row that lacks one of the keys or has a malformed one."""
     rows = []
     for number, row in read_rows(path):
         if bad := fault(row, keys):
             raise ValueError(f"{place(path, number)}: {bad}; delete the file to compute it again")
-        rows.append(row)
+        rows.append(row_of(kind, row))
     return rows
+
+
+def row_of(kind: type[R], content: Mapping[str, Any]) -> R:
+    """Makes a row, and rows in its fields, from a JSON object; a field that is absent has its default, or None."""
+    given = {**kind._field_defaults, **content}
+    return kind._make(_field_of(hint, given.get(name)) for name, hint in _types(kind).items())
+
+
+def json_of(row: NamedTuple) -> dict[str, Any]:
+    """Returns a row, and rows in its fields, as a JSON object, without fields that are None by default and unset."""
+    optional = [name for name, default in row._field_defaults.items() if default is None]
+    fields = row._asdict().items()
+    return {name: _json_of_field(value) for name, value in fields if value is not None or name not in optional}
+
+
+_types = functools.cache(get_type_hints)
+
+
+def _is_row(kind: Any) -> bool:
+    return hasattr(kind, "_fields")
+
+
+def _field_of(hint: Any, value: Any) -> Any:
+    if _is_row(hint):
+        return row_of(hint, value)
+    if get_origin(hint) is list and _is_row(item_kind := get_args(hint)[0]):
+        return [row_of(item_kind, item) for item in value]
+    return value
+
+
+def _json_of_field(value: Any) -> Any:
+    if _is_row(value):
+        return json_of(value)
+    return [json_of(item) for item in value] if isinstance(value, list) and value and _is_row(value[0]) else value

@@ -201,16 +201,16 @@ def _plain(name: str) -> str:
 def _await(prefix: str, wanted: int) -> list[str]:
     """Waits for `wanted` keys with this prefix and returns their values; the watch handles lost processes."""
     pause, told = 0.005, time.monotonic()
-    while len(found := _run.store.key_value_dir_get(prefix)) < wanted:
+    while len(entries := _run.store.key_value_dir_get(prefix)) < wanted:
         if is_first() and time.monotonic() - told > WAITING:
             told = time.monotonic()
-            missing = set(range(count())) - {int(key.rpartition("/")[2]) for key, _ in found}
+            missing = set(range(count())) - {int(key.rpartition("/")[2]) for key, _ in entries}
             print(f"waiting for {', '.join(_described(i) for i in sorted(missing))}", file=sys.stderr)
         if _run.left:  # a process that was asked to stop has left and will not arrive
             stop_if_asked()
         time.sleep(pause)
         pause = min(0.2, pause * 1.5)
-    return [value for _, value in found]
+    return [value for _, value in entries]
 
 
 class Vote(NamedTuple):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -20,6 +21,18 @@ from itool_jax.system.untrusted import redacted
 console = Console(stderr=True, highlight=False)
 console_out = Console(highlight=False)
 """For tables; of several processes, only the first one prints them."""
+
+
+class LogRow(NamedTuple):
+    """A line of `log.jsonl`."""
+
+    time: float
+    """Seconds since the epoch."""
+    stage: str | None
+    """What was running, as `phase/stage`; None outside a stage."""
+    level: str
+    """info, progress or error."""
+    text: str
 
 
 @dataclasses.dataclass
@@ -59,9 +72,9 @@ def fail(text: str) -> None:
 def note(level: str, text: str) -> None:
     """Appends a line to `log.jsonl` only."""
     if _log.path is not None:
-        row = {"time": round(time.time(), 3), "stage": _log.stage, "level": level, "text": redacted(text)}
+        row = LogRow(round(time.time(), 3), _log.stage, level, redacted(text))
         with _log.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row._asdict()) + "\n")
 
 
 @contextlib.contextmanager

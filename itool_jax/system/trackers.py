@@ -51,12 +51,12 @@ def require(settings: LogSettings) -> None:
 
 def open_trackers(settings: LogSettings, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """Opens the trackers that `settings` enables, for the run in `folder` with settings `config`."""
-    found: list[Tracker] = []
+    trackers: list[Tracker] = []
     if settings.tensorboard:
-        found.append(_TensorBoard(folder / "tensorboard"))
+        trackers.append(_TensorBoard(folder / "tensorboard"))
     if settings.wandb:
-        found.append(_Wandb(folder, config))
-    return found
+        trackers.append(_Wandb(folder, config))
+    return trackers
 
 
 class _TensorBoard:

@@ -150,8 +150,8 @@ def show_traceback(_: object, error: BaseException, __: object) -> None:
 
 def _secret_values() -> list[str]:
     """Returns the values of environment variables whose names suggest a secret, longest first."""
-    found = {value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-    return sorted((value for value in found if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
+    secrets = {value.strip() for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    return sorted((value for value in secrets if len(value) >= 8 and value[0] not in "/~."), key=len, reverse=True)
 
 
 # Time and memory ----------------------------------------------------------------------------------------------

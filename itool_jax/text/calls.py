@@ -194,11 +194,11 @@ class _Reader:
 
     def match(self, pattern: re.Pattern[str]) -> str:
         """Returns the text that `pattern` matches here, and skips white space after it."""
-        found = pattern.match(self.text, self.at)
-        if found is None:
+        matched = pattern.match(self.text, self.at)
+        if matched is None:
             raise _UnreadableError
-        self.skip_space(found.end())
-        return found[0]
+        self.skip_space(matched.end())
+        return matched[0]
 
     def accept(self, mark: str) -> bool:
         """Skips `mark`, a single character, and the white space around it; returns False if it is not next."""

@@ -159,9 +159,9 @@ class Chat:
             probe = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER_MARK})
             text = self.render(probe, (), add_generation_prompt=False)
             after = self.encode(text.rpartition(_ANSWER_MARK)[2])
-            found = next((i for i in after if i in self.special_ids), None)
-            if found is not None:
-                return found
+            end = next((i for i in after if i in self.special_ids), None)
+            if end is not None:
+                return end
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"tokenizer of {self.name} has no end-of-turn token; set eos_token in tokenizer_config.json"
@@ -169,8 +169,8 @@ class Chat:
         return self.tokenizer.eos_token_id
 
     def _find_stop_ids(self) -> tuple[int, ...]:
-        found = [self.end_of_turn, self.tokenizer.eos_token_id, *_generation_eos(Path(self.name))]
-        return tuple(dict.fromkeys(i for i in found if i is not None))
+        ids = [self.end_of_turn, self.tokenizer.eos_token_id, *_generation_eos(Path(self.name))]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
@@ -256,10 +256,10 @@ def _generation_eos(folder: Path) -> list[int | None]:
     if not path.is_file():
         return []
     try:
-        found = read_json(path).get("eos_token_id")
+        listed = read_json(path).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a JSON object") from error
-    ids = found if isinstance(found, list) else [found]
+    ids = listed if isinstance(listed, list) else [listed]
     if wrong := [i for i in ids if i is not None and (type(i) is not int or not 0 <= i < 2**31)]:
         raise ValueError(f"{path}: eos_token_id must be token ids, got {str(wrong[0])[:40]!r}")
     return ids

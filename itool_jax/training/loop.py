@@ -68,8 +68,8 @@ def train_step(
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             number, rows = part
-            found = gradients(state.trainable, frozen, rows, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, found), None
+            part_gradients = gradients(state.trainable, frozen, rows, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, part_gradients), None
 
         ((loss, sums), gradient), _ = jax.lax.scan(add, zeros, (jnp.arange(n_micro), parts))
     (loss, sums, gradient) = jax.tree.map(lambda x: x / sums["weight"], (loss, sums, gradient))

@@ -66,6 +66,10 @@ class ReplaySettings:
                 f"got {self.skip_fraction} + {self.hardest_fraction}"
             )
 
+    def n_searched(self, n: int) -> int:
+        """Returns how many of `n` samples are selected: the share α, but at least one."""
+        return max(1, round(self.hardest_fraction * n))
+
 
 class ScoredSample(NamedTuple):
     """A buffer sample: the perplexity of its gold response (eq 4), and whether that is calls rather than text."""
@@ -123,7 +127,7 @@ def select_hardest(scores: Sequence[ScoredSample], settings: ReplaySettings) -> 
     for is_call in (True, False):
         group = sorted((score for score in scores if score.is_call == is_call), key=_hardest_first)
         skip = min(round(settings.skip_fraction * len(group)), max(len(group) - 1, 0))
-        taken += group[skip : skip + max(1, round(settings.hardest_fraction * len(group)))]
+        taken += group[skip : skip + settings.n_searched(len(group))]
     return [score.id for score in sorted(taken, key=_hardest_first)]
 
 
@@ -137,7 +141,7 @@ def select_mixed(scores: Sequence[ScoredSample], settings: ReplaySettings) -> li
     for is_call in (True, False):
         group = [score for score in scores if score.is_call == is_call]
         mixed = sorted((score for score in group if 0 < score.right < 1), key=_most_mixed_first)
-        taken += mixed[: max(1, round(settings.hardest_fraction * len(group)))]
+        taken += mixed[: settings.n_searched(len(group))]
     return [score.id for score in sorted(taken, key=_most_mixed_first)]
 
 

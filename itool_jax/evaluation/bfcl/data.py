@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.bfcl.checker import expected_calls, language_of
 from itool_jax.system.files import place, write_jsonl
+from itool_jax.text.sample import Row
 
 Version = Literal["v3", "v4"]
 Message = dict[str, str]
-Row = dict[str, Any]
 
 TEMPERATURE = 0.001
 """Sampling temperature of the leaderboard."""

@@ -70,7 +70,7 @@ def figures(scores: Mapping[str, Score]) -> dict[str, float | None]:
 
     Overall is also None if a category was run only in part.
     """
-    accuracy = {name: found.correct / found.total for name, found in scores.items() if found.total}
+    accuracy = {name: score.correct / score.total for name, score in scores.items() if score.total}
     columns = _columns(accuracy, scores)
     return {column: columns.get(column) for column in COLUMNS}
 
@@ -87,9 +87,9 @@ def intervals(scores: Mapping[str, Score], seed: int = 0, n_resamples: int = 10_
     """Returns the intervals of all accuracies, as fractions."""
     random = np.random.default_rng(seed)
     drawn = {
-        name: resampled_accuracies(found.correct, found.total, random, n_resamples)
-        for name, found in scores.items()
-        if found.total
+        name: resampled_accuracies(score.correct, score.total, random, n_resamples)
+        for name, score in scores.items()
+        if score.total
     }
     columns = _columns(drawn, scores)
     return Intervals(*({name: percentile_interval(x) for name, x in side.items()} for side in (drawn, columns)))
@@ -130,7 +130,7 @@ def paired(now: Score, then: Score) -> PairedDifference:
 
 def pooled(scores: Sequence[Score]) -> Score:
     """Pools all questions of several categories into one score."""
-    failed = {name: error for found in scores for name, error in found.failed.items()}
+    failed = {name: error for score in scores for name, error in score.failed.items()}
     correct, total, questions = (sum(column) for column in list(zip(*scores, strict=True))[:3])
     return Score(correct, total, questions, failed)
 
@@ -138,6 +138,6 @@ def pooled(scores: Sequence[Score]) -> Score:
 def as_json(scores: Mapping[str, Score]) -> dict[str, Any]:
     """Returns `{category: {"correct", "total", "failed": [ids]}}`."""
     return {
-        name: {"correct": found.correct, "total": found.total, "failed": list(found.failed)}
-        for name, found in scores.items()
+        name: {"correct": score.correct, "total": score.total, "failed": list(score.failed)}
+        for name, score in scores.items()
     }
