@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ def _configure_jax(config: Config) -> None:
 
     environment.keep_programs()
     if config.mesh.data == 0 and not config.distributed.several:
-        environment.split_cpu()
+        environment.split_cpu(math.gcd(config.warmup.batch_size, config.preference.batch_size))
     if config.dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
 

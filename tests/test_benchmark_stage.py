@@ -143,7 +143,7 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
         (["--results=none"], "none contains no BFCL_v3_<category>_result.json"),
         (["--categories=simpel"], "unknown BFCL category 'simpel'"),
         (["--data=none"], "none/questions contains no BFCL_v3_simple.json, plain or .gz"),
-        (["--evaluate.phase=iteration_9"], "evaluate.phase iteration_9 has no weights"),
+        (["--evaluate.phase=iteration_9"], "evaluate.phase=iteration_9 has no weights"),
         (["--evaluate.benchmark_limit=-1"], "evaluate.benchmark_limit must not be negative, got -1"),
         (["--output=x.json"], "output is only for stages score, generate, export and plan, and for results"),
         (["--against=none.json"], "none.json not found; --against needs the scores.json of another run"),

@@ -222,7 +222,9 @@ def test_a_template_that_refuses_tool_results_names_the_setting_that_leaves_them
     template = (model / "chat_template.jinja").read_text()
     refusing = "{%- for m in messages if m.role == 'tool' -%}{{ raise_exception('no tools') }}{%- endfor -%}"
     (model / "chat_template.jinja").write_text(refusing + template)
-    with pytest.raises(ValueError, match=r"agents.jsonl line 1: sample c0/1.2: .*no tools; samples.targets=after_user"):
+    with pytest.raises(
+        ValueError, match=r"agents.jsonl line 1: sample c0/1.2: .*no tools; set samples.targets=after_user"
+    ):
         splits.divide(configured(agents, model, tmp_path), None)
     assert splits.divide(configured(agents, model, tmp_path, targets="after_user"), None)[0]["train"].samples
 

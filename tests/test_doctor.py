@@ -242,7 +242,7 @@ def test_a_mesh_that_cannot_be():
     assert found("--mesh.data=8", "--preference.batch_size=8").level == "ok"
     assert "needs 16 devices, but only 8 are available" in found("--mesh.fsdp=16").text
     assert "warmup.batch_size=4 must be a multiple of the 8" in found("--mesh.fsdp=8", "--warmup.batch_size=4").text
-    assert "1 of 8 devices are used" in found().text
+    assert "1 of 8 devices are used" in found("--mesh.data=1").text
 
 
 def test_a_mesh_over_several_processes_is_looked_at_from_one():
@@ -260,7 +260,7 @@ def test_a_mesh_over_several_processes_is_looked_at_from_one():
         == "data=1 fsdp=16 tensor=1"
     )
     assert "batch_size=8 must be a multiple of the 16 devices" in found("--mesh.data=0", "--warmup.batch_size=8").text
-    assert "takes 8 of the 16 devices of 2 processes" in found("--mesh.data=8").text
+    assert "uses 8 of the 16 devices of 2 processes" in found("--mesh.data=8").text
     assert found().level == "warning"
     assert "not checked" in found().text
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from itool_jax.main import main
@@ -109,3 +110,15 @@ def test_what_a_gpu_needs_is_set_before_its_first_use(tmp_path: Path, monkeypatc
         assert main(command) == 0
         assert os.environ["XLA_FLAGS"].split() == ["--mine=1", *environment.DETERMINISTIC]
     assert sessions(tmp_path)[0]["flags"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
+
+
+@pytest.mark.parametrize(("cores", "rows", "n"), [(1, 8, 1), (2, 8, 2), (6, 8, 4), (64, 16, 8), (2, 9, 1)])
+def test_a_cpu_becomes_as_many_devices_as_share_a_batch(cores: int, rows: int, n: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    given: dict[str, int] = {}
+    monkeypatch.setattr(jax.config, "update", given.__setitem__)
+    environment.split_cpu(rows)
+    assert not given  # the tests' XLA_FLAGS set the number of devices
+    monkeypatch.setenv("XLA_FLAGS", "")
+    environment.split_cpu(rows)
+    assert given == {"jax_num_cpu_devices": n}

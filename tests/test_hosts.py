@@ -284,7 +284,7 @@ def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, proc
             "distributed.process_id must be from 0 to num_processes - 1, got 2 of 2",
         ),
         (["--distributed.heartbeat_timeout=1"], "distributed.heartbeat_timeout must be more than 4 seconds"),
-        (["--distributed.auto", "--stage=export"], "stage export needs one process"),
+        (["--distributed.auto", "--stage=export"], "stage export needs a single process"),
         (["--distributed.auto", "--stage=generate"], "stage generate needs --output"),
     ],
 )

@@ -237,7 +237,7 @@ def test_a_prompt_that_leaves_no_room(refused: Run, tmp_path: Path, tiny_folder:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([SAMPLE], "data {data} has 1 samples: too few"),
+        ([SAMPLE], "data {data} has 1 samples, too few"),
         ([SAMPLE, "{"], "{data} line 2: not valid JSON"),
         ([], "{data} contains no samples"),
         ([{"id": "a", "prompt_ids": [1], "target_ids": [2]}], "{data} contains raw prompts, which only"),

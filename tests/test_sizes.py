@@ -261,4 +261,4 @@ def test_where_a_size_cannot_be_smaller_or_nothing_can_be_estimated(
         assert f"warmup.micro_batch{words} set remat" in sizes.advice(Run(config), "warmup/warmup", "")
     config = configured(made, tmp_path, "--warmup.micro_batch=8", "--mesh.data=2")
     with use_mesh(config.mesh):  # a device's share is less than what is set
-        assert "lower warmup.micro_batch, now 4, to 2; or" in sizes.advice(Run(config), "warmup/warmup", "")
+        assert "lower warmup.micro_batch from 4 to 2; or" in sizes.advice(Run(config), "warmup/warmup", "")

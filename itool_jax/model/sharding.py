@@ -43,7 +43,7 @@ class MeshSettings:
 
     data: int = 1
     """Copies of the model, each with its share of a batch. 0: as many as the devices allow, given the other axes; on a
-    machine with no accelerator, one for each CPU core, at most 8."""
+    machine without an accelerator, one per CPU core, at most 8."""
     fsdp: int = 1
     """Devices over which to split the weights of a copy, and its rows."""
     tensor: int = 1

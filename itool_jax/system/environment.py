@@ -30,8 +30,8 @@ PACKAGES = (
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 """XLA flags for deterministic GPU kernels, with none chosen by a timing."""
-MOST_CPU_DEVICES = 8
-"""Each device holds a copy of the model."""
+CPU_DEVICES = (1, 2, 4, 8)
+"""Numbers of devices that a CPU can be split into; each holds a copy of the model."""
 
 
 def make_deterministic() -> None:
@@ -51,8 +51,8 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def split_cpu() -> None:
-    """Makes every CPU core a JAX device, up to a power of two; call it before the first use of a device.
+def split_cpu(rows: int) -> None:
+    """Makes CPU cores JAX devices, as many as can share batches of `rows`; call it before the first use of a device.
 
     As a single device, the CPU leaves cores idle during the small operations of decoding. Changes nothing if XLA_FLAGS
     sets the number of devices, or if devices are in use already.
@@ -61,7 +61,7 @@ def split_cpu() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # in use
-        jax.config.update("jax_num_cpu_devices", 1 << (min(cores, MOST_CPU_DEVICES).bit_length() - 1))
+        jax.config.update("jax_num_cpu_devices", max(n for n in CPU_DEVICES if n <= cores and rows % n == 0))
 
 
 def record(folder: Path, arguments: Sequence[str]) -> str | None:
