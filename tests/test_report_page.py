@@ -338,7 +338,7 @@ def test_a_run_that_goes_on_is_followed_in_place(browser: Any, made: Made, tmp_p
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         browser.get(f"http://127.0.0.1:{running.server_port}/")
-        wait(lambda: "At work" in texts(browser, "#status")[0])
+        wait(lambda: "Running" in texts(browser, "#status")[0])
         click(browser, "#accuracy-figure summary")
         click(browser, "#tree-list li:nth-child(2) a")
         wait(lambda: texts(browser, "#tree tr[data-node]"))
