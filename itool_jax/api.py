@@ -249,11 +249,9 @@ class Model:
         parsed = from_rows(rows, need_target=True)
         if not parsed:
             return []
-        # No more lanes than samples, rounded up to a power of two: a tree does not depend on its neighbours.
-        most = 64 if self.config.search.batch == "auto" else self.config.search.batch
-        lanes = min(most, 1 << (len(parsed) - 1).bit_length())
+        default = {"batch": 64} if self.config.search.batch == "auto" else {}
         config = dataclasses.replace(
-            self.config, search=dataclasses.replace(self.config.search, **({"batch": lanes} | settings))
+            self.config, search=dataclasses.replace(self.config.search, **(default | settings))
         )
         by_number: dict[int, SearchRow] = {}
         with self._working(), progress("search", len(parsed) * config.search.n_simulations) as advance:

@@ -56,17 +56,40 @@ def test_each_position_is_the_one_before_its_target(rows: list[tuple[list[int], 
     assert batch.positions_BR.min() >= 0  # a padded row must not wrap round to its end
 
 
-@given(st.lists(st.integers(0, 2000), max_size=60), st.sampled_from([1, 512, 4096]))
-def test_groups_cover_every_row_once_and_each_width_has_one_shape(lengths: list[int], budget: int) -> None:
+@given(st.lists(st.integers(0, 2000), max_size=60), st.sampled_from([1, 512, 4096]), st.sampled_from([1, 2, 8]))
+def test_groups_cover_every_row_once_within_the_budget(lengths: list[int], budget: int, devices: int) -> None:
     widths = [bucket(n) for n in lengths]
-    seen: list[int] = []
-    shapes: dict[int, int] = {}
-    for chosen, width, rows in group(widths, budget):
+    batches = list(group(widths, budget, devices))
+    for chosen, width, rows in batches:
         assert 0 < len(chosen) <= rows
-        assert {widths[i] for i in chosen} == {width}
-        assert rows == 1 or rows * width <= budget
-        assert shapes.setdefault(width, rows) == rows
-        seen += chosen
+        assert rows % devices == 0
+        assert rows == devices or rows * width <= budget
+        assert max(widths[i] for i in chosen) <= width
+        assert width in widths
+        assert rows < 2 * max(devices, len(chosen))
+    seen = [i for chosen, _, _ in batches for i in chosen]
     assert sorted(seen) == list(range(len(widths)))
     assert [widths[i] for i in seen] == sorted(widths)
-    assert set(shapes) == set(widths)
+
+
+@given(st.lists(st.integers(0, 2000), max_size=60), st.integers(0, 20))
+def test_the_rows_of_the_first_batches_can_be_omitted(lengths: list[int], n: int) -> None:
+    batches = list(group([bucket(length) for length in lengths], 4096))
+    rest = sorted(i for chosen, _, _ in batches[n:] for i in chosen)
+    again = group([bucket(lengths[i]) for i in rest], 4096)
+    assert [([rest[i] for i in chosen], *shape) for chosen, *shape in again] == [tuple(batch) for batch in batches[n:]]
+
+
+SEAL_TOOLS = [512, 1085, 1162, 1216, 1268, 1319, 1365, 1420, 1487, 1583, 2335]
+"""Deciles of the prompt lengths of Seal-Tools: ten candidate tools as JSON, SmolLM2's tokenizer."""
+
+
+@pytest.mark.parametrize(
+    ("n", "scale", "share"), [(20, 1, 0.8), (124, 1, 0.85), (2054, 1, 0.9), (124, 0.2, 0.75), (2054, 0.2, 0.75)]
+)
+def test_real_lengths_take_few_programs_and_little_padding(n: int, scale: float, share: float) -> None:
+    at = np.random.default_rng(0).random(n)
+    lengths = (scale * np.interp(at, np.linspace(0, 1, 11), SEAL_TOOLS)).astype(int).tolist()
+    batches = list(group([bucket(length) for length in lengths], 16384))
+    assert sum(lengths) / sum(width * rows for _, width, rows in batches) > share
+    assert len({(width, rows) for _, width, rows in batches}) <= 12

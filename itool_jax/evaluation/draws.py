@@ -48,7 +48,7 @@ def count_right(
 
     A batch takes as long as its longest possible answer, so prompts with long golds share batches.
     """
-    no_question = SelfEvaluationSettings(weight=0.0)
+    settings, no_question = settings.fitted(len(items)), SelfEvaluationSettings(weight=0.0)
     for group in by_prompt_width(items, settings.lanes):
         group = sorted(group, key=lambda i: _limit(items[i], settings))
         batch = [items[i] for i in group]

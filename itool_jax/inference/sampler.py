@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix, as_prefix, empty_suffix
 from itool_jax.model.log_probs import masked_log_prob_sum, token_log_probs, token_log_probs_from_logits
-from itool_jax.model.sharding import to_host
+from itool_jax.model.sharding import row_devices, to_host
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
 from itool_jax.text.steps import StepState, StepTable, advance, advance_path
@@ -346,7 +346,7 @@ def generate(
         after each batch, (index into `prompts`, token ids including the stop token) of its responses.
     """
     widths = [bucket(len(ids) - 1) for _, ids in prompts]
-    for indices, width, count in group(widths, settings.tokens_per_batch):
+    for indices, width, count in group(widths, settings.tokens_per_batch, row_devices(running=True)):
         chosen = [prompts[i] for i in indices]
         responses = _generate_batch(policy, table, chosen, width, count, settings, max_length, seed)
         yield list(zip(indices, responses, strict=True))
@@ -398,7 +398,7 @@ def target_log_probs(
         after each batch, (index into `rows`, sum of log π over the target in nats) of its rows.
     """
     widths = [target_width(len(prompt), len(target)) for prompt, target in rows]
-    for indices, width, count in group(widths, tokens_per_batch):
+    for indices, width, count in group(widths, tokens_per_batch, row_devices(running=True)):
         batch = collate([rows[i] for i in indices], width, count)
         sums = to_host(score(*policy, batch)).tolist()
         yield list(zip(indices, sums[: len(indices)], strict=True))

@@ -96,6 +96,10 @@ class SearchSettings:
         assert self.batch != "auto", "search.batch was not resolved"
         return self.batch
 
+    def fitted(self, n: int) -> "SearchSettings":
+        """Returns the settings for n prompts: no more lanes than the next power of two. Trees stay the same."""
+        return dataclasses.replace(self, batch=min(self.lanes, 1 << max(0, n - 1).bit_length()))
+
     @property
     def longest_step(self) -> int:
         """Most tokens of a step, last or not."""

@@ -113,12 +113,13 @@ def trees(
     That is the number of simulations finished, and (index into `items`, row) for each completed tree.
     """
     key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
-    for group in draws.by_prompt_width(items, config.search.lanes):
+    settings = config.search.fitted(len(items))
+    for group in draws.by_prompt_width(items, settings.lanes):
         # Search them in lock-step, `search.batch` at a time (eq 5 to 9).
         batch = [items[i] for i in group]
         max_length = base.config.max_length
-        model = ModelPolicy(policy, base.chat, max_length, table, batch, config.search, config.self_eval, key)
-        for n_simulations, finished in grow_trees(model.problems, model, config.search, weight):
+        model = ModelPolicy(policy, base.chat, max_length, table, batch, settings, config.self_eval, key)
+        for n_simulations, finished in grow_trees(model.problems, model, settings, weight):
             # The best and the worst step at each node form a preference pair.
             yield (
                 n_simulations,

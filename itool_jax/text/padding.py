@@ -1,5 +1,6 @@
 """Pads token rows of any length to arrays of a few shapes, so that few programs are compiled."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -115,16 +116,30 @@ def _target_row(samples: Sequence[tuple[Sequence[int], Sequence[int]]], width: i
     )
 
 
-def group(widths: Sequence[int], tokens_per_batch: int) -> Iterator[tuple[list[int], int, int]]:
-    """Groups rows of equal padded width into (indices, width, rows per batch), narrowest first.
+def group(widths: Sequence[int], tokens_per_batch: int, devices: int = 1) -> Iterator[tuple[list[int], int, int]]:
+    """Groups rows into batches, yielding (indices, width, rows in the padded batch), narrowest first.
 
-    The number of rows depends only on the width, so that each width compiles once.
+    Rows that do not fill a batch of their width join wider ones if that adds at most a quarter of `tokens_per_batch` in
+    padding, which costs less than one more program. The others share a batch of only as many rows as they need. Row
+    counts are `devices` times 1, 2, 3, 4, 6, 8, 12, …, so few programs compile. Omitting the rows of the first batches
+    does not change the others.
     """
     order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
-    start = 0
-    while start < len(order):
-        width = widths[order[start]]
-        rows = max(1, tokens_per_batch // width)
-        chosen = [i for i in order[start : start + rows] if widths[i] == width]
-        start += len(chosen)
-        yield chosen, width, rows
+    by_width = [(width, list(same)) for width, same in itertools.groupby(order, widths.__getitem__)]
+    wider = [width for width, _ in by_width[1:]]
+    waiting: list[int] = []
+    for (width, same), next_width in itertools.zip_longest(by_width, wider):
+        waiting += same
+        most = devices * max(1, _round_down(tokens_per_batch // width // devices))
+        while len(waiting) >= most:
+            yield waiting[:most], width, most
+            waiting = waiting[most:]
+        if waiting and (next_width is None or sum(next_width - widths[i] for i in waiting) > tokens_per_batch // 4):
+            yield waiting, width, devices * bucket(-(-len(waiting) // devices), 1)
+            waiting = []
+
+
+def _round_down(count: int) -> int:
+    """Rounds down to 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    power = 1 << count.bit_length() >> 1
+    return power * 3 // 2 if power > 1 and count >= power * 3 // 2 else power
