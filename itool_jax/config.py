@@ -295,7 +295,9 @@ def parse(arguments: Sequence[str]) -> Config:
         ValueError: a setting is wrong; one line that names it, and the YAML file if it comes from one.
     """
     arguments = [_at_home(argument) for argument in arguments]
-    if not {"--stage", "--help", "-h"} & {argument.split("=")[0] for argument in arguments}:
+    if {"--help", "-h"} & set(arguments):
+        return _parse(arguments)
+    if "--stage" not in {argument.split("=")[0] for argument in arguments}:
         raise ValueError(f"--stage is required; choose one of {', '.join(get_args(Stage))}; see --help")
     chosen = _given(arguments, "--config")
     if chosen is None and not any(a.split("=")[0].replace("-", "_") in ("__model", "__data") for a in arguments):

@@ -6,12 +6,12 @@ and coded by 16 quantiles of a normal distribution. The scales, minus their mean
 dynamic exponent, in blocks of 256.
 """
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.special import ndtri
 
 BLOCK, SCALE_BLOCK = 64, 256
 
@@ -32,9 +32,8 @@ class Codes(NamedTuple):
 def _normal_quantiles() -> np.ndarray:
     """Computes the 16 values of NF4: 0, and quantiles of a normal distribution on both sides, scaled to [-1, 1]."""
     offset = 0.9677083  # the outermost quantile: between those of 15 and of 16 equal parts
-    positive = ndtri(np.linspace(offset, 0.5, 9)[:-1])
-    negative = -ndtri(np.linspace(offset, 0.5, 8)[:-1])
-    values = np.sort(np.concatenate([positive, [0.0], negative]))
+    positive, negative = ([NormalDist().inv_cdf(x) for x in np.linspace(offset, 0.5, n)[:-1]] for n in (9, 8))
+    values = np.sort(np.array([*positive, 0.0, *(-x for x in negative)]))
     return (values / np.abs(values).max()).astype(np.float32)
 
 
