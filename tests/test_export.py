@@ -185,6 +185,23 @@ def warmed_up(tmp_path: Path, tiny_folder: Path, *changes: str) -> Made:
     return Made(tmp_path / "run", options, [], Chat(load_tokenizer(str(tiny_folder))), "")
 
 
+def test_a_folder_of_the_hubs_cache_is_trained_and_exported(tiny_folder: Path, tmp_path: Path) -> None:
+    """Its files are links to blobs; the export holds what they link to."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0a1b", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_folder, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    made = warmed_up(tmp_path, snapshot, "--lora.rank=2")
+    assert exported(made, tmp_path / "model") == 0
+    paths = list((tmp_path / "model").iterdir())
+    assert not [path for path in paths if path.is_symlink()]
+    assert {path.name for path in paths} == {path.name for path in blobs.iterdir()} | {"generation_config.json"}
+    copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    assert all((tmp_path / "model" / name).read_bytes() == (blobs / name).read_bytes() for name in copied)
+    assert hf.load(tmp_path / "model")
+
+
 def test_four_bit_bases_are_named_in_a_merge(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -318,6 +318,23 @@ def test_a_model_with_a_damaged_file(refused: Run, tmp_path: Path, tiny_folder: 
     assert file in line or file.partition(".")[0] in line
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "LICENSE"])
+def test_links_that_an_export_could_not_follow_are_refused_before_training(
+    refused: Run, tmp_path: Path, tiny_folder: Path, name: str
+):
+    model, run = copy_model(tiny_folder, tmp_path / "model"), tmp_path / "run"
+    link, elsewhere = model / name, tmp_path / "elsewhere"
+    link.unlink(missing_ok=True)
+    link.symlink_to(elsewhere)
+    command = ("--stage=warmup", f"--model={model}", f"--run_dir={run}")
+    assert refused(*command) == f"{link} is a link to a file outside its folder; put the file itself there"
+    for target in (model / "nothing", link):  # the second is a circle
+        link.unlink()
+        link.symlink_to(target)
+        assert refused(*command) == f"{link} is a link to a file that does not exist; put the file itself there"
+    assert not (run / "warmup").exists()
+
+
 def test_a_model_whose_weights_are_not_numbers(tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]):
     model = copy_model(tiny_folder, tmp_path / "model")
     change_tensors(model, lambda tensors: tensors["model.norm.weight"].fill(float("nan")))

@@ -54,6 +54,11 @@ FILES = ("*.json", "model*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "
 """Files to read from a model's folder."""
 HUB_FILES = [*FILES, "LICENSE*", "USE_POLICY*"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "USE_POLICY.md"),
+)
+"""Files that an export copies, or what they link to."""
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 LAYER_NAMES = {
@@ -98,7 +103,8 @@ def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
 
 
 def read_config(folder: Path, dtype: str) -> ModelConfig:
-    """Reads a folder's config.json, in older or newer spelling."""
+    """Reads a folder's config.json, in older or newer spelling; checks the links among the folder's files."""
+    _check_links(folder)
     path = folder / "config.json"
     if not path.is_file():
         adapters = (folder / "adapter_config.json").is_file()
@@ -115,6 +121,15 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_links(folder: Path) -> None:
+    """Raises ValueError if a file to read or to export is a link that leads out of the folder or to nothing."""
+    for name in ("config.json", "generation_config.json", INDEX, *COPIED):
+        inside(folder, name)
+    for name in ("config.json", "generation_config.json", INDEX, WEIGHTS, *COPIED):
+        if (path := folder / name).is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to a file that does not exist; put the file itself there")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

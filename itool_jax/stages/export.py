@@ -30,11 +30,6 @@ from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import inside
 from itool_jax.text.chat import Chat, load_tokenizer
 
-COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "USE_POLICY.md"),
-)
-
 
 def run(run: Run) -> dict[str, Any]:
     """Writes the folder; returns its path."""
@@ -128,7 +123,7 @@ def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
-    for name in COPIED:
+    for name in hf.COPIED:
         if (file := inside(model_folder(config), name)).is_file():
             shutil.copy(file, target / name)
 
