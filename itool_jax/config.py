@@ -98,6 +98,8 @@ class ExportSettings:
     base: Literal["original", "dequantized"] | None = None
     """Weights to merge adapters into after training with quantize=nf4, where it is required. original = the 16-bit
     weights; dequantized = the values of the four-bit weights, with which the adapters were trained."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights of a merged model. Default: that of the base model's own files."""
     shard_gigabytes: float = 5.0
     """Maximum size of a weight file, in GB."""
 

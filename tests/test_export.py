@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +16,7 @@ from itool_jax import config as settings
 from itool_jax.inference.sampler import Policy
 from itool_jax.main import main
 from itool_jax.model import hf
+from itool_jax.model.export import write_tensors
 from itool_jax.store.run import Run
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
@@ -200,6 +202,27 @@ def test_a_folder_of_the_hubs_cache_is_trained_and_exported(tiny_folder: Path, t
     copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     assert all((tmp_path / "model" / name).read_bytes() == (blobs / name).read_bytes() for name in copied)
     assert hf.load(tmp_path / "model")
+
+
+def test_each_tensor_keeps_the_type_of_the_models_own_files(tiny_folder: Path, tmp_path: Path) -> None:
+    """A bfloat16 model with one float32 tensor, trained in float32: merged in float32, and rounded once."""
+    model, norm = Path(shutil.copytree(tiny_folder, tmp_path / "base")), "model.norm.weight"
+    tensors = {name: x.astype(jnp.bfloat16) for name, x in load_file(model / hf.WEIGHTS).items()}
+    write_tensors(model / hf.WEIGHTS, tensors | {norm: tensors[norm].astype(np.float32)})
+    made = warmed_up(tmp_path, model, "--lora.rank=2")
+    policy = policy_of(made, "warmup")
+    for changes, expected in (((), "bfloat16"), (("--export.dtype=float32",), "float32")):
+        target = tmp_path / f"in_{expected}"
+        assert exported(made, target, *changes) == 0
+        types = {name: x.dtype.name for name, x in load_file(target / hf.WEIGHTS).items()}
+        assert types == dict.fromkeys(tensors, expected) | {norm: "float32"}
+        raw = json.loads((target / "config.json").read_text())
+        assert raw["dtype"] == raw["torch_dtype"] == expected
+        written, merged = hf.load(target, stacked=False)[1], jax.tree.map(np.asarray, policy.params)
+        if expected == "bfloat16":
+            merged = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), merged)
+            merged["norm"] = policy.params["norm"]
+        jax.tree.map(np.testing.assert_array_equal, written, merged)
 
 
 def test_four_bit_bases_are_named_in_a_merge(

@@ -29,13 +29,13 @@ def save(
     """Writes config.json and the weights, in one file, or in several if they are larger than `shard_bytes`.
 
     `raw_config` is the content of config.json. `leaf(path, x)` computes each leaf to write from one of `params`, only
-    when it is written, so that memory never holds all computed leaves of a large model.
+    when it is written, so that memory never holds all computed leaves of a large model. It is rounded to the type of x.
     """
     leaves = jax.tree.leaves_with_path(params)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _Shards(folder, shard_bytes)
     for path, x in leaves:
-        value = np.asarray(leaf(path, x))
+        value = np.asarray(leaf(path, x)).astype(x.dtype, copy=False)
         names, stacked, transposed = stored_as(path, len(value))
         for name, part in zip(names, value if stacked else value[None], strict=True):
             shards.add(name, np.ascontiguousarray(part.T if transposed else part))

@@ -59,7 +59,7 @@ COPIED = (
     *("tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "USE_POLICY.md"),
 )
 """Files that an export copies, or what they link to."""
-FLOATS = ("F32", "F16", "BF16", "F64")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 LAYER_NAMES = {
     "attention_norm.scale": "input_layernorm.weight",

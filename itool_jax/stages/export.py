@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from itool_jax.config import Config
 from itool_jax.model import export, forms, hf, quantize
 from itool_jax.model.lora import merge_adapters
-from itool_jax.model.transformer import Params, abstract
+from itool_jax.model.transformer import Params
 from itool_jax.store.base import model_folder
 from itool_jax.store.paths import WARMUP, trained_phases
 from itool_jax.store.run import Run
@@ -83,28 +83,32 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
     trained = [forms.to_run(restore_trained(config, part)) for part in merged_phases(config, phase)]
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
     base = Weights(kept).base(stacked=False) if config.lora.rank else {}
-    model = hf.read_config(model_folder(config), config.dtype)
-    shapes = abstract(dataclasses.replace(model, stacked=False))[1]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), shapes)
+    model = dataclasses.replace(hf.read_config(model_folder(config), config.dtype), stacked=False)
+    shapes, tensors = hf.checked(model_folder(config), model)
+
+    def as_stored(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        (name,) = hf.stored_as(path, model.n_layers).names
+        dtype = config.export.dtype or hf.FLOATS[tensors[name].dtype]
+        return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype))
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
-        """Computes one weight, at the time it is written."""
+        """Computes one weight, at the time it is written; adapters are merged in float32, so it is rounded once."""
         advance(1)
         keys = [part.key for part in path]
         if config.lora.rank == 0:
-            return _at(trained[0], keys).astype(shape.dtype)
+            return _at(trained[0], keys)
         weight = _at(base, keys)
         if isinstance(weight, dict):
-            weight = _dequantize(weight, shape)
+            weight = quantize.dequantize(quantize.Codes(**weight), shape.shape[0], config.dtype)
         for part in trained:
             adapters = _at(part, keys[:-1])
             if keys[-1] == "kernel" and adapters is not None:
-                weight = merge_adapters({"kernel": weight}, adapters, config.lora)["kernel"]
+                weight = merge_adapters({"kernel": weight.astype(jnp.float32)}, adapters, config.lora)["kernel"]
         return weight
 
     raw = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
     with progress("export", len(jax.tree.leaves(shapes))) as advance:
-        export.save(target, shapes, raw, leaf, config.export.shard_gigabytes * 1e9)
+        export.save(target, jax.tree.map_with_path(as_stored, shapes), raw, leaf, config.export.shard_gigabytes * 1e9)
     _copy_tokenizer(config, target)
     _write_generation_config(config, target)
 
@@ -116,10 +120,6 @@ def _at(tree: Params, keys: list[Any]) -> Any:
             return None
         tree = tree[key]
     return tree
-
-
-def _dequantize(codes: Params, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return quantize.dequantize(quantize.Codes(**codes), shape.shape[0], shape.dtype.name)
 
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
