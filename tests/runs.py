@@ -87,6 +87,7 @@ def contents(folder: Path, *leave_out: str) -> dict[str, bytes]:
     }
 
 
+PROGRESS = re.compile(rb'.*"level": "progress".*\n')
 CLOCK = re.compile(rb'("time": [\d.]+)|("seconds": [\d.]+)|([\d.]+ s\b)')
 
 
@@ -97,7 +98,7 @@ def lasting(folder: Path) -> dict[str, bytes]:
     """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
-        name: CLOCK.sub(b"", path.read_bytes()).replace(str(folder).encode(), b"FOLDER")
+        name: CLOCK.sub(b"", PROGRESS.sub(b"", path.read_bytes())).replace(str(folder).encode(), b"FOLDER")
         for name, path in files.items()
         if "weights" not in name and name not in (".lock", "report.html")
     }

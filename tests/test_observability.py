@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from itool_jax.store.cache import Step
 from itool_jax.system import hosts, messages, profiling, trackers
 from itool_jax.system.messages import say, working_on
 from itool_jax.system.metrics import Metrics, attach_trackers, track_results
-from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
 from tests.runs import SMALL, make_samples
@@ -74,36 +72,6 @@ def test_the_log_holds_what_is_said_with_its_stage(log: Any):
         [None, "info", "behind"],
     ]
     assert list(rows[0]) == ["stage", "level", "text"]
-
-
-def test_long_work_says_how_far_it_is(log: Any, monkeypatch: pytest.MonkeyPatch):
-    """Every half minute by the clock; what was done before the work went on says nothing of its speed."""
-    seconds = iter([100.0, 120.0, 140.0, 160.0, 180.0, 190.0])
-    monkeypatch.setattr(
-        "itool_jax.system.progress.time", SimpleNamespace(monotonic=lambda: next(seconds), time=time.time)
-    )
-    with progress("counting", 40, done=15) as advance:
-        for _ in range(4):
-            advance(5, note="loss 1.5")
-    assert [row["text"] for row in read(log[0]) if row["level"] == "progress"] == [
-        "counting 25/40, 40 s, about 60 s left, loss 1.5",
-        "counting 35/40, 80 s, about 20 s left, loss 1.5",
-    ]
-
-
-def test_rows_of_an_earlier_command_say_nothing_of_the_speed(
-    log: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    now = 0.0
-    monkeypatch.setattr("itool_jax.system.progress.time", SimpleNamespace(monotonic=lambda: now, time=time.time))
-
-    with progress("counting", 10, done=6) as advance:
-        for _ in range(2):
-            now += 40.0
-            advance()
-    told = [row["text"] for row in read(log[0]) if row["level"] == "progress"]
-    assert told == ["counting 7/10, 40 s, about 120 s left", "counting 8/10, 80 s, about 80 s left"]
-    assert capsys.readouterr().err.splitlines()[-1].split() == "counting 8 (2 new) in 80.0 s".split()
 
 
 def test_the_log_ends_with_the_line_a_user_sees(

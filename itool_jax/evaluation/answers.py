@@ -12,8 +12,9 @@ from itool_jax.inference.sampler import generate
 from itool_jax.mcts.value import outcome
 from itool_jax.store.cache import Task
 from itool_jax.store.splits import Samples
-from itool_jax.store.spread import Advance, by_row
+from itool_jax.store.spread import Advance, by_row, planned
 from itool_jax.store.weights import PhasePolicy
+from itool_jax.text.padding import bucket
 
 
 class Answer(NamedTuple):
@@ -37,7 +38,8 @@ def answer_greedily(
 
     def answer(prompts: Sequence[tuple[str, list[int]]]) -> Iterator[Advance]:
         limit = run.base.config.max_length
-        return by_row(generate(running, table, prompts, greedy, limit, config.seed))
+        rows = generate(running, table, prompts, greedy, limit, config.seed)
+        return by_row(rows, planned([bucket(len(ids) - 1) for _, ids in prompts], greedy.tokens_per_batch))
 
     chat, answers = run.base.chat, []
     for sample, ids in zip(samples.samples, task.map(prompts, answer, what, folder=folder), strict=True):

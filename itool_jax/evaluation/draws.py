@@ -16,6 +16,7 @@ from itool_jax.mcts.policy import ModelPolicy, Searched, prompt_width
 from itool_jax.mcts.search import RIGHT, SearchSettings, State
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.store.base import Base
+from itool_jax.system.progress import Batch
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.steps import StepTable
 
@@ -64,6 +65,13 @@ def count_right(
                 (group[problem], sum(model.grade(problem, 0, s.token_ids, s.stopped) >= RIGHT for s in steps))
                 for problem, steps in zip(problems, proposals, strict=True)
             ]
+
+
+def planned(items: Sequence[Searched], settings: SearchSettings, units: int = 1) -> list[Batch]:
+    """Returns the batches in which prompts are answered or searched, of `units` units of progress per prompt."""
+    groups = by_prompt_width(items, settings.fitted(len(items)).lanes)
+    widths = [max(prompt_width(len(items[i].encoded.prompt_ids)) for i in group) for group in groups]
+    return [Batch(units * len(group), width * len(group), width) for group, width in zip(groups, widths, strict=True)]
 
 
 def _limit(item: Searched, settings: SearchSettings) -> int:

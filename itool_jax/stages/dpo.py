@@ -5,7 +5,7 @@ policy unless `preference.reference` is warmup. Out: the iteration's weights and
 `reference.jsonl` with the reference's log-probabilities.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +19,13 @@ from itool_jax.store import checkpoint, training
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
 from itool_jax.store.paths import WARMUP, WEIGHTS, command, phase_name
 from itool_jax.store.run import Run
-from itool_jax.store.spread import by_row
+from itool_jax.store.spread import Advance, by_row, planned
 from itool_jax.store.tables import AnswerRow, PreferenceRow, ReferenceRow
 from itool_jax.store.weights import PhasePolicy, training_graph
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
 from itool_jax.text.chat import Encoded
+from itool_jax.text.padding import target_width
 from itool_jax.training import loop as train
 from itool_jax.training.replay import is_drawn
 
@@ -176,7 +177,12 @@ def _log_probs(
     """Computes the log-probabilities of both steps of each pair."""
     steps = [(row.prompt_ids, step) for row in rows for step in (row.chosen_ids, row.rejected_ids)]
     tokens, running = task.config.generate.tokens_per_batch, policy.running()
-    sums = task.map(steps, lambda steps: by_row(target_log_probs(running, steps, tokens)), what, folder=folder)
+
+    def work(steps: Sequence[tuple[list[int], list[int]]]) -> Iterator[Advance]:
+        widths = [target_width(len(prompt), len(step)) for prompt, step in steps]
+        return by_row(target_log_probs(running, steps, tokens), planned(widths, tokens))
+
+    sums = task.map(steps, work, what, folder=folder)
     return [ReferenceRow(row.id, *both) for row, *both in zip(rows, sums[::2], sums[1::2], strict=True)]
 
 

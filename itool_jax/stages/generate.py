@@ -14,12 +14,13 @@ from itool_jax.store.cache import Figures
 from itool_jax.store.encoding import check_ids, check_room
 from itool_jax.store.run import Run
 from itool_jax.store.splits import data_file
-from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.store.spread import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.tables import GeneratedRow
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
-from itool_jax.system.progress import progress
+from itool_jax.system.progress import Batch, progress
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.text.padding import bucket
 
 WHAT = "generate"
 
@@ -44,11 +45,15 @@ def run(run: Run) -> Figures:
     def _row(name: str, ids: list[int]) -> GeneratedRow:
         return GeneratedRow(name, ids, chat_format.tokenizer.decode(chat_format.content_ids(ids)))
 
+    def plan(rows: Sequence[Encoded]) -> list[Batch]:
+        return planned([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch)
+
     def work(rows: Sequence[Encoded]) -> Iterator[Advance]:
-        return by_row([(i, row._asdict()) for i, row in batch] for batch in answer(rows))
+        return by_row(([(i, row._asdict()) for i, row in batch] for batch in answer(rows)), plan(rows))
 
     if config.output is None:
         with progress(WHAT, len(encoded)) as advance:
+            advance(0, plan=plan(encoded))
             answered: dict[int, GeneratedRow] = {}
             for batch in answer(encoded):
                 answered |= dict(batch)

@@ -25,13 +25,14 @@ from itool_jax.store.encoding import check_ids, check_lengths
 from itool_jax.store.paths import BASE, command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples
-from itool_jax.store.spread import Advance, by_row, map_across_hosts
+from itool_jax.store.spread import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.tables import PerplexityRow, ScoreRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import say
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
+from itool_jax.text.padding import target_width
 from itool_jax.training import replay
 
 
@@ -103,7 +104,8 @@ def _right(task: Task, policy: PhasePolicy, pool: Samples, *, n: int, temperatur
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
         key = draws.random_key(task.config, task.iteration, part)  # created here, on this process's own mesh
-        return by_row(draws.count_right(running, run.base, table, items, settings, key))
+        rows = draws.count_right(running, run.base, table, items, settings, key)
+        return by_row(rows, draws.planned(items, settings))
 
     counts = task.map(
         items, work, "greedy answers" if temperature == 0 else f"{n} answers each", folder=task.working / part
@@ -160,7 +162,9 @@ def ranked_hardest(pool: Samples, scores: Table[ScoreRow]) -> Samples:
 
 
 def _work(policy: Policy, encoded: Sequence[Encoded], config: Config) -> Iterator[Advance]:
-    return by_row([(i, row._asdict()) for i, row in batch] for batch in perplexities(policy, encoded, config))
+    rows = ([(i, row._asdict()) for i, row in batch] for batch in perplexities(policy, encoded, config))
+    widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in encoded]
+    return by_row(rows, planned(widths, config.generate.tokens_per_batch))
 
 
 def perplexities(

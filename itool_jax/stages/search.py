@@ -71,6 +71,7 @@ def grow(task: Task, policy: PhasePolicy, hard: Samples, scores: Table[ScoreRow]
     running = policy.running()
 
     def work(items: Sequence[Searched]) -> Iterator[Advance]:
+        yield Advance(0, (), draws.planned(items, config.search, config.search.n_simulations))
         for n_simulations, finished in trees(running, run.base, table, items, config, task.iteration):
             yield Advance(n_simulations, [(i, json_of(row)) for i, row in finished])
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from itool_jax.config import Config
-from itool_jax.model.sharding import runs_apart, use_own_mesh
+from itool_jax.model.sharding import row_devices, runs_apart, use_own_mesh
 from itool_jax.system import hosts, journal
 from itool_jax.system.journal import Journal
 from itool_jax.system.preemption import stop_if_asked
-from itool_jax.system.progress import progress
+from itool_jax.system.progress import Batch, progress
+from itool_jax.text.padding import group
 
 T = TypeVar("T")
 
@@ -24,15 +25,25 @@ class Advance(NamedTuple):
 
     units: int
     results: Sequence[tuple[int, Any]]
+    plan: Sequence[Batch] = ()
+    """The batches to come, for the estimate of the time left; work that knows them begins with it."""
 
 
 Work = Callable[[Sequence[T]], Iterable[Advance]]
 
 
-def by_row(batches: Iterable[Sequence[tuple[int, Any]]]) -> Iterator[Advance]:
+def by_row(batches: Iterable[Sequence[tuple[int, Any]]], plan: Sequence[Batch] = ()) -> Iterator[Advance]:
     """Turns batches of finished rows into advances of one unit per row."""
+    if plan:
+        yield Advance(0, (), plan)
     for rows in batches:
         yield Advance(len(rows), rows)
+
+
+def planned(widths: Sequence[int], tokens_per_batch: int) -> list[Batch]:
+    """Returns the batches of a model's rows of these padded widths, as the sampler groups them."""
+    groups = group(widths, tokens_per_batch, row_devices(running=True))
+    return [Batch(len(indices), width * count, (width, count)) for indices, width, count in groups]
 
 
 def map_across_hosts(
@@ -67,7 +78,7 @@ def map_across_hosts(
             if finished:
                 kept.append(finished)
                 rows |= finished
-            advance(part.units)
+            advance(part.units, plan=part.plan)
             stop_if_any_asked(config)
     if count > 1:
         hosts.barrier(f"{working} is complete")
