@@ -113,8 +113,18 @@ def _join_processes(config: Config) -> None:
         environment.make_deterministic()
     hosts.join(config.distributed, messages.current_stage)
     if config.resumes:
-        preemption.listen()
+        preemption.listen(_acknowledge_stop)
     messages.console_out.quiet = not hosts.is_first()
+
+
+def _acknowledge_stop(times: int) -> None:
+    """Says what a requested stop waits for."""
+    work, stage = progress.current_work(), messages.current_stage()
+    place = f"the current step of {work}" if work else f"loading{f' in {stage}' if stage else ''}"
+    if times == 1:
+        messages.tell("info", f"Stopping after {place}; finished work is kept.")
+    else:
+        messages.tell("info", f"Still stopping after {place}; kill -9 ends it at once, and finished work is kept.")
 
 
 def _on_devices_here(config: Config) -> Config:

@@ -1,6 +1,7 @@
 """Finished rows kept as they come: read again after a kill, up to where the file is whole."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -154,6 +155,61 @@ def test_who_is_asked_to_stop_does_so_after_the_batch_and_keeps_it(tmp_path: Pat
     seen: list[int] = []
     assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
     assert seen == [14, 13, 12, 11]
+
+
+ASKED_TWICE = """
+import ctypes, os, signal, sys, threading
+from pathlib import Path
+from itool_jax import main
+from itool_jax.config import Config
+from itool_jax.store.spread import Advance, map_across_hosts
+from itool_jax.system import preemption
+
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+
+def acknowledge(times):
+    main._acknowledge_stop(times)
+    if times == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        libc.pthread_mutex_unlock(mutex)
+
+def work(items):
+    yield Advance(1, [(0, 20)])
+    # Compiled code, in which Python's own handler of signals does not run, ends after both signals are acknowledged.
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    libc.pthread_mutex_lock(mutex)
+    yield Advance(1, [(1, 22)])
+    yield Advance(1, [(2, 0)])
+
+preemption.listen(acknowledge)
+try:
+    map_across_hosts(Config(stage="score"), Path(sys.argv[1]), [10, 11, 12, 13, 14], work, "doubling")
+except preemption.PreemptionError:
+    sys.exit(75)
+"""
+
+
+def test_each_sigterm_is_acknowledged_at_once_and_loses_nothing(tmp_path: Path):
+    asked = subprocess.run(
+        [sys.executable, "-c", ASKED_TWICE, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert asked.returncode == 75, asked.stderr
+    first, second = (line for line in asked.stderr.splitlines() if "topping" in line)
+    assert re.fullmatch(
+        r"Stopping after the current step of doubling 1/5, \d+ s(, about \d+ s left)?; finished work is kept\.", first
+    )
+    assert second.startswith("Still stopping after the current step of doubling 1/5, ")
+    assert second.endswith("; kill -9 ends it at once, and finished work is kept.")
+    seen: list[int] = []
+    assert run(tmp_path, seen) == [20, 22, 24, 26, 28]
+    assert seen == [14, 13, 12]
 
 
 def test_the_state_of_a_step_is_plain_json_for_the_other_processes():

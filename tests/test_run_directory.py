@@ -131,7 +131,7 @@ def test_only_what_keeps_something_is_asked_to_stop(
 ):
     heard: list[bool] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(preemption, "listen", lambda: heard.append(True))
+    monkeypatch.setattr(preemption, "listen", lambda _: heard.append(True))
     monkeypatch.setattr(generate, "run", lambda _: None)
     assert again(made, tmp_path / "run", *more, stage="generate") == 0
     assert bool(heard) == listens

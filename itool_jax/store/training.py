@@ -94,6 +94,7 @@ def train_resumably(
         data.set_state(position)
         say(f"{what}: resuming after step {first} of {n_steps}")
     metrics.drop_after(first)
+    hosts.stop_together()  # before the first step compiles
     with progress(what, n_steps, first) as advance:
         reports = _Reports(metrics, settings.section, advance)
         updates = fit(loss, settings, state, frozen, reports.watch(data), rates, seed=seed, steps_done=first)

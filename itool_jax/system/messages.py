@@ -64,9 +64,14 @@ def say(text: str) -> None:
 
 def fail(text: str) -> None:
     """Prints and logs the error that ends a command, in every process."""
-    with contextlib.suppress(OSError):  # the error may be that the disk is full
-        note("error", text)
-    print(redacted(text), file=sys.stderr)
+    tell("error", text)
+
+
+def tell(level: str, text: str) -> None:
+    """Prints and logs a line in every process, even on a full disk."""
+    with contextlib.suppress(OSError):
+        note(level, text)
+    print(redacted(text), file=sys.stderr, flush=True)
 
 
 def note(level: str, text: str) -> None:
