@@ -112,9 +112,20 @@ def test_compilations_within_others_count_once(hands: Hands) -> None:
     for after, seconds in ((5, 1), (1, 1), (2, 6), (4, 2)):
         hands.now += after
         clock.hear(COMPILE, seconds)
-    clock.hear("/jax/compilation_cache/compile_time_saved_sec", 100)
+    clock.hear("/jax/compilation_cache/cache_retrieval_time_sec", 100)
     clock.advance(1)
     assert clock.left() == pytest.approx(12 - 8)
+
+
+def test_a_program_of_the_cache_tells_what_another_may_take(hands: Hands) -> None:
+    clock = Clock(3)
+    clock.follow([Batch(1, 1, "a"), Batch(1, 1, "b"), Batch(1, 1, "b")])
+    hands.now += 4
+    clock.hear(COMPILE, 1)
+    clock.hear("/jax/compilation_cache/compile_time_saved_sec", 20)
+    hands.now += 1
+    clock.advance(1)
+    assert clock.left() == pytest.approx(2 * 4 + 21)
 
 
 def test_jax_tells_the_clock_of_compilations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ FIRST, EVERY = 5.0, 60.0
 """Seconds until the first progress line of some work, and between two lines."""
 COMPILING = "/jax/core/compile/"
 """Prefix of the events by which JAX reports tracing, lowering and compiling."""
+SAVED = "/jax/compilation_cache/compile_time_saved_sec"
+"""Event by which JAX reports that a program was in the compilation cache."""
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Clock:
         self._start = self._last = time.monotonic()
         self._compilations: list[tuple[float, float]] = []
         """Begin and end of each, without overlap."""
-        self._compiled = self._longest = 0.0
+        self._compiled = self._saved = self._longest = self._uncached = 0.0
 
     def follow(self, plan: Sequence[Batch]) -> None:
         """Sets the batches in which the remaining units will be computed, in order."""
@@ -77,7 +79,9 @@ class Clock:
     def advance(self, units: int, note: str = "") -> None:
         """Counts finished units."""
         compiled = sum(end - begin for begin, end in self._compilations)
-        self._longest = max(self._longest, compiled - self._compiled)
+        # The next program may not be in the cache, as in a resumed run, so it counts in full.
+        self._longest = max(self._longest, compiled - self._compiled + self._saved)
+        self._uncached, self._saved = self._uncached + compiled - self._compiled + self._saved, 0.0
         self._compiled, self._last = compiled, time.monotonic()
         self.done, self.note = self.done + units, note
 
@@ -89,6 +93,8 @@ class Clock:
             while self._compilations and self._compilations[-1][0] >= begin:
                 self._compilations.pop()
             self._compilations.append((begin, end))
+        elif event == SAVED:
+            self._saved += max(duration_secs, 0.0)
 
     @property
     def seconds(self) -> float:
@@ -111,7 +117,7 @@ class Clock:
             return None
         new = {batch.program for batch in self._plan} - begun
         computing = max(self._last - self._start - self._compiled, 0.0) * ahead / finished
-        compiling = len(new) * max(self._longest, self._compiled / len(begun))
+        compiling = len(new) * max(self._longest, self._uncached / len(begun))
         left = computing + compiling - (time.monotonic() - self._last)
         return left if left > 0 else None
 
