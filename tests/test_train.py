@@ -21,7 +21,9 @@ from itool_jax.model.linear import Linear, LoraSettings
 from itool_jax.model.lora import beside, initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.store import checkpoint, training
+from itool_jax.system import hosts
 from itool_jax.system.metrics import Metrics
+from itool_jax.system.preemption import PreemptionError
 from itool_jax.text.padding import PairBatch, TargetBatch, collate, collate_packed
 from itool_jax.training import loop as train
 from itool_jax.training import losses
@@ -361,6 +363,19 @@ def test_no_batches_change_nothing(model: Model, tmp_path: Path) -> None:
 
 class KilledError(Exception):
     pass
+
+
+def test_who_is_asked_to_stop_while_the_model_is_loaded_compiles_no_step(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "asked_to_stop", lambda: True)
+    metrics, batches = Metrics(tmp_path / "metrics.jsonl", "warmup"), grain.MapDataset.source([None])
+    start, programs = (jax.tree.map(jnp.copy, model.adapters), model.base), train_step._cache_size()
+    with pytest.raises(PreemptionError):
+        training.train_resumably(
+            train.sft_loss(model.graph), WarmupSettings(), start, batches, seed=0, what="test", metrics=metrics
+        )
+    assert train_step._cache_size() == programs
 
 
 def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_path: Path) -> None:
