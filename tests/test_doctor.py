@@ -207,21 +207,29 @@ def test_plugins_that_do_not_go_with_jaxlib():
 def test_a_gpu_that_jax_does_not_see(monkeypatch: pytest.MonkeyPatch):
     gpu = Gpu("NVIDIA H100 80GB HBM3", "570.124.06", "81559 MiB")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    found = list(machine.accelerators([gpu], "cpu", "float32", []))
+    found = list(machine.accelerators([gpu], "cpu", []))
     assert [f.level for f in found] == ["error"]
     assert found[0].remedy == "pip install 'itool-jax[cuda12]'"
-    assert next(iter(machine.accelerators([gpu._replace(driver="580.65")], "cpu", "float32", []))).remedy.endswith(
-        "[cuda13]'"
-    )
-    (alone,) = machine.accelerators([], "cpu", "float32", ["jax-cuda13-plugin"])
+    assert next(iter(machine.accelerators([gpu._replace(driver="580.65")], "cpu", []))).remedy.endswith("[cuda13]'")
+    (alone,) = machine.accelerators([], "cpu", ["jax-cuda13-plugin"])
     assert alone.level == "warning"
     assert "jax-cuda13-plugin is installed, but no NVIDIA driver" in alone.text
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert not list(machine.accelerators([], "cpu", "float32", ["jax-cuda13-plugin"]))
-    assert "unset JAX_PLATFORMS" in next(iter(machine.accelerators([gpu], "cpu", "float32", []))).remedy
-    assert [f.level for f in machine.accelerators([gpu], "gpu", "bfloat16", [])] == ["ok"]
-    assert "too old" in next(iter(machine.accelerators([gpu._replace(driver="470.1")], "gpu", "float32", []))).text
-    assert levels(list(machine.accelerators([], "cpu", "bfloat16", []))) == {"dtype": "warning"}
+    assert not list(machine.accelerators([], "cpu", ["jax-cuda13-plugin"]))
+    assert "unset JAX_PLATFORMS" in next(iter(machine.accelerators([gpu], "cpu", []))).remedy
+    assert [f.level for f in machine.accelerators([gpu], "gpu", [])] == ["ok"]
+    assert "too old" in next(iter(machine.accelerators([gpu._replace(driver="470.1")], "gpu", []))).text
+
+
+def test_devices_without_bfloat16_units():
+    for platform, capability in (("cpu", ()), ("gpu", (7, 0)), ("gpu", (7, 5))):
+        (found,) = machine.bfloat16_units(platform, capability, "bfloat16")
+        assert (found.level, found.what) == ("warning", "dtype")
+        assert "computed in float32" in found.text
+        assert "--dtype=float32" in found.remedy
+        assert not list(machine.bfloat16_units(platform, capability, "float32"))
+    for platform, capability in (("gpu", (8, 0)), ("gpu", (12, 0)), ("gpu", ()), ("tpu", ())):
+        assert not list(machine.bfloat16_units(platform, capability, "bfloat16"))
 
 
 def test_what_nvidia_smi_prints_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from itool_jax.config import Config
 from itool_jax.model.hf import could_be_hub_name
-from itool_jax.model.sharding import AXES, checked_shape
+from itool_jax.model.sharding import AXES, checked_shape, compute_capability
 from itool_jax.store.directory import check
 from itool_jax.system.untrusted import one_line
 
@@ -134,12 +134,13 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
     room = f", {min(x for x in limits if x) / 1e9:.1f} GB each" if any(limits) else ""
     yield Finding("ok", "devices", ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + room)
     plugins = [name for name in there if name.startswith("jax-cuda") and name.endswith("-plugin")]
-    yield from accelerators(gpus(), seen[0].platform, config.dtype, plugins)
+    yield from accelerators(gpus(), seen[0].platform, plugins)
+    yield from bfloat16_units(seen[0].platform, compute_capability(), config.dtype)
     yield from _mesh(config)
 
 
-def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequence[str]) -> Iterator[Finding]:
-    """Reports GPUs that JAX does not use, JAX plugins without a GPU, and dtypes that are slow on the devices."""
+def accelerators(found: list[Gpu], platform_name: str, plugins: Sequence[str]) -> Iterator[Finding]:
+    """Reports GPUs that JAX does not use, and JAX plugins without a GPU."""
     if found:
         driver = found[0].driver
         extra = next((name for least, name in DRIVERS if _numbers(driver) >= (least,)), None)
@@ -160,8 +161,19 @@ def accelerators(found: list[Gpu], platform_name: str, dtype: str, plugins: Sequ
         text = f"JAX uses only the CPU: {plugins[0]} is installed, but no NVIDIA driver responds"
         mend = "install the driver; a container needs docker run --gpus=all"
         yield Finding("warning", "driver", text, mend)
-    if platform_name == "cpu" and dtype == "bfloat16":
-        yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", "use --dtype=float32")
+
+
+def bfloat16_units(platform_name: str, capability: tuple[int, ...], dtype: str) -> Iterator[Finding]:
+    """Reports devices that compute bfloat16 products in float32; `capability` is empty except on NVIDIA GPUs."""
+    if dtype != "bfloat16":
+        return
+    if platform_name == "cpu":
+        text = "bfloat16 products are computed in float32 on a CPU, at the speed and peak memory of float32"
+        yield Finding("warning", "dtype", text, "use --dtype=float32")
+    elif capability and capability < (8, 0):
+        version = ".".join(map(str, capability))
+        text = f"GPUs of compute capability {version} have no bfloat16 units, so products are computed in float32"
+        yield Finding("warning", "dtype", text, "use --dtype=float32 if its weights fit in memory")
 
 
 def _mesh(config: Config) -> Iterator[Finding]:

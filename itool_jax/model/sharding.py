@@ -181,6 +181,12 @@ def placed(shapes: Any, running: bool = False) -> Any:
     return jax.tree.map_with_path(place, shapes)
 
 
+def compute_capability() -> tuple[int, ...]:
+    """Returns the compute capability of the NVIDIA GPUs here, such as (9, 0); empty for other devices."""
+    parts = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
+
+
 def n_devices() -> int:
     """Counts the devices of the mesh in use, inside a compiled function."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -132,20 +132,22 @@ class Layer(nnx.Module):
         self.gate = linear("gate", c.hidden_size, c.intermediate_size)
         self.up = linear("up", c.hidden_size, c.intermediate_size)
         self.down = linear("down", c.intermediate_size, c.hidden_size)
-        self.head_dim = c.head_dim
+        self.head_dim, self.running = c.head_dim, not c.stacked
 
     def __call__(
         self,
         x_BTD: Array,
         angles_BTF: Array,
         mask_BTK: Array,
+        only_causal: bool,
         keys: Keys = NO_KEYS,
         at_BR: Array | None = None,
     ) -> _LayerOutput:
         """Runs the layer over whole rows; returns its output (only at `at_BR` if given), keys and values."""
         q_BTHD, k_BHDK, v_BHKD = self.project(x_BTD, angles_BTF, keys)
         if at_BR is None:
-            attended_BTD = attend_causally(q_BTHD, KeyValues(k_BHDK, v_BHKD, mask_BTK))
+            own = KeyValues(k_BHDK, v_BHKD, mask_BTK)
+            attended_BTD = attend_causally(q_BTHD, own, only_causal=only_causal, running=self.running)
         else:
             x_BTD, q_BTHD, mask_BTK = (pick(x, at_BR) for x in (x_BTD, q_BTHD, mask_BTK))
             attended_BTD = attend_in_blocks(q_BTHD, [KeyValues(k_BHDK, v_BHKD, mask_BTK)])
@@ -244,10 +246,11 @@ class Transformer(nnx.Module):
         """
         B, T = tokens_BT.shape
         mask_BTK, positions_BT = _mask_and_positions(B, T, branch_BT, segment_BT)
+        only_causal = branch_BT is None and segment_BT is None
         hidden, angles_BTF = self._embed(tokens_BT, positions_BT)
 
         def run(layer: Layer, number: Array | int, x_BTD: Array, wanted_BR: Array | None) -> _LayerOutput:
-            return layer(x_BTD, angles_BTF, mask_BTK, _dropout_keys(key, number), wanted_BR)
+            return layer(x_BTD, angles_BTF, mask_BTK, only_causal, _dropout_keys(key, number), wanted_BR)
 
         if self._is_scanned:
             hidden, k, v = self._scan(run, hidden)
