@@ -367,7 +367,8 @@ def searching(policy: Policy, config: ModelConfig, s: Sizes, machine: Machine) -
         return search_trees(model.problems, model, s.trees)
 
     lengths = search_lengths(base.chat, [item.encoded for item in group], s.trees, SelfEvaluationSettings())
-    plan = memory.searching(config, LoraSettings(rank=0), s.trees, lengths, s.trees.batch)
+    programs = memory.searching(LoraSettings(rank=0), s.trees, lengths, s.trees.batch)
+    plan = max((program.need(config) for program in programs), key=lambda need: need.total)
     _, used = with_memory(plan, policy.params, search)
     start = time.perf_counter()
     trees = search()

@@ -96,9 +96,8 @@ def measure(kind: str, weights: str, machine: Machine, mesh: Mesh, settings: Set
             own = bucket(search.max_last_step_tokens + QUESTION)
             lengths = Lengths(settings.length, settings.length, bucket(search.max_depth * search.max_step_tokens), own)
             batch = machine.search_batch
-            need = memory.Program(lambda c: memory.searching(c, lora, search, lengths, batch), memory.LOOP).at_depth(
-                model
-            )
+            programs = memory.searching(lora, search, lengths, batch)
+            need = max((program.at_depth(model) for program in programs), key=lambda need: need.total)
         else:
             n_micro = max(1, settings.rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
             loss = None if kind == "sft" else LossSettings()

@@ -17,6 +17,7 @@ from itool_jax.config import Config
 from itool_jax.main import main
 from itool_jax.mcts.search import SearchSettings
 from itool_jax.model.linear import LoraSettings
+from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import abstract
 from itool_jax.planning import memory, roofline, sizes
 from itool_jax.planning.estimate import as_arguments, changes, hardware_of, laid_out, with_settings
@@ -25,7 +26,7 @@ from itool_jax.stages import plan
 from itool_jax.store.base import load_base
 from itool_jax.store.splits import divide
 from itool_jax.store.weights import Weights, training_graph
-from itool_jax.system.devices import DEVICES, HERE, PlanSettings, device_like, device_of
+from itool_jax.system.devices import CPU_SHARES, DEVICES, HERE, PlanSettings, device_like, device_of
 from itool_jax.text.padding import collate
 from itool_jax.training import loop as train
 from itool_jax.training.losses import LossSettings
@@ -81,20 +82,28 @@ def test_a_training_step_takes_what_is_planned(made: Made):
 
 
 @pytest.mark.memory
-def test_a_deep_model_is_planned_from_shallow_ones(tmp_path: Path):
-    model = tiny.model_config(tmp_path, num_hidden_layers=24)
-    model = dataclasses.replace(model, remat="layers")
-    for loss in (None, LossSettings()):
-        program = memory.Program(lambda m, loss=loss: memory.training(loss, m, LoraSettings(rank=2), 2, 4, 128))
+@pytest.mark.parametrize("loss", [None, LossSettings()])
+def test_each_layer_of_a_deep_model_is_planned_alike(tmp_path: Path, loss: LossSettings | None):
+    """Training compiles the whole depth as one loop, so nothing is extrapolated."""
+    model = dataclasses.replace(tiny.model_config(tmp_path), remat="layers")
+    needs = [
+        memory.training(loss, dataclasses.replace(model, n_layers=n), LoraSettings(rank=2), 2, 4, 128).total
+        for n in (9, 18, 27)
+    ]
+    assert needs[2] - needs[1] == pytest.approx(needs[1] - needs[0], rel=0.02)
+
+
+@pytest.mark.memory
+def test_deep_answers_are_planned_from_shallow_ones(tmp_path: Path):
+    model = tiny.model_config(tmp_path, num_hidden_layers=14)
+    for program in (memory.log_probs(LoraSettings(rank=2), 4, 128), memory.responses(LoraSettings(rank=2), 4, 128, 64)):
         assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
 
 
 @pytest.mark.slow
 def test_a_deep_search_is_planned_from_shallow_ones(tmp_path: Path):
-    model = dataclasses.replace(tiny.model_config(tmp_path, num_hidden_layers=40), remat="layers")
-    given = (LoraSettings(rank=2), SearchSettings(), Lengths(256, 256, 65, 128), 4)
-    for make, steady in ((memory.proposing, memory.LOOP), (memory.asking, 4)):
-        program = memory.Program(lambda m, make=make: make(m, *given), steady)
+    model = tiny.model_config(tmp_path, num_hidden_layers=40)
+    for program in memory.searching(LoraSettings(rank=2), SearchSettings(), Lengths(256, 256, 65, 128), 4):
         assert program.at_depth(model).total == pytest.approx(program.need(model).total, rel=0.02)
 
 
@@ -122,21 +131,34 @@ for layers in (3, 9):
     assert many < few + 3 * 2 * 128 * 256  # three more layers' kernels of one kind would be more
 
 
-def test_a_shallow_model_is_compiled_as_it_is(tmp_path: Path):
+def test_few_layers_stand_for_many(tmp_path: Path):
+    """As few as suffice: more if what a sampling loop needs at its start may hide what it needs at its end."""
     asked: list[int] = []
+    model = dataclasses.replace(tiny.model_config(tmp_path), n_layers=80)
 
-    def need(model: Any) -> memory.Need:
-        asked.append(model.n_layers)
-        return memory.Need(*(10 * model.n_layers,) * 7)
+    def sized(x: int, temporaries: int) -> memory.Need:
+        return memory.Need(x, x, x, x, x, temporaries, 0)
 
-    model = tiny.model_config(tmp_path, num_hidden_layers=8)
-    assert memory.Program(need).at_depth(model).weights == 80
-    deep = dataclasses.replace(model, n_layers=80, remat="layers")
-    assert memory.Program(need, memory.LOOP).at_depth(deep).weights == 800
-    assert asked == [8, 12, 18]
-    # Without recomputation a short stack is no loop, so deeper ones stand for a deep model.
-    assert memory.Program(need).at_depth(dataclasses.replace(deep, remat="none")).weights == 800
-    assert min(asked[3:]) > 8
+    def program(start: int, layer: int) -> memory.Program:
+        asked.clear()
+
+        def need(model: Any) -> memory.Need:
+            asked.append(model.n_layers)
+            return sized(10 * model.n_layers, max(start, layer * model.n_layers))
+
+        return memory.Program(need, lambda _: sized(10, layer))
+
+    for start, layer, depths in ((0, 0, [4]), (500, 0, [4]), (0, 10, [4]), (45, 10, [4]), (300, 30, [4, 12])):
+        assert program(start, layer).at_depth(model).weights == 800
+        assert asked == depths
+    assert program(300, 30).at_depth(model).temporaries == 2400
+    assert program(0, 0)._replace(layer=None).at_depth(model).weights == 800  # training: a loop over all layers
+    assert asked == [80]
+    assert program(0, 0).at_depth(dataclasses.replace(model, n_layers=8)).weights == 80
+    assert asked == [8]
+    with use_mesh(MeshSettings(data=2)):  # what devices exchange is measured
+        assert program(0, 10).at_depth(model) == sized(800, 800)
+    assert asked == [12, 18]
 
 
 def test_weights_are_in_the_plan_by_what_they_are(tmp_path: Path):
@@ -266,11 +288,28 @@ def test_devices_by_name_and_by_numbers():
         with pytest.raises(ValueError, match=r"^plan\.device must be one of t4, .*, here, or GB:bandwidth:TFLOPS"):
             device_of(wrong)
     kinds = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100-80"}
-    kinds |= {"Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA H200": "h200"}
+    kinds |= {"Tesla T4": "t4", "NVIDIA L4": "l4", "NVIDIA H200": "h200", "NVIDIA A10G": "a10g", "NVIDIA L40S": "l40s"}
+    kinds |= {f"NVIDIA GeForce RTX {n}": f"rtx-{n}" for n in (3090, 4090, 5090)}
+    kinds |= {"NVIDIA B200": "b200", "AMD Instinct MI300X": "mi300x", "NVIDIA A100 80GB PCIe": "a100-80"}
     kinds |= {"TPU v5 lite": "tpu-v5e", "TPU v5": "tpu-v5p", "TPU v6 lite": "tpu-v6e", "TPU v4": "tpu-v4"}
     for kind, name in kinds.items():
         assert device_like(kind) is DEVICES[name]
-    assert device_like("cpu") is device_like("NVIDIA L40S") is None
+    others = ("NVIDIA A10", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti")
+    for kind in ("cpu", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", *others):
+        assert device_like(kind) is None
+
+
+def test_a_cpu_is_timed(made: Made):
+    device = hardware_of(configured(made)).device
+    assert device is not None
+    assert 0 < device.teraflops < 100
+    assert 0 < device.bandwidth < 10000
+    assert PlanSettings(decode_share=0.1).shares(device) == CPU_SHARES._replace(decode=0.1)
+
+
+def test_durations_are_written_as_a_person_would():
+    hours = (None, 0, 0.4 / 3600, 40 / 3600, 150 / 3600, 2.14, 30, 100)
+    assert [plan._duration(x) for x in hours] == ["?", "0 s", "0.4 s", "40 s", "2.5 min", "2.1 h", "30 h", "4.2 days"]
 
 
 @pytest.mark.parametrize("change", ["memory_share=1.5", "decode_share=0", "count=-1", "pairs_a_tree=-1"])
@@ -281,10 +320,15 @@ def test_settings_that_mean_nothing(change: str):
     assert PlanSettings().device == HERE
 
 
-def test_without_a_data_sheet_there_are_no_hours(made: Made, roomy: Row, capsys: pytest.CaptureFixture[str]):
+def test_without_a_data_sheet_there_are_no_times(made: Made, roomy: Row, capsys: pytest.CaptureFixture[str]):
     here = roomy | {"stages": [row | {"hours": None} for row in roomy["stages"]]}
     plan._show(here | {"devices": roomy["devices"] | {"data_sheet": None}})
     assert "no data sheet for this device" in capsys.readouterr().out
+
+
+def test_times_are_shown_in_full_beside_a_long_description(roomy: Row, capsys: pytest.CaptureFixture[str]):
+    plan._show(roomy | {"stages": [row | {"work": "wide " * 40, "hours": 40 / 3600} for row in roomy["stages"]]})
+    assert capsys.readouterr().out.count(" 40 s\n") == len(roomy["stages"])
 
 
 def test_a_step_of_all_weights_takes_three_passes():

@@ -83,9 +83,9 @@ def test_what_the_compiler_refuses_does_not_fit():
 
 def test_a_device_has_what_it_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(memory.LIMIT, raising=False)
-    assert 1e6 < memory.device_limit() < 1e13  # a share of the host's free memory
+    assert 1e6 < memory.device_limit(0.9) < 1e13  # a share of the host's free memory
     limit(monkeypatch, 3e9)
-    assert memory.device_limit() == 3_000_000_000
+    assert memory.device_limit(0.9) == 3_000_000_000
 
 
 @pytest.mark.parametrize("name", list(sizes.STAGE_OF))
@@ -185,7 +185,7 @@ def test_all_processes_go_by_the_smallest_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", lambda value: np.array([value, 5e8], np.float32))
     limit(monkeypatch, 1e9)
-    assert memory.device_limit() == 500_000_000
+    assert memory.device_limit(0.9) == 500_000_000
 
 
 @pytest.mark.parametrize("name", list(sizes.STAGE_OF))

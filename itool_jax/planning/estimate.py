@@ -9,10 +9,12 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -23,18 +25,23 @@ from itool_jax.planning import memory, sizes
 from itool_jax.planning.memory import Need
 from itool_jax.planning.sizes import TOKENS
 from itool_jax.store.base import load_base
-from itool_jax.system.devices import HERE, Device, device_like, device_of
+from itool_jax.system.devices import CPU_SHARES, HERE, Device, device_like, device_of
 from itool_jax.system.messages import say
 from itool_jax.system.untrusted import one_line
-from itool_jax.text.padding import bucket, target_width
+from itool_jax.text.padding import bucket, group, target_width
 
+FAST_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+"""Flags with which the host compiles in a third of the time; the programs are analyzed and never run."""
 # The host compiles for devices that are not present. By default it would copy weights to float32, all at once and
 # before the loop that reads them, which no accelerator does; float16, which it leaves alone, stands in for bfloat16. It
 # would also drop barriers before merging common subexpressions, which would keep the decoded NF4 kernels of all layers.
 HOST_FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_disable_hlo_passes=while-loop-invariant-code-motion,change-op-data-type,operand_upcaster,cse_barrier_expander",
-    "--xla_backend_optimization_level=0",
 )
 SIZES = {stage: name for name, stage in sizes.STAGE_OF.items()}
 """The setting that a stage's memory depends on most."""
@@ -75,43 +82,65 @@ def hardware_of(config: Config) -> Hardware:
     """Returns the devices of `--plan.device`. Host devices are set up to stand in for them before JAX is first used."""
     p, needed = config.plan, math.prod((max(1, config.mesh.data), config.mesh.fsdp, config.mesh.tensor))
     if p.device == HERE:
-        here = jax.devices()
+        here = _devices(FAST_FLAGS)
         if (count := p.count or len(here)) > len(here):
             raise ValueError(f"plan.count={count}, but this machine has {len(here)} devices; set --plan.device")
         kind = here[0].device_kind
-        limit = int(memory.device_limit() * p.memory_share / memory.SHARE)
-        return Hardware(device_like(kind), kind, count, limit, f"this machine's compiler for {kind}", False)
+        limit = memory.device_limit(p.memory_share)
+        device = _measured(limit / p.memory_share, len(here)) if kind == "cpu" else device_like(kind)
+        return Hardware(device, kind, count, limit, f"this machine's compiler for {kind}", False)
     device, count = device_of(p.device), p.count or needed
     limit = int(device.gigabytes * 1e9 * p.memory_share)
     tpus, reason = _tpus(device, count) if device.topology else ((), "")
     if tpus:
         return Hardware(device, p.device, count, limit, "the TPU's compiler (libtpu)", False, tpus)
-    _host_devices(count)
+    jax.config.update("jax_platforms", "cpu")
+    flags = (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS, *FAST_FLAGS)
+    if (n_host := len(_devices(flags))) < count:
+        raise ValueError(f"plan.count={count}, but JAX already runs on {n_host} devices; plan in a new process")
     answers = "the host's compiler" + (", with float16 in place of bfloat16" if config.dtype == "bfloat16" else "")
     answers += f"; the TPU's was not available ({reason}) and lays arrays out differently" if device.topology else ""
     return Hardware(device, p.device, count, limit, answers, True)
 
 
-def _host_devices(count: int) -> None:
-    """Makes the host expose `count` devices; raises ValueError if JAX was used before and has fewer."""
+def _devices(flags: Sequence[str]) -> list[Any]:
+    """Returns JAX's devices, started with more XLA flags than the user's unless JAX was used before."""
     given = os.environ.get("XLA_FLAGS")
-    flags = (given or "").split()
-    flags += [f for f in (f"--xla_force_host_platform_device_count={count}", *HOST_FLAGS) if not _set(flags, f)]
-    jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    all_flags = (given or "").split()
+    all_flags += [flag for flag in flags if not _set(all_flags, flag)]
+    os.environ["XLA_FLAGS"] = " ".join(all_flags)
     try:
-        here = len(jax.devices("cpu"))  # XLA reads its flags here, only once
+        return jax.devices()  # XLA reads its flags here, only once
     finally:
         if given is None:
             del os.environ["XLA_FLAGS"]
         else:
             os.environ["XLA_FLAGS"] = given
-    if here < count:
-        raise ValueError(f"plan.count={count}, but JAX already runs on {here} devices; plan in a new process")
 
 
 def _set(flags: Sequence[str], flag: str) -> bool:
     return any(f.split("=")[0] == flag.split("=")[0] for f in flags)
+
+
+def _measured(memory_bytes: float, n_devices: int) -> Device:
+    """Times a matrix product on this machine's CPU, and one with a vector, which only reads; JAX's devices share it."""
+    product, a, b = jax.jit(jnp.matmul), jnp.ones((4096, 512)), jnp.ones((512, 1664))
+    flops = 2 * a.size * b.shape[1] / _fastest(lambda: product(a, b).block_until_ready())
+    matrix, vector = np.ones((8192, 8192), np.float32), np.ones(8192, np.float32)
+    bandwidth = matrix.nbytes / _fastest(lambda: matrix @ vector)
+    gigabytes, teraflops = (float(f"{x / n_devices:.2g}") for x in (bandwidth / 1e9, flops / 1e12))
+    source = "measured now, with float32 products of [4096, 512] × [512, 1664] and [8192, 8192] × [8192]"
+    return Device(round(memory_bytes / 1e9, 1), gigabytes, teraflops, source, shares=CPU_SHARES)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Returns the least seconds that a call of `work` took, of a few."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _tpus(device: Device, count: int) -> tuple[Sequence[Any], str]:
@@ -185,11 +214,12 @@ class Planner:
             return self.need_at(stage, self.config.generate.tokens_per_batch)
         if (value := self.config.flat()[SIZES[stage]]) == "auto":
             return self.largest(stage)
-        if stage != "search":
-            with on(self.hardware, self.config.mesh):
-                share = sizes.training_settings(self.config, SIZES[stage]).share()
-            value = min(value or share, share)
-        return self.need_at(stage, value)
+        if stage == "search":
+            prompts = self.config.replay.n_searched(len(self.rows.buffer))
+            return self.need_at(stage, self.config.search.fitted(prompts).lanes)
+        with on(self.hardware, self.config.mesh):
+            share = sizes.training_settings(self.config, SIZES[stage]).share()
+        return self.need_at(stage, min(value or share, share))
 
     def need_at(self, stage: str, size: int) -> StageNeed:
         """Returns a stage's need at a size."""
@@ -246,22 +276,24 @@ class Planner:
 
     def _plan(self, stage: str) -> sizes.Plan:
         if stage not in self.plans:
-            self.plans[stage] = self._sized(stage) if stage in SIZES else self._other(stage)
+            known = stage in SIZES
+            self.plans[stage] = sizes.plan_of(self.config, SIZES[stage], self.rows) if known else self._other(stage)
         return self.plans[stage]
 
-    def _sized(self, stage: str) -> sizes.Plan:
-        return sizes.plan_of(self.config, SIZES[stage], self.rows)
-
     def _other(self, stage: str) -> sizes.Plan:
+        """Returns the program of the largest batch that a stage makes, as a function of its tokens per batch."""
         lora, limit = self.config.lora, self.config.generate.max_tokens
-        rows = [*self.rows.warmup, *self.rows.buffer]
         if stage == "score":
-            width = max(target_width(len(row.prompt_ids), len(row.target_ids)) for row in self.rows.buffer)
-            return lambda n: [memory.Program(lambda model: memory.scoring(model, lora, max(1, n // width), width))]
-        wide = max(bucket(len(row.prompt_ids) - 1) for row in rows)
-        return lambda n: [
-            memory.Program(lambda model: memory.responding(model, lora, max(1, n // wide), wide, limit), memory.LOOP)
-        ]
+            widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in self.rows.buffer]
+            return lambda n: [memory.log_probs(lora, *_largest_batch(widths, n))]
+        widths = [bucket(len(row.prompt_ids) - 1) for row in self.rows.evaluated]
+        return lambda n: [memory.responses(lora, *_largest_batch(widths, n), limit)]
+
+
+def _largest_batch(widths: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Returns the rows and the width of the largest batch of rows of these widths."""
+    batches = group(widths, tokens, row_devices(running=True))
+    return max(((rows, width) for _, width, rows in batches), key=lambda batch: (math.prod(batch), batch[1]))
 
 
 def _bytes(need: Need | None) -> float:

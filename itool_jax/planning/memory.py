@@ -5,6 +5,7 @@ programs are compiled for the current mesh and not run.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from itool_jax.model.cache import Prefix, empty_prefix
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import beside
 from itool_jax.model.sharding import placed, row_devices
-from itool_jax.model.transformer import SHORT_STACK, ModelConfig, abstract
+from itool_jax.model.transformer import ModelConfig, abstract
 from itool_jax.text.padding import PairBatch, TargetBatch
 from itool_jax.text.steps import N_STATES, StepTable
 from itool_jax.training import loop as train
@@ -31,8 +32,6 @@ from itool_jax.training.losses import LossSettings
 Shape = jax.ShapeDtypeStruct
 LIMIT = "ITOOL_DEVICE_GB"
 """Environment variable that overrides a device's memory, in GB."""
-SHARE = 0.9
-"""Share of a device's memory that programs may use; the rest is for what the analysis does not see."""
 
 
 class Need(NamedTuple):
@@ -90,20 +89,38 @@ def _need(program: Any, held: Held, unread: int = 0) -> Need:
 
 
 class Program(NamedTuple):
-    """A program as a function of the model, and the depth from which each layer adds the same memory."""
+    """A program as a function of the model, and what one more layer adds to its need."""
 
     need: Callable[[ModelConfig], Need]
-    steady: int = 4
+    layer: Callable[[ModelConfig], Need] | None = None
+    """Bytes of a layer on one device: weights, and keys and values that stay until the end. None for training, whose
+    layers are a loop: any depth compiles equally fast."""
 
     def at_depth(self, model: ModelConfig) -> Need:
-        """Extrapolates the need of a deep model from two shallower ones of the same widths.
+        """Extrapolates the need of a deep model from shallower ones of the same widths.
 
         Compiling an inference model takes time proportional to its layers, many minutes for 80. Models with few layers
         are compiled as they are.
         """
-        # Deep enough for the stack to be a loop, as it is in a deep model.
-        low = self.steady if model.remat != "none" else max(self.steady, SHORT_STACK + 1)
-        if model.n_layers <= max(2 * low, SHORT_STACK):
+        if self.layer is None:
+            return self.need(model)
+        layer = self.layer(model)
+        if not jax.sharding.get_mesh().empty:  # how layers are spread over devices is the compiler's choice: measure it
+            return self._from_two(model, LOOP if layer.temporaries else SHALLOW)
+        for depth in (SHALLOW, LOOP):
+            if model.n_layers <= 2 * depth:
+                break
+            few = self.need(dataclasses.replace(model, n_layers=depth))
+            whole = Need(*(x + (model.n_layers - depth) * y for x, y in zip(few, layer, strict=True)))
+            # The error is at most what a sampling loop's start needs beside the caches, which may hide the loop's need.
+            beside = few.temporaries - depth * layer.temporaries
+            if not layer.temporaries or depth == LOOP or beside <= UNSEEN * whole.total:
+                return whole
+        return self.need(model)
+
+    def _from_two(self, model: ModelConfig, low: int) -> Need:
+        """Extrapolates along the line through the needs at two depths."""
+        if model.n_layers <= 2 * low:
             return self.need(model)
         high = low + low // 2
         few, more = (self.need(dataclasses.replace(model, n_layers=n)) for n in (low, high))
@@ -111,8 +128,12 @@ class Program(NamedTuple):
         return Need(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
 
 
+SHALLOW = 4
+"""Layers from which each further one adds the same memory."""
 LOOP = 12
-"""`Program.steady` of sampling loops: with fewer layers, their caches are smaller than what they need at the start."""
+"""The same for sampling loops: with fewer layers, their caches may be smaller than what they need at the start."""
+UNSEEN = 0.02
+"""Share of a need that `SHALLOW` layers may overestimate before `LOOP` layers are compiled."""
 
 
 def training(
@@ -195,10 +216,28 @@ def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
     return _Running(graph, beside(base, adapters), Held(_bytes(base), _bytes(adapters)), 0)
 
 
-def searching(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
-    """Estimates a search of `batch` prompts: the larger of a round of last steps and one of questions about them."""
-    given = (model, lora, search, lengths, batch)
-    return max(proposing(*given), asking(*given), key=lambda need: need.total)
+def _layer(model: ModelConfig, lora: LoraSettings, shared: int, own: int) -> Need:
+    """Returns what a layer adds on one device, with keys and values of `shared` tokens of prompts and `own` others."""
+    weights, adapters = _layer_weights(model, lora)
+    a_token = 2 * model.n_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
+    return Need(weights, adapters, 0, shared * a_token, 0, own * a_token, 0)
+
+
+@functools.cache
+def _layer_weights(model: ModelConfig, lora: LoraSettings) -> tuple[int, int]:
+    """Returns the bytes of a layer's weights and adapters on one device."""
+    one, two = (_running(dataclasses.replace(model, n_layers=n), lora).held for n in (1, 2))
+    return two.weights - one.weights, two.adapters - one.adapters
+
+
+def searching(lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> list[Program]:
+    """Returns the programs of a search of `batch` prompts that need most: a round of last steps, and its questions."""
+    given, shared = (lora, search, lengths, batch), batch * (lengths.prompt + lengths.asked)
+    own = batch * (lengths.path + search.breadth * search.longest_step)
+    return [
+        Program(lambda model: proposing(model, *given), lambda model: _layer(model, lora, shared, own)),
+        Program(lambda model: asking(model, *given), lambda model: _layer(model, lora, shared, 0)),
+    ]
 
 
 def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
@@ -231,6 +270,19 @@ def _draws(rows: int) -> tuple[Any, ...]:
     return _array(rows, dtype=key), _array(rows), _array(rows, dtype=jnp.bool_), _array(dtype=jnp.float32)
 
 
+def log_probs(lora: LoraSettings, rows: int, width: int) -> Program:
+    """Returns the program that scores `rows` rows of `width` tokens."""
+    return Program(lambda model: scoring(model, lora, rows, width), lambda model: _layer(model, lora, 0, 0))
+
+
+def responses(lora: LoraSettings, rows: int, width: int, limit: int) -> Program:
+    """Returns the program that samples responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
+    return Program(
+        lambda model: responding(model, lora, rows, width, limit),
+        lambda model: _layer(model, lora, rows * width, rows * (1 + limit)),
+    )
+
+
 def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Need:
     """Estimates computing the log-probabilities of the targets of `rows` rows of `width` tokens."""
     graph, weights, held, unread = _running(model, lora)
@@ -240,7 +292,7 @@ def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Ne
 def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> Need:
     """Estimates sampling responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
     graph, weights, held, unread = _running(model, lora)
-    prompt = _placed_like(sampler.prefill.lower(graph, weights, _array(rows, width), _array(rows)).compile())
+    prompt = _outputs(sampler.prefill, graph, weights, _array(rows, width), _array(rows))
     inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
     held = held._replace(caches=_bytes(prompt))
     return _need(sampler.sample_step.lower(graph, limit, weights, *inputs), held, unread)
@@ -250,11 +302,14 @@ def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:
     """Returns the shapes and shardings of the caches of `batch` prompts."""
     count = row_devices(running=True)
     new = sampler.prefill.eval_shape(graph, weights, _array(count, width), _array(count))
-    return _placed_like(empty_prefix.lower(new, batch).compile())
+    return _outputs(empty_prefix, new, batch)
 
 
-def _placed_like(made: Any) -> Any:
-    """Returns the shapes and shardings of a compiled program's outputs."""
+def _outputs(function: Any, *given: Any) -> Any:
+    """Returns the shapes and shardings of a compiled function's outputs."""
+    if jax.sharding.get_mesh().empty:  # one device leaves the compiler no choice
+        return placed(function.eval_shape(*given))
+    made = function.lower(*given).compile()
 
     def place(leaf: Any, where: Any) -> Shape:
         return Shape(leaf.shape, leaf.dtype, sharding=where)
@@ -277,14 +332,14 @@ def step_table(vocab_size: int) -> StepTable:
 # What fits --------------------------------------------------------------------------------------------------
 
 
-def device_limit() -> int:
-    """Returns the bytes that programs may use on each device: the minimum over all devices of all processes."""
+def device_limit(share: float) -> int:
+    """Returns the bytes that programs may use on each device: a share of the least that any process's devices have."""
     if LIMIT in os.environ:
         limit = float(os.environ[LIMIT]) * 1e9
     else:
         devices = jax.local_devices()
         stats = [device.memory_stats() or {} for device in devices]
-        limit = SHARE * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
+        limit = share * min(s["bytes_limit"] if "bytes_limit" in s else _host_bytes() / len(devices) for s in stats)
     if jax.process_count() > 1:
         limit = float(np.min(multihost_utils.process_allgather(np.float32(limit))))
     return int(limit)

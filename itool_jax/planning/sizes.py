@@ -65,7 +65,7 @@ def _known(config: Config) -> dict[str, int]:
 def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
     """Finds and logs the largest candidate that fits."""
     config = run.config
-    limit = memory.device_limit()
+    limit = memory.device_limit(config.plan.memory_share)
     with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
         value, needs = memory.largest(candidates, need_of(run, name), limit)
     fits = f"needs {_gb(needs[value])} of {_gb(limit)} per device by the compiler's estimate"
@@ -106,10 +106,11 @@ def with_size(config: Config, name: str, value: int) -> Config:
 
 
 class Rows(NamedTuple):
-    """Training samples as token ids: those of the warm-up, and the replay buffer."""
+    """Samples as token ids: those of the warm-up, the replay buffer, and those that every phase is evaluated on."""
 
     warmup: list[Encoded]
     buffer: list[Encoded]
+    evaluated: Sequence[Encoded] = ()
 
 
 def need_of(run: Run, name: str) -> Need:
@@ -117,18 +118,14 @@ def need_of(run: Run, name: str) -> Need:
     warmup, _ = split_replay(run.splits.train, run.config)
     rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
     plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
-    return total(lambda size: max((p.need(model) for p in plan(size)), key=lambda need: need.total))
+    return total(lambda size: max((p.at_depth(model) for p in plan(size)), key=lambda need: need.total))
 
 
 def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     """Returns a function from a size to the programs that need most, for the longest possible rows."""
     if name == "search.batch":
         lengths = search_lengths(load_base(config).chat, rows.buffer, config.search, config.self_eval)
-        given = (config.lora, config.search, lengths)
-        return lambda size: [
-            memory.Program(lambda model: memory.proposing(model, *given, size), memory.LOOP),
-            memory.Program(lambda model: memory.asking(model, *given, size)),
-        ]
+        return lambda size: memory.searching(config.lora, config.search, lengths, size)
     settings, is_warmup = training_settings(config, name), name.startswith("warmup")
     prefers = not is_warmup and config.preference.control != "sft_same_prompts"
     encoded = rows.warmup if is_warmup else rows.buffer

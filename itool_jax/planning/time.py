@@ -60,7 +60,7 @@ class TimeModel:
     """Seconds of work on `count` devices with `copies` of the model, at the assumed shares of peak speed."""
 
     def __init__(self, config: Config, device: Device | None, count: int, copies: int):
-        self.model, self.rank, self.plan = load_base(config).config, config.lora.rank, config.plan
+        self.model, self.rank, self.shares = load_base(config).config, config.lora.rank, config.plan.shares(device)
         self.count, self.copies = count, copies
         nan = float("nan")
         bandwidth, peak = (device.bandwidth * 1e9, device.teraflops * 1e12) if device is not None else (nan, nan)
@@ -71,12 +71,12 @@ class TimeModel:
         shape = (self.model, 1, round(length), round(logits))
         work = lora_step(*shape, self.rank) if self.rank else full_step(*shape)
         # A step reads the weights once for all its rows, so reading them is never the bottleneck.
-        return rows * work.flops / self.machine.peak / self.count / self.plan.training_share
+        return rows * work.flops / self.machine.peak / self.count / self.shares.training
 
     def read(self, rows: float, length: float, logits: float, before: float = 0) -> float:
         """Returns the seconds of passes over rows of `length` tokens, after `before` cached ones."""
         work = forward(self.model, 1, round(length), round(logits), round(before))
-        return rows * work.flops / self.machine.peak / self.count / self.plan.scoring_share
+        return rows * work.flops / self.machine.peak / self.count / self.shares.scoring
 
     def sample(self, tokens: float, rows: float, prompts: float, prompt: float, own: float) -> float:
         """Returns the seconds of sampling `tokens` tokens for each of `rows` rows at once.
@@ -85,7 +85,7 @@ class TimeModel:
         """
         share = [max(1, round(x / self.copies)) for x in (rows, prompts)]
         work = decode(self.model, share[0], round(prompt), share[1], round(own))
-        return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.plan.decode_share
+        return tokens * work.seconds(self.machine) / (self.count / self.copies) / self.shares.decode
 
 
 def workloads(config: Config, data: Data, time_model: TimeModel, batch: int) -> list[Workload]:
@@ -121,7 +121,7 @@ def _warmup(config: Config, data: Data, time_model: TimeModel) -> Workload:
 def _scores(config: Config, data: Data, time_model: TimeModel, batch: int) -> Workload:
     rows, n = data.rows(data.pool), config.iterations
     widths = [target_width(len(row.prompt_ids), len(row.target_ids)) for row in rows]
-    groups = list(group(widths, config.generate.tokens_per_batch))
+    groups = list(group(widths, config.generate.tokens_per_batch, time_model.copies))
     count, padded = (sum(x) for x in zip(*((k, k * width) for _, width, k in groups), strict=True))
     seconds = n * time_model.read(count, padded / count, _mean_target(rows))
     # K answers to each prompt of the pool or of the searched ones, and a greedy answer to each searched one.
@@ -211,7 +211,8 @@ def _preferences(config: Config, data: Data, time_model: TimeModel, trees: _Expe
 def _evaluation(config: Config, data: Data, time_model: TimeModel) -> Workload:
     """Counts greedy responses of every phase, in the batches that evaluation makes."""
     rows, n = data.evaluated, config.iterations + 2
-    groups = list(group([bucket(len(row.prompt_ids) - 1) for row in rows], config.generate.tokens_per_batch))
+    widths = [bucket(len(row.prompt_ids) - 1) for row in rows]
+    groups = list(group(widths, config.generate.tokens_per_batch, time_model.copies))
     loop = float(np.quantile([len(row.target_ids) for row in rows], 0.9))
     loop = min(loop, config.generate.max_tokens)
     seconds = math.fsum(

@@ -5,9 +5,12 @@ In: settings, a model's config.json and tokenizer (no weights), the data, and de
 weights are allocated: memory comes from the compiler's own analysis of the programs that the stages run.
 """
 
+import contextlib
 import dataclasses
+import gc
 import math
 import time
+from collections.abc import Iterator
 
 from rich.table import Table
 
@@ -37,10 +40,32 @@ PURPOSES = {
 def run(config: Config) -> Figures:
     """Prints the plan, writes it to `--output` if given, and returns it."""
     start = time.monotonic()
+    with _without_collection():  # collecting garbage would walk over all samples again and again
+        plan = _plan(config)
+    plan["seconds_to_plan"] = round(time.monotonic() - start, 1)
+    _show(plan)
+    if config.output is not None:
+        write_json(config.output, plan)
+        say(f"wrote {config.output}")
+    return plan
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _plan(config: Config) -> Figures:
     hardware = memory.hardware_of(config)
     config = memory.laid_out(config, hardware)
     data = _data(config)
-    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool)), hardware)
+    planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool), data.evaluated), hardware)
     say(f"planning for {hardware.n_devices} x {hardware.name}, using {hardware.answers}")
     # 1. The memory that each stage needs with the current settings, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
@@ -53,25 +78,23 @@ def run(config: Config) -> Figures:
     # 3. How long each stage takes.
     batch = next((at.size for at in as_set if at.stage == "search"), 1)
     time_model = TimeModel(config, hardware.device, memory.devices_used(config), memory.copies(config, hardware))
-    plan = {
+    shares = {f"{name}_share": share for name, share in time_model.shares._asdict().items()}
+    return {
         "devices": _devices(config, hardware),
         "model": dict(zip(("parameters", "trained"), memory.parameters(config), strict=True)) | {"name": config.model},
         "fits": fits,
         "stages": _stages(as_set, workloads(config, data, time_model, batch), hardware),
         "largest": [_size_row(at, hardware) | {"of": planner.no_larger_than(at)} for at in most],
         "change": None if change is None else _change_row(change, hardware),
-        "assumed": dataclasses.asdict(config.plan) | {"dtype": config.dtype, "benchmark": config.benchmark},
-        "seconds_to_plan": round(time.monotonic() - start, 1),
+        "assumed": dataclasses.asdict(config.plan) | shares | {"dtype": config.dtype, "benchmark": config.benchmark},
     }
-    _show(plan)
-    if config.output is not None:
-        write_json(config.output, plan)
-        say(f"wrote {config.output}")
-    return plan
 
 
 def _data(config: Config) -> Data:
-    """Splits the data as a run would, in memory only."""
+    """Splits the data as a run would, in memory only; of the generated corpus, makes no more than is planned for."""
+    count, limit = getattr(config.generated, config.evaluate.split), config.evaluate.limit
+    held_out = {"validation": 1, "test": 1, config.evaluate.split: min(count, limit or count)}
+    config = dataclasses.replace(config, generated=dataclasses.replace(config.generated, **held_out))
     parts, _ = divide(config, [] if config.skip_bad_rows else None)
     warmup, buffer = divide_replay(config, parts["train"].samples)
     pool = buffer if config.replay.pool == "buffer" else [s for s in parts["train"].samples if s.follows_user]
@@ -179,32 +202,38 @@ def _largest(plan: Figures) -> list[str]:
 
 def _time_table(rows: list[Figures]) -> Table:
     table = _table("work of the whole run")
-    for name in ("stage", "work", "M tokens", "padded", "hours"):
-        table.add_column(name, justify="left" if name in ("stage", "work") else "right", no_wrap=True)
+    for name in ("stage", "work", "M tokens", "padded", "time"):
+        table.add_column(name, justify="left" if name in ("stage", "work") else "right", no_wrap=name != "work")
     for row in rows:
         tokens = [f"{row[key] / 1e6:.2f}" for key in ("tokens", "padded_tokens")]
-        table.add_row(row["stage"], row["work"], *tokens, _hours(row["hours"]))
+        table.add_row(row["stage"], row["work"], *tokens, _duration(row["hours"]))
     return table
 
 
 def _foot(plan: Figures) -> list[str]:
     hours, used, a = [row["hours"] for row in plan["stages"]], plan["devices"]["used"], plan["assumed"]
     if None in hours:
-        return ["no data sheet for this device, so no hours; set --plan.device=GB:bandwidth:TFLOPS"]
+        return ["no data sheet for this device, so no times; set --plan.device=GB:bandwidth:TFLOPS"]
     total = math.fsum(hours)
-    slower = " (slower in float32)" if a["dtype"] == "float32" else ""
+    is_cpu = plan["devices"]["name"] == "cpu"
+    slower = " (slower in float32)" if a["dtype"] == "float32" and not is_cpu else ""
+    of_one = f" on {used} devices, {_duration(total * used)} of one" if used > 1 else ""
     more = "" if a["benchmark"] is None else f" or the questions of {a['benchmark']}"
     return [
-        f"total: {_hours(total)} hours, {_hours(total * used)} device-hours on {used}, without loading, "
-        f"compilation{more}",
+        f"total: {_duration(total)}{of_one}, without loading, compilation{more}",
         f"assumed: sampling at {a['decode_share']:.0%} of bandwidth, training at {a['training_share']:.0%} of peak, "
         f"scoring at {a['scoring_share']:.0%}{slower}, {a['pairs_a_tree']:g} pairs per tree, responses as "
         "long as the gold's",
     ]
 
 
-def _hours(hours: float | None) -> str:
-    return "?" if hours is None else f"{hours:.3f}" if hours < 1 else f"{hours:.1f}"
+def _duration(hours: float | None) -> str:
+    """Formats hours in the unit that a person would choose."""
+    if hours is None:
+        return "?"
+    units = (("s", 3600 * hours, 99.5), ("min", 60 * hours, 99.5), ("h", hours, 48), ("days", hours / 24, math.inf))
+    unit, number = next((unit, number) for unit, number, most in units if number < most)
+    return f"{number:.1f} {unit}" if 0 < number < 9.95 else f"{number:.0f} {unit}"
 
 
 def _table(title: str) -> Table:

@@ -88,7 +88,7 @@ def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, 
         depth_change_VQ=jnp.asarray(rows_VQF[..., 1], jnp.int16),
         highest_VQ=jnp.asarray(rows_VQF[..., 2], jnp.int16),
         commas_VQ=jnp.asarray(rows_VQF[..., 3] * (granularity == "argument")),
-        ends_sentence_V=jnp.array([text.rstrip(" \"'”’").endswith(_SENTENCE_ENDS) for text in texts]),
+        ends_sentence_V=jnp.asarray(np.array([text.rstrip(" \"'”’").endswith(_SENTENCE_ENDS) for text in texts])),
         is_stop_V=jnp.asarray(is_stop_V),
         level=jnp.array(0 if granularity == "sentence" else _LIST_LEVEL, jnp.int32),
     )
