@@ -98,6 +98,7 @@ def _configure_jax(config: Config) -> None:
     from itool_jax.system import environment
 
     environment.keep_programs()
+    environment.use_gpu_memory()
     if config.mesh.data == 0 and not config.distributed.several:
         environment.split_cpu(math.gcd(config.warmup.batch_size, config.preference.batch_size))
     if config.dtype == "float32":

@@ -77,6 +77,7 @@ def test_where_all_is_well_nothing_is_changed(doctor: Doctor, tiny_folder: Path,
     assert not [text for text in lines if text.startswith("error")]
     assert "1 of 8 devices are used" in line(lines, "warning", "mesh")
     assert jax.__version__ in line(lines, "ok", "jax")
+    assert "8 x cpu; programs may use" in line(lines, "ok", "devices")
     assert "2 layers of 32, vocabulary 272, context 1024" in line(lines, "ok", "model")
     assert "matching config.json" in line(lines, "ok", "weights")
     assert line(lines, "ok", "stop tokens").startswith("<|end|> (")

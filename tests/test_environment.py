@@ -122,3 +122,17 @@ def test_a_cpu_becomes_as_many_devices_as_share_a_batch(cores: int, rows: int, n
     monkeypatch.setenv("XLA_FLAGS", "")
     environment.split_cpu(rows)
     assert given == {"jax_num_cpu_devices": n}
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ({}, "0.9"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.3"}, "0.3"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}, None),  # JAX refuses both
+    ],
+)
+def test_programs_may_use_most_of_a_gpu(given: dict[str, str], share: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    environment.use_gpu_memory()
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == share

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType
 from itool_jax.config import Config
 from itool_jax.model.hf import could_be_hub_name
 from itool_jax.model.sharding import AXES, checked_shape, compute_capability
+from itool_jax.planning.memory import device_limit
 from itool_jax.store.directory import check
 from itool_jax.system.untrusted import one_line
 
@@ -130,8 +131,7 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
         yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or fix the driver")
         return
     kinds = collections.Counter(device.device_kind for device in seen)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    room = f", {min(x for x in limits if x) / 1e9:.1f} GB each" if any(limits) else ""
+    room = f"; programs may use {device_limit(config.plan.memory_share) / 1e9:.1f} GB of each"
     yield Finding("ok", "devices", ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + room)
     plugins = [name for name in there if name.startswith("jax-cuda") and name.endswith("-plugin")]
     yield from accelerators(gpus(), seen[0].platform, plugins)

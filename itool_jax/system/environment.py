@@ -51,6 +51,15 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def use_gpu_memory() -> None:
+    """Lets programs use 90 % of a GPU's memory, not JAX's default of 75 %, unless the environment sets a share.
+
+    Call it before the first use of a device.
+    """
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; JAX refuses both together
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+
+
 def split_cpu(rows: int) -> None:
     """Makes CPU cores JAX devices, as many as can share batches of `rows`; call it before the first use of a device.
 
