@@ -56,6 +56,7 @@ class Target(NamedTuple):
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """The device that the model takes for the one it runs on; eight of them in a mesh."""
     monkeypatch.setattr(attention, "compute_capability", lambda: request.param.capability)
+    monkeypatch.setattr(attention, "cudnn_works", lambda *_: True)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91100)
     jax.clear_caches()  # traces depend on the device
     with use_mesh(MESH):
@@ -234,6 +235,14 @@ def test_the_kernel_fits_the_device(
     device = SimpleNamespace(device_kind=kind, **({} if capability is None else {"compute_capability": capability}))
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert causal_kernel(compute_capability(), dtype, head_dim) == expected
+
+
+def test_a_device_without_cudnn_computes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "compute_capability", lambda: (9, 0))  # but there is no such GPU
+    x_BTHD = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    own = KeyValues(x_BTHD.transpose(0, 2, 3, 1), x_BTHD.swapaxes(1, 2), jnp.tril(jnp.ones((1, 4, 4), bool)))
+    out_BTD = jax.jit(lambda q: attend_causally(q, own, only_causal=True))(x_BTHD)
+    assert (out_BTD == 1).all()
 
 
 @pytest.mark.parametrize("running", [False, True])

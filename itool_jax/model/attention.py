@@ -6,10 +6,11 @@ flash attention on NVIDIA GPUs that have it.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from itool_jax.model.sharding import ROWS, compute_capability, fit, n_devices
@@ -98,6 +99,30 @@ def causal_kernel(capability: tuple[int, ...], dtype: Any, head_dim: int) -> Ker
     return "cudnn" if capability >= (8, 0) and is_16_bit and head_dim % 8 == 0 and head_dim <= 128 else "xla"
 
 
+@functools.cache
+def cudnn_works(dtype: Any, head_dim: int) -> bool:
+    """Returns whether cuDNN's kernel runs here, forwards and backwards, and agrees with XLA's products.
+
+    A driver or library without it must not end a run.
+    """
+    shape = jax.ShapeDtypeStruct((1, 128, 2, head_dim), dtype)
+
+    def outputs(x_BTHD: Array, kernel: Kernel) -> tuple[Array, Array]:
+        def total(x_BTHD: Array) -> tuple[Array, Array]:
+            out = jax.nn.dot_product_attention(x_BTHD, x_BTHD, x_BTHD, is_causal=True, implementation=kernel)
+            return out.astype(jnp.float32).sum(), out
+
+        return jax.grad(total, has_aux=True)(x_BTHD)
+
+    x_BTHD = np.random.default_rng(0).standard_normal(shape.shape).astype(shape.dtype)
+    try:
+        # Compiled ahead of time, this also runs while another function is traced.
+        found = [jax.jit(outputs, static_argnums=1).lower(shape, k).compile()(x_BTHD) for k in get_args(Kernel)]
+    except Exception:  # many kinds, from the check of versions to the driver
+        return False
+    return all(np.allclose(*map(np.float32, pair), rtol=0.1, atol=0.1) for pair in zip(*found, strict=True))
+
+
 def attend_in_one_kernel(q_BTHD: Array, own: KeyValues, *, running: bool, kernel: Kernel) -> Array:
     """Computes `attend` for rows whose mask is only causal, on each device of the mesh for its own rows and heads."""
     k_BTHD, v_BTHD = own.k_BHDK.transpose(0, 3, 1, 2), own.v_BHKD.swapaxes(1, 2)
@@ -119,7 +144,9 @@ def attend_causally(q_BTHD: Array, own: KeyValues, *, only_causal: bool = False,
         only_causal: the mask hides nothing else, so a kernel that knows only this mask may compute it.
         running: rows and heads are sharded as in the layout for running (see `model.forms`).
     """
-    if only_causal and causal_kernel(compute_capability(), q_BTHD.dtype, q_BTHD.shape[-1]) == "cudnn":
+    dtype, head_dim = q_BTHD.dtype, q_BTHD.shape[-1]
+    wanted = causal_kernel(compute_capability(), dtype, head_dim) if only_causal else "xla"
+    if wanted == "cudnn" and cudnn_works(dtype, head_dim):
         return attend_in_one_kernel(q_BTHD, own, running=running, kernel="cudnn")
     T = q_BTHD.shape[1]
     n = min(CAUSAL_PARTS, max(1, T // SMALLEST_PART))
