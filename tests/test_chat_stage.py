@@ -176,11 +176,11 @@ def test_what_is_wrong_with_a_call_is_said(text: str, expected: list[str]) -> No
 
 
 def test_a_schema_may_hold_anything() -> None:
-    odd = {"a": {"type": ["integer", "null"]}, "b": True, "c": {"type": {}}, "d": {}}
+    odd = {"a": {"type": ["integer", "null"]}, "b": True, "c": {"type": {}}, "d": {}, "e": {"type": []}}
     tools = tool_schemas([{"name": "f", "parameters": {"type": "object", "properties": odd}}])
-    assert faults(Call("f", {"a": None, "b": 1, "c": 1, "d": 1}), tools) == []
+    assert faults(Call("f", {"a": None, "b": 1, "c": 1, "d": 1, "e": 1}), tools) == []
     assert faults(Call("f", {"a": "x"}), tools) == ["argument a must be an integer|null"]
-    assert signature(tools[0]["function"]) == "f(a: integer|null?, b: any?, c: {}?, d: any?)"
+    assert signature(tools[0]["function"]) == "f(a: integer|null?, b: any?, c: {}?, d: any?, e: any?)"
 
 
 def test_a_stub_is_an_example_of_the_response() -> None:

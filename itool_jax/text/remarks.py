@@ -75,7 +75,7 @@ def signature(function: Tool) -> str:
 
 def _type(schema: Any) -> str:
     kind = schema.get("type", "any") if isinstance(schema, Mapping) else "any"
-    return "|".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+    return "|".join(map(str, kind)) or "any" if isinstance(kind, list) else str(kind)
 
 
 def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ def _value_faults(name: str, value: Any, schema: Mapping[str, Any]) -> list[str]
     known = [_KINDS[kind] for kind in kinds if isinstance(kind, str) and kind in _KINDS]
     # True is an int in Python, but not in a schema.
     fits = any(isinstance(value, kind) and (not isinstance(value, bool) or bool in kind) for kind in known)
-    if len(known) == len(kinds) and not fits:
+    if known and len(known) == len(kinds) and not fits:
         kind = _type(schema)
         return [f"argument {name} must be {'an' if kind.startswith(('a', 'i', 'o')) else 'a'} {kind}"]
     options = schema.get("enum")
