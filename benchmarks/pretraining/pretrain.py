@@ -166,11 +166,16 @@ class Corpus:
         while True:
             rows = [self.row(i) for i in range(index, index + window)]
             index += window
-            widths = [padding.target_width(len(p), len(t), smallest=64) for p, t in rows]
+            by_width: dict[int, list[tuple[list[int], list[int]]]] = {}
+            for prompt, target in rows:
+                width = padding.target_width(len(prompt), len(target), smallest=64)
+                if width <= (96 if self.short_only else 384):
+                    by_width.setdefault(width, []).append((prompt, target))
             made = []
-            for chosen, width, count in padding.group(widths, self.settings.tokens_per_batch):
-                if len(chosen) == count and width <= (96 if self.short_only else 384):
-                    made.append(padding.collate([rows[i] for i in chosen], width, count))
+            for width, same in sorted(by_width.items()):
+                count = max(1, self.settings.tokens_per_batch // width)
+                full = range(0, len(same) - count + 1, count)
+                made += [padding.collate(same[start : start + count], width, count) for start in full]
             random.Random(index).shuffle(made)
             yield from made
 
