@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from itool_jax.store.run import Run
 
 T = TypeVar("T")
-R = TypeVar("R", bound=NamedTuple)
+R = TypeVar("R", bound=tuple)
 Figures = dict[str, Any]
 
 

@@ -6,12 +6,13 @@ In: a file or figures, and the keys that a stage needs. Out: rows as named tuple
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from itool_jax.data.rows import read_rows
 from itool_jax.system.files import place
 
-R = TypeVar("R", bound=NamedTuple)
+R = TypeVar("R", bound=tuple)
+"""Type of a row, a NamedTuple; `NamedTuple` itself is a function, which cannot be checked at run time."""
 MAX_ID = 2**31 - 1
 
 
@@ -103,14 +104,16 @@ def read_table(path: Path, kind: type[R], keys: Sequence[str]) -> list[R]:
 
 def row_of(kind: type[R], content: Mapping[str, Any]) -> R:
     """Makes a row, and rows in its fields, from a JSON object; a field that is absent has its default, or None."""
-    given = {**kind._field_defaults, **content}
-    return kind._make(_field_of(hint, given.get(name)) for name, hint in _types(kind).items())
+    named: Any = kind
+    given = {**named._field_defaults, **content}
+    return named._make(_field_of(hint, given.get(name)) for name, hint in _types(kind).items())
 
 
-def json_of(row: NamedTuple) -> dict[str, Any]:
+def json_of(row: tuple[Any, ...]) -> dict[str, Any]:
     """Returns a row, and rows in its fields, as a JSON object, without fields that are None by default and unset."""
-    optional = [name for name, default in row._field_defaults.items() if default is None]
-    fields = row._asdict().items()
+    named: Any = row
+    optional = [name for name, default in named._field_defaults.items() if default is None]
+    fields = named._asdict().items()
     return {name: _json_of_field(value) for name, value in fields if value is not None or name not in optional}
 
 
