@@ -106,6 +106,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if not self.shard_gigabytes > 0:
             raise ValueError(f"export.shard_gigabytes must be positive, got {self.shard_gigabytes}")
+        if self.dtype and self.kind == "adapter":
+            raise ValueError("export.dtype applies only to export.kind=merged; omit it for an adapter")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -184,11 +184,14 @@ def test_the_trees_of_a_search(target: Target) -> None:
     lane_B, slot_BW = np.zeros(s.lanes, np.int32), np.zeros((s.lanes, s.slots), np.float32)
     flag_BW = slot_BW == 0
     extra = NodeExtra(slot_BW, slot_BW, flag_BW, flag_BW, flag_BW)
-    lowered(target, search._descend, trees, s.exploration)
-    lowered(target, search._select_child, trees, lane_B, s.exploration)
-    lowered(target, search._expand, trees, lane_B, Candidates(flag_BW, slot_BW, slot_BW, flag_BW, extra))
-    lowered(target, search._backup, trees, lane_B, s.discount, s.value_weight)
-    lowered(target, search._reset, trees, lane_B == 0)
+    programs = [
+        lowered(target, search._descend, trees, s.exploration),
+        lowered(target, search._select_child, trees, lane_B, s.exploration),
+        lowered(target, search._expand, trees, lane_B, Candidates(flag_BW, slot_BW, slot_BW, flag_BW, extra)),
+        lowered(target, search._backup, trees, lane_B, s.discount, s.value_weight),
+        lowered(target, search._reset, trees, lane_B == 0),
+    ]
+    assert not any(name.startswith("__cudnn") for text in programs for name in calls(text))
 
 
 def test_what_must_not_be_in_a_program_is_found(target: Target) -> None:
@@ -237,12 +240,16 @@ def test_the_kernel_fits_the_device(
     assert causal_kernel(compute_capability(), dtype, head_dim) == expected
 
 
-def test_a_device_without_cudnn_computes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_cudnn_says_so_and_computes_in_parts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention.cudnn_works.cache_clear()
     monkeypatch.setattr(attention, "compute_capability", lambda: (9, 0))  # but there is no such GPU
     x_BTHD = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     own = KeyValues(x_BTHD.transpose(0, 2, 3, 1), x_BTHD.swapaxes(1, 2), jnp.tril(jnp.ones((1, 4, 4), bool)))
     out_BTD = jax.jit(lambda q: attend_causally(q, own, only_causal=True))(x_BTHD)
     assert (out_BTD == 1).all()
+    assert "cuDNN's flash attention does not work here (" in caplog.text
 
 
 @pytest.mark.parametrize("running", [False, True])

@@ -113,6 +113,7 @@ def test_what_is_there_is_not_overwritten_unasked(
         ((), f"output {target} exists; choose another --output, or replace it with --overwrite"),
         (("--overwrite",), f"output {target} is not an exported model, so --overwrite does not replace it"),
         (("--export.phase=iteration_9",), "export.phase=iteration_9 has no weights in"),
+        (("--export.kind=adapter", "--export.dtype=float16"), "export.dtype applies only to export.kind=merged"),
     ):
         assert exported(made, target, *changes) == 2
         assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ flash attention on NVIDIA GPUs that have it.
 """
 
 import functools
+import logging
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from itool_jax.model.sharding import ROWS, compute_capability, fit, n_devices
+
+_log = logging.getLogger(__name__)
 
 MASKED = -1e30
 SCORES_AT_ONCE = 1 << 27
@@ -118,9 +121,14 @@ def cudnn_works(dtype: Any, head_dim: int) -> bool:
     try:
         # Compiled ahead of time, this also runs while another function is traced.
         found = [jax.jit(outputs, static_argnums=1).lower(shape, k).compile()(x_BTHD) for k in get_args(Kernel)]
-    except Exception:  # many kinds, from the check of versions to the driver
+    except Exception as error:  # many kinds, from the check of versions to the driver
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        _log.warning("cuDNN's flash attention does not work here (%s); XLA's products compute attention", reason)
         return False
-    return all(np.allclose(*map(np.float32, pair), rtol=0.1, atol=0.1) for pair in zip(*found, strict=True))
+    agrees = all(np.allclose(*map(np.float32, pair), rtol=0.1, atol=0.1) for pair in zip(*found, strict=True))
+    if not agrees:
+        _log.warning("cuDNN's flash attention gives wrong values here; XLA's products compute attention")
+    return agrees
 
 
 def attend_in_one_kernel(q_BTHD: Array, own: KeyValues, *, running: bool, kernel: Kernel) -> Array:
