@@ -25,7 +25,7 @@ from itool_jax.store import columns
 from itool_jax.store import directory as run_directory
 from itool_jax.store.cache import read_figures
 from itool_jax.store.sources import check_sources
-from itool_jax.store.tables import ScoreRow
+from itool_jax.store.tables import EvaluationRow, PreferenceRow, ScoreRow, TreeRow
 from itool_jax.system.journal import Journal
 from itool_jax.text.calls import Call, read_calls, same_calls, write_calls
 from itool_jax.text.chat import Chat, encode_sample, load_tokenizer
@@ -233,9 +233,9 @@ def run_files(data: bytes) -> None:
     _keeps_promise(path, lambda: read_figures(run.run_dir, "warmup", "warmup"))
     path = _written("run/data/sources.json", data)
     _keeps_promise(path.parent.parent, lambda: check_sources(run, ()))
-    for keys in (list(columns.KINDS), ["id"], ["prompt_ids"], ["categories"]):
+    for kind in (ScoreRow, TreeRow, PreferenceRow, EvaluationRow):
         path = _written("run/t.jsonl", data)
-        _keeps_promise(path, functools.partial(columns.read_table, path, ScoreRow, keys))
+        _keeps_promise(path, functools.partial(columns.read_table, path, kind, kind._fields))
     path = _written("run/a.journal", data)
 
     def reopen() -> None:

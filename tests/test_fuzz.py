@@ -28,7 +28,7 @@ from itool_jax.model import hf
 from itool_jax.store.cache import read_figures
 from itool_jax.store.columns import read_table
 from itool_jax.store.paths import done_file
-from itool_jax.store.tables import ScoreRow
+from itool_jax.store.tables import EvaluationRow, NodeRow, PreferenceRow, ReferenceRow, ScoreRow, TreeRow
 from itool_jax.system import messages, untrusted
 from itool_jax.text import chat
 from itool_jax.text.sample import Sample
@@ -351,23 +351,43 @@ def test_a_finished_stage_names_files_of_its_own_folder_only(tmp_path: Path, nam
     assert name in line
 
 
+NODE = {"node": 0, "parent": -1, "depth": 0, "text": "", "token_ids": [], "visits": 3, "q": 0.5, "value": 0}
+NODE |= {"prior": 1.0, "outcome": 0.0, "confidence": 0.5, "terminal": False, "gold": False}
+
+
 @pytest.mark.parametrize(
-    ("keys", "row", "words"),
+    ("kind", "row", "words"),
     [
-        (["rank"], {"rank": "first"}, '"rank" is not a number or null'),
-        (["prompt_ids"], {"prompt_ids": "abc"}, '"prompt_ids" is not a list of token ids'),
-        (["prompt_ids"], {"prompt_ids": [2**40]}, '"prompt_ids" is not a list of token ids'),
-        (["id"], {"id": [1]}, '"id" is not a string'),
-        (["correct"], {"correct": 1}, '"correct" is not true or false'),
-        (["chosen"], {"chosen": None}, '"chosen" is not a number'),
+        (ScoreRow, {"rank": "first"}, "an integer or null"),
+        (ScoreRow, {"rank": True}, "an integer or null"),
+        (ScoreRow, {"perplexity": None}, "a number"),
+        (ScoreRow, {"id": [1]}, "a string"),
+        (PreferenceRow, {"prompt_ids": "abc"}, "a list of token ids"),
+        (PreferenceRow, {"prompt_ids": [2**40]}, "a list of token ids"),
+        (PreferenceRow, {"node": -1}, "a node number"),
+        (EvaluationRow, {"correct": 1}, "true or false"),
+        (EvaluationRow, {"categories": ["easy", 1]}, "a list of strings"),
+        (ReferenceRow, {"chosen": None}, "a number"),
+        (TreeRow, {"nodes": []}, "a list of nodes, each after its parent"),
+        (TreeRow, {"nodes": [NODE, NODE]}, "a list of nodes, each after its parent"),
+        (TreeRow, {"nodes": [NODE | {"visits": "3"}]}, "a list of nodes, each after its parent"),
     ],
 )
 def test_a_table_of_wrong_values_is_named_where_it_is_read(
-    tmp_path: Path, keys: list[str], row: dict[str, Any], words: str
+    tmp_path: Path, kind: type[Any], row: dict[str, Any], words: str
 ):
-    path = write(tmp_path / "t.jsonl", [row])
-    line = refused(lambda: read_table(path, ScoreRow, keys), f"{path} line 1: {words}; delete the file")
+    path, (key,) = write(tmp_path / "t.jsonl", [row]), row
+    line = refused(lambda: read_table(path, kind, [key]), f'{path} line 1: "{key}" is not {words}; delete the file')
     assert line.startswith(f"{config.PROGRAM}: error: {path}")
+
+
+def test_nodes_of_earlier_versions_are_read_and_every_field_of_a_node_is_checked(tmp_path: Path):
+    row = {"id": "a", "gold": "", "nodes": [NODE, NODE | {"parent": 0, "observed": "x"}]}
+    (tree,) = read_table(write(tmp_path / "t.jsonl", [row]), TreeRow, TreeRow._fields)
+    assert tree.nodes == [NodeRow(**NODE), NodeRow(**NODE | {"parent": 0}, observed="x")]
+    for key in NODE:
+        path = write(tmp_path / "t.jsonl", [row | {"nodes": [NODE | {key: {}}]}])
+        refused(lambda path=path: read_table(path, TreeRow, ["nodes"]), f"{path} line 1")
 
 
 # Benchmarks ---------------------------------------------------------------------------------------------------

@@ -23,8 +23,10 @@ WATCHED = 200
 """Number of validation samples answered after each phase, to see whether training changed anything."""
 SMALL_DELTA, FEW_CHANGED = 0.5, 0.02
 """Below both, training had hardly any effect: Δ of held-out pairs in nats, and the share of changed answers."""
-MEASURED = ("accuracy", "n", "standard_error")
-"""Figures of an evaluation, each by category."""
+NUMBERS = dict[str, float | None]
+"""Numbers by category."""
+MEASURED: dict[str, type] = dict.fromkeys(("accuracy", "n", "standard_error"), NUMBERS)
+"""Figures of an evaluation, and their types."""
 SEARCH_FIGURES = (
     *("solved", "solved_by_gold", "unreachable_golds", "invalid_pairs", "chosen_is_gold", "chosen_injected"),
     *("answers", "self_evaluation"),

@@ -19,7 +19,9 @@ from itool_jax.store.splits import has_part
 from itool_jax.system.files import read_json
 from itool_jax.system.messages import console_out, say
 
-SEARCH_KEYS = ("prompts", "trees", "pairs", "generated_tokens", "seconds")
+SEARCH_KEYS = dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds"), float)
+"""Figures of a search that every run has, and their types."""
+TRAINING_KEYS = dict.fromkeys(("pairs", "steps"), float)
 COLUMNS = 6
 """Most categories in one table of the summary; the rest go into further tables below."""
 
@@ -49,7 +51,7 @@ def summarize(config: Config) -> dict[str, Any]:
         figures, scored = _figures(config, name, "search"), _figures(config, name, "score")
         searched = {key: figures.get(key) for key in (*SEARCH_KEYS, *results.SEARCH_FIGURES)}
         searches.append({"iteration": i, **searched, **{key: scored.get(key) for key in results.ABILITY_FIGURES}})
-        trained = {key: _figures(config, name, "dpo").get(key) for key in ("pairs", "steps", "held_out")}
+        trained = {key: _figures(config, name, "dpo").get(key) for key in (*TRAINING_KEYS, "held_out")}
         trainings.append({"iteration": i, **trained, **results.what_training_changed(config, name, before)})
     return {
         "finished": True,
@@ -78,7 +80,7 @@ def _benchmark(config: Config) -> dict[str, Any] | None:
 def _figures(config: Config, phase: str, stage: str) -> dict[str, Any]:
     figures = read_figures(config.run_dir, phase, stage)
     assert figures is not None  # every stage was just run
-    wanted = {"search": SEARCH_KEYS, "score": (), "dpo": ("pairs", "steps")}.get(stage, results.MEASURED)
+    wanted = {"search": SEARCH_KEYS, "score": {}, "dpo": TRAINING_KEYS}.get(stage, results.MEASURED)
     if bad := columns.fault(figures, wanted):
         path = done_file(config.run_dir, phase, stage)
         raise ValueError(f"{path} is damaged ({bad}); delete it to run the stage again")

@@ -31,7 +31,8 @@ from itool_jax.text.sample import Row, Sample
 MOST_POINTS, MOST_EXAMPLES, LAST_LINES = 400, 1000, 40
 """Most points of a curve, example samples and log lines that a report shows."""
 STAGES = ("warmup", "score", "search", "reference", "dpo")
-COMPARED = ("phase", "against", "text", "regressions")
+COMPARED = {"phase": str, "against": str, "text": str, "regressions": list[str]}
+SCORED = {"accuracy": results.NUMBERS, "n": results.NUMBERS, "interval": dict[str, tuple[float, float] | None]}
 SHOWN = ("*.json*", "*.yaml", "*/*.json*", "*/*/summary.json")
 """Files that a report shows, relative to the run directory."""
 RESULTS = re.compile(r"evaluation_(test|validation)_(\d+|all)")
@@ -235,7 +236,7 @@ def _benchmarks(config: Config, names: Sequence[str]) -> list[Figures]:
         for path in sorted((config.run_dir / name).glob("*/summary.json")):
             if path.parent.name.startswith(("bfcl", "api_bank")):
                 figures = read_json(path)
-                if bad := columns.fault(figures, ["accuracy", "n", "interval"]):
+                if bad := columns.fault(figures, SCORED):
                     raise ValueError(f"{path} is damaged ({bad}); delete it to score the benchmark again")
                 benchmarks.append({**figures, "phase": name, "benchmark": path.parent.name})
     return benchmarks

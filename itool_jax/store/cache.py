@@ -296,7 +296,7 @@ def open_working(working: Path, basis: Mapping[str, Any]) -> float:
     begun, seconds = read_json(path) if path.exists() else {}, 0.0
     if _unchanged(begun.get("after"), basis):
         last = max(file.stat().st_mtime for file in working.rglob("*"))
-        if not columns.fault(begun, ["seconds", "time"]):
+        if not columns.fault(begun, {"seconds": float, "time": float}):
             seconds = begun["seconds"] + max(0.0, last - begun["time"])
     elif working.exists():
         say(f"discarding {working}: its inputs changed")

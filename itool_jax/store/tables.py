@@ -1,10 +1,18 @@
 """Rows of a run's files: one type for each file of JSON lines, its fields in the order of the keys in the file.
 
 Defaults stand for the keys that files of earlier versions lack; a field that is None by default is written only if it
-has a value.
+has a value. `store.columns` checks the types, and the rules of annotated ones.
 """
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+TokenIds = Annotated[list[int], "a list of token ids", lambda ids: all(0 <= token < 2**31 for token in ids)]
+NodeNumber = Annotated[int, "a node number", lambda number: number >= 0]
+
+
+def _follow_their_parents(nodes: list[dict[str, Any]]) -> bool:
+    """Returns True if the first node is the root and every other one comes after its parent."""
+    return bool(nodes) and all((0 if n else -1) <= node["parent"] < n for n, node in enumerate(nodes))
 
 
 class PerplexityRow(NamedTuple):
@@ -35,14 +43,14 @@ class ScoreRow(NamedTuple):
 class NodeRow(NamedTuple):
     """A node of a search tree; its statistics are those of `mcts.tree`."""
 
-    node: int
+    node: NodeNumber
     """Its position in the list of nodes."""
     parent: int
     """-1 for the root."""
     depth: int
     text: str
     """The step into the node, as text with special tokens."""
-    token_ids: list[int]
+    token_ids: TokenIds
     visits: int
     q: float
     value: float
@@ -66,8 +74,8 @@ class TreeRow(NamedTuple):
     id: str
     gold: str
     """The target that responses were graded against."""
-    nodes: list[NodeRow]
-    """The root first, and every other node after its parent."""
+    nodes: Annotated[list[NodeRow], "a list of nodes, each after its parent", _follow_their_parents]
+    """The root first."""
 
 
 class PreferenceRow(NamedTuple):
@@ -78,18 +86,18 @@ class PreferenceRow(NamedTuple):
     """The prompt with the response up to the node."""
     chosen: str
     rejected: str
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
     q_chosen: float
     q_rejected: float
     visits_chosen: int
     visits_rejected: int
     tree: str
     """Id of the tree, which is the sample's."""
-    node: int
-    chosen_node: int
-    rejected_node: int
+    node: NodeNumber
+    chosen_node: NodeNumber
+    rejected_node: NodeNumber
     best_ending_chosen: float
     best_ending_rejected: float
     chosen_sampled: bool = True
@@ -103,8 +111,8 @@ class AnswerRow(NamedTuple):
 
     id: str
     tree: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
+    prompt_ids: TokenIds
+    answer_ids: TokenIds
 
 
 class SearchRow(NamedTuple):
@@ -146,5 +154,5 @@ class GeneratedRow(NamedTuple):
     """A response to a prompt, as `--stage=generate --output=FILE` writes it."""
 
     id: str
-    token_ids: list[int]
+    token_ids: TokenIds
     text: str
