@@ -340,8 +340,8 @@ def read_results(folder: Path) -> dict[str, Result]:
     """The finished cells of a folder by name.
 
     Raises:
-        ValueError: a cell is unknown, was made with other settings than it would be now, or of other samples than the
-            others of its part; names the file.
+        ValueError: a cell is unknown, was created with settings that are different now, or has other samples than the
+            cells of its part before it; names the file.
     """
     results: dict[str, Result] = {}
     ids: dict[tuple[str, str], str] = {}
