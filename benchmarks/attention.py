@@ -72,14 +72,14 @@ def library(q: Array, k: Array, v: Array, mask: Array, implementation: Any) -> A
 
 def ways(on_gpu: bool) -> dict[str, Callable[..., Array]]:
     """Returns the implementations to compare, ours first."""
-    found: dict[str, Callable[..., Array]] = {
+    functions: dict[str, Callable[..., Array]] = {
         "ours": lambda q, k, v, mask: attend(q, [KeyValues(k, v, mask)]),
         "one product per group": functools.partial(grouped, accumulate=jnp.float32),
         "the same, 16-bit scores": functools.partial(grouped, accumulate=jnp.bfloat16),
         "sums": sums,
         "jax.nn, XLA": functools.partial(library, implementation="xla"),
     }
-    return found | ({"jax.nn, cuDNN": functools.partial(library, implementation="cudnn")} if on_gpu else {})
+    return functions | ({"jax.nn, cuDNN": functools.partial(library, implementation="cudnn")} if on_gpu else {})
 
 
 def compare(s: Settings, rows: int, heads: int, group: int, size: int, keys: int) -> Iterator[tuple[str, float, float]]:
@@ -97,9 +97,9 @@ def compare(s: Settings, rows: int, heads: int, group: int, size: int, keys: int
         whole = jax.jit(lambda q, caches, mask, way=way: [way(q, k, v, mask) for k, v in caches])
         given = q, turned if name.startswith("jax.nn") else caches, mask
         taken = gpu.seconds(functools.partial(whole, *given), 7)
-        found = np.asarray(whole(*given)[0], np.float32).ravel()
-        first = found if first is None else first
-        yield name, taken, float(np.max(np.abs(found - first)))
+        output = np.asarray(whole(*given)[0], np.float32).ravel()
+        first = output if first is None else first
+        yield name, taken, float(np.max(np.abs(output - first)))
 
 
 def kernels(work: Callable[[], Any]) -> Counter[str]:
@@ -111,11 +111,11 @@ def kernels(work: Callable[[], Any]) -> Counter[str]:
         content = json.loads(gzip.decompress(path.read_bytes()))
     events = content["traceEvents"] if isinstance(content, dict) else content
     threads = {(e.get("pid"), e.get("tid")): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
-    found: Counter[str] = Counter()
+    by_kernel: Counter[str] = Counter()
     for e in events:
         if e.get("ph") == "X" and "Stream" in threads.get((e["pid"], e["tid"]), ""):
-            found[e["name"]] += e["dur"]
-    return found
+            by_kernel[e["name"]] += e["dur"]
+    return by_kernel
 
 
 def main(s: Settings) -> None:
@@ -132,10 +132,10 @@ def main(s: Settings) -> None:
     ids = np.random.default_rng(0).integers(8, model.vocab_size, (max(rows), sizes.prompt))
     for count in rows:
         work = gpu.decoding(policy, ids[:count], sizes.new)
-        taken, found = gpu.seconds(work, 3), kernels(work)
+        taken, by_kernel = gpu.seconds(work, 3), kernels(work)
         print(f"decode, {count} rows, {model.n_layers} layers: {1e3 * taken / sizes.new:.2f} ms per token, by kernel:")
-        for name, microseconds in found.most_common(MOST):
-            print(f"  {microseconds / found.total():6.1%} {name[:90]}", flush=True)
+        for name, microseconds in by_kernel.most_common(MOST):
+            print(f"  {microseconds / by_kernel.total():6.1%} {name[:90]}", flush=True)
 
 
 if __name__ == "__main__":

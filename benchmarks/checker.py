@@ -85,9 +85,9 @@ def cases(rows: list[Row]) -> Row:
     """Computes agreement by category, over the cases on which the official decoders of v3 and v4 agree."""
     counts: dict[str, Counter[str]] = {}
     start = time.perf_counter()
-    found = [verdict(row) for row in rows]
+    verdicts = [verdict(row) for row in rows]
     seconds = time.perf_counter() - start
-    for row, (valid, error) in zip(rows, found, strict=True):
+    for row, (valid, error) in zip(rows, verdicts, strict=True):
         count = counts.setdefault(row["category"], Counter())
         if "verdict_v3" in row:
             count["marked"] += 1
@@ -102,7 +102,7 @@ def cases(rows: list[Row]) -> Row:
 
 def outputs(shared: Path) -> Row:
     """Compares counts and failing ids on real outputs with the official ones, by category."""
-    found, n, seconds = {}, 0, 0.0
+    categories, n, seconds = {}, 0, 0.0
     for folder in sorted((shared / "data/bfcl_outputs").iterdir()):
         official = json.loads((folder / "official_scores.json").read_text())
         for category, path in bfcl_data.find_results(folder).items():
@@ -113,14 +113,14 @@ def outputs(shared: Path) -> Row:
             seconds += time.perf_counter() - start
             n += score.total
             theirs = official[category]
-            found[f"{folder.name} {category}"] = {
+            categories[f"{folder.name} {category}"] = {
                 "correct": score.correct,
                 "official": theirs["correct_count"],
                 "total": score.total,
                 "same_ids": score.failed.keys() == theirs["failed"].keys(),
                 "same_error_types": score.failed == theirs["failed"],
             }
-    return {"categories": found, "n": n, "per_second": n / seconds}
+    return {"categories": categories, "n": n, "per_second": n / seconds}
 
 
 def api_bank_cases(rows: list[Row]) -> Row:
@@ -185,26 +185,28 @@ def main(settings: Settings) -> None:
     """Runs the comparison, prints the results and writes the JSON."""
     shared = Path(os.environ.get("ITOOL_SHARED") or "../shared")
     rows = read(shared / "data/bfcl_v3/checker_cases_dev.jsonl.gz")
-    found: Row = {
+    results: Row = {
         "cases": cases(rows),
         "outputs": outputs(shared),
         "api_bank": api_bank_cases(read(shared / "data/api_bank/checker_cases_dev.jsonl.gz")),
     }
     print(f"{'cases':24} {'equal':>9} {'same kind':>9} {'v3 only':>10}")
-    for name, c in found["cases"]["categories"].items():
+    for name, c in results["cases"]["categories"].items():
         marked = f"{c['marked_equal']}/{c['marked']}" if "marked" in c else ""
         print(f"{name:24} {c['equal']:>4}/{c['n']:<4} {c['same_kind']:>9} {marked:>10}")
-    print(f"{found['cases']['per_second']:.0f} cases per second\n\n{'outputs':56} ours official of  same ids, errors")
-    for name, c in found["outputs"]["categories"].items():
+    print(f"{results['cases']['per_second']:.0f} cases per second\n\n{'outputs':56} ours official of  same ids, errors")
+    for name, c in results["outputs"]["categories"].items():
         same = f"{c['same_ids']}, {c['same_error_types']}"
         print(f"{name:56} {c['correct']:>4} {c['official']:>8} {c['total']:>4} {same}")
-    print(f"{found['outputs']['n']} outputs, {found['outputs']['per_second']:.0f} per second")
-    print(f"API-Bank: {found['api_bank']['equal']} of {found['api_bank']['n']} verdicts equal")
+    print(f"{results['outputs']['n']} outputs, {results['outputs']['per_second']:.0f} per second")
+    print(f"API-Bank: {results['api_bank']['equal']} of {results['api_bank']['n']} verdicts equal")
     if settings.fuzz:
-        found["fuzz"] = fuzz(rows, settings.fuzz, settings.seed)
-        print("fuzz: {n} outputs in {seconds:.0f} s, slowest {slowest_s:.3f} s, {read} parsed".format(**found["fuzz"]))
+        results["fuzz"] = fuzz(rows, settings.fuzz, settings.seed)
+        print(
+            "fuzz: {n} outputs in {seconds:.0f} s, slowest {slowest_s:.3f} s, {read} parsed".format(**results["fuzz"])
+        )
     if settings.json is not None:
-        settings.json.write_text(json.dumps(found, indent=2) + "\n")
+        settings.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

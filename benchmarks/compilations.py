@@ -41,7 +41,7 @@ def rows(work: Path, *, small: bool) -> list[dict[str, Any]]:
         second = _start(["--stage=iterate", *arguments], folder)
         (folder / "run" / "iteration_1" / "trees.jsonl").unlink()
         search = _start(["--stage=search", "--iteration=1", *arguments], folder)
-    found = [
+    measured = [
         ("compile_programs", first.programs, "programs"),
         ("compile_seconds", first.compiling, "s"),
         ("compile_first_start", first.seconds, "s"),
@@ -49,7 +49,7 @@ def rows(work: Path, *, small: bool) -> list[dict[str, Any]]:
         ("compile_search", search.of_the_model, "programs"),
         ("compile_search_again", search.seconds, "s"),
     ]
-    return [_row(name, value, unit, " ".join(arguments)) for name, value, unit in found]
+    return [_row(name, value, unit, " ".join(arguments)) for name, value, unit in measured]
 
 
 def _row(name: str, value: float, unit: str, shapes: str) -> dict[str, Any]:
@@ -67,6 +67,6 @@ def _start(arguments: list[str], folder: Path) -> Start:
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-TAIL:]}")
-    found = COMPILED.findall(done.stderr)
-    of_the_model = sum(1 for name, _ in found if OF_THE_MODEL.search(name))
-    return Start(len(found), of_the_model, sum(float(took) for _, took in found), seconds)
+    compiled = COMPILED.findall(done.stderr)
+    of_the_model = sum(1 for name, _ in compiled if OF_THE_MODEL.search(name))
+    return Start(len(compiled), of_the_model, sum(float(took) for _, took in compiled), seconds)

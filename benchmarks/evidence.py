@@ -285,13 +285,13 @@ def _summary(cell: Cell, config: Config, phase: str, begun_from: Config | None) 
     names = sorted({name for row in rows for name in row.categories}) if cell.arm == NONE else []
     figures = _figures(config)
     copied = _figures(begun_from) if begun_from else {}
-    own = {name: found for name, found in figures.items() if name not in copied}
+    own = {name: values for name, values in figures.items() if name not in copied}
     return {
         "cell": cell._asdict(),
         "part": cell.part,
         "settings": run_directory.binding_settings(config),
-        "seconds": round(sum(found["seconds"] for found in own.values()), 1),
-        "figures": {name: _without(found, "after", "outputs") for name, found in figures.items()},
+        "seconds": round(sum(values["seconds"] for values in own.values()), 1),
+        "figures": {name: _without(values, "after", "outputs") for name, values in figures.items()},
         "pairs_by_kind": _pairs_by_kind(run),
         "n": len(rows),
         "ids": hashlib.blake2b("\n".join(row.id for row in rows).encode(), digest_size=8).hexdigest(),
@@ -304,8 +304,8 @@ def _figures(config: Config) -> dict[str, dict[str, Any]]:
     """The figures of all finished steps, by phase/step: prompts, pairs, steps of training, seconds."""
     phases = [WARMUP, *(phase_name(i) for i in range(1, config.iterations + 1))]
     steps = [(phase, path.stem) for phase in phases for path in sorted((config.run_dir / phase).glob("*.json"))]
-    found = {f"{phase}/{step}": read_figures(config.run_dir, phase, step) for phase, step in steps}
-    return {name: figures for name, figures in found.items() if figures is not None}
+    by_step = {f"{phase}/{step}": read_figures(config.run_dir, phase, step) for phase, step in steps}
+    return {name: figures for name, figures in by_step.items() if figures is not None}
 
 
 def _without(figures: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -401,8 +401,8 @@ def _corpus_table(corpus: str, results: Results, rates: Mapping[str, float]) -> 
 
     def by_seed(arm: str) -> list[Result] | None:
         cells = [Cell(corpus, arm, rates.get(arm), seed) for seed in finished_seeds]
-        found = [results[cell.name] for cell in cells if cell.name in results]
-        return found if len(found) == len(cells) else None
+        of_arm = [results[cell.name] for cell in cells if cell.name in results]
+        return of_arm if len(of_arm) == len(cells) else None
 
     finished = {arm: rows for arm in (NONE, *REPORTED[corpus]) if (rows := by_seed(arm))}
     if NONE not in finished:

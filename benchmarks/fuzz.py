@@ -60,7 +60,7 @@ class Session:
     def __init__(self, settings: Settings, name: str, run: Callable[[bytes], None]):
         self.settings, self.name, self.run = settings, name, run
         self.start, self.executions, self.slowest, self.slowest_input = time.monotonic(), 0, 0.0, b""
-        self.found: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self.guided = False
         self.current = mmap.mmap(os.open(f"{settings.child}.input", os.O_RDWR), LONGEST + 8)
 
@@ -88,16 +88,16 @@ class Session:
         frame = (traceback.extract_tb((error.__cause__ or error).__traceback__) or [None])[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
         kind = f"{type(error.__cause__ or error).__name__} {place}"
-        if kind not in self.found:
-            self.found[kind] = str(error)[:200]
+        if kind not in self.failures:
+            self.failures[kind] = str(error)[:200]
             self.settings.findings.mkdir(parents=True, exist_ok=True)
-            (self.settings.findings / f"{self.name}-{len(self.found)}").write_bytes(data)
+            (self.settings.findings / f"{self.name}-{len(self.failures)}").write_bytes(data)
 
     def finish(self) -> None:
         """Writes the result and ends the process, which atheris never does."""
         seconds = time.monotonic() - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        result = {"executions": self.executions, "seconds": round(seconds, 1), "found": self.found, "peak_mb": peak}
+        result = {"executions": self.executions, "seconds": round(seconds, 1), "found": self.failures, "peak_mb": peak}
         result |= {"slowest_seconds": round(self.slowest, 3), "slowest_input": repr(self.slowest_input[:60])}
         result |= {"slowest_bytes": len(self.slowest_input), "guided": self.guided}
         Path(self.settings.child).write_text(json.dumps(result))

@@ -99,10 +99,10 @@ QUESTIONS = {category: _question(category) for category in KINDS}
 def calls(data: bytes) -> None:
     """Fuzzes the reward's reader: calls stay the same when they are written and read again."""
     read_calls(_text(data))
-    found = read_calls(data.decode("utf-8", "replace"))  # partial characters do not survive a round trip
-    if found is not None:
-        again = read_calls(write_calls(found))
-        if again is None or not same_calls(found, again):
+    parsed = read_calls(data.decode("utf-8", "replace"))  # partial characters do not survive a round trip
+    if parsed is not None:
+        again = read_calls(write_calls(parsed))
+        if again is None or not same_calls(parsed, again):
             raise BrokenPromiseError("the calls change when they are written and read again")
 
 
@@ -140,8 +140,8 @@ def questions(data: bytes) -> None:
     lines = data.split(b"\n")
     path = _written("BFCL_v3_simple.json", lines[0])
     _written("possible_answer/BFCL_v3_simple.json", lines[-1])
-    found = _keeps_promise(_place(), lambda: bfcl_data.load_questions(path.parent, "simple")) or ()
-    for question in found:
+    loaded = _keeps_promise(_place(), lambda: bfcl_data.load_questions(path.parent, "simple")) or ()
+    for question in loaded:
         for text in ("[f(a=1)]", "[f()]"):
             try:
                 bfcl.check(question.functions, text, question.answer, "simple")

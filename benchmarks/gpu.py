@@ -36,7 +36,7 @@ from itool_jax.mcts.policy import ModelPolicy
 from itool_jax.mcts.search import FinishedTree, SearchSettings
 from itool_jax.mcts.search import search as search_trees
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.model import forms, hf
+from itool_jax.model import hf, stacking
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters
 from itool_jax.model.transformer import ModelConfig, Params, abstract
@@ -174,11 +174,11 @@ def main(settings: Settings) -> list[Row]:
 
 def peak_memory() -> float | None:
     """Returns the device's peak memory in use, in GB; None if it does not report it."""
-    found = jax.local_devices()[0].memory_stats()
-    return found["peak_bytes_in_use"] / 1e9 if found else None
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] / 1e9 if stats else None
 
 
-def with_memory(plan: memory.Need, held: Any, work: Callable[[], Any]) -> tuple[Any, Row]:
+def with_memory(plan: memory.MemoryEstimate, held: Any, work: Callable[[], Any]) -> tuple[Any, Row]:
     """Does work that reads `held`, and compares its memory with the plan; both in GB of this device.
 
     The device only reports the peak since the start. So a block is allocated first, as large as that peak less what is
@@ -241,7 +241,7 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
         taken = timed(lambda: sampler.score(*policy, batch))
         work = roofline.forward(s.model, s.rows, s.length, s.target)
         yield _row("scoring", s.rows * s.length, "tokens/s", taken, work, machine, "peak")
-    weights = forms.to_train(policy.params)  # consumes the policy's
+    weights = stacking.to_train(policy.params)  # consumes the policy's
     pairs = [PairRow(*_parts(row, s), (0.0, 0.0), (1, 1)) for row in ids[: s.rows]]
     width = bucket(s.length + 2 * s.step)
     pair_batch = collate_pairs(pairs, width, s.rows)
@@ -275,7 +275,7 @@ def measure(s: Sizes, settings: Settings) -> Iterator[Row]:
         yield _row(name, amount, unit, taken, work, machine, "peak (MFU)") | used
         del step, state
     if "search" in settings.kinds:
-        yield searching(Policy(policy.graph, forms.to_run(weights)), running, s, machine)
+        yield searching(Policy(policy.graph, stacking.to_run(weights)), running, s, machine)
 
 
 def _parts(ids: np.ndarray, s: Sizes) -> list[list[int]]:
@@ -293,12 +293,12 @@ def _row(name: str, amount: float, unit: str, taken: float, work: Work | None, m
 def seconds(work: Callable[[], Any], rounds: int) -> float:
     """Returns the median seconds of some rounds, after one that compiles."""
     jax.block_until_ready(work())
-    found = []
+    times = []
     for _ in range(rounds):
         start = time.perf_counter()
         jax.block_until_ready(work())
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def random_weights(config: ModelConfig) -> Params:
@@ -306,8 +306,8 @@ def random_weights(config: ModelConfig) -> Params:
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def make(shape: tuple[int, ...], spread: float, key: jax.Array) -> jax.Array:
-        found = spread * jax.random.normal(key, shape) if spread else jnp.ones(shape)
-        return found.astype(config.dtype)
+        weight = spread * jax.random.normal(key, shape) if spread else jnp.ones(shape)
+        return weight.astype(config.dtype)
 
     leaves, structure = jax.tree.flatten_with_path(abstract(config)[1])
     spreads = [inputs.spread(path, x.shape) for path, x in leaves]

@@ -91,7 +91,7 @@ def tasks(work: Path, suite: str, *, small: bool) -> list[Path]:
     Peers run only the last task.
     """
     sizes = (SMALL if small else FULL)[suite]
-    found: list[Path] = []
+    paths: list[Path] = []
     for size in sizes:
         model = checkpoint(work, size.get("model") or ("tiny" if small else "35m"))
         name = f"{suite}_{size['rows']}" if size is not sizes[-1] else suite
@@ -100,8 +100,8 @@ def tasks(work: Path, suite: str, *, small: bool) -> list[Path]:
         path = work / "tasks" / f"{name}{'_small' if small else ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(task | _rows(suite, size, model)))
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def checkpoint(work: Path, name: str) -> Path:
@@ -194,8 +194,8 @@ def search_rows(size: Row, model: Path) -> Task:
 
 def _samples(count: int) -> Iterator[Sample]:
     """Yields samples whose answer is calls, with enough tools for any prompt length."""
-    found = (make_sample("train", i, 1) for i in range(10_000))
-    for i, sample in zip(range(count), (s for s in found if s.category == "calls"), strict=False):
+    generated = (make_sample("train", i, 1) for i in range(10_000))
+    for i, sample in zip(range(count), (s for s in generated if s.category == "calls"), strict=False):
         rng = random.Random(i)
         others = [make_sample("train", rng.randrange(10_000), 2).tools for _ in range(24)]
         tools = (*sample.tools, *(tool for group in others for tool in group))

@@ -138,9 +138,9 @@ def disagreement(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> dict
 
     A side may return fewer rows than the other.
     """
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     for kind in a.keys() & b.keys():
         pairs = list(zip(a[kind], b[kind], strict=False))
         errors = [abs(x - y) / max(abs(x), abs(y), 1e-9) for x, y in pairs] if kind == "values" else []
-        found[kind] = max(errors) if errors else statistics.mean(float(x != y) for x, y in pairs)
-    return found
+        by_kind[kind] = max(errors) if errors else statistics.mean(float(x != y) for x, y in pairs)
+    return by_kind

@@ -70,8 +70,8 @@ def hours(c: ModelConfig, machine: Machine, r: Recipe, shares: Shares) -> dict[s
             shares.training,
         ),
     }
-    found = {name: work.seconds(machine) / share / 3600 for name, (work, share) in reached.items()}
-    return found | {"all": sum(found.values())}
+    by_part = {name: work.seconds(machine) / share / 3600 for name, (work, share) in reached.items()}
+    return by_part | {"all": sum(by_part.values())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -124,14 +124,14 @@ def measure(path: Path, ours: Child, others: Mapping[str, Child], rounds: int) -
 def _prepare(name: str, child: Child, path: Path, check: dict[str, list[Any]]) -> float | None:
     """Returns the worst error between a peer and us; reports and returns None if the peer fails or disagrees."""
     try:
-        found = disagreement(check, child.ask(do="prepare", task=str(path))["check"])
+        errors = disagreement(check, child.ask(do="prepare", task=str(path))["check"])
     except RuntimeError as error:
         print(f"{name} skipped: {error}", file=sys.stderr)
         return None
-    if wrong := {kind: error for kind, error in found.items() if not error <= TOLERANCE[kind]}:
+    if wrong := {kind: error for kind, error in errors.items() if not error <= TOLERANCE[kind]}:
         print(f"{name} skipped: it computes something different, {wrong}", file=sys.stderr)
         return None
-    return max(found.values())
+    return max(errors.values())
 
 
 def _row(

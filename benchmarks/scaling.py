@@ -57,8 +57,8 @@ def main(s: Settings) -> list[Row]:
                     f"{name:<12} {value:6} {row['seconds']:9.2f} {row['states']:7} {row['megabytes']:7.0f}", flush=True
                 )
     for name, values in ((name, values) for name, values in lines.items() if len(values) > 1):
-        found = [row for row in rows if row["line"] == name]
-        slopes = {what: slope(values, [row[what] for row in found]) for what in ("seconds", "megabytes")}
+        line = [row for row in rows if row["line"] == name]
+        slopes = {what: slope(values, [row[what] for row in line]) for what in ("seconds", "megabytes")}
         print(f"{name}: time grows with power {slopes['seconds']:.2f}, memory with {slopes['megabytes']:.2f}")
         rows += [{"line": name, "slope": what, "power": power} for what, power in slopes.items()]
     if s.json is not None:

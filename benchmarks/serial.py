@@ -70,8 +70,10 @@ def search(gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings
 
 def gold_child(node: Node, gold_steps: list[Ids], s: SerialSettings) -> Node | None:
     """Returns the child that the gold's next step leads to, if any."""
-    whole = node.depth + 1 >= s.max_depth
-    step = next_gold_step(node.path, gold_steps, whole)[: s.max_last_step_tokens if whole else s.max_step_tokens]
+    until_stop = node.depth + 1 >= s.max_depth
+    step = next_gold_step(node.path, gold_steps, until_stop)[
+        : s.max_last_step_tokens if until_stop else s.max_step_tokens
+    ]
     return next((child for child in node.children if step and child.path == node.path + step), None)
 
 
@@ -86,20 +88,20 @@ def select(node: Node, exploration: float) -> Node:
 
 def expand(node: Node, gold_steps: list[Ids], stop_ids: Ids, model: Model, s: SerialSettings) -> None:
     """Samples steps, adds the gold's next one, and scores each new state (eq 6)."""
-    whole = node.depth + 1 >= s.max_depth
-    limit = s.max_last_step_tokens if whole else s.max_step_tokens
-    steps = [model.sample(node.path, limit, whole, w) for w in range(s.breadth)]
-    steps.append(next_gold_step(node.path, gold_steps, whole)[:limit])
+    until_stop = node.depth + 1 >= s.max_depth
+    limit = s.max_last_step_tokens if until_stop else s.max_step_tokens
+    steps = [model.sample(node.path, limit, until_stop, w) for w in range(s.breadth)]
+    steps.append(next_gold_step(node.path, gold_steps, until_stop)[:limit])
     for step in [step for i, step in enumerate(steps) if step and step not in steps[:i]]:
         path, stopped = node.path + step, step[-1] in stop_ids
-        child = Node(path, node.depth + 1, terminal=stopped or whole)
+        child = Node(path, node.depth + 1, terminal=stopped or until_stop)
         child.prior = math.exp(model.log_prob(node.path, step) / len(step))
         child.score = model.judge(path) + (model.grade(path, stopped) if child.terminal else 0.0)
         child.q = child.reward = child.score - node.score
         node.children.append(child)
 
 
-def next_gold_step(path: Ids, gold_steps: list[Ids], whole: bool) -> Ids:
+def next_gold_step(path: Ids, gold_steps: list[Ids], until_stop: bool) -> Ids:
     """Returns the gold's next step, or all of its remainder, if the response so far is the gold's; else nothing."""
     gold = [token for step in gold_steps for token in step]
     if path != gold[: len(path)]:
@@ -108,7 +110,7 @@ def next_gold_step(path: Ids, gold_steps: list[Ids], whole: bool) -> Ids:
     for step in gold_steps:
         end += len(step)
         if end > len(path):
-            return gold[len(path) :] if whole else gold[len(path) : end]
+            return gold[len(path) :] if until_stop else gold[len(path) : end]
     return []
 
 

@@ -136,7 +136,7 @@ def _on_devices_here(config: Config) -> Config:
         return config
     mesh = mesh_here(config.mesh)
     if mesh != config.mesh:
-        messages.say("the mesh needs more devices than this machine has; using one")
+        messages.log("the mesh needs more devices than this machine has; using one")
     return dataclasses.replace(config, mesh=mesh)
 
 
@@ -150,7 +150,7 @@ def _run_in_directory(config: Config, arguments: Sequence[str]) -> None:
         if config.keeps_run:
             open_log(config)
             if line := environment.record(config.run_dir, [*settings.PROGRAM.split(), *arguments]):
-                messages.say(line)
+                messages.log(line)
         from itool_jax.planning import sizes  # slow to import; wrong settings have been rejected by now
         from itool_jax.store.run import Run
 

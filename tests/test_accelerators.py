@@ -103,9 +103,9 @@ def calls(text: str) -> set[str]:
 
 def products(text: str) -> set[tuple[str, str]]:
     """The types of the operands of all matrix products."""
-    found = re.findall(r"dot_general.* : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)", text)
-    assert found
-    return set(found)
+    operands = re.findall(r"dot_general.* : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)", text)
+    assert operands
+    return set(operands)
 
 
 # Programs ---------------------------------------------------------------------------------------------------

@@ -54,14 +54,14 @@ def test_the_official_verdicts_on_cases() -> None:
 
 def test_published_tests_and_how_many_of_their_answers_can_be_given() -> None:
     folder = shared_path("data/api_bank")
-    found = {name: api_bank.load_questions(folder, name) for name in api_bank.CATEGORIES}
-    assert {name: len(asked) for name, asked in found.items()} == {
+    by_level = {name: api_bank.load_questions(folder, name) for name in api_bank.CATEGORIES}
+    assert {name: len(asked) for name, asked in by_level.items()} == {
         **{"level_1": 399, "level_2": 135, "level_2_without_search": 90}
     }
     with gzip.open(folder / "level-1-api.json.gz", "rt") as file:
-        given = {q.id: row["expected_output"] for q, row in zip(found["level_1"], json.load(file), strict=True)}
-    assert sum(verdict.valid for verdict in api_bank.judge(found["level_1"], given).values()) == 368
-    for asked in found.values():
+        given = {q.id: row["expected_output"] for q, row in zip(by_level["level_1"], json.load(file), strict=True)}
+    assert sum(verdict.valid for verdict in api_bank.judge(by_level["level_1"], given).values()) == 368
+    for asked in by_level.values():
         assert len({question.id for question in asked}) == len(asked)
 
 

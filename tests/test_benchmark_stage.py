@@ -132,8 +132,8 @@ def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: 
     out = capsys.readouterr().out
     assert "simple against" in out
     assert "+0.0 ± 47.1 points (n=3, p=1.0000), no significant gain" in out
-    found = json.loads((tmp_path / "a.comparison.json").read_text())["simple"]
-    assert (found["only_here"], found["only_there"]) == (["simple_1"], ["simple_2"])
+    differing = json.loads((tmp_path / "a.comparison.json").read_text())["simple"]
+    assert (differing["only_here"], differing["only_there"]) == (["simple_1"], ["simple_2"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -255,14 +255,14 @@ def test_what_fell_is_marked(tmp_path: Path, made: Made) -> None:
         failed = [f"q{i}" for i in range(wrong)]
         return {"simple": {"correct": 40 - wrong, "total": 40, "failed": failed}}
 
-    found = {
+    by_phase = {
         phase: bfcl_scores.paired(comparison.read_scores(tmp_path / "b.json")["simple"], earlier["simple"])
         for phase, wrong in (("few", 6), ("many", 20), ("none", 0))
         if (tmp_path / "a.json").write_text(json.dumps(scores(3)))
         and (tmp_path / "b.json").write_text(json.dumps(scores(wrong)))
         and (earlier := comparison.read_scores(tmp_path / "a.json"))
     }
-    lines = comparison.fallen(found)
+    lines = comparison.fallen(by_phase)
     assert lines == [
         "few -7.5 ± 4.2 points (n=40, p=0.2500, not significant)",
         "many -42.5 ± 7.8 points (n=40, p=0.0000, significant)",

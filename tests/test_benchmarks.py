@@ -45,9 +45,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[run.Row]:
             work=folder,
             json=folder / "rows.json",
         )
-        found = run.main(settings)
-    assert json.loads((folder / "rows.json").read_text()) == found
-    return found
+        results = run.main(settings)
+    assert json.loads((folder / "rows.json").read_text()) == results
+    return results
 
 
 @pytest.mark.benchmark
@@ -74,9 +74,9 @@ def test_peers_agree_before_they_are_timed(rows: list[run.Row]) -> None:
 
 @pytest.mark.slow
 def test_every_suite_of_ours_runs(tmp_path: Path) -> None:
-    found = run.main(run.Settings(small=True, rounds=1, work=tmp_path))
-    assert {row["name"].partition("_")[0] for row in found} >= {suite.partition("_")[0] for suite in run.SUITES}
-    programs = next(row for row in found if row["name"] == "compile_programs")
+    results = run.main(run.Settings(small=True, rounds=1, work=tmp_path))
+    assert {row["name"].partition("_")[0] for row in results} >= {suite.partition("_")[0] for suite in run.SUITES}
+    programs = next(row for row in results if row["name"] == "compile_programs")
     assert programs["ours"] > 0
 
 

@@ -65,8 +65,8 @@ def test_categories_by_name_and_group() -> None:
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_questions_are_read_plain_and_gzipped(tmp_path: Path, zipped: bool) -> None:
-    found = bfcl_data.load_questions(write_data(tmp_path, "simple", zipped=zipped), "simple")
-    assert [(q.id, q.answer) for q in found] == [(f"simple_{i}", [{"f": {"b": ["x"]}}]) for i in range(2)]
+    questions = bfcl_data.load_questions(write_data(tmp_path, "simple", zipped=zipped), "simple")
+    assert [(q.id, q.answer) for q in questions] == [(f"simple_{i}", [{"f": {"b": ["x"]}}]) for i in range(2)]
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_intervals_hold_their_figures_and_shrink() -> None:
 
 def test_two_runs_are_compared_question_by_question() -> None:
     now, then = Score(8, 10, 10, {"a": "x", "b": "y"}), Score(7, 10, 10, {"b": "", "c": "", "d": ""})
-    found = bfcl_scores.paired(now, then)
-    assert (found.n, found.wins, found.losses, found.difference) == (10, 2, 1, pytest.approx(0.1))
+    comparison = bfcl_scores.paired(now, then)
+    assert (comparison.n, comparison.wins, comparison.losses, comparison.difference) == (10, 2, 1, pytest.approx(0.1))
     both = bfcl_scores.paired(*(bfcl_scores.pooled([side, Score(5, 6, 6, {"e": ""})]) for side in (now, then)))
     assert (both.n, both.wins, both.losses) == (16, 2, 1)
     with pytest.raises(ValueError, match="10 questions cannot be compared with 9"):

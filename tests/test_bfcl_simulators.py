@@ -50,8 +50,8 @@ def simulators() -> Iterator[Simulators]:
         bfcl_setup.python()
     except ValueError as error:
         pytest.skip(str(error))
-    with Simulators() as found:
-        yield found
+    with Simulators() as running:
+        yield running
 
 
 def question(turns: Sequence[str | None], answer: Any, name: str = "multi_turn_base_0", **fields: Any) -> Question:
@@ -69,9 +69,9 @@ def execute(simulators: Simulators, *steps: str, seconds: float = 60) -> dict[st
 
 def test_calls_are_executed_on_the_state_that_earlier_steps_left(simulators: Simulators) -> None:
     assert json.loads(execute(simulators, "[ls()]")["results"][0]) == {"current_directory_content": ["f.txt"]}
-    found = execute(simulators, "[touch(file_name='g.txt')]", "[ls(), pwd()]")
-    assert found["calls"] == ["ls()", "pwd()"]
-    assert json.loads(found["results"][0]) == {"current_directory_content": ["f.txt", "g.txt"]}
+    reply = execute(simulators, "[touch(file_name='g.txt')]", "[ls(), pwd()]")
+    assert reply["calls"] == ["ls()", "pwd()"]
+    assert json.loads(reply["results"][0]) == {"current_directory_content": ["f.txt", "g.txt"]}
     assert json.loads(execute(simulators, "[ls()]")["results"][0]) == {"current_directory_content": ["f.txt"]}
     assert execute(simulators, "Done.") == {"calls": None, "results": []}
 
@@ -174,16 +174,16 @@ def test_it_sees_no_secrets(simulators: Simulators, monkeypatch: pytest.MonkeyPa
 def test_a_question_whose_simulators_fail_is_failed_and_no_other(simulators: Simulators) -> None:
     good, bad = question(["q"], [["ls()"]]), question(["q"], [["ls()"]], "multi_turn_base_1")
     results = {good.id: [["[ls()]"]], bad.id: [["[cd(folder=1 + exit())]"]]}
-    found = official_verdicts([good, bad], results, simulators)
-    assert found[good.id].valid
-    assert str(found[bad.id].error_type).startswith("simulator_error:")
+    verdicts = official_verdicts([good, bad], results, simulators)
+    assert verdicts[good.id].valid
+    assert str(verdicts[bad.id].error_type).startswith("simulator_error:")
 
 
 def test_a_response_changes_no_verdict_on_another(simulators: Simulators) -> None:
     questions = [question(["q"], [["ls()"]], f"multi_turn_base_{i}") for i in range(3)]
     results = {q.id: [[FORGERY if q is questions[0] else "no"]] for q in questions}
-    found = official_verdicts(questions, results, simulators)
-    assert [found[q.id].error_type for q in questions[1:]] == ["multi_turn:empty_turn_model_response"] * 2
+    verdicts = official_verdicts(questions, results, simulators)
+    assert [verdicts[q.id].error_type for q in questions[1:]] == ["multi_turn:empty_turn_model_response"] * 2
 
 
 def test_a_response_forges_no_answer_to_the_next_command(simulators: Simulators) -> None:
@@ -223,8 +223,8 @@ def test_a_killed_parent_leaves_nothing(simulators: Simulators) -> None:
 def test_the_official_verdicts_on_cases(simulators: Simulators) -> None:
     with gzip.open(shared_path("data/bfcl_v3/multi_turn_cases_dev.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
-    found = check_multi_turn(rows)  # with ids as published, multi_turn_base_13#1, which are no identifiers
-    different = [row["id"] for row in rows if found[row["id"]] != (row["verdict"], row["error_type"])]
+    verdicts = check_multi_turn(rows)  # with ids as published, multi_turn_base_13#1, which are no identifiers
+    different = [row["id"] for row in rows if verdicts[row["id"]] != (row["verdict"], row["error_type"])]
     # In v3 a wrong token counts the days of the right one down too, which v4 mended: the extra call changes the state.
     assert different == ["multi_turn_base_151#3"]
     assert len(rows) == 66
@@ -256,9 +256,9 @@ def test_the_official_scorer_takes_names_without_dots(simulators: Simulators) ->
     asked = Question("simple_0", "simple", [], [tool], [{"a.f": {"b": ["x"]}}], row)
     for dots, text in ((False, "[a.f(b='x')]"), (True, "[a_f(b='x')]")):
         for shown in (False, True):
-            found = official_verdicts([asked], {asked.id: text}, simulators, underscore_to_dot=shown)
-            assert found[asked.id].valid == (dots == shown)
-            assert found == bfcl_scores.judge([asked], {asked.id: text}, underscore_to_dot=shown)
+            verdicts = official_verdicts([asked], {asked.id: text}, simulators, underscore_to_dot=shown)
+            assert verdicts[asked.id].valid == (dots == shown)
+            assert verdicts == bfcl_scores.judge([asked], {asked.id: text}, underscore_to_dot=shown)
 
 
 def test_the_official_scorer_agrees_on_real_outputs(simulators: Simulators) -> None:

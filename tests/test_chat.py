@@ -230,12 +230,12 @@ def test_evaluation_continues_the_prompt_as_the_template_would(real, scale):
     question = chats.QUESTION_WITH_REFERENCE.format(candidate=candidate, reply=reply)
     turns = [QUESTION, {"role": "assistant", "content": reference}, {"role": "user", "content": question}]
     whole = chat.encode(chat.render(turns, tools, add_generation_prompt=True))
-    found = prompt + frame.before + chat.encode(candidate) + frame.after
+    framed = prompt + frame.before + chat.encode(candidate) + frame.after
     if family.thinks:  # its marks leave the prompt when turns follow: only what comes after the reference can agree
-        n = len(found) - len(prompt) - len(chat.encode(reference))
-        assert found[-n:] == whole[-n:]
+        n = len(framed) - len(prompt) - len(chat.encode(reference))
+        assert framed[-n:] == whole[-n:]
     else:
-        assert found == whole
+        assert framed == whole
 
 
 def test_evaluation_alone_asks_about_the_assistants_own_answer(real):

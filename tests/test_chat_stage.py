@@ -20,8 +20,8 @@ from itool_jax.main import main
 from itool_jax.stages.chat import highlighted, read_tools
 from itool_jax.store.run import Run
 from itool_jax.system.untrusted import harmless
+from itool_jax.text.call_checks import faults, signature, stub
 from itool_jax.text.calls import Call, read_calls
-from itool_jax.text.remarks import faults, signature, stub
 from tests.runs import Made, copy_run
 
 pytestmark = pytest.mark.usefixtures("restored_jax_settings")
@@ -80,25 +80,25 @@ def test_a_conversation_streams_what_generate_answers_with_few_programs(
     for words in ("hi", "what is " + "very " * 20 + "far?", "é?"):
         messages.append({"role": "user", "content": words})
         ids = base.chat.prompt_ids(messages)
-        found = [i for chunk in stream.respond(ids, 12, key_1) for i in chunk]
-        text = decode(base.chat.content_ids(found))
+        answer_ids = [i for chunk in stream.generate(ids, 12, key_1) for i in chunk]
+        text = decode(base.chat.content_ids(answer_ids))
         assert text == model.generate(messages, max_tokens=12)
-        assert len(found) == 12 or found[-1] in base.chat.stop_ids
+        assert len(answer_ids) == 12 or answer_ids[-1] in base.chat.stop_ids
         messages.append({"role": "assistant", "content": text})
         sizes.append((streaming._sample._cache_size(), streaming._read._cache_size()))
     assert sizes[-1][0] == sizes[0][0]  # one program samples all turns
     assert sizes[-1][1] <= sizes[0][1] + 2  # and prompts are read by one a width
     # Back to an earlier place, and on from one that was left in the middle.
     first = base.chat.prompt_ids(messages[:1])
-    expected = [i for chunk in Stream(policy, is_stop_V).respond(first, 9, key_1) for i in chunk]
-    assert next(stream.respond(first, 9, key_1)) == expected[: streaming.CHUNK]
-    assert [i for chunk in stream.respond(first, 9, key_1) for i in chunk] == expected
+    expected = [i for chunk in Stream(policy, is_stop_V).generate(first, 9, key_1) for i in chunk]
+    assert next(stream.generate(first, 9, key_1)) == expected[: streaming.CHUNK]
+    assert [i for chunk in stream.generate(first, 9, key_1) for i in chunk] == expected
     # The cache grows where a response needs more of it, and keeps what was read.
     monkeypatch.setattr(streaming, "SMALLEST_CACHE", 64)
     small = Stream(policy, is_stop_V)
-    assert [i for chunk in small.respond(first, 9, key_1) for i in chunk] == expected
-    assert [i for chunk in small.respond([*first, *expected], 50, key_1) for i in chunk] == [
-        i for chunk in stream.respond([*first, *expected], 50, key_1) for i in chunk
+    assert [i for chunk in small.generate(first, 9, key_1) for i in chunk] == expected
+    assert [i for chunk in small.generate([*first, *expected], 50, key_1) for i in chunk] == [
+        i for chunk in stream.generate([*first, *expected], 50, key_1) for i in chunk
     ]
 
 
@@ -112,7 +112,7 @@ def test_what_was_stopped_within_a_program_is_read_again(
     key_1 = row_keys(jax.random.key(0), np.zeros(1, np.uint32))
     ids = base.chat.prompt_ids([{"role": "user", "content": "what is far?"}], TOOLS)
     stream = Stream(policy, is_stop_V)
-    expected = [i for chunk in stream.respond(ids, 8, key_1) for i in chunk]
+    expected = [i for chunk in stream.generate(ids, 8, key_1) for i in chunk]
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -120,12 +120,12 @@ def test_what_was_stopped_within_a_program_is_read_again(
     with monkeypatch.context() as patch:
         patch.setattr(streaming, program, stopped)
         with pytest.raises(KeyboardInterrupt):
-            list(stream.respond(ids, 8, key_1))
+            list(stream.generate(ids, 8, key_1))
     logits: list[np.ndarray] = []
     read = streaming._read
-    monkeypatch.setattr(streaming, "_read", lambda *a: logits.append(np.asarray((found := read(*a))[0])) or found)
+    monkeypatch.setattr(streaming, "_read", lambda *a: logits.append(np.asarray((result := read(*a))[0])) or result)
     for again in (stream, Stream(policy, is_stop_V)):
-        assert [i for chunk in again.respond(ids, 8, key_1) for i in chunk] == expected
+        assert [i for chunk in again.generate(ids, 8, key_1) for i in chunk] == expected
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_samples_depend_on_the_key_alone(tiny_folder: Path) -> None:
     is_stop_V = np.zeros(base.config.vocab_size, bool)
     keys = [row_keys(jax.random.key(0), np.array([i], np.uint32)) for i in range(2)]
     draws = [
-        [i for c in Stream(policy, is_stop_V).respond([65, 66], 10, key, 1.0) for i in c] for key in (*keys, keys[0])
+        [i for c in Stream(policy, is_stop_V).generate([65, 66], 10, key, 1.0) for i in c] for key in (*keys, keys[0])
     ]
     assert draws[0] == draws[2] != draws[1]
     assert len(draws[0]) == 10

@@ -147,9 +147,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
 # A training that goes on ---------------------------------------------------------------------------------------
 
 
-def kept(folder: Path, steps: int, every: int = 1) -> checkpoint.Training:
+def kept(folder: Path, steps: int, every: int = 1) -> checkpoint.TrainCheckpoints:
     """A training whose state was kept after each of so many steps; donated arrays are written over at once."""
-    training, state = checkpoint.Training(folder, every), make_tree(0)
+    training, state = checkpoint.TrainCheckpoints(folder, every), make_tree(0)
     for step in range(1, steps + 1):
         state = changed(state)
         if training.due(step):
@@ -159,10 +159,10 @@ def kept(folder: Path, steps: int, every: int = 1) -> checkpoint.Training:
 
 
 def restored(folder: Path) -> tuple[int, Any, Any] | None:
-    training = checkpoint.Training(folder)
-    found = training.restore(make_tree(1))
+    training = checkpoint.TrainCheckpoints(folder)
+    result = training.restore(make_tree(1))
     training.finish()
-    return found
+    return result
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -219,7 +219,7 @@ def test_checkpoints_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch:
     """With a clock of steps of a second and writing of half a second: one in 25 steps."""
     clock = [0.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
-    training, saved = checkpoint.Training(tmp_path / "training"), []
+    training, saved = checkpoint.TrainCheckpoints(tmp_path / "training"), []
     save = training.manager.save
     monkeypatch.setattr(training.manager, "save", lambda *a, **k: (save(*a, **k), clock.append(clock.pop() + 0.5)))
     for step in range(1, 80):

@@ -319,9 +319,9 @@ def test_the_config_of_a_run_that_was_moved_names_its_new_place(tmp_path: Path):
 def test_the_config_of_a_run_serves_every_stage_and_may_lie_anywhere(tmp_path: Path):
     (tmp_path / "demo,ablations").mkdir()
     saved = write(tmp_path / "demo,ablations/ipo.yaml", "benchmark: bfcl\ncategories: [simple, multiple]\nseed: 5\n")
-    found = {stage: settings.parse([f"--stage={stage}", f"--config={saved}"]) for stage in get_args(settings.Stage)}
-    assert {config.seed for config in found.values()} == {5}
-    asked = {stage for stage, config in found.items() if config.benchmark and config.categories}
+    configs = {stage: settings.parse([f"--stage={stage}", f"--config={saved}"]) for stage in get_args(settings.Stage)}
+    assert {config.seed for config in configs.values()} == {5}
+    asked = {stage for stage, config in configs.items() if config.benchmark and config.categories}
     assert asked == {"iterate", "evaluate", "export", "plan", "doctor"}
     with pytest.raises(ValueError, match="benchmark is only for stages evaluate and iterate"):
         settings.parse(["--stage=score", "--benchmark=bfcl"])
@@ -358,9 +358,9 @@ def test_a_run_that_goes_on_to_more_iterations_says_so(tmp_path: Path):
 def test_a_home_that_the_shell_left_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "c.yaml", "data: ~/d.jsonl\n")
-    found = settings.parse(["--stage=iterate", "--config=~/c.yaml", "--run_dir=~/runs/a", "--model=a~/b"])
-    assert (found.data, found.run_dir) == (f"{tmp_path}/d.jsonl", tmp_path / "runs/a")
-    assert found.model == "a~/b"
+    config = settings.parse(["--stage=iterate", "--config=~/c.yaml", "--run_dir=~/runs/a", "--model=a~/b"])
+    assert (config.data, config.run_dir) == (f"{tmp_path}/d.jsonl", tmp_path / "runs/a")
+    assert config.model == "a~/b"
 
 
 def test_what_is_for_one_command_alone_is_not_saved(tmp_path: Path):

@@ -84,9 +84,9 @@ def test_ids_of_turns_after_a_user_turn_do_not_depend_on_the_others(
         with pytest.raises(ValueError, match="no assistant turn that follows a user turn"):
             ids(messages, file, "after_user")
     else:
-        found = ids(messages, file, "after_user")
-        assert list(found) == after_user
-        assert found.items() <= ids(messages, file).items()
+        chosen = ids(messages, file, "after_user")
+        assert list(chosen) == after_user
+        assert chosen.items() <= ids(messages, file).items()
 
 
 def test_what_follows_ends_at_the_next_user_turn(file: File):
@@ -248,9 +248,9 @@ def test_empty_parts_are_kept_and_read_back(tmp_path: Path, tiny_folder: Path):
     path = write(tmp_path / "d.jsonl", make_samples(60))
     config = configured(path, tiny_folder, tmp_path / "run", test_share=0, validation_share=0)
     for _ in range(2):  # made, then read
-        found = splits.load_splits(config)
-        assert len(found.train.samples) == 60
-        assert found.test.samples == found.validation.samples == found.test.encoded == []
+        loaded = splits.load_splits(config)
+        assert len(loaded.train.samples) == 60
+        assert loaded.test.samples == loaded.validation.samples == loaded.test.encoded == []
     card = json.loads((tmp_path / "run/data/card.json").read_text())
     assert card["parts"]["test"].items() >= {"samples": 0, "longest": 0}.items()
     # A part that was emptied by someone else is not taken for one that the settings leave out.
@@ -307,8 +307,8 @@ def test_a_test_file_is_the_test_part_and_nothing_of_it_is_trained_on(tmp_path: 
     assert left_out["repeats_left_out"] == 10
     assert sorted(names(parts["train"]) + names(parts["validation"])) == sorted(f"s{i}" for i in range(10, 100))
     # The card looks for its questions among the training samples; a changed file is noticed.
-    found = splits.load_splits(config)
-    assert [sample.id for sample in found.test.samples] == names(parts["test"])
+    loaded = splits.load_splits(config)
+    assert [sample.id for sample in loaded.test.samples] == names(parts["test"])
     card = json.loads((tmp_path / "run/data/card.json").read_text())
     assert card["overlap_with_train"]["test"]["samples"] == 11
     check_sources(config)
@@ -368,8 +368,8 @@ def test_less_data_is_part_of_more_and_keeps_conversations_whole(agents: Path, t
 def test_less_of_the_generated_corpus_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = configured("generated", "embedded", tmp_path / "run", limit=5)
     config = dataclasses.replace(config, generated=GeneratedSettings(train=30, validation=2, test=3))
-    found = splits.load_splits(config)
-    assert [len(part.samples) for part in found] == [5, 2, 3]
+    loaded = splits.load_splits(config)
+    assert [len(part.samples) for part in loaded] == [5, 2, 3]
     assert (
         capsys.readouterr().err.count("25 training samples unused because of samples.fraction and samples.limit") == 1
     )

@@ -69,8 +69,8 @@ def arguments_of(command: str) -> list[str]:
     """Its arguments; files of settings that runs write stand for any."""
     line = re.split(r"\s\d?[>|&;]", command)[0]
     line = line.replace('"', "") if line.count('"') % 2 else line  # of a command within another's quotes
-    found = [part for part in shlex.split(line, comments=True) if not part.startswith("$")]
-    return [f"--config={SETTINGS}" if re.fullmatch("--config=.*[.]yaml", part) else part for part in found]
+    arguments = [part for part in shlex.split(line, comments=True) if not part.startswith("$")]
+    return [f"--config={SETTINGS}" if re.fullmatch("--config=.*[.]yaml", part) else part for part in arguments]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -41,18 +41,18 @@ def doctor(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         own = [a for a in own if a.split("=")[0] not in {b.split("=")[0] for b in arguments}]
         capsys.readouterr()
         code = main(["--stage=doctor", *own, *arguments])
-        found = capsys.readouterr()
-        return code, found.out.splitlines(), found.err.strip()
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.strip()
 
     return run
 
 
 def line(lines: list[str], level: str, what: str) -> str:
     """The text of the one line of that level about that, and its remedy."""
-    found = [i for i, text in enumerate(lines) if text.startswith(f"{level:<8}{what:<16}")]
-    assert len(found) == 1, lines
-    remedy = lines[found[0] + 1].strip() if lines[found[0] + 1 :] and lines[found[0] + 1].startswith(" " * 24) else ""
-    return f"{lines[found[0]][24:]} {remedy}".strip()
+    at = [i for i, text in enumerate(lines) if text.startswith(f"{level:<8}{what:<16}")]
+    assert len(at) == 1, lines
+    remedy = lines[at[0] + 1].strip() if lines[at[0] + 1 :] and lines[at[0] + 1].startswith(" " * 24) else ""
+    return f"{lines[at[0]][24:]} {remedy}".strip()
 
 
 def contents(place: Path) -> dict[str, tuple[bytes, int]]:
@@ -144,17 +144,17 @@ def test_templates_that_lack_something(tiny_folder: Path, tmp_path: Path):
     chat = Chat(load_tokenizer(str(tiny_folder)))
     given = chat.tokenizer.chat_template
 
-    def found(template: str | None) -> dict[str, Finding]:
+    def findings(template: str | None) -> dict[str, Finding]:
         chat.tokenizer.chat_template = template
         return {finding.what: finding for finding in doctor_model.template(chat, config)}
 
-    assert {finding.level for finding in found(given).values()} == {"ok"}
-    assert found(given + "{%- if not add_generation_prompt -%}done{%- endif -%}")["loss mask"].level == "ok"
-    other = found("{%- if add_generation_prompt -%}A{%- endif -%}" + given)["loss mask"]
+    assert {finding.level for finding in findings(given).values()} == {"ok"}
+    assert findings(given + "{%- if not add_generation_prompt -%}done{%- endif -%}")["loss mask"].level == "ok"
+    other = findings("{%- if add_generation_prompt -%}A{%- endif -%}" + given)["loss mask"]
     assert (other.level, "is not a prefix" in other.text) == ("warning", True)
-    without = found(given.replace("tools | tojson", "tools | length"))["template"]
+    without = findings(given.replace("tools | tojson", "tools | length"))["template"]
     assert (without.level, without.text) == ("error", "the tools do not appear in the prompt")
-    assert "has no chat template" in found(None)["template"].text
+    assert "has no chat template" in findings(None)["template"].text
 
 
 def test_rows_that_a_run_would_refuse(doctor: Doctor, tiny_folder: Path, tmp_path: Path):
@@ -163,8 +163,8 @@ def test_rows_that_a_run_would_refuse(doctor: Doctor, tiny_folder: Path, tmp_pat
     path = write(tmp_path / "long.jsonl", [*rows, {"id": "bad", "messages": 3}])
     code, lines, _ = doctor(tiny_folder, f"--data={path}")
     assert code == 2
-    found = next(text for text in lines if text.startswith("error   data"))
-    assert "2 rows are wrong or too long, the first: " in found
+    error = next(text for text in lines if text.startswith("error   data"))
+    assert "2 rows are wrong or too long, the first: " in error
     code, lines, _ = doctor(tiny_folder, f"--data={path}", "--skip_bad_rows")
     assert code == 0
     code, lines, _ = doctor(tiny_folder, f"--data={tmp_path / 'none.jsonl'}")
@@ -177,9 +177,9 @@ def test_rows_that_a_run_would_refuse(doctor: Doctor, tiny_folder: Path, tmp_pat
 
 def test_a_run_directory_that_a_run_would_refuse(doctor: Doctor, made: Made, tmp_path: Path):
     folder = copy_run(made, tmp_path)
-    found = [*made.settings, f"--run_dir={folder}"]
-    assert doctor("", *found)[0] == 0
-    code, lines, _ = doctor("", *found, "--seed=5")
+    options = [*made.settings, f"--run_dir={folder}"]
+    assert doctor("", *options)[0] == 0
+    code, lines, _ = doctor("", *options, "--seed=5")
     assert code == 2
     assert "seed=0, but it is now 5" in line(lines, "error", "run directory")
     code, lines, _ = doctor("", *made.settings, f"--run_dir={folder / 'config.yaml'}")
@@ -190,17 +190,17 @@ def test_a_run_directory_that_a_run_would_refuse(doctor: Doctor, made: Made, tmp
 # The machine ------------------------------------------------------------------------------------------------
 
 
-def levels(found: list[Finding]) -> dict[str, str]:
-    return {finding.what: finding.level for finding in found}
+def levels(findings: list[Finding]) -> dict[str, str]:
+    return {finding.what: finding.level for finding in findings}
 
 
 def test_plugins_that_do_not_go_with_jaxlib():
     there = dict(environment.versions())
     assert levels(list(machine.packages(there)))["jax"] == "ok"
     wrong = {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8", "jax-cuda12-plugin": "0.10.0"}
-    found = next(f for f in machine.packages(wrong) if f.what == "jax")
-    assert (found.level, found.remedy) == ("error", "pip install 'jax[cuda12]==0.10.2'")
-    assert "jax-cuda12-plugin 0.10.0 does not match jaxlib 0.10.2" in found.text
+    finding = next(f for f in machine.packages(wrong) if f.what == "jax")
+    assert (finding.level, finding.remedy) == ("error", "pip install 'jax[cuda12]==0.10.2'")
+    assert "jax-cuda12-plugin 0.10.0 does not match jaxlib 0.10.2" in finding.text
     old = {"jax": "0.12.0", "jaxlib": "0.12.0", "flax": "0.12.8"}
     assert "flax 0.12.8 does not work with jax 0.12.0" in next(f for f in machine.packages(old) if f.what == "jax").text
 
@@ -208,9 +208,9 @@ def test_plugins_that_do_not_go_with_jaxlib():
 def test_a_gpu_that_jax_does_not_see(monkeypatch: pytest.MonkeyPatch):
     gpu = Gpu("NVIDIA H100 80GB HBM3", "570.124.06", "81559 MiB")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    found = list(machine.accelerators([gpu], "cpu", []))
-    assert [f.level for f in found] == ["error"]
-    assert found[0].remedy == "pip install 'itool-jax[cuda12]'"
+    findings = list(machine.accelerators([gpu], "cpu", []))
+    assert [f.level for f in findings] == ["error"]
+    assert findings[0].remedy == "pip install 'itool-jax[cuda12]'"
     assert next(iter(machine.accelerators([gpu._replace(driver="580.65")], "cpu", []))).remedy.endswith("[cuda13]'")
     (alone,) = machine.accelerators([], "cpu", ["jax-cuda13-plugin"])
     assert alone.level == "warning"
@@ -224,10 +224,10 @@ def test_a_gpu_that_jax_does_not_see(monkeypatch: pytest.MonkeyPatch):
 
 def test_devices_without_bfloat16_units():
     for platform, capability in (("cpu", ()), ("gpu", (7, 0)), ("gpu", (7, 5))):
-        (found,) = machine.bfloat16_units(platform, capability, "bfloat16")
-        assert (found.level, found.what) == ("warning", "dtype")
-        assert "computed in float32" in found.text
-        assert "--dtype=float32" in found.remedy
+        (finding,) = machine.bfloat16_units(platform, capability, "bfloat16")
+        assert (finding.level, finding.what) == ("warning", "dtype")
+        assert "computed in float32" in finding.text
+        assert "--dtype=float32" in finding.remedy
         assert not list(machine.bfloat16_units(platform, capability, "float32"))
     for platform, capability in (("gpu", (8, 0)), ("gpu", (12, 0)), ("gpu", ()), ("tpu", ())):
         assert not list(machine.bfloat16_units(platform, capability, "bfloat16"))
@@ -244,18 +244,18 @@ def test_what_nvidia_smi_prints_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_mesh_that_cannot_be():
-    def found(*arguments: str) -> Finding:
+    def mesh(*arguments: str) -> Finding:
         config = settings.parse(["--stage=doctor", *arguments])
         return next(finding for finding in machine.devices(config, {}) if finding.what == "mesh")
 
-    assert found("--mesh.data=8", "--preference.batch_size=8").level == "ok"
-    assert "needs 16 devices, but only 8 are available" in found("--mesh.fsdp=16").text
-    assert "warmup.batch_size=4 must be a multiple of the 8" in found("--mesh.fsdp=8", "--warmup.batch_size=4").text
-    assert "1 of 8 devices are used" in found("--mesh.data=1").text
+    assert mesh("--mesh.data=8", "--preference.batch_size=8").level == "ok"
+    assert "needs 16 devices, but only 8 are available" in mesh("--mesh.fsdp=16").text
+    assert "warmup.batch_size=4 must be a multiple of the 8" in mesh("--mesh.fsdp=8", "--warmup.batch_size=4").text
+    assert "1 of 8 devices are used" in mesh("--mesh.data=1").text
 
 
 def test_a_mesh_over_several_processes_is_looked_at_from_one():
-    def found(*arguments: str) -> Finding:
+    def mesh(*arguments: str) -> Finding:
         several = (
             "--distributed.coordinator_address=a:1",
             "--distributed.num_processes=2",
@@ -265,13 +265,12 @@ def test_a_mesh_over_several_processes_is_looked_at_from_one():
         return next(finding for finding in machine.devices(config, {}) if finding.what == "mesh")
 
     assert (
-        found("--mesh.fsdp=16", "--warmup.batch_size=16", "--preference.batch_size=16").text
-        == "data=1 fsdp=16 tensor=1"
+        mesh("--mesh.fsdp=16", "--warmup.batch_size=16", "--preference.batch_size=16").text == "data=1 fsdp=16 tensor=1"
     )
-    assert "batch_size=8 must be a multiple of the 16 devices" in found("--mesh.data=0", "--warmup.batch_size=8").text
-    assert "uses 8 of the 16 devices of 2 processes" in found("--mesh.data=8").text
-    assert found().level == "warning"
-    assert "not checked" in found().text
+    assert "batch_size=8 must be a multiple of the 16 devices" in mesh("--mesh.data=0", "--warmup.batch_size=8").text
+    assert "uses 8 of the 16 devices of 2 processes" in mesh("--mesh.data=8").text
+    assert mesh().level == "warning"
+    assert "not checked" in mesh().text
 
 
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -317,17 +316,17 @@ def test_a_hub_name_without_a_network(doctor: Doctor, tmp_path: Path, monkeypatc
 
 
 def test_other_processes(monkeypatch: pytest.MonkeyPatch):
-    def found(*arguments: str) -> list[Finding]:
+    def findings(*arguments: str) -> list[Finding]:
         return list(machine.processes(settings.parse(["--stage=doctor", *arguments])))
 
     for name in machine.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
-    assert found() == []
-    assert [f.level for f in found("--distributed.auto")] == ["error"]
+    assert findings() == []
+    assert [f.level for f in findings("--distributed.auto")] == ["error"]
     own = ["--distributed.num_processes=2", "--distributed.process_id=0"]
-    assert [f.level for f in found(*own, "--distributed.coordinator_address=localhost:1234")] == ["ok"]
-    assert [f.level for f in found(*own, "--distributed.coordinator_address=localhost")] == ["error"]
+    assert [f.level for f in findings(*own, "--distributed.coordinator_address=localhost:1234")] == ["ok"]
+    assert [f.level for f in findings(*own, "--distributed.coordinator_address=localhost")] == ["error"]
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert [f.text for f in found("--distributed.auto")] == ["started by Slurm"]
-    assert [f.level for f in found()] == ["warning"]
+    assert [f.text for f in findings("--distributed.auto")] == ["started by Slurm"]
+    assert [f.level for f in findings()] == ["warning"]

@@ -71,8 +71,8 @@ def test_trl_reads_the_pairs_and_finds_the_log_probs_that_we_find(made: Made, tm
         )
 
     ours = read(pairs)
-    found = trainer(KeepsIds, precompute_ref_log_probs=True)
-    rows = list(found.train_dataset)
+    dpo = trainer(KeepsIds, precompute_ref_log_probs=True)
+    rows = list(dpo.train_dataset)
     assert [row["chosen_ids"] for row in rows] == [row["chosen_ids"] for row in ours]
     for side in ("chosen", "rejected"):
         theirs = np.array([row[f"ref_{side}_logps"] for row in rows])
@@ -175,11 +175,11 @@ def test_vllm_serves_a_model_and_an_adapter(tmp_path: Path):
             # Its reader finds the calls that ours does, in answers that are Python: no keyword twice, no bare word.
             alike = 0
             for body, text in zip(whole, ours, strict=True):
-                found = [call["function"] for call in ask(**body).get("tool_calls") or []]
+                calls = [call["function"] for call in ask(**body).get("tool_calls") or []]
                 with contextlib.suppress(SyntaxError):
                     compile(text, "answer", "eval")
-                    assert [(f["name"], json.loads(f["arguments"])) for f in found] == (read_calls(text) or []), text
-                    alike += len(found) > 0
+                    assert [(f["name"], json.loads(f["arguments"])) for f in calls] == (read_calls(text) or []), text
+                    alike += len(calls) > 0
             assert alike > len(ours) // 3
 
 

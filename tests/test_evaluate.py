@@ -45,10 +45,10 @@ def test_tools_are_known_by_the_names_that_samples_offer() -> None:
 )
 @pytest.mark.parametrize("turns", [1, 2])
 def test_categories_follow_from_the_gold(target: str, categories: list[str], turns: int) -> None:
-    found = evaluate.categorize([sample("a", target, turns)], KNOWN)["a"]
-    assert found[1:] == ["multi_turn"] * (turns == 2) + categories
-    assert found[0] == "irrelevance" if target.startswith("N") else found[0] in ("easy", "medium", "hard")
-    assert set(found) < set(results.CATEGORIES)
+    labels = evaluate.categorize([sample("a", target, turns)], KNOWN)["a"]
+    assert labels[1:] == ["multi_turn"] * (turns == 2) + categories
+    assert labels[0] == "irrelevance" if target.startswith("N") else labels[0] in ("easy", "medium", "hard")
+    assert set(labels) < set(results.CATEGORIES)
 
 
 def test_a_tool_is_new_where_no_sample_was_trained_on() -> None:
@@ -58,14 +58,14 @@ def test_a_tool_is_new_where_no_sample_was_trained_on() -> None:
 def test_categories_of_the_default_test_split_have_their_published_sizes() -> None:
     """The figures of docs/method.md; the first samples of the split hold as many of each kind of tool."""
     made = splits(parse(["--stage=iterate"]).generated)
-    found = evaluate.categorize(made["test"], evaluate.tool_names(made["train"]))
-    sizes = {limit: Counter(name for s in made["test"][:limit] for name in found[s.id]) for limit in (1200, 2400)}
+    labels = evaluate.categorize(made["test"], evaluate.tool_names(made["train"]))
+    sizes = {limit: Counter(name for s in made["test"][:limit] for name in labels[s.id]) for limit in (1200, 2400)}
     assert sizes[2400] == {
         **{"easy": 676, "medium": 675, "hard": 675, "irrelevance": 374},
         **{"multi_turn": 360, "long": 252, "known_tools": 1012, "new_tools": 1014},
     }
     assert (sizes[1200]["known_tools"], sizes[1200]["new_tools"], sizes[1200]["long"]) == (512, 501, 119)
-    named = {(s.id.split("-")[0], name) for s in made["test"] for name in found[s.id] if name.endswith("_tools")}
+    named = {(s.id.split("-")[0], name) for s in made["test"] for name in labels[s.id] if name.endswith("_tools")}
     assert named == {("test", "new_tools"), ("test_known", "known_tools")}
 
 
@@ -101,8 +101,8 @@ def test_hardly_anything_was_trained_where_neither_answers_nor_margins_moved(
     held_out = None if delta is None else {"delta": delta}
     figures = {"seconds": 1.0, "outputs": {}, "held_out": held_out}
     (tmp_path / "iteration_1/dpo.json").write_text(json.dumps(figures))
-    found = results.what_training_changed(config, "iteration_1", "warmup")
-    assert found == {"changed": changed / 200, "validation_samples": 200, "delta": delta, "hardly_trained": hardly}
-    line = results.describe_training("iteration_1", found)
+    measured = results.what_training_changed(config, "iteration_1", "warmup")
+    assert measured == {"changed": changed / 200, "validation_samples": 200, "delta": delta, "hardly_trained": hardly}
+    line = results.describe_training("iteration_1", measured)
     assert ("training had almost no effect" in line) == hardly
     assert f"{changed / 2:.1f} % of 200 validation answers changed" in line

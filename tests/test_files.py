@@ -63,10 +63,10 @@ class Plain:
 
     def greedy(self, ids: list[int], n: int, stop_ids: tuple[int, ...]) -> list[int]:
         """The best token, again and again."""
-        found: list[int] = []
-        while len(found) < n and not set(found) & set(stop_ids):
-            found.append(int(self.log_probs([*ids, *found])[-1].argmax()))
-        return found
+        tokens: list[int] = []
+        while len(tokens) < n and not set(tokens) & set(stop_ids):
+            tokens.append(int(self.log_probs([*ids, *tokens])[-1].argmax()))
+        return tokens
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,9 @@ def test_public_data_is_scored_and_continued_as_it_is(tmp_path: Path, tiny_folde
     for stage in ("score", "generate"):
         [expected] = run_file(stage, tiny_folder, write(tmp_path / "openai.jsonl", [same]))
         for row in (xlam, toolrl):
-            [found] = run_file(stage, tiny_folder, write(tmp_path / "public.jsonl", [row]))
-            assert found.pop("id").startswith(("xlam-7", "toolrl-"))
-            assert found == {key: value for key, value in expected.items() if key != "id"}
+            [written] = run_file(stage, tiny_folder, write(tmp_path / "public.jsonl", [row]))
+            assert written.pop("id").startswith(("xlam-7", "toolrl-"))
+            assert written == {key: value for key, value in expected.items() if key != "id"}
 
 
 def test_parquet_holds_the_same_as_json_lines(tmp_path: Path, tiny_folder: Path):
@@ -145,8 +145,8 @@ def test_raw_rows_need_no_chat_template(tmp_path: Path, tiny_folder: Path):
     asked = [{"id": "a", "prompt_ids": [5, 6]}, {"id": "b", "prompt": "&'"}]
     data = write(tmp_path / "d.jsonl", scored)
     assert run_file("score", model, data) == run_file("score", tiny_folder, data)
-    found = run_file("generate", model, write(data, asked))
-    assert found == run_file("generate", tiny_folder, data)
+    responses = run_file("generate", model, write(data, asked))
+    assert responses == run_file("generate", tiny_folder, data)
 
 
 def test_generate_takes_raw_rows_exactly_as_given(tmp_path: Path, tiny_folder: Path, plain: Plain):
@@ -158,9 +158,9 @@ def test_generate_takes_raw_rows_exactly_as_given(tmp_path: Path, tiny_folder: P
         {"id": "one", "prompt_ids": [40]},
     ]
     assert chat.encode("<|user|>hi<|end|><|assistant|>") == rows[0]["prompt_ids"]
-    found = run_file("generate", tiny_folder, write(tmp_path / "d.jsonl", rows))
-    assert [row["id"] for row in found] == ["ids", "text", "chat", "one"]
-    for row, ids in zip(found, [rows[0]["prompt_ids"]] * 3 + [[40]], strict=True):
+    responses = run_file("generate", tiny_folder, write(tmp_path / "d.jsonl", rows))
+    assert [row["id"] for row in responses] == ["ids", "text", "chat", "one"]
+    for row, ids in zip(responses, [rows[0]["prompt_ids"]] * 3 + [[40]], strict=True):
         assert list(row) == ["id", "token_ids", "text"]
         assert row["token_ids"] == plain.greedy(ids, 12, chat.stop_ids)
         assert row["text"] == chat.tokenizer.decode([t for t in row["token_ids"] if t not in chat.stop_ids])

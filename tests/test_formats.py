@@ -120,9 +120,9 @@ asked = functools.partial(load, targets="after_user")
 @pytest.mark.parametrize("result", ["{[1]: 2}", "{'name': 'g', 'input_parameters': {'n'}}", "not found"])
 def test_api_bank_searches_that_found_no_tool_offer_none(file, result):
     head, _, _ = API_BANK["input"].partition("->")
-    (found,), (none,) = load(file(API_BANK)), load(file(API_BANK | {"input": f"{head}->{result}"}))
-    assert [tool["function"]["name"] for tool in found.tools] == ["ToolSearcher", "f"]
-    assert none.tools == found.tools[:1]
+    (some,), (none,) = load(file(API_BANK)), load(file(API_BANK | {"input": f"{head}->{result}"}))
+    assert [tool["function"]["name"] for tool in some.tools] == ["ToolSearcher", "f"]
+    assert none.tools == some.tools[:1]
     assert none.messages[-1] == {"role": "tool", "content": result}
 
 
@@ -408,7 +408,7 @@ def test_seal_tools_hides_the_gold_tool_among_the_distractors():
     catalogue = seal_tools_catalogue(map(seal_tools_entry, tools))
     rows = [{"id": f"r{i}", "query": "q", "calling": [{"api": "f0", "parameters": {}}]} for i in range(40)]
     names = [[tool["function"]["name"] for tool in from_seal_tools(row, catalogue)[0].tools] for row in rows]
-    assert {found.index("f0") for found in names} == {0, 1, 2, 3}
+    assert {offered.index("f0") for offered in names} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("key", ["api_name", "api_description", "field", "parameters", "required"])

@@ -73,8 +73,8 @@ def meaning(name: str) -> tuple[str, str] | None:
 
 
 def meanings(samples: list[Sample]) -> set[tuple[str, str]]:
-    found = {meaning(name) for sample in samples for name in tools_of(sample)}
-    return {pair for pair in found if pair is not None}
+    pairs = {meaning(name) for sample in samples for name in tools_of(sample)}
+    return {pair for pair in pairs if pair is not None}
 
 
 # The same ones, and each part its own ------------------------------------------------------------------------
@@ -137,13 +137,13 @@ def test_no_word_is_a_verb_twice_or_a_thing_twice() -> None:
 
 
 def test_parts_share_no_tool(corpora: dict[Part, list[Sample]]) -> None:
-    found = {part: meanings(corpora[part]) for part in PARTS if part not in ("pretraining", KNOWN)}
-    assert min(map(len, found.values())) > 100
-    for (a, one), (b, two) in itertools.combinations(found.items(), 2):
+    by_part = {part: meanings(corpora[part]) for part in PARTS if part not in ("pretraining", KNOWN)}
+    assert min(map(len, by_part.values())) > 100
+    for (a, one), (b, two) in itertools.combinations(by_part.items(), 2):
         assert not one & two, (a, b)
     every = {(verb, thing) for verb in VERBS.values() for thing in TASK_THINGS.values()}
-    assert set().union(*(found[part] for part in TASK if part != KNOWN)) <= every
-    assert {thing for _, thing in found["pretraining_test"]}.isdisjoint(TASK_THINGS.values())
+    assert set().union(*(by_part[part] for part in TASK if part != KNOWN)) <= every
+    assert {thing for _, thing in by_part["pretraining_test"]}.isdisjoint(TASK_THINGS.values())
 
 
 def test_the_known_part_has_the_tools_of_train_and_the_names_of_test(corpora: dict[Part, list[Sample]]) -> None:
@@ -172,7 +172,7 @@ def test_parts_share_no_made_up_name(corpora: dict[Part, list[Sample]]) -> None:
         for part, samples in corpora.items()
     }
     del words[KNOWN]  # its names are those of test
-    names = {part: found & NAMES for part, found in words.items()}
+    names = {part: used & NAMES for part, used in words.items()}
     assert min(map(len, names.values())) > 200
     for (a, one), (b, two) in itertools.combinations(names.items(), 2):
         assert not one & two, (a, b)
@@ -268,12 +268,12 @@ def test_later_turns_refer_back(corpora: dict[Part, list[Sample]], part: Part) -
 
 def test_the_task_is_said_in_other_words_more_often(corpora: dict[Part, list[Sample]]) -> None:
     def own_words(part: Part) -> float:
-        found = [
+        said = [
             call.name.replace("_", " a ") in sample.messages[-1]["content"]
             for sample in corpora[part]
             for call in calls_of(sample)
         ]
-        return sum(found) / len(found)
+        return sum(said) / len(said)
 
     for part in PARTS:
         expected = 0.6 if part.startswith("pretraining") else 0.5
@@ -328,10 +328,10 @@ def test_all_writers_golds_agree_by_the_reward(monkeypatch: pytest.MonkeyPatch, 
     tools = [sample.tools for sample in generate(part, 60)]
     for writer in WRITERS:
         monkeypatch.setattr(generated, "writer_of", lambda *_, writer=writer: writer)
-        for found, sample in zip(spellings, generate(part, 60), strict=True):
-            found.add(sample.target)
-    for offered, found in zip(tools, spellings, strict=True):
-        for gold, answer in itertools.permutations(found, 2):
+        for golds, sample in zip(spellings, generate(part, 60), strict=True):
+            golds.add(sample.target)
+    for offered, golds in zip(tools, spellings, strict=True):
+        for gold, answer in itertools.permutations(golds, 2):
             assert outcome(gold, answer, finished=True, tools=offered) == 1.0
     assert max(map(len, spellings)) >= 12
 

@@ -104,12 +104,12 @@ def assert_equal(made: Made, folder: Path) -> None:
 def test_several_processes_come_to_what_one_does(
     made: Made, tmp_path: Path, processes: list[Processes], count: int, mesh: str
 ):
-    found = iterate(processes, count, made, tmp_path / "run", mesh).end()
-    assert [code for code, *_ in found] == [0] * count, found
+    ended = iterate(processes, count, made, tmp_path / "run", mesh).end()
+    assert [code for code, *_ in ended] == [0] * count, ended
     assert_equal(made, tmp_path / "run")
     # Only the first reports, and nobody leaves anything behind.
-    assert "Done. Open" in found[0][2]
-    assert not any("evaluate base" in out + err or "iteration_1" in out + err for _, out, err in found[1:])
+    assert "Done. Open" in ended[0][2]
+    assert not any("evaluate base" in out + err or "iteration_1" in out + err for _, out, err in ended[1:])
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "run", made.folder)]
     assert {name for name in names[0] ^ names[1] if "weights" not in name} == set()
 
@@ -208,18 +208,18 @@ hosts.end(main.main(sys.argv[1:]))
 @pytest.mark.processes
 def test_who_stops_at_once_tells_the_others_first(tmp_path: Path, processes: list[Processes]):
     processes.append(Processes(2, tmp_path, code=ASKED))
-    found = processes[-1].end()
-    assert [code for code, *_ in found] == [75, 75], found
+    ended = processes[-1].end()
+    assert [code for code, *_ in ended] == [75, 75], ended
     assert time.monotonic() - processes[-1].started < 100  # JAX itself finds it after two minutes
 
 
 @pytest.mark.processes
 def test_a_mistake_of_ours_in_one_is_what_the_others_end_with(made: Made, tmp_path: Path, processes: list[Processes]):
     processes.append(Processes(2, tmp_path / "run", "--stage=iterate", *made.settings, "--mesh.data=0", code=WRONG))
-    found = processes[-1].end()
-    assert found[0][0] == hosts.LOST
-    assert "process 1 failed: python -m itool_jax.main: error: a mistake of ours" in found[0][2].splitlines()[-1]
-    assert "Traceback" in found[1][2]
+    ended = processes[-1].end()
+    assert ended[0][0] == hosts.LOST
+    assert "process 1 failed: python -m itool_jax.main: error: a mistake of ours" in ended[0][2].splitlines()[-1]
+    assert "Traceback" in ended[1][2]
 
 
 HANGING = """
@@ -254,15 +254,15 @@ def test_a_main_thread_that_hangs_in_a_training_is_named(made: Made, tmp_path: P
 
 @pytest.mark.processes
 def test_an_error_of_one_ends_all_with_its_line(made: Made, tmp_path: Path, processes: list[Processes]):
-    found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
-    assert {code for code, *_ in found} <= {2, hosts.LOST}  # each says its own line, or is faster to hear the other's
-    assert all("must all be used; set --mesh.data=0" in err.splitlines()[-1] for *_, err in found), found
+    ended = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=1").end()
+    assert {code for code, *_ in ended} <= {2, hosts.LOST}  # each says its own line, or is faster to hear the other's
+    assert all("must all be used; set --mesh.data=0" in err.splitlines()[-1] for *_, err in ended), ended
     (tmp_path / "run/data").mkdir(parents=True)
     (tmp_path / "run/data/card.json").write_text("{")
     (tmp_path / "run/config.yaml").write_text("seed: 0\n")
-    found = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=0").end()
-    assert {code for code, *_ in found} <= {2, hosts.LOST}
-    assert all("config.yaml is damaged" in err.splitlines()[-1] for *_, err in found), found
+    ended = iterate(processes, 2, made, tmp_path / "run", "--mesh.data=0").end()
+    assert {code for code, *_ in ended} <= {2, hosts.LOST}
+    assert all("config.yaml is damaged" in err.splitlines()[-1] for *_, err in ended), ended
 
 
 # Settings ---------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from itool_jax import config
+from itool_jax.store.across_hosts import Advance, by_row, map_across_hosts
 from itool_jax.store.cache import _State
-from itool_jax.store.spread import Advance, by_row, map_across_hosts
 from itool_jax.system import journal, preemption
 from itool_jax.system.journal import Journal
 from tests.conftest import REPOSITORY
@@ -162,7 +162,7 @@ import ctypes, os, signal, sys, threading
 from pathlib import Path
 from itool_jax import main
 from itool_jax.config import Config
-from itool_jax.store.spread import Advance, map_across_hosts
+from itool_jax.store.across_hosts import Advance, map_across_hosts
 from itool_jax.system import preemption
 
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)

@@ -119,16 +119,16 @@ def commands(line: str) -> list[list[str]]:
 @pytest.mark.parametrize("path", SBATCH, ids=lambda path: path.name)
 def test_sbatch_knows_what_a_script_asks_for(path: Path):
     lines = path.read_text().splitlines()
-    found = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     body = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert found
+    assert options
     assert not any(line.startswith("#SBATCH") for line in lines[body:])  # sbatch reads none after the first command
-    for line in found:
+    for line in options:
         name = re.fullmatch(r"--([a-z-]+)(=\S+)?", line)
         assert name, line
         assert name[1] in SBATCH_OPTIONS, line
-    assert {"--requeue", "--open-mode=append"} <= set(found)
-    assert any(re.fullmatch(r"--signal=TERM@\d+", line) for line in found)  # to the processes, not to the shell
+    assert {"--requeue", "--open-mode=append"} <= set(options)
+    assert any(re.fullmatch(r"--signal=TERM@\d+", line) for line in options)  # to the processes, not to the shell
 
 
 AGAIN = [(0, False), (2, False), (PREEMPTED, True), (LOST, True), (137, True)]
@@ -188,12 +188,12 @@ def test_the_processes_of_a_jobset_find_each_other(tmp_path: Path):
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == 2
     (container,) = spec["template"]["spec"]["containers"]
-    found = config.parse([argument.replace("$(PROCESS)", "1") for argument in container["args"]])
-    assert found.data == "/runs/it's 8 & more.jsonl"
+    parsed = config.parse([argument.replace("$(PROCESS)", "1") for argument in container["args"]])
+    assert parsed.data == "/runs/it's 8 & more.jsonl"
     name = jobset["metadata"]["name"]
     host = f"{name}-{job['name']}-0-0.{name}"  # the set's, the job's, the number of the job, that of its pod
-    assert found.distributed.coordinator_address == f"{host}:{container['ports'][0]['containerPort']}"
-    assert (found.distributed.num_processes, found.distributed.process_id) == (2, 1)
+    assert parsed.distributed.coordinator_address == f"{host}:{container['ports'][0]['containerPort']}"
+    assert (parsed.distributed.num_processes, parsed.distributed.process_id) == (2, 1)
     assert any(variable["name"] == "PROCESS" for variable in container["env"])
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}

@@ -174,16 +174,16 @@ def test_gradients_of_a_linear_layer_are_those_of_its_formula(rank: int) -> None
         return (nnx.merge(graph, params)(x) * weight).sum()
 
     with jax.default_matmul_precision("highest"):
-        found, d_x = jax.grad(loss, argnums=(0, 1))(params, jnp.asarray(x, jnp.float32))
+        gradient, d_x = jax.grad(loss, argnums=(0, 1))(params, jnp.asarray(x, jnp.float32))
     flat_x, flat_weight = x.reshape(8, 5), weight.reshape(8, 7)
     matrix, expected = np.asarray(params["kernel"], np.float64), {"kernel": flat_x.T @ flat_weight}
     if rank:
         a, b = (np.asarray(params[name], np.float64) for name in ("lora_a", "lora_b"))
         scale, matrix = 6.0 / rank, matrix + 6.0 / rank * a @ b
         expected |= {"lora_a": scale * flat_x.T @ flat_weight @ b.T, "lora_b": scale * (flat_x @ a).T @ flat_weight}
-    assert found.keys() == expected.keys()
+    assert gradient.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(gradient[name], value, rtol=0, atol=1e-4)
     np.testing.assert_allclose(d_x, weight @ matrix.T, rtol=0, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from itool_jax.system import messages
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.metrics import Metrics
 from itool_jax.system.progress import progress
 
@@ -34,7 +34,7 @@ def test_every_line_is_one_object_of_plain_json(tmp_path: Path) -> None:
 
 def test_messages_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     text = "[bold]no markup[/bold], and one line " + "however long " * 30
-    say(text)
+    log(text)
     out, err = capsys.readouterr()
     assert out == ""
     assert err == text + "\n"

@@ -18,7 +18,7 @@ from itool_jax.main import close_log, main, open_log
 from itool_jax.stages import evaluate, generate
 from itool_jax.store.cache import Step
 from itool_jax.system import hosts, messages, profiling, trackers
-from itool_jax.system.messages import say, working_on
+from itool_jax.system.messages import log, working_on
 from itool_jax.system.metrics import Metrics, attach_trackers, track_results
 from itool_jax.system.untrusted import redacted
 from tests.conftest import REPOSITORY, read, write
@@ -44,7 +44,7 @@ class Recorder:
 
 
 @pytest.fixture
-def log(tmp_path: Path):
+def opened(tmp_path: Path):
     """The log of a run directory, and what trackers got."""
     recorder = Recorder()
     messages.open_log(tmp_path)
@@ -56,12 +56,12 @@ def log(tmp_path: Path):
 # The log ----------------------------------------------------------------------------------------------------
 
 
-def test_the_log_holds_what_is_said_with_its_stage(log: Any):
-    path, _ = log
-    say("before")
+def test_the_log_holds_what_is_said_with_its_stage(opened: Any):
+    path, _ = opened
+    log("before")
     with working_on("warmup", "warmup"):
-        say("inside, [bold]as it is[/bold]")
-    say("behind")
+        log("inside, [bold]as it is[/bold]")
+    log("behind")
     rows = read(path)
     assert all(abs(row.pop("time") - time.time()) < 60 for row in rows)
     assert [list(row.values()) for row in rows] == [
@@ -117,7 +117,7 @@ def test_of_several_processes_the_first_one_reports(
     for index in (1, 0):
         monkeypatch.setattr(hosts._run, "index", index)
         open_log(Config(stage="warmup", run_dir=tmp_path))
-        say("hello")
+        log("hello")
         Metrics(tmp_path / "metrics.jsonl", "warmup").write(1, loss=1.0)
         close_log()
         assert sorted(p.name for p in tmp_path.iterdir()) == ([] if index else ["log.jsonl", "metrics.jsonl"])
@@ -126,7 +126,7 @@ def test_of_several_processes_the_first_one_reports(
 
 def test_asking_who_writes_starts_no_backend():
     code = (
-        "import jax; from itool_jax.system.messages import say; say('x'); from jax._src import xla_bridge as x; "
+        "import jax; from itool_jax.system.messages import log; log('x'); from jax._src import xla_bridge as x; "
         "assert not x.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -135,8 +135,8 @@ def test_asking_who_writes_starts_no_backend():
 # Trackers ---------------------------------------------------------------------------------------------------
 
 
-def test_trackers_get_steps_by_phase_and_figures_by_stage(log: Any):
-    path, recorder = log
+def test_trackers_get_steps_by_phase_and_figures_by_stage(opened: Any):
+    path, recorder = opened
     Metrics(path.parent / "metrics.jsonl", "iteration_2").write(7, loss=0.5, norm=float("nan"))
     for phase in ("base", "warmup", "iteration_2"):
         results = {"accuracy": {"overall": 0.5, "hard": None}, "pairs": 3, "weights": "digest", "whole": True}
@@ -201,12 +201,12 @@ def test_tensorboard_reads_the_run(observed: Path):
     printed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READ_EVENTS, observed / "tensorboard"], check=True, capture_output=True
     ).stdout
-    found = json.loads(printed.splitlines()[-1])
+    curves = json.loads(printed.splitlines()[-1])
     rows = read(observed / "metrics.jsonl")
-    assert [step for step, _ in found["warmup/loss"]] == [row["step"] for row in rows]
-    assert [value for _, value in found["warmup/loss"]] == pytest.approx([row["loss"] for row in rows])
+    assert [step for step, _ in curves["warmup/loss"]] == [row["step"] for row in rows]
+    assert [value for _, value in curves["warmup/loss"]] == pytest.approx([row["loss"] for row in rows])
     figures = json.loads((observed / "warmup/warmup.json").read_text())
-    assert found["warmup/samples"] == [[1, figures["samples"]]]
+    assert curves["warmup/samples"] == [[1, figures["samples"]]]
 
 
 @pytest.mark.skipif(not EXTRAS["wandb"], reason="needs wandb")

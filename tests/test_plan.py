@@ -69,12 +69,12 @@ def test_a_training_step_takes_what_is_planned(made: Made):
     loss = train.sft_loss(training_graph(config, dropout=True))
     given = (loss, optimizer, 2, state, base, batch, jax.random.key(0), np.float32(1))
     compiled = train.train_step.lower(*given).compile()
-    found: Any = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     need = memory.training(None, model, config.lora, 2, rows, width)
     held = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (base, state.trainable, state.optimizer)]
     assert [need.weights, need.adapters, need.optimizer] == held
-    assert need.temporaries == pytest.approx(found.temp_size_in_bytes, rel=0.1)
-    assert need.arguments == pytest.approx(found.argument_size_in_bytes, rel=0.1)
+    assert need.temporaries == pytest.approx(analysis.temp_size_in_bytes, rel=0.1)
+    assert need.arguments == pytest.approx(analysis.argument_size_in_bytes, rel=0.1)
     before = sum(x.nbytes for x in jax.live_arrays())
     new, _ = train.train_step(*given)
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 0.1 * need.total + 1e4
@@ -136,13 +136,13 @@ def test_few_layers_stand_for_many(tmp_path: Path):
     asked: list[int] = []
     model = dataclasses.replace(tiny.model_config(tmp_path), n_layers=80)
 
-    def sized(x: int, temporaries: int) -> memory.Need:
-        return memory.Need(x, x, x, x, x, temporaries, 0)
+    def sized(x: int, temporaries: int) -> memory.MemoryEstimate:
+        return memory.MemoryEstimate(x, x, x, x, x, temporaries, 0)
 
     def program(start: int, layer: int) -> memory.Program:
         asked.clear()
 
-        def need(model: Any) -> memory.Need:
+        def need(model: Any) -> memory.MemoryEstimate:
             asked.append(model.n_layers)
             return sized(10 * model.n_layers, max(start, layer * model.n_layers))
 
@@ -192,8 +192,8 @@ def test_the_plan_is_what_the_run_did(made: Made, roomy: Row):
 
 
 def test_a_run_without_a_held_out_part_is_planned_without_its_evaluation(made: Made, tmp_path: Path):
-    found = planned(made, tmp_path, "--plan.device=h100", "--samples.test_share=0", "--iterations=0")
-    assert [row["stage"] for row in found["stages"]] == ["warmup"]
+    result = planned(made, tmp_path, "--plan.device=h100", "--samples.test_share=0", "--iterations=0")
+    assert [row["stage"] for row in result["stages"]] == ["warmup"]
 
 
 def test_the_largest_sizes_fit_where_there_is_room(made: Made, roomy: Row):

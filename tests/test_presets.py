@@ -128,8 +128,8 @@ def expected() -> dict[str, Any]:
 
 
 def test_the_paper_has_the_values_of_the_method() -> None:
-    found = resolved("paper_v1")
-    assert {name: found[name] for name in expected()} == expected()
+    preset = resolved("paper_v1")
+    assert {name: preset[name] for name in expected()} == expected()
 
 
 def test_the_paper_writes_out_every_value_so_that_defaults_cannot_change_it() -> None:
@@ -180,9 +180,9 @@ XIE = {
 @pytest.mark.parametrize(("name", "values"), [("official_repo", OFFICIAL), ("xie2024", XIE)])
 def test_the_presets_of_others_set_what_can_be_set(name: str, values: dict[str, Any]) -> None:
     assert given(name).items() >= values.items()
-    found = resolved(f"paper,{name}")
-    assert {key: found[key] for key in values} == values
-    assert (found["data"], found["pairs.require"]) == ("hf:Team-ACE/ToolACE", "gap")
+    preset = resolved(f"paper,{name}")
+    assert {key: preset[key] for key in values} == values
+    assert (preset["data"], preset["pairs.require"]) == ("hf:Team-ACE/ToolACE", "gap")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from itool_jax.inference import sampler
-from itool_jax.store.spread import planned
+from itool_jax.store.across_hosts import planned
 from itool_jax.system import messages
 from itool_jax.system import progress as module
 from itool_jax.system.progress import Batch, Clock, current_work, progress

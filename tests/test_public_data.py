@@ -79,13 +79,13 @@ def test_toolrl_targets_are_the_published_calls():
 
 def test_api_bank_offers_the_tools_that_searches_found():
     samples = load(shared_path("data/api_bank/lv3-api-train.json.gz"))
-    found = [sample for sample in samples if len(sample.tools) > 1]
-    assert len(found) == 517
+    searched = [sample for sample in samples if len(sample.tools) > 1]
+    assert len(searched) == 517
     known = 0
-    for sample in found:
+    for sample in searched:
         calls = read_calls(sample.target) or []
         known += calls[0].name in {tool["function"]["name"] for tool in sample.tools}
-    assert known / len(found) > 0.95
+    assert known / len(searched) > 0.95
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_codes_and_error_are_those_of_bitsandbytes(n_in: int, n_out: int) -> Non
 
 @pytest.mark.parametrize(("n_in", "n_out"), SHAPES)
 def test_bytes_a_weight(n_in: int, n_out: int) -> None:
-    found = quantize.quantize(jnp.asarray(kernel(n_in, n_out)))
-    assert sum(leaf.nbytes for leaf in found) / (n_in * n_out) < 0.5171
-    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in quantize.zeros(n_in, n_out)]
+    packed = quantize.quantize(jnp.asarray(kernel(n_in, n_out)))
+    assert sum(leaf.nbytes for leaf in packed) / (n_in * n_out) < 0.5171
+    assert [(x.shape, x.dtype) for x in packed] == [(x.shape, x.dtype) for x in quantize.zeros(n_in, n_out)]
 
 
 def test_widths_that_blocks_do_not_divide_and_blocks_of_zeros() -> None:
@@ -77,9 +77,9 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights_and_trains(tm
         plain["layers"][name]["kernel"] = unpack(quantize.Codes(**layers[name]["kernel"]))
     rows = [([5, 6, 7], [8, 9, 10]), ([4] * 20, [11, 12])]
     batch = collate(rows, 128, 2)
-    found = score(*Policy(abstract(config)[0], params), batch)
+    scores = score(*Policy(abstract(config)[0], params), batch)
     expected = score(*Policy(abstract(hf.load(folder)[0])[0], plain), batch)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
     lora = LoraSettings(rank=4)
     graph, shapes, _ = abstract(config, lora)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)

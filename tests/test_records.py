@@ -121,13 +121,13 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path, linked):
     pipe, link = tmp_path / "pipe.jsonl", tmp_path / "link.jsonl"
     os.mkfifo(pipe)
     link.symlink_to(pipe)
-    found = []
-    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    contents = []
+    reader = threading.Thread(target=lambda: contents.append(pipe.read_bytes()), daemon=True)
     reader.start()
     assert write_jsonl(link if linked else pipe, ROWS) == 2
     assert pipe.is_fifo()
     reader.join(timeout=20)
-    assert [json.loads(line) for line in found[0].split(b"\n")[:-1]] == ROWS
+    assert [json.loads(line) for line in contents[0].split(b"\n")[:-1]] == ROWS
 
 
 def test_equal_rows_give_equal_bytes_even_gzipped(tmp_path):

@@ -77,9 +77,9 @@ def test_mixed_texts_are_taken_apart_from_mixed_calls() -> None:
 )
 def test_items_are_left_out_until_the_share_is_within_the_margin(texts: int, calls: int, kept: tuple[int, int]) -> None:
     items = [(f"text {i}", True) for i in range(texts)] + [(f"call {i}", False) for i in range(calls)]
-    found = replay.keep_share(items, 0.15, 0.05, seed=3)
-    assert tuple(sum(id_.startswith(kind) for id_ in found) for kind in ("text", "call")) == kept
-    assert replay.keep_share(shuffled(items), 0.15, 0.05, seed=3) == found
+    left = replay.keep_share(items, 0.15, 0.05, seed=3)
+    assert tuple(sum(id_.startswith(kind) for id_ in left) for kind in ("text", "call")) == kept
+    assert replay.keep_share(shuffled(items), 0.15, 0.05, seed=3) == left
 
 
 # Split ------------------------------------------------------------------------------------------------------

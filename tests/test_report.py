@@ -37,9 +37,9 @@ def of(folder: Path, **settings: Any) -> Config:
 
 def embedded_json(text: str, name: str) -> Any:
     """What a script element of the page holds."""
-    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
 
 
 # What it holds ------------------------------------------------------------------------------------------------
@@ -47,38 +47,38 @@ def embedded_json(text: str, name: str) -> Any:
 
 def test_a_finished_run_has_left_its_report(made: Made):
     text = (made.folder / "report.html").read_text()
-    found = embedded_json(text, "report")
-    assert found["title"] == made.folder.name
-    assert found["summary"]["finished"]
-    assert found["phases"] == PHASES
-    assert text.count('id="tree-') - text.count('id="tree-list"') - text.count('id="tree-co') >= len(found["trees"])
+    content = embedded_json(text, "report")
+    assert content["title"] == made.folder.name
+    assert content["summary"]["finished"]
+    assert content["phases"] == PHASES
+    assert text.count('id="tree-') - text.count('id="tree-list"') - text.count('id="tree-co') >= len(content["trees"])
 
 
 @pytest.fixture(scope="module")
-def found(made: Made) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def shown(made: Made) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     content, trees = report.content(of(made.folder))
     return content, [json.loads(tree) for tree in trees]
 
 
-def test_its_figures_are_those_of_the_summary(found: Any, made: Made):
+def test_its_figures_are_those_of_the_summary(shown: Any, made: Made):
     summary = json.loads((made.folder / "summary.json").read_text())
-    for row, phase in zip(found[0]["evaluation"]["phases"], summary["phases"], strict=True):
+    for row, phase in zip(shown[0]["evaluation"]["phases"], summary["phases"], strict=True):
         assert (row["phase"], row["accuracy"], row["n"]) == (phase["name"], phase["accuracy"], phase["n"])
         for name, bounds in row["interval"].items():
             assert bounds is None or bounds[0] <= row["accuracy"][name] <= bounds[1]
-    assert found[0]["evaluation"]["comparisons"] == summary["comparisons"]
-    assert [row["pairs"] for row in found[0]["searches"]] == [row["pairs"] for row in summary["search"]]
+    assert shown[0]["evaluation"]["comparisons"] == summary["comparisons"]
+    assert [row["pairs"] for row in shown[0]["searches"]] == [row["pairs"] for row in summary["search"]]
 
 
-def test_settings_that_differ_are_marked(found: Any):
-    rows = {row["name"]: row for row in found[0]["settings"]}
+def test_settings_that_differ_are_marked(shown: Any):
+    rows = {row["name"]: row for row in shown[0]["settings"]}
     assert rows["search.breadth"] == {"name": "search.breadth", "value": 2, "default": 3, "differs": True}
     assert not rows["seed"]["differs"]
     assert "output" not in rows
 
 
-def test_every_tree_and_pair_of_the_run_is_there(found: Any, made: Made):
-    content, trees = found
+def test_every_tree_and_pair_of_the_run_is_there(shown: Any, made: Made):
+    content, trees = shown
     phases = [f"iteration_{n + 1}" for n in range(ITERATIONS)]
     rows = [(phase, row) for phase in phases for row in read(made.folder / phase / "trees.jsonl")]
     assert [(entry["phase"], entry["id"]) for entry in content["trees"]] == [(phase, row["id"]) for phase, row in rows]
@@ -91,8 +91,8 @@ def test_every_tree_and_pair_of_the_run_is_there(found: Any, made: Made):
     assert sum(len(tree["pairs"]) for tree in trees) == len(pairs)
 
 
-def test_examples_hold_answers_of_every_phase(found: Any, made: Made):
-    examples = found[0]["examples"]
+def test_examples_hold_answers_of_every_phase(shown: Any, made: Made):
+    examples = shown[0]["examples"]
     rows = {row["id"]: row for row in read(made.folder / "warmup/evaluation_test_all.jsonl")}
     assert {row["id"] for row in examples["samples"]} == set(rows)
     for sample in examples["samples"]:
@@ -102,9 +102,9 @@ def test_examples_hold_answers_of_every_phase(found: Any, made: Made):
     assert sum(examples["kinds"]["warmup"].values()) == wrong
 
 
-def test_curves_hold_every_step_of_a_short_training(found: Any, made: Made):
+def test_curves_hold_every_step_of_a_short_training(shown: Any, made: Made):
     rows = [row for row in read(made.folder / "metrics.jsonl") if row["stage"] == "warmup"]
-    curve = next(row for row in found[0]["training"] if row["phase"] == "warmup")
+    curve = next(row for row in shown[0]["training"] if row["phase"] == "warmup")
     assert curve["steps"] == [row["step"] for row in rows]
     assert curve["curves"]["loss"] == [row["loss"] for row in rows]
 
@@ -116,8 +116,8 @@ def test_long_trainings_are_thinned_out_and_end_where_they_end(tmp_path: Path):
     assert (curve["steps"][-1], curve["n_steps"]) == (5000, 5000)
 
 
-def test_perplexity_before_and_after_is_of_the_same_samples(found: Any, made: Made):
-    first, last = found[0]["perplexity"]
+def test_perplexity_before_and_after_is_of_the_same_samples(shown: Any, made: Made):
+    first, last = shown[0]["perplexity"]
     rows = read(made.folder / "iteration_1/scores.jsonl")
     searched = [row["perplexity"] for row in rows if row["rank"] is not None]
     assert (first["before"]["n"], first["after"]["n"], first["all"]["n"]) == (len(searched), len(searched), len(rows))
@@ -335,8 +335,8 @@ def test_a_browser_that_goes_away_and_a_file_that_nobody_expected_end_nothing(
     monkeypatch.setattr(report_data, "find", lambda _: {}["no such key"])
     with (folder / "log.jsonl").open("a") as file:
         file.write("{}\n")
-    found = json.loads(get(f"{address}/report.json")[1])
-    assert (found["error"], found["phases"]) == ("'no such key'", PHASES)
+    content = json.loads(get(f"{address}/report.json")[1])
+    assert (content["error"], content["phases"]) == ("'no such key'", PHASES)
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -117,10 +117,10 @@ def click(browser: Any, selector: str) -> None:
 
 def wait(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
-    return found
+    return value
 
 
 def test_parts_are_drawn_and_reached_by_links(browser: Any, shown: Path):

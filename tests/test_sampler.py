@@ -123,53 +123,53 @@ class Expected(NamedTuple):
 
 
 def reference(
-    setup: Setup, limits: Sequence[int], whole: Sequence[bool], choose: Callable[[int, int, np.ndarray], int]
+    setup: Setup, limits: Sequence[int], until_stop_B: Sequence[bool], choose: Callable[[int, int, np.ndarray], int]
 ) -> Expected:
     """A step a row, without cache, loop or table in the device: `choose(row, t, log_probs)` picks tokens."""
-    found = Expected([[] for _ in ROWS], [0.0] * B, [""] * B)
+    expected = Expected([[] for _ in ROWS], [0.0] * B, [""] * B)
     for t in range(T):
-        log_probs_BV = log_softmax(uncached(setup.policy, [r + x for r, x in zip(ROWS, found.tokens, strict=True)]))
+        log_probs_BV = log_softmax(uncached(setup.policy, [r + x for r, x in zip(ROWS, expected.tokens, strict=True)]))
         for b in range(B):
-            if found.ends[b] or not limits[b]:
+            if expected.ends[b] or not limits[b]:
                 continue
             token = choose(b, t, log_probs_BV[b])
-            found.tokens[b].append(token)
-            found.log_probs[b] += log_probs_BV[b, token]
-            response = RESPONSES[b] + found.tokens[b]
+            expected.tokens[b].append(token)
+            expected.log_probs[b] += log_probs_BV[b, token]
+            response = RESPONSES[b] + expected.tokens[b]
             # A step has ended where any further token would begin another.
             more = len(split_steps(setup.table, [*response, NAME])) > len(split_steps(setup.table, response))
             if token == STOP:
-                found.ends[b] = "stop"
-            elif more and not whole[b]:
-                found.ends[b] = "boundary"
+                expected.ends[b] = "stop"
+            elif more and not until_stop_B[b]:
+                expected.ends[b] = "boundary"
             elif t + 1 == limits[b]:
-                found.ends[b] = "limit"
-    return found
+                expected.ends[b] = "limit"
+    return expected
 
 
 # Steps ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("limits", "whole"),
+    ("limits", "until_stop_B"),
     [([T] * B, [False] * B), ([T] * B, [True] * B), ([0, 1, 2, 3, 4, 5], [False, True] * 3)],
     ids=["steps", "whole", "limits"],
 )
-def test_greedy_equals_uncached_argmax(setup: Setup, limits: list[int], whole: list[bool]) -> None:
-    steps = sample(setup, temperature=0.0, limit_B=limits, until_stop_B=whole)
-    expected = reference(setup, limits, whole, lambda b, t, log_probs: int(log_probs.argmax()))
+def test_greedy_equals_uncached_argmax(setup: Setup, limits: list[int], until_stop_B: list[bool]) -> None:
+    steps = sample(setup, temperature=0.0, limit_B=limits, until_stop_B=until_stop_B)
+    expected = reference(setup, limits, until_stop_B, lambda b, t, log_probs: int(log_probs.argmax()))
     assert tokens_of(steps) == expected.tokens
     np.testing.assert_allclose(steps.log_prob_B, expected.log_probs, rtol=0, atol=1e-4)
     assert steps.stopped_B.tolist() == [end == "stop" for end in expected.ends]
 
 
 def test_sampled_steps_end_where_they_should(setup: Setup) -> None:
-    limits, whole = [T, T, 3, T, T, 2], [False, False, False, False, True, False]
+    limits, until_stop_B = [T, T, 3, T, T, 2], [False, False, False, False, True, False]
     ends = []
     for seed in range(12):
-        steps = sample(setup, keys=seed, limit_B=limits, until_stop_B=whole)
+        steps = sample(setup, keys=seed, limit_B=limits, until_stop_B=until_stop_B)
         tokens = tokens_of(steps)
-        expected = reference(setup, limits, whole, lambda b, t, _, tokens=tokens: (tokens[b] + [STOP] * T)[t])
+        expected = reference(setup, limits, until_stop_B, lambda b, t, _, tokens=tokens: (tokens[b] + [STOP] * T)[t])
         assert tokens == expected.tokens
         np.testing.assert_allclose(steps.log_prob_B, expected.log_probs, rtol=0, atol=1e-4)
         assert steps.stopped_B.tolist() == [end == "stop" for end in expected.ends]
@@ -188,18 +188,18 @@ def test_a_given_step_is_scored_as_the_uncached_model_does(setup: Setup) -> None
     crossing = [ONE, CLOSE_ALL, FULL_STOP, NAME, ONE]  # goes on after the end of its list
     given = [[NAME], crossing, [], [NAME], [STOP], [NAME, ONE, STOP]]
     params, _, prefix, path_PS, length_P = inputs(setup, EACH_PROMPT, RESPONSES)
-    found = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, *pad(given, T))
+    actual = sampler.score_step(setup.policy.graph, params, prefix, path_PS, length_P, *pad(given, T))
     scored = scores(setup, list(zip(ROWS, given, strict=True)))
-    np.testing.assert_allclose(found, scored, rtol=0, atol=1e-4)
-    assert found[2] == 0
+    np.testing.assert_allclose(actual, scored, rtol=0, atol=1e-4)
+    assert actual[2] == 0
 
 
 def test_rows_that_share_a_path_are_as_each_alone(setup: Setup) -> None:
     keys = jax.random.split(jax.random.key(9), 3 * B)
-    whole = np.arange(3 * B) % 3 == 0
-    together = sample(setup, keys=keys, limit_B=np.full(3 * B, T), until_stop_B=whole)
+    until_stop_B = np.arange(3 * B) % 3 == 0
+    together = sample(setup, keys=keys, limit_B=np.full(3 * B, T), until_stop_B=until_stop_B)
     for w in range(3):
-        alone = sample(setup, keys=keys[w::3], until_stop_B=whole[w::3])
+        alone = sample(setup, keys=keys[w::3], until_stop_B=until_stop_B[w::3])
         assert tokens_of(alone) == tokens_of(together)[w::3]
         np.testing.assert_allclose(alone.log_prob_B, together.log_prob_B[w::3], rtol=0, atol=1e-4)
     assert len({tuple(row) for row in tokens_of(together)}) > B

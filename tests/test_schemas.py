@@ -135,8 +135,8 @@ def test_wrong_tools_are_named(tools, reason):
 def test_tools_are_found_inside_a_text(write):
     tools = [{"name": "f", "description": "it's [a] {b}", "ok": True}]
     text = f"Answer as [func(x=1)].\nTools: {write(tools)}"
-    found, start, end = tools_inside(text)
-    assert found == tools
+    inside, start, end = tools_inside(text)
+    assert inside == tools
     assert text[start:end] == write(tools)
     for nothing in ("no list [x] here, nor [{here}]", "[{[1]: 2}]"):
         assert tools_inside(nothing)[0] == []

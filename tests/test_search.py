@@ -141,11 +141,11 @@ class Toy:
     def proposal(self, state: State) -> list[Step]:
         steps = [self.step(state, w) for w in range(self.settings.breadth)]
         self.sampled += sum(map(len, steps))
-        found = [
+        proposed = [
             Step(step, self.log_prob(state.problem, state.response, step), step[-1] == STOP, len(step) < state.limit)
             for step in [*steps, *([state.gold_step] if state.gold_step else [])]
         ]
-        return [step._replace(sampled=i < len(steps)) for i, step in enumerate(found)]
+        return [step._replace(sampled=i < len(steps)) for i, step in enumerate(proposed)]
 
     def log_prob(self, problem: int, response: list[int], step: list[int]) -> float:
         return -self.random(problem, response, step).random() * (len(step) + 1)

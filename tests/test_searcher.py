@@ -128,8 +128,8 @@ class Shapes(ModelPolicy):
             return bucket(max(len(state.response) for state in some), PATH_BUCKET)
 
         gold = [state for state in states if state.gold_step]
-        room = max(10 if state.until_stop else 6 for state in states)
-        self.shapes["sample_step"].add((self.prompts.width, size(states), path(states), room))
+        token_budget = max(10 if state.until_stop else 6 for state in states)
+        self.shapes["sample_step"].add((self.prompts.width, size(states), path(states), token_budget))
         if gold:
             self.shapes["score_step"].add((self.prompts.width, size(gold), path(gold), OWN_BUCKET))
         return super().propose(states)
@@ -419,11 +419,11 @@ def test_own_answers_are_counted_whatever_is_sampled_beside_them(setup: Setup) -
         given = setup.policy, setup.base, setup.table, items, settings, jax.random.key(1)
         return tiny.in_order(draws.count_right(*given))
 
-    found = counts(items)
-    assert found[2:] == [0, 0]
-    assert 0 < sum(found) < 32
-    assert counts(items[::-1], batch=1) == found[::-1]
-    assert sum(counts(items, n=1)) <= sum(found)
+    counted = counts(items)
+    assert counted[2:] == [0, 0]
+    assert 0 < sum(counted) < 32
+    assert counts(items[::-1], batch=1) == counted[::-1]
+    assert sum(counts(items, n=1)) <= sum(counted)
 
 
 @pytest.mark.parametrize("is_probability", [True, False])

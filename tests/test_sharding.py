@@ -15,7 +15,7 @@ from itool_jax.inference.sampler import GenerateSettings, Policy, generate, targ
 from itool_jax.mcts.policy import ModelPolicy, Searched
 from itool_jax.mcts.search import SearchSettings, search
 from itool_jax.mcts.value import SelfEvaluationSettings
-from itool_jax.model import forms, hf, sharding
+from itool_jax.model import hf, sharding, stacking
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.lora import initialize_adapters, merge_adapters
 from itool_jax.model.sharding import MeshSettings, use_mesh
@@ -71,16 +71,16 @@ def everything(folder: Path) -> dict[str, Any]:
     """Losses of every kind of training, scores, responses and search trees, on the mesh in use."""
     config, base = hf.load(folder, stacked=False)
     trained = {kind: train_on(kind, folder) for kind in KINDS}
-    found: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
-    adapters = forms.to_run(trained["sft"][1].trainable)
+    results: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
+    adapters = stacking.to_run(trained["sft"][1].trainable)
     policy = Policy(abstract(config)[0], merge_adapters(base, adapters, LORA))
-    found["scores"] = tiny.in_order(target_log_probs(policy, ROWS, 1024))
+    results["scores"] = tiny.in_order(target_log_probs(policy, ROWS, 1024))
     chat = Chat(load_tokenizer(str(folder)))
     table = build_step_table(chat.tokenizer, "sentence", config.vocab_size, chat.stop_ids)
     prompts = [(str(i), prompt) for i, (prompt, _) in enumerate(ROWS)]
     for temperature in (0.0, 1.0):
         settings = GenerateSettings(max_tokens=8, temperature=temperature, tokens_per_batch=1024)
-        found[f"responses at {temperature}"] = tiny.in_order(generate(policy, table, prompts, settings, 1024, 0))
+        results[f"responses at {temperature}"] = tiny.in_order(generate(policy, table, prompts, settings, 1024, 0))
     settings = SearchSettings(
         n_simulations=6, breadth=3, max_depth=2, max_step_tokens=6, max_last_step_tokens=6, batch=4
     )
@@ -91,8 +91,8 @@ def everything(folder: Path) -> dict[str, Any]:
     model = ModelPolicy(
         Policy(policy.graph, base), chat, config.max_length, table, batch, settings, SelfEvaluationSettings(), 0
     )
-    found["trees"] = search(model.problems, model, settings)
-    return found
+    results["trees"] = search(model.problems, model, settings)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,9 @@ def alone(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any], shape: tuple[int, int, int]) -> None:
     with use_mesh(settings_of(shape)):
-        found = everything(folder)
-    worst = {kind: max(abs(np.divide(found[kind], alone[kind]) - 1)) for kind in (*KINDS, "scores")}
-    pairs = list(zip(found["trees"], alone["trees"], strict=True))
+        meshed = everything(folder)
+    worst = {kind: max(abs(np.divide(meshed[kind], alone[kind]) - 1)) for kind in (*KINDS, "scores")}
+    pairs = list(zip(meshed["trees"], alone["trees"], strict=True))
     worst["search"] = max(
         np.abs(getattr(one.tree, name) - getattr(expected.tree, name)).max()
         for name in ("q_value_N", "prior_N")
@@ -118,7 +118,7 @@ def test_a_mesh_gives_what_one_device_gives(folder: Path, alone: dict[str, Any],
         assert alone[kind][2] < alone[kind][0] - 0.01
     # The same decisions: whole responses, and in trees every step and visit.
     for temperature in (0.0, 1.0):
-        assert found[f"responses at {temperature}"] == alone[f"responses at {temperature}"]
+        assert meshed[f"responses at {temperature}"] == alone[f"responses at {temperature}"]
     for one, expected in pairs:
         for name in ("children_NW", "visit_count_N", "terminal_N"):
             np.testing.assert_array_equal(getattr(one.tree, name), getattr(expected.tree, name))
@@ -165,8 +165,8 @@ def test_weights_lie_where_the_table_says(folder: Path, tmp_path: Path, shape: t
 def test_the_table(path: tuple[str, ...], shape: tuple[int, ...], spec: P) -> None:
     mesh = sharding.make_mesh(MeshSettings(fsdp=4, tensor=2))
     keys = tuple(jax.tree_util.DictKey(name) for name in path)
-    found = sharding.spec_of(keys, shape, mesh)
-    assert tuple(found) + (None,) * (len(shape) - len(found)) == tuple(spec) + (None,) * (len(shape) - len(spec))
+    actual = sharding.spec_of(keys, shape, mesh)
+    assert tuple(actual) + (None,) * (len(shape) - len(actual)) == tuple(spec) + (None,) * (len(shape) - len(spec))
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_no_part_of_a_weight_is_read_twice(
     read = hf._read
 
     def counted(*arguments: Any) -> np.ndarray:
-        found = read(*arguments)
-        sizes.append(found.size)
-        return found
+        piece = read(*arguments)
+        sizes.append(piece.size)
+        return piece
 
     monkeypatch.setattr(hf, "_read", counted)
     with use_mesh(settings_of(shape)):

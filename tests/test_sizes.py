@@ -33,12 +33,12 @@ def configured(made: Made, folder: Path, *changes: str) -> Config:
 @pytest.fixture(scope="module")
 def needs(made: Made) -> Callable[[str, int], float]:
     """Bytes of a size, in the shared run."""
-    found: dict[tuple[str, int], float] = {}
+    known: dict[tuple[str, int], float] = {}
 
     def need(name: str, size: int) -> float:
-        if (name, size) not in found:
-            found[name, size] = sizes.need_of(Run(configured(made, made.folder)), name)(size)
-        return found[name, size]
+        if (name, size) not in known:
+            known[name, size] = sizes.need_of(Run(configured(made, made.folder)), name)(size)
+        return known[name, size]
 
     return need
 
@@ -60,11 +60,11 @@ def test_the_largest_that_fits_is_found_with_few_compilations():
             return fixed + size**power
 
         fitting = [size for size in candidates if fixed + size**power <= bound]
-        found, tried = memory.largest(candidates, need, bound)
-        assert found == max(fitting, default=1)
+        largest, tried = memory.largest(candidates, need, bound)
+        assert largest == max(fitting, default=1)
         assert list(tried) == asked
-        assert found in tried
-        assert len(asked) <= (1 if found == candidates[-1] else 5)
+        assert largest in tried
+        assert len(asked) <= (1 if largest == candidates[-1] else 5)
         assert len(set(asked)) == len(asked)
 
 
@@ -73,7 +73,7 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert memory.largest(list(needs), needs.__getitem__, 40)[0] == 2
     assert memory.largest(list(needs), needs.__getitem__, 5)[0] == 1
 
-    def refuse(size: int) -> memory.Need:
+    def refuse(size: int) -> memory.MemoryEstimate:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm" * (size > 1))
 
     assert sizes.total(refuse)(2) == float("inf")

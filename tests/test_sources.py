@@ -60,12 +60,12 @@ def test_a_conversation_gives_its_last_turn_or_every_turn_or_those_after_a_user_
     ]
     path = file({"id": "c", "messages": conversation})
     assert [sample.target for sample in read_samples(path, need_target=True)] == ["three"]
-    found = {
+    by_targets = {
         targets: [(sample.id, sample.target, len(sample.messages)) for sample in load(path, targets=targets)]
         for targets in ("after_user", "all")
     }
-    assert found["after_user"] == [("c", "one", 1), ("c/2", "three", 5)]
-    assert found["all"] == [("c", "one", 1), ("c/1.2", "two", 3), ("c/2", "three", 5)]
+    assert by_targets["after_user"] == [("c", "one", 1), ("c/2", "three", 5)]
+    assert by_targets["all"] == [("c", "one", 1), ("c/1.2", "two", 3), ("c/2", "three", 5)]
     assert [sample.id for sample in load(path)] == ["c", "c/1.2", "c/2"]
 
 

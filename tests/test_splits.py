@@ -83,11 +83,11 @@ def test_benchmarks_are_looked_for_among_the_training_samples(
     shared = f"overlap of {more} with train: 8 of 9 questions (b0, b1, b2, b3, b4, …), 0 near duplicates; "
     assert f"{shared}1 of 3 samples with tools list one" in err
     assert f"overlap of {bfcl}" not in err
-    found = json.loads((tmp_path / "run/data/card.json").read_text())
-    assert found["parts"]["train"]["samples"] == len(trained)
-    assert found["benchmarks"][str(bfcl)]["questions"] == 0
-    assert found["benchmarks"][str(more)]["questions"] == 8
-    assert found["benchmarks"][str(more)]["question_ids"] == [*(f"b{i}" for i in range(7)), "other/2"]
+    saved_card = json.loads((tmp_path / "run/data/card.json").read_text())
+    assert saved_card["parts"]["train"]["samples"] == len(trained)
+    assert saved_card["benchmarks"][str(bfcl)]["questions"] == 0
+    assert saved_card["benchmarks"][str(more)]["questions"] == 8
+    assert saved_card["benchmarks"][str(more)]["question_ids"] == [*(f"b{i}" for i in range(7)), "other/2"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_near_duplicates_are_found_by_their_runs_of_words() -> None:
 
     text = "please find me a cheap direct flight from Oslo to Rome on the third of May for two adults"
     train = [asking("other", "what is the weather like in Rome today", "weather"), asking("t", text, "find_flight")]
-    found = overlap(
+    report = overlap(
         train,
         {
             "test": [
@@ -208,9 +208,9 @@ def test_near_duplicates_are_found_by_their_runs_of_words() -> None:
             ]
         },
     )["test"]
-    assert found["question_ids"] == ["same"]
-    assert found["near_question_ids"] == {"near": "t"}
-    assert (found["questions"], found["near_questions"], found["known_tools"]) == (1, 1, ["findflight"])
+    assert report["question_ids"] == ["same"]
+    assert report["near_question_ids"] == {"near": "t"}
+    assert (report["questions"], report["near_questions"], report["known_tools"]) == (1, 1, ["findflight"])
 
 
 def test_near_duplicates_are_all_that_comparing_every_pair_finds() -> None:
@@ -218,10 +218,10 @@ def test_near_duplicates_are_all_that_comparing_every_pair_finds() -> None:
     words = [f"w{i}" for i in range(6)]
     texts = [" ".join(random.choice(words, size=random.integers(1, 9))) for _ in range(150)]
     near = card._NearDuplicates({text: str(i) for i, text in enumerate(dict.fromkeys(texts[:100]))})
-    found = 0
+    n_similar = 0
     for text in texts[100:]:
         runs = card._runs(text)
         similar = [name for name, other in near.questions if len(runs & other) >= card.NEAR * len(runs | other)]
         assert near.find(text) == (similar[0] if similar else None)
-        found += bool(similar)
-    assert 5 < found < 45
+        n_similar += bool(similar)
+    assert 5 < n_similar < 45

@@ -19,7 +19,7 @@ from itool_jax import config as settings
 from itool_jax.data.sources import load
 from itool_jax.evaluation import results
 from itool_jax.evaluation.summary import COLUMNS, SEARCH_KEYS
-from itool_jax.model import forms
+from itool_jax.model import stacking
 from itool_jax.stages import dpo
 from itool_jax.store.tables import ReferenceRow
 from itool_jax.store.weights import Weights, restore_trained
@@ -57,8 +57,8 @@ def test_a_run_leaves_all_its_files(made: Made):
         expected |= {
             f"{phase}/{name}" for name in (*STEP_FILES, "score.json", "search.json", "reference.json", "dpo.json")
         }
-    found = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
-    assert {name for name in found if "/weights/" not in name} == expected
+    files = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
+    assert {name for name in files if "/weights/" not in name} == expected
     assert [p for p in PHASES if (made.folder / p / "weights").is_dir()] == PHASES[1:]
     assert yaml.safe_load((made.folder / "config.yaml").read_text())["search.breadth"] == BREADTH
 
@@ -379,7 +379,7 @@ def test_adapters_are_merged_when_an_iteration_begins(made: Made, tmp_path: Path
     config = settings.parse(["--stage=dpo", f"--run_dir={folder}", *made.settings, "--preference.merge"])
     weights = Weights(config)
     base, ours = (weights.policy(phase).params for phase in ("base", "iteration_2"))
-    adapters = [forms.to_run(restore_trained(config, phase)) for phase in PHASES[1:]]
+    adapters = [stacking.to_run(restore_trained(config, phase)) for phase in PHASES[1:]]
     checked = 0
     for path, kernel in jax.tree.leaves_with_path(ours):
         keys = [part.key for part in path]

@@ -18,8 +18,8 @@ FORBIDDEN_CALLS = ("eval", "exec", "os.system", "os.popen")
 def offences(tree: ast.AST) -> Iterator[str]:
     """What a module does that it should not, with the line."""
     for node in ast.walk(tree):
-        for found in (*_imports(node), *_calls(node)):
-            yield f"line {getattr(node, 'lineno', 0)}: {found}"
+        for offence in (*_imports(node), *_calls(node)):
+            yield f"line {getattr(node, 'lineno', 0)}: {offence}"
 
 
 def _imports(node: ast.AST) -> Iterator[str]:

@@ -113,8 +113,8 @@ def encode(tokenizer, pieces: list[str]) -> list[int]:
     return [i[0] for i in ids]
 
 
-def joined(found: list[list[int]]) -> list[int]:
-    return [token for step in found for token in step]
+def joined(pieces: list[list[int]]) -> list[int]:
+    return [token for step in pieces for token in step]
 
 
 def spell(text: str) -> list[str]:
@@ -163,10 +163,10 @@ def test_steps_end_where_a_reader_would_cut(granularity, text, expected, tokeniz
 def test_end_of_turn_ends_any_step(granularity, text, tokenizer, tables):
     stop = tokenizer.convert_tokens_to_ids(STOP)
     ids = [*encode(tokenizer, list(text)), stop]
-    found = split_steps(tables[granularity], [*ids, *ids])
-    assert joined(found) == [*ids, *ids]
-    assert [step[-1] for step in found].count(stop) == 2
-    assert all(stop not in step[:-1] for step in found)
+    pieces = split_steps(tables[granularity], [*ids, *ids])
+    assert joined(pieces) == [*ids, *ids]
+    assert [step[-1] for step in pieces].count(stop) == 2
+    assert all(stop not in step[:-1] for step in pieces)
 
 
 def test_a_step_that_begins_inside_a_call_ends_with_the_call(tokenizer, tables):
@@ -194,10 +194,10 @@ def test_table_agrees_with_a_reader_of_characters(granularity, response, tokeniz
     ids = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
     # Half a letter is a token of its own, and so is every piece.
     texts = tokenizer.batch_decode([[i] for i in ids])
-    found = split_steps(tables[granularity], ids)
-    assert joined(found) == ids
-    assert all(found)
-    ends = np.cumsum([len(step) for step in found])
+    pieces = split_steps(tables[granularity], ids)
+    assert joined(pieces) == ids
+    assert all(pieces)
+    ends = np.cumsum([len(step) for step in pieces])
     expected = reference_split(texts, granularity)
     assert [int(end) - 1 for end in ends if end < len(ids)] == [end for end in expected if end < len(ids) - 1]
 

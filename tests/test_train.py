@@ -88,9 +88,9 @@ _value_and_gradient = jax.jit(jax.value_and_grad(lambda loss, *a: loss(*a), argn
 
 def evaluate(loss: train.LossFn, model: Model, batch: Any) -> tuple[float, dict[str, Any], Params]:
     """Value, metrics and gradient, all divided by the weight."""
-    found = _value_and_gradient(loss, model.adapters, model.base, batch, KEY)
-    weight = found[0][1]["weight"]
-    (value, metrics), gradient = jax.tree.map(lambda x: x / weight, found)
+    sums = _value_and_gradient(loss, model.adapters, model.base, batch, KEY)
+    weight = sums[0][1]["weight"]
+    (value, metrics), gradient = jax.tree.map(lambda x: x / weight, sums)
     return float(value), {name: float(x) for name, x in metrics.items() if name != "weight"}, gradient
 
 
@@ -302,15 +302,15 @@ def test_the_gradient_of_micro_batches_is_that_of_the_batch(model: Model, kind: 
         loss, batch = train.sft_loss(model.graph), collate(ROWS[:3], WIDTH, 4)
     else:
         loss, batch = train.preference_loss(model.graph, LossSettings()), pair_batch(REFERENCE)
-    own, found = train.adamw(0.0, 1e6), []
+    own, updates = train.adamw(0.0, 1e6), []
     for n_micro in (1, 2, 4):
         state = train.new_state(own, jax.tree.map(jnp.copy, model.adapters))
         state, metrics = train_step(loss, own, n_micro, state, model.base, batch, KEY, np.float32(1e-2))
-        found.append((state, jax.tree.map(float, metrics)))
-    for state, metrics in found[1:]:
-        assert metrics == pytest.approx(found[0][1], rel=1e-4)
+        updates.append((state, jax.tree.map(float, metrics)))
+    for state, metrics in updates[1:]:
+        assert metrics == pytest.approx(updates[0][1], rel=1e-4)
         # Adam's first moment is the gradient: compared as it is, not as a step of equal size everywhere.
-        moments = (s.optimizer[1][0].mu for s in (state, found[0][0]))
+        moments = (s.optimizer[1][0].mu for s in (state, updates[0][0]))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b).max()), *moments)
 
 
@@ -384,7 +384,7 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
     settings, loss = WarmupSettings(learning_rate=0.03), train.sft_loss(model.graph)
     metrics = Metrics(tmp_path / "metrics.jsonl", "warmup")
 
-    def fit_on(batches: grain.MapDataset, kept: checkpoint.Training | None) -> Params:
+    def fit_on(batches: grain.MapDataset, kept: checkpoint.TrainCheckpoints | None) -> Params:
         adapters = jax.tree.map(jnp.copy, model.adapters)
         base = jax.device_put(model.base, jax.devices()[0])
         given = loss, settings, (adapters, base), batches
@@ -404,11 +404,11 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(model: Model, tmp_pa
     for after in (1, 4, 7):
         folder = tmp_path / f"cut {after}"
         cut = grain.MapDataset.source(range(9)).map(lambda i, after=after: fail(i, after))
-        kept = checkpoint.Training(folder, 1)
+        kept = checkpoint.TrainCheckpoints(folder, 1)
         with pytest.raises(KilledError):
             fit_on(cut, kept)
         kept.finish()
-        kept = checkpoint.Training(folder, 1)
+        kept = checkpoint.TrainCheckpoints(folder, 1)
         jax.tree.map(np.testing.assert_array_equal, fit_on(data, kept), whole)
         assert lines() == expected
 

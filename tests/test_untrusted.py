@@ -46,7 +46,7 @@ def test_secrets_are_hidden_in_errors_and_messages(text: str, capsys: pytest.Cap
     assert is_hidden(untrusted.redacted(text))
     assert untrusted.HIDDEN in untrusted.redacted(text)
     assert is_hidden(config.describe_error(ValueError(text)))
-    messages.say(text)
+    messages.log(text)
     assert is_hidden(capsys.readouterr().err)
 
 
@@ -174,7 +174,7 @@ def test_memory_is_bounded():
 def test_secrets_are_hidden_before_the_terminal_wraps_them(monkeypatch: pytest.MonkeyPatch):
     console = Console(record=True, width=20, file=open("/dev/null", "w"))  # noqa: SIM115 - rich closes nothing
     monkeypatch.setattr(messages, "console", console)
-    messages.say(f"x {HUB} y")
+    messages.log(f"x {HUB} y")
     assert is_hidden(console.export_text().replace("\n", ""))
     console.file.close()
 

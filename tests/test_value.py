@@ -126,8 +126,8 @@ def test_many_repeated_calls_take_little_time() -> None:
     ],
 )
 def test_graded_outcome_by_hand(response: str, grade: float) -> None:
-    found = outcome("[f(a=1, b=2), g()]", response, finished=True, grading="graded")
-    assert found == pytest.approx(2 * grade - 1)
+    reward = outcome("[f(a=1, b=2), g()]", response, finished=True, grading="graded")
+    assert reward == pytest.approx(2 * grade - 1)
     assert outcome("[f(a=1, b=2), g()]", response, finished=False, grading="graded") == -1.0
 
 

@@ -29,8 +29,8 @@ def sampler(model: Any, ids_BT: torch.Tensor, new: int) -> Callable[[bool], torc
     def run(sample: bool) -> torch.Tensor:
         drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
         with torch.inference_mode():
-            found = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, **drawn)
-        return found[:, ids_BT.shape[1] :]
+            sequences_BS = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, **drawn)
+        return sequences_BS[:, ids_BT.shape[1] :]
 
     return run
 

@@ -36,11 +36,11 @@ class Serial:
         self.model, self.tokenizer, self.problem = model, tokenizer, problem
         self.stop_ids, self.letters = task["stop_ids"], task["letters"]
 
-    def sample(self, path: list[int], limit: int, whole: bool, _: int) -> list[int]:
+    def sample(self, path: list[int], limit: int, until_stop: bool, _: int) -> list[int]:
         ids = torch.tensor([self.problem["prompt_ids"] + path])
-        ends = [] if whole else [StepEnd(self.tokenizer, ids.shape[1], path)]
+        ends = [] if until_stop else [StepEnd(self.tokenizer, ids.shape[1], path)]
         with torch.inference_mode():
-            found = self.model.generate(
+            sequences_BS = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=limit,
@@ -51,7 +51,7 @@ class Serial:
                 eos_token_id=self.stop_ids,
                 stopping_criteria=transformers.StoppingCriteriaList(ends),
             )
-        return found[0, ids.shape[1] :].tolist()
+        return sequences_BS[0, ids.shape[1] :].tolist()
 
     def log_prob(self, path: list[int], step: list[int]) -> float:
         ids = torch.tensor([self.problem["prompt_ids"] + path + step])
@@ -89,12 +89,12 @@ def search(task: Task) -> Work:
 
 def _first_gold_steps(model: Any, tokenizer: Any, task: Task, limit: int) -> Sequence[float]:
     """Returns log-probability and self-evaluation of the first problems' first gold steps; warms up generation."""
-    found: list[float] = []
+    scores: list[float] = []
     for problem in task["problems"][:N_CHECKED]:
         one, step = Serial(model, tokenizer, task, problem), problem["gold_steps"][0][:limit]
         one.sample([], 2, False, 0)
-        found += [one.log_prob([], step), one.judge(step)]
-    return found
+        scores += [one.log_prob([], step), one.judge(step)]
+    return scores
 
 
 if __name__ == "__main__":

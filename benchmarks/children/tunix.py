@@ -71,8 +71,8 @@ def _sampling(task: Task, candidates: int) -> Work:
     texts = [str(i) for i in range(len(task["prompts"])) for _ in range(candidates)]
 
     def run(**drawn: Any) -> list[list[int]]:
-        found = sampler(texts, max_generation_steps=new, max_prompt_length=size["prompt"], **drawn)
-        return [np.asarray(tokens).tolist() for tokens in found.tokens]
+        sampled = sampler(texts, max_generation_steps=new, max_prompt_length=size["prompt"], **drawn)
+        return [np.asarray(tokens).tolist() for tokens in sampled.tokens]
 
     greedy, drawn = run(), {} if candidates == 1 else {"temperature": 1.0, "top_p": 1.0}
     run(**drawn)

@@ -26,7 +26,7 @@ from itool_jax.evaluation.statistics import standard_error
 from itool_jax.inference.sampler import GenerateSettings, Policy, generate
 from itool_jax.model import export, hf
 from itool_jax.model.transformer import ModelConfig, abstract
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text import chat as chat_format
 from itool_jax.text import padding
 from itool_jax.text.chat import Chat, Encoded
@@ -212,8 +212,8 @@ def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tu
     """Judges the model's own answers to training samples at temperature 1; half of them wrong if there are enough."""
     samples = [make_sample("pretraining", i, corpus.settings.seed) for i in range(start, start + count)]
     encoded = [chat_format.encode_sample(corpus.chat, sample) for sample in samples]
-    found = answers(policy, corpus, encoded, temperature=1.0)
-    judged = [(e, ids, ids == e.target_ids[:-1]) for e, ids in zip(encoded, found, strict=True) if ids]
+    responses = answers(policy, corpus, encoded, temperature=1.0)
+    judged = [(e, ids, ids == e.target_ids[:-1]) for e, ids in zip(encoded, responses, strict=True) if ids]
     wrong = [row for row in judged if not row[2]]
     right = [row for row in judged if row[2]]
     return wrong + right[: max(len(wrong), count // 4)]
@@ -222,8 +222,8 @@ def judge_own(policy: Policy, corpus: Corpus, start: int, count: int) -> list[tu
 def accuracy(policy: Policy, corpus: Corpus, count: int) -> dict[str, tuple[float, float, int]]:
     """Returns (accuracy, standard error, n) of exact answers on held-out samples, overall and by part."""
     samples, encoded = held_out(count, corpus.chat, corpus.settings.seed)
-    found = answers(policy, corpus, encoded, temperature=0.0)
-    right = {e.id: ids == e.target_ids[:-1] for e, ids in zip(encoded, found, strict=True)}
+    responses = answers(policy, corpus, encoded, temperature=0.0)
+    right = {e.id: ids == e.target_ids[:-1] for e, ids in zip(encoded, responses, strict=True)}
     calls = [s for s in samples if s.category != "irrelevance"]
     thirds = curriculum([sample_features(s) for s in calls], "easy_to_hard", 0)
     parts = {"overall": list(right)} | dict(zip(("easy", "medium", "hard"), thirds, strict=True))
@@ -266,13 +266,13 @@ def train(settings: Settings) -> None:
             state, values = train_step(loss, optimizer, 1, state, {}, next(batches), key, schedule(step))
             losses_seen.append(values["loss"])
             if step % 100 == 99:
-                say(f"step {step + 1}/{n_steps}  loss {np.mean([float(x) for x in losses_seen[-100:]]):.3f}")
+                log(f"step {step + 1}/{n_steps}  loss {np.mean([float(x) for x in losses_seen[-100:]]):.3f}")
         measured = accuracy(Policy(graph, state.trainable), corpus, 600)
-        say("held out: " + ", ".join(f"{name} {100 * p:.1f} %" for name, (p, _, _) in measured.items()))
+        log("held out: " + ", ".join(f"{name} {100 * p:.1f} %" for name, (p, _, _) in measured.items()))
         export.save(settings.output, state.trainable, raw_config(config, chat))
     measured = accuracy(Policy(graph, state.trainable), corpus, 2000)
     write_card(settings, measured, n_weights=sum(x.size for x in jax.tree.leaves(params)))
-    say(f"held out (2000 samples): {measured}")
+    log(f"held out (2000 samples): {measured}")
 
 
 CARD = """---

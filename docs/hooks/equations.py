@@ -14,11 +14,11 @@ def on_page_content(content: str, **_: Any) -> str:
     """The content of a page, its equations turned into MathML."""
     from latex2mathml.converter import convert
 
-    def mathml(found: re.Match[str]) -> str:
-        display = "block" if found[2] == "[" else "inline"
-        mathml = convert(html.unescape(found[3]).strip(), display=display)
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match[2] == "[" else "inline"
+        mathml = convert(html.unescape(match[3]).strip(), display=display)
         if "\\" in mathml:  # a command that it does not know stays as it is
-            raise ValueError(f"equation holds a command that has no MathML here: {found[3].strip()}")
+            raise ValueError(f"equation holds a command that has no MathML here: {match[3].strip()}")
         return mathml
 
     return MARKED.sub(mathml, content)

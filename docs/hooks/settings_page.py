@@ -50,15 +50,15 @@ def _table(kind: type, head: str) -> Iterator[str]:
 
 def _helps(kind: type) -> dict[str, str]:
     """The text below each field, the nearest class of those that have the field."""
-    found: dict[str, str] = {}
+    helps: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         if not dataclasses.is_dataclass(base):
             continue
         body = ast.parse(inspect.getsource(base)).body[0].body  # type: ignore[attr-defined]
         for field, text in zip(body, [*body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = text.value.value  # type: ignore[union-attr]
-    return found
+                helps[field.target.id] = text.value.value  # type: ignore[union-attr]
+    return helps
 
 
 def _value(field: dataclasses.Field[Any]) -> Any:

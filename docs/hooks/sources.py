@@ -32,22 +32,22 @@ class Link(NamedTuple):
 def links(text: str, page: str) -> list[Link]:
     """The links of a page to files, those in code and to other sites left out."""
     code = [match.span() for match in CODE.finditer(text)]
-    found = []
+    page_links = []
     for match in LINK.finditer(text):
         inside = any(start < match.start("path") < end for start, end in code)
         if match["path"] and not inside:
             path = posixpath.normpath(posixpath.join(posixpath.dirname(page), match["path"]))
-            found.append(Link(path, match["name"] or "", match.start("path"), match.end() - 1))
-    return found
+            page_links.append(Link(path, match["name"] or "", match.start("path"), match.end() - 1))
+    return page_links
 
 
 @functools.cache
 def definitions(path: str) -> dict[str, int]:
     """The line of each function, class, method (`Class.method`) and constant of a Python file."""
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for name, node in _defined(ast.parse((ROOT / path).read_text(encoding="utf-8")), ""):
-        found.setdefault(name, node.lineno)
-    return found
+        lines.setdefault(name, node.lineno)
+    return lines
 
 
 def _defined(tree: Any, head: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -64,13 +64,13 @@ def _defined(tree: Any, head: str) -> Iterator[tuple[str, ast.stmt]]:
 
 def faults(text: str, page: str) -> list[str]:
     """What is wrong with the links of a page to files of the repository, a line each."""
-    found = []
+    messages = []
     for link in links(text, page):
         if not (ROOT / link.path).is_file():
-            found.append(f"{page}: {link.path} is no file")
+            messages.append(f"{page}: {link.path} is no file")
         elif link.path.endswith(".py") and link.name and link.name not in definitions(link.path):
-            found.append(f"{page}: {link.path} defines no {link.name}")
-    return found
+            messages.append(f"{page}: {link.path} defines no {link.name}")
+    return messages
 
 
 def place(path: str) -> str:

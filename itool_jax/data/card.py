@@ -90,12 +90,12 @@ def _runs(text: str) -> set[str]:
 def lines(card: Mapping[str, Any]) -> list[str]:
     """Returns the card as lines of text, one per part."""
     left_out = f"{card['repeats_left_out']} duplicates dropped, {card['rows_skipped']} invalid rows skipped"
-    found = [f"data {card['data']}: {left_out}, {card['too_long']} samples too long for the model; nothing truncated"]
+    texts = [f"data {card['data']}: {left_out}, {card['too_long']} samples too long for the model; nothing truncated"]
     for name, c in card["parts"].items():
         line = f"  {name}: {c['samples']} samples of {c['conversations']} conversations, {c['turns']} turns, "
         line += f"{c['calls']} calls, {c['texts']} texts, {c['prompt_tokens'] + c['target_tokens']} tokens"
-        found.append(f"{line} (longest sample {c['longest']}, median {c['median']})")
-    return found + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
+        texts.append(f"{line} (longest sample {c['longest']}, median {c['median']})")
+    return texts + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
 
 
 def left_out_lines(counts: Mapping[str, Any]) -> list[str]:

@@ -139,21 +139,21 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
     yield from _mesh(config)
 
 
-def accelerators(found: list[Gpu], platform_name: str, plugins: Sequence[str]) -> Iterator[Finding]:
+def accelerators(listed: list[Gpu], platform_name: str, plugins: Sequence[str]) -> Iterator[Finding]:
     """Reports GPUs that JAX does not use, and JAX plugins without a GPU."""
-    if found:
-        driver = found[0].driver
+    if listed:
+        driver = listed[0].driver
         extra = next((name for least, name in DRIVERS if _numbers(driver) >= (least,)), None)
         if extra is None:
             text = f"NVIDIA driver {driver} is too old for JAX"
             yield Finding("error", "driver", text, f"install driver {DRIVERS[-1][0]} or newer")
         elif platform_name == "cpu":
-            text = f"JAX uses only the CPU, but nvidia-smi finds {len(found)} x {found[0].name} (driver {driver})"
+            text = f"JAX uses only the CPU, but nvidia-smi finds {len(listed)} x {listed[0].name} (driver {driver})"
             forced = os.environ.get("JAX_PLATFORMS")
             mend = f"unset JAX_PLATFORMS, which is set to {forced}" if forced else f"pip install 'itool-jax[{extra}]'"
             yield Finding("error", "driver", text, mend)
         else:
-            yield Finding("ok", "driver", f"{driver}, {len(found)} x {found[0].name} of {found[0].memory}")
+            yield Finding("ok", "driver", f"{driver}, {len(listed)} x {listed[0].name} of {listed[0].memory}")
     elif platform_name == "cpu" and (nodes := [*Path("/dev").glob("accel[0-9]*")]):
         text = f"JAX uses only the CPU, but this machine has {len(nodes)} TPU chips"
         yield Finding("error", "driver", text, "pip install 'itool-jax[tpu]'")

@@ -49,19 +49,19 @@ def _refused(what: str, remedy: str, check: Callable[[], Any]) -> tuple[Any, lis
 def model(config: Config) -> Iterator[Finding]:
     """Checks the configuration, weights (by their file headers), tokenizer, special tokens and template."""
     place = model_folder(config)
-    shapes, found = _refused("model", "use a supported model", lambda: hf.read_config(place, config.dtype))
-    yield from found
+    shapes, findings = _refused("model", "use a supported model", lambda: hf.read_config(place, config.dtype))
+    yield from findings
     if shapes is None:
         return
     count = f"{shapes.n_layers} layers of {shapes.hidden_size}, vocabulary {shapes.vocab_size}"
     yield Finding("ok", "model", f"{place}: {count}, context {shapes.max_length}")
-    held, found = _refused("weights", "download the model again", lambda: hf.checked(place, shapes)[1])
-    yield from found
+    held, findings = _refused("weights", "download the model again", lambda: hf.checked(place, shapes)[1])
+    yield from findings
     if held is not None:
         total = sum(math.prod(tensor.shape) for tensor in held.values())
         yield Finding("ok", "weights", f"{len(held)} tensors with {total:,} numbers, matching config.json")
-    base, found = _refused("tokenizer", "use the model's own tokenizer", lambda: load_base(config))
-    yield from found
+    base, findings = _refused("tokenizer", "use the model's own tokenizer", lambda: load_base(config))
+    yield from findings
     if base is not None:
         yield from tokens(base.chat, base.config.vocab_size)
         yield from template(base.chat, config)
@@ -81,8 +81,8 @@ def tokens(chat: Chat, vocab_size: int) -> Iterator[Finding]:
 def template(chat: Chat, config: Config) -> Iterator[Finding]:
     """Renders, tokenises and decodes a conversation, and checks what loss masks and the search rely on."""
     messages = ({"role": "system", "content": "Be brief."}, QUESTION)
-    rendered, found = _refused("template", "add chat_template.jinja to the folder", lambda: _render(chat, messages))
-    yield from found
+    rendered, findings = _refused("template", "add chat_template.jinja to the folder", lambda: _render(chat, messages))
+    yield from findings
     if rendered is None:
         return
     prompt, whole = rendered
@@ -105,9 +105,11 @@ def template(chat: Chat, config: Config) -> Iterator[Finding]:
 def _self_evaluation(chat: Chat, config: Config) -> Iterator[Finding]:
     s = config.self_eval
     gold, remedy = chat.encode(ANSWER) if s.reference == "gold" else None, "use another template or tokenizer"
-    ids, found = _refused("self-evaluation", remedy, lambda: answer_ids(chat, s.letters))
-    found += _refused("self-evaluation", remedy, lambda: evaluation_frame(chat, gold, s.scale))[1]
-    yield from found or [Finding("ok", "self-evaluation", f"the answers {', '.join(s.letters)} are the tokens {ids}")]
+    ids, findings = _refused("self-evaluation", remedy, lambda: answer_ids(chat, s.letters))
+    findings += _refused("self-evaluation", remedy, lambda: evaluation_frame(chat, gold, s.scale))[1]
+    yield from findings or [
+        Finding("ok", "self-evaluation", f"the answers {', '.join(s.letters)} are the tokens {ids}")
+    ]
 
 
 def _render(chat: Chat, messages: tuple[dict[str, str], ...]) -> tuple[str, str]:
@@ -148,20 +150,20 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     """Checks the data as a run would load it, and picks samples of it: a call and a text, if there are any."""
     skipped: list[str] = []
     remedy = "check --data; --skip_bad_rows skips wrong rows"
-    made, found = _refused("data", remedy, lambda: divide(config, skipped))
+    made, findings = _refused("data", remedy, lambda: divide(config, skipped))
     if made is None:
-        return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in found], []
+        return [f._replace(text=f"{f.text}; {_first(skipped)}") if skipped else f for f in findings], []
     train, limit = made[0]["train"], load_base(config).config.max_length
     lengths = sorted(len(row.prompt_ids) + len(row.target_ids) for row in train.encoded)
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
     text = f"{counts}; median {statistics.median(lengths):.0f} tokens, longest {lengths[-1]}, context {limit}"
-    found = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
+    findings = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
     if config.benchmark is None:
-        found += _refused("evaluation", "", lambda: require_part(config))[1]
+        findings += _refused("evaluation", "", lambda: require_part(config))[1]
     if skipped:
         level = "warning" if config.skip_bad_rows else "error"
         remedy = "they are skipped" if config.skip_bad_rows else "fix them, or skip them with --skip_bad_rows"
-        found.append(Finding(level, "data", _first(skipped), remedy))
+        findings.append(Finding(level, "data", _first(skipped), remedy))
     _, short = _refused("data", "add data", lambda: divide_replay(config, train.samples))
     if (tokens := config.search.max_last_step_tokens) + lengths[-1] > limit:
         text = f"a last step of {tokens} tokens after the longest sample exceeds the context"
@@ -170,7 +172,7 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     by_kind: dict[bool, Shown] = {}
     for sample, row in zip(train.samples, train.encoded, strict=True):
         by_kind.setdefault(looks_like_calls(sample.target), Shown(sample, row))
-    return found + short, [by_kind[kind] for kind in (True, False) if kind in by_kind]
+    return findings + short, [by_kind[kind] for kind in (True, False) if kind in by_kind]
 
 
 def _first(skipped: Sequence[str]) -> str:

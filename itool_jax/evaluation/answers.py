@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from itool_jax.inference.sampler import generate
 from itool_jax.mcts.value import outcome
+from itool_jax.store.across_hosts import Advance, by_row, planned
 from itool_jax.store.cache import Task
 from itool_jax.store.splits import Samples
-from itool_jax.store.spread import Advance, by_row, planned
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.text.padding import bucket
 

@@ -27,14 +27,14 @@ from itool_jax.evaluation.bfcl.simulators import Simulators, converse, official_
 from itool_jax.evaluation.comparison import compare, fallen, read_scores
 from itool_jax.inference.sampler import generate
 from itool_jax.store import cache, splits
+from itool_jax.store.across_hosts import Advance, by_row, stop_if_any_asked
 from itool_jax.store.cache import Figures, Step, Task
 from itool_jax.store.paths import trained_phases
 from itool_jax.store.run import Run
-from itool_jax.store.spread import Advance, by_row, stop_if_any_asked
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system import hosts
 from itool_jax.system.files import write_json, write_jsonl
-from itool_jax.system.messages import console_out, say
+from itool_jax.system.messages import console_out, log
 
 Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
 """(key, messages) of each conversation."""
@@ -84,7 +84,7 @@ def evaluate(run: Run, phase: str) -> Figures:
             compare_official(config, scores, responses, simulators)
     if config.against is not None:
         compare(config, scores, where / "comparison.json")
-    say(f"responses and scores saved in {where}")
+    log(f"responses and scores saved in {where}")
     return figures
 
 
@@ -187,7 +187,7 @@ def _answer_category(category: str, questions: Sequence[Any], file: Path, task: 
     work = functools.partial(_answer, task.run, policy, category)
     answers = task.map(asked, work, f"{config.benchmark} {category}")
     if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
-        say(
+        log(
             f"{category}: {unfit} of {len(answers)} prompts do not fit the model's context and get an error "
             "line as response"
         )
@@ -373,4 +373,4 @@ def _check_leakage(run: Run) -> None:
         card = splits.read_card(config)
         write_json(config.run_dir / splits.CARD, card | {"benchmarks": card["benchmarks"] | overlaps})
         for line in overlap_lines(overlaps):
-            say(line)
+            log(line)

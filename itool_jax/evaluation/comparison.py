@@ -12,7 +12,7 @@ from itool_jax.evaluation.bfcl import scores as bfcl_scores
 from itool_jax.evaluation.bfcl.scores import Score
 from itool_jax.evaluation.statistics import PairedDifference, describe
 from itool_jax.system.files import write_json
-from itool_jax.system.messages import console_out, say
+from itool_jax.system.messages import console_out, log
 from itool_jax.system.untrusted import read_json
 
 
@@ -59,7 +59,7 @@ def compare(config: Config, scores: Mapping[str, Score], output: Path | None) ->
             )
     if output is not None:
         write_json(output, differences)
-        say(f"questions that only one run answers correctly are listed in {output}")
+        log(f"questions that only one run answers correctly are listed in {output}")
     return differences
 
 

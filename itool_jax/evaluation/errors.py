@@ -36,5 +36,5 @@ def _between(wanted: list[Call], calls: list[Call]) -> str:
     names, there = (Counter(call.name for call in side) for side in (wanted, calls))
     if names != there:
         return "missing call" if there < names else "extra call" if names < there else "wrong function"
-    forms, given = (Counter((call.name, *sorted(call.arguments)) for call in side) for side in (wanted, calls))
-    return "wrong value" if forms == given else "wrong parameters"
+    expected, given = (Counter((call.name, *sorted(call.arguments)) for call in side) for side in (wanted, calls))
+    return "wrong value" if expected == given else "wrong parameters"

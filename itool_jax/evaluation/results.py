@@ -66,15 +66,15 @@ def what_training_changed(config: Config, phase: str, before: str) -> Figures:
     return {"changed": changed, "validation_samples": n, "delta": delta, "hardly_trained": bool(known) and all(known)}
 
 
-def describe_training(phase: str, found: Figures) -> str:
+def describe_training(phase: str, figures: Figures) -> str:
     """Describes the effect of a training in one line, with advice if it had hardly any."""
     parts = []
-    if found["changed"] is not None:
-        parts.append(f"{100 * found['changed']:.1f} % of {found['validation_samples']} validation answers changed")
-    if found["delta"] is not None:
-        parts.append(f"the margin on held-out pairs grew by {found['delta']:.2f} nats")
+    if figures["changed"] is not None:
+        parts.append(f"{100 * figures['changed']:.1f} % of {figures['validation_samples']} validation answers changed")
+    if figures["delta"] is not None:
+        parts.append(f"the margin on held-out pairs grew by {figures['delta']:.2f} nats")
     line = f"{phase}: {', '.join(parts) or 'no held-out data to measure the effect of training'}"
-    if found["hardly_trained"]:
+    if figures["hardly_trained"]:
         line += (
             "; training had almost no effect: raise preference.learning_rate or preference.epochs, or use more pairs"
         )

@@ -17,7 +17,7 @@ from itool_jax.store.cache import read_figures
 from itool_jax.store.paths import BASE, WARMUP, done_file, phase_name
 from itool_jax.store.splits import has_part
 from itool_jax.system.files import read_json
-from itool_jax.system.messages import console_out, say
+from itool_jax.system.messages import console_out, log
 
 SEARCH_KEYS = dict.fromkeys(("prompts", "trees", "pairs", "generated_tokens", "seconds"), float)
 """Figures of a search that every run has, and their types."""
@@ -147,4 +147,4 @@ def show(config: Config, summary: dict[str, Any], more: str = "") -> None:
         console_out.print(f"{row['phase']} against {row['against']}: {row['text']}", soft_wrap=True)
         for line in row["regressions"]:
             console_out.print(f"  lower: {line}", soft_wrap=True)
-    say(f"Done. {more or f'Results are in {config.run_dir}'}")
+    log(f"Done. {more or f'Results are in {config.run_dir}'}")

@@ -39,7 +39,7 @@ class Stream:
         """Token in each slot of the cache."""
         self._cache: Suffix | None = None
 
-    def respond(
+    def generate(
         self, prompt_ids: Sequence[int], limit: int, key_1: Array, temperature: float = 0.0
     ) -> Iterator[list[int]]:
         """Yields the ids of a response, at most `CHUNK` at a time, up to and including a stop token, or `limit` ids.

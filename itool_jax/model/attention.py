@@ -120,12 +120,12 @@ def cudnn_works(dtype: Any, head_dim: int) -> bool:
     x_BTHD = np.random.default_rng(0).standard_normal(shape.shape).astype(shape.dtype)
     try:
         # Compiled ahead of time, this also runs while another function is traced.
-        found = [jax.jit(outputs, static_argnums=1).lower(shape, k).compile()(x_BTHD) for k in get_args(Kernel)]
+        by_kernel = [jax.jit(outputs, static_argnums=1).lower(shape, k).compile()(x_BTHD) for k in get_args(Kernel)]
     except Exception as error:  # many kinds, from the check of versions to the driver
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         _log.warning("cuDNN's flash attention does not work here (%s); XLA's products compute attention", reason)
         return False
-    agrees = all(np.allclose(*map(np.float32, pair), rtol=0.1, atol=0.1) for pair in zip(*found, strict=True))
+    agrees = all(np.allclose(*map(np.float32, pair), rtol=0.1, atol=0.1) for pair in zip(*by_kernel, strict=True))
     if not agrees:
         _log.warning("cuDNN's flash attention gives wrong values here; XLA's products compute attention")
     return agrees
@@ -150,7 +150,7 @@ def attend_causally(q_BTHD: Array, own: KeyValues, *, only_causal: bool = False,
         q_BTHD: the queries of whole rows.
         own: their keys and values; the mask hides at least the keys after each query.
         only_causal: the mask hides nothing else, so a kernel that knows only this mask may compute it.
-        running: rows and heads are sharded as in the layout for running (see `model.forms`).
+        running: rows and heads are sharded as in the layout for running (see `model.stacking`).
     """
     dtype, head_dim = q_BTHD.dtype, q_BTHD.shape[-1]
     wanted = causal_kernel(compute_capability(), dtype, head_dim) if only_causal else "xla"

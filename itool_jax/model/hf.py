@@ -270,8 +270,8 @@ def load(
     """Loads the configuration and weights of a folder, sharded over the mesh in use.
 
     Weights are converted to `dtype`, with `nf4` the layers' kernels to NF4 codes. The layout is for training if
-    `stacked`, else for running (see `model.forms`). Besides the loaded weights, host memory holds one leaf at a time,
-    and only the part for this process's devices; nothing else is read from disk.
+    `stacked`, else for running (see `model.stacking`). Besides the loaded weights, host memory holds one leaf at a
+    time, and only the part for this process's devices; nothing else is read from disk.
 
     Raises:
         ValueError: something is missing, unknown or unreadable; names the file, and the key or tensor.
@@ -330,12 +330,12 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} is missing")
-        found = tensors[name]
-        if found.shape != shape:
-            raise ValueError(f"{found.file}: tensor {name} has shape {found.shape}, config.json asks for {shape}")
-        if found.dtype not in FLOATS:
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json asks for {shape}")
+        if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{found.file}: tensor {name} has dtype {found.dtype}, expected one of {', '.join(FLOATS)}"
+                f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )
 
 

@@ -2,7 +2,7 @@
 
 In: token ids, positions and, when decoding, the caches of earlier tokens (see `model.cache`).
 Out: the last hidden state of every token and the updated cache. For training, layers are stacked along a leading axis
-and computed by a scan; for running, each layer has separate arrays (see `model.forms`). The module is
+and computed by a scan; for running, each layer has separate arrays (see `model.stacking`). The module is
 split once into `(graph, params)`; compiled functions take the plain dictionary
 `params` and merge the two inside (`nnx.merge(graph, params)`, or `nnx.merge(graph, base, adapters)`).
 """

@@ -22,11 +22,11 @@ from itool_jax.config import Config, is_out_of_memory
 from itool_jax.model.sharding import AXES, MeshSettings, mesh_shape, row_devices, use_mesh
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.planning import memory, sizes
-from itool_jax.planning.memory import Need
+from itool_jax.planning.memory import MemoryEstimate
 from itool_jax.planning.sizes import TOKENS
 from itool_jax.store.base import load_base
 from itool_jax.system.devices import CPU_SHARES, HERE, Device, device_like, device_of
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.untrusted import one_line
 from itool_jax.text.padding import bucket, group, target_width
 
@@ -70,7 +70,7 @@ class StageNeed(NamedTuple):
     stage: str
     size: int
     """Value of the setting in `SIZES`, or tokens per batch."""
-    need: Need | None
+    need: MemoryEstimate | None
     """None if the compiler itself rejected the program for lack of memory."""
 
     def fits(self, limit: int) -> bool:
@@ -254,14 +254,14 @@ class Planner:
             self.need_at(stage, now),
         )
 
-    def _need(self, stage: str, size: int) -> Need | None:
+    def _need(self, stage: str, size: int) -> MemoryEstimate | None:
         """Computes and logs a stage's need; returns None if the compiler rejects it for lack of memory."""
         need = self._compiled(stage, size)
         amount = "more than the compiler allows" if need is None else f"{need.total / 1e9:.2f} GB per device"
-        say(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
+        log(f"{stage}, {SIZES.get(stage, TOKENS)}={size}: {amount}")
         return need
 
-    def _compiled(self, stage: str, size: int) -> Need | None:
+    def _compiled(self, stage: str, size: int) -> MemoryEstimate | None:
         model = load_base(self.config).config
         if self.hardware.on_host and model.dtype == "bfloat16":
             model = dataclasses.replace(model, dtype="float16")
@@ -296,7 +296,7 @@ def _largest_batch(widths: Sequence[int], tokens: int) -> tuple[int, int]:
     return max(((rows, width) for _, width, rows in batches), key=lambda batch: (math.prod(batch), batch[1]))
 
 
-def _bytes(need: Need | None) -> float:
+def _bytes(need: MemoryEstimate | None) -> float:
     return float("inf") if need is None else need.total
 
 
@@ -322,7 +322,7 @@ def change_of(planner: Planner, stages: Sequence[str]) -> Change | None:
             continue
         if change is not None:
             return change._replace(settings=settings | change.settings)
-        say(f"does not fit with {as_arguments(settings) or 'smaller sizes alone'}")
+        log(f"does not fit with {as_arguments(settings) or 'smaller sizes alone'}")
     return None
 
 

@@ -34,7 +34,7 @@ LIMIT = "ITOOL_DEVICE_GB"
 """Environment variable that overrides a device's memory, in GB."""
 
 
-class Need(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes per device by purpose: present before a program runs, needed while it runs, and returned by it."""
 
     weights: int
@@ -60,7 +60,7 @@ class Need(NamedTuple):
         return sum(self)
 
 
-class Held(NamedTuple):
+class Resident(NamedTuple):
     """Bytes per device that stay allocated while programs run."""
 
     weights: int = 0
@@ -81,22 +81,24 @@ class Lengths(NamedTuple):
     """A response and the end of the question about it."""
 
 
-def _need(program: Any, held: Held, unread: int = 0) -> Need:
-    """Returns the need of a lowered program, given resident bytes `held`, of which it does not read `unread`."""
+def _estimate(program: Any, resident: Resident, unread: int = 0) -> MemoryEstimate:
+    """Estimates the memory of a lowered program, given resident bytes, of which it does not read `unread`."""
     used = program.compile().memory_analysis()
-    read = used.argument_size_in_bytes - (sum(held) - unread)
-    return Need(*held, max(0, read), used.temp_size_in_bytes, used.output_size_in_bytes - used.alias_size_in_bytes)
+    read = used.argument_size_in_bytes - (sum(resident) - unread)
+    return MemoryEstimate(
+        *resident, max(0, read), used.temp_size_in_bytes, used.output_size_in_bytes - used.alias_size_in_bytes
+    )
 
 
 class Program(NamedTuple):
     """A program as a function of the model, and what one more layer adds to its need."""
 
-    need: Callable[[ModelConfig], Need]
-    layer: Callable[[ModelConfig], Need] | None = None
+    need: Callable[[ModelConfig], MemoryEstimate]
+    layer: Callable[[ModelConfig], MemoryEstimate] | None = None
     """Bytes of a layer on one device: weights, and keys and values that stay until the end. None for training, whose
     layers are a loop: any depth compiles equally fast."""
 
-    def at_depth(self, model: ModelConfig) -> Need:
+    def at_depth(self, model: ModelConfig) -> MemoryEstimate:
         """Extrapolates the need of a deep model from shallower ones of the same widths.
 
         Compiling an inference model takes time proportional to its layers, many minutes for 80. Models with few layers
@@ -111,21 +113,21 @@ class Program(NamedTuple):
             if model.n_layers <= 2 * depth:
                 break
             few = self.need(dataclasses.replace(model, n_layers=depth))
-            whole = Need(*(x + (model.n_layers - depth) * y for x, y in zip(few, layer, strict=True)))
+            whole = MemoryEstimate(*(x + (model.n_layers - depth) * y for x, y in zip(few, layer, strict=True)))
             # The error is at most what a sampling loop's start needs beside the caches, which may hide the loop's need.
             beside = few.temporaries - depth * layer.temporaries
             if not layer.temporaries or depth == LOOP or beside <= UNSEEN * whole.total:
                 return whole
         return self.need(model)
 
-    def _from_two(self, model: ModelConfig, low: int) -> Need:
+    def _from_two(self, model: ModelConfig, low: int) -> MemoryEstimate:
         """Extrapolates along the line through the needs at two depths."""
         if model.n_layers <= 2 * low:
             return self.need(model)
         high = low + low // 2
         few, more = (self.need(dataclasses.replace(model, n_layers=n)) for n in (low, high))
         times = (model.n_layers - high) / (high - low)
-        return Need(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
+        return MemoryEstimate(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
 
 
 SHALLOW = 4
@@ -145,7 +147,7 @@ def training(
     length: int,
     packed: bool = False,
     targets: int | None = None,
-) -> Need:
+) -> MemoryEstimate:
     """Estimates a training step of `rows` rows of `length` tokens in `n_micro` micro-batches; SFT if `loss` is None.
 
     A row has room for `targets` targets. The default is half its length, or its full length for pairs, whose steps may
@@ -159,8 +161,8 @@ def training(
     batch = _batch(loss is not None, rows, length, packed, targets)
     key, rate = _array(dtype=jax.eval_shape(jax.random.key, 0).dtype), _array(dtype=jnp.float32)
     trained = (0, _bytes(state.trainable)) if lora.rank else (_bytes(state.trainable), 0)
-    held = Held(_bytes(placed(frozen)) + trained[0], trained[1], _bytes(state.optimizer))
-    return _need(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate), held)
+    resident = Resident(_bytes(placed(frozen)) + trained[0], trained[1], _bytes(state.optimizer))
+    return _estimate(train.train_step.lower(fn, optimizer, n_micro, state, placed(frozen), batch, key, rate), resident)
 
 
 def _batch(pairs: bool, rows: int, length: int, packed: bool, targets: int | None) -> TargetBatch | PairBatch:
@@ -198,35 +200,35 @@ class _Running(NamedTuple):
 
     graph: Any
     weights: Any
-    held: Held
+    resident: Resident
     unread: int
-    """Bytes that are held but not read."""
+    """Bytes that are resident but not read."""
 
 
 def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
     graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), lora)
     base = placed(_stored(base, model.dtype), running=True)
     if not lora.rank:
-        return _Running(graph, base, Held(_bytes(base)), 0)
+        return _Running(graph, base, Resident(_bytes(base)), 0)
     # Adapters are merged into a copy of a small model; other models keep them beside the weights (`store.weights`).
     if model.dtype == "float32" and not model.nf4:
         graph = abstract(dataclasses.replace(model, stacked=False))[0]
-        return _Running(graph, base, Held(2 * _bytes(base)), _bytes(base))
+        return _Running(graph, base, Resident(2 * _bytes(base)), _bytes(base))
     adapters = placed(adapters, running=True)
-    return _Running(graph, beside(base, adapters), Held(_bytes(base), _bytes(adapters)), 0)
+    return _Running(graph, beside(base, adapters), Resident(_bytes(base), _bytes(adapters)), 0)
 
 
-def _layer(model: ModelConfig, lora: LoraSettings, shared: int, own: int) -> Need:
+def _layer(model: ModelConfig, lora: LoraSettings, shared: int, own: int) -> MemoryEstimate:
     """Returns what a layer adds on one device, with keys and values of `shared` tokens of prompts and `own` others."""
     weights, adapters = _layer_weights(model, lora)
     a_token = 2 * model.n_kv_heads * model.head_dim * jnp.dtype(model.dtype).itemsize
-    return Need(weights, adapters, 0, shared * a_token, 0, own * a_token, 0)
+    return MemoryEstimate(weights, adapters, 0, shared * a_token, 0, own * a_token, 0)
 
 
 @functools.cache
 def _layer_weights(model: ModelConfig, lora: LoraSettings) -> tuple[int, int]:
     """Returns the bytes of a layer's weights and adapters on one device."""
-    one, two = (_running(dataclasses.replace(model, n_layers=n), lora).held for n in (1, 2))
+    one, two = (_running(dataclasses.replace(model, n_layers=n), lora).resident for n in (1, 2))
     return two.weights - one.weights, two.adapters - one.adapters
 
 
@@ -240,28 +242,32 @@ def searching(lora: LoraSettings, search: SearchSettings, lengths: Lengths, batc
     ]
 
 
-def proposing(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+def proposing(
+    model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int
+) -> MemoryEstimate:
     """Estimates a round of last steps.
 
     The caches of the prompts with the reference, which the questions read, stay allocated.
     """
-    graph, weights, held, unread = _running(model, lora)
+    graph, weights, resident, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     table, path = step_table(model.vocab_size), (_array(batch, lengths.path), _array(batch))
     draws = _draws(batch * search.breadth)
     step = sampler.sample_step.lower(graph, search.longest_step, weights, table, prompt, *path, *draws)
-    return _need(step, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
+    return _estimate(step, resident._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
 
 
-def asking(model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> Need:
+def asking(
+    model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int
+) -> MemoryEstimate:
     """Estimates a round of questions about last steps; the caches of the prompts alone stay allocated."""
-    graph, weights, held, unread = _running(model, lora)
+    graph, weights, resident, unread = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
     ask = sampler.choice_logits.lower(
         graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2)
     )
-    return _need(ask, held._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
+    return _estimate(ask, resident._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
 
 
 def _draws(rows: int) -> tuple[Any, ...]:
@@ -283,19 +289,19 @@ def responses(lora: LoraSettings, rows: int, width: int, limit: int) -> Program:
     )
 
 
-def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> Need:
+def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> MemoryEstimate:
     """Estimates computing the log-probabilities of the targets of `rows` rows of `width` tokens."""
-    graph, weights, held, unread = _running(model, lora)
-    return _need(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), held, unread)
+    graph, weights, resident, unread = _running(model, lora)
+    return _estimate(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), resident, unread)
 
 
-def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> Need:
+def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> MemoryEstimate:
     """Estimates sampling responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
-    graph, weights, held, unread = _running(model, lora)
+    graph, weights, resident, unread = _running(model, lora)
     prompt = _outputs(sampler.prefill, graph, weights, _array(rows, width), _array(rows))
     inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
-    held = held._replace(caches=_bytes(prompt))
-    return _need(sampler.sample_step.lower(graph, limit, weights, *inputs), held, unread)
+    resident = resident._replace(caches=_bytes(prompt))
+    return _estimate(sampler.sample_step.lower(graph, limit, weights, *inputs), resident, unread)
 
 
 def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:

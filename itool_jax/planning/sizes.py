@@ -22,7 +22,7 @@ from itool_jax.store.run import Run
 from itool_jax.store.splits import search_pool, split_replay
 from itool_jax.system import hosts
 from itool_jax.system.files import read_json, write_json
-from itool_jax.system.messages import current_stage, say
+from itool_jax.system.messages import current_stage, log
 from itool_jax.text.chat import Chat, Encoded, evaluation_frame
 from itool_jax.text.padding import bucket, target_width
 from itool_jax.training.settings import TrainingSettings
@@ -33,7 +33,7 @@ MOST = 256
 STAGE_OF = {"warmup.micro_batch": "warmup", "search.batch": "search", "preference.micro_batch": "dpo"}
 TOKENS = "generate.tokens_per_batch"
 """The setting to lower for stages that only run the model."""
-Need = Callable[[int], float]
+BytesOfSize = Callable[[int], float]
 Plan = Callable[[int], list[memory.Program]]
 
 
@@ -72,7 +72,7 @@ def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
     larger = min((size for size in needs if size > value), default=None)
     beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
     short = "" if needs[value] <= limit else "; it may not fit, but it is the smallest size"
-    say(f"{name}=auto: {value}, which {fits}{beyond}{short}")
+    log(f"{name}=auto: {value}, which {fits}{beyond}{short}")
     return value
 
 
@@ -113,7 +113,7 @@ class Rows(NamedTuple):
     evaluated: Sequence[Encoded] = ()
 
 
-def need_of(run: Run, name: str) -> Need:
+def need_of(run: Run, name: str) -> BytesOfSize:
     """Returns a function from a size to bytes per device, for the longest rows that data and settings allow."""
     warmup, _ = split_replay(run.splits.train, run.config)
     rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
@@ -138,7 +138,7 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     return lambda size: [memory.Program(lambda model: memory.training(loss, model, config.lora, share // size, *shape))]
 
 
-def total(need: Callable[[int], memory.Need]) -> Need:
+def total(need: Callable[[int], memory.MemoryEstimate]) -> BytesOfSize:
     """Returns a function that gives total bytes, or infinity if the compiler rejects the program for lack of memory."""
 
     def bytes_of(size: int) -> float:

@@ -54,14 +54,14 @@ function drawExamples() {
   byId("to").value = to ?? "";
   for (const id of ["change", "error"]) byId(id).value = state[id] ?? "";
   if (byId("text").value !== (state.text ?? "")) byId("text").value = state.text ?? "";
-  const found = chosenExamples();
+  const matching = chosenExamples();
   // One that an address points to is shown wherever it stands.
-  const at = found.findIndex((row) => row.id === state.example);
+  const at = matching.findIndex((row) => row.id === state.example);
   const count = Math.max(Number(state.examples) || PAGE, at + 1);
   const left = report.examples.left_out ? `; ${number(report.examples.left_out)} more are not included` : "";
-  byId("example-count").textContent = `${number(found.length)} of ${number(report.examples.samples.length)} samples${left}`;
-  byId("example-list").replaceChildren(...found.slice(0, count).map((row) => exampleCard(row, from, to)));
-  byId("example-more").hidden = found.length <= count;
+  byId("example-count").textContent = `${number(matching.length)} of ${number(report.examples.samples.length)} samples${left}`;
+  byId("example-list").replaceChildren(...matching.slice(0, count).map((row) => exampleCard(row, from, to)));
+  byId("example-more").hidden = matching.length <= count;
 }
 
 function exampleCard(row, from, to) {

@@ -57,17 +57,17 @@ function folded(id, title, content) {
 let state = {};
 
 function readAddress() {
-  const found = {};
+  const values = {};
   for (const piece of location.hash.slice(1).split("&").filter(Boolean)) {
     const [name, ...rest] = piece.split("=");
     let value = rest.join("=");
     try { value = decodeURIComponent(value); } catch { /* it is taken as it stands */ }
-    if (rest.length) found[name] = value;
-    else found.part = PARTS.includes(name) ? name : undefined;
+    if (rest.length) values[name] = value;
+    else values.part = PARTS.includes(name) ? name : undefined;
   }
-  if (found.tree && !found.part) found.part = "trees";
-  else if (found.example && !found.part) found.part = "examples";
-  return found;
+  if (values.tree && !values.part) values.part = "trees";
+  else if (values.example && !values.part) values.part = "examples";
+  return values;
 }
 
 function address(values) {

@@ -23,12 +23,12 @@ const verdictOf = (entry) => (entry.solved ? "✓ solved" : entry.by_gold ? "✗
 function drawPicker() {
   for (const id of ["iteration", "solved", "kind"]) byId(id).value = state[id] ?? "";
   if (byId("find").value !== (state.find ?? "")) byId("find").value = state.find ?? "";
-  const found = chosenTrees();
+  const matching = chosenTrees();
   // The one that is shown stands in the list too.
-  const count = Math.max(Number(state.prompts) || PROMPTS, 1 + found.findIndex((entry) => keyOf(entry) === currentKey()));
+  const count = Math.max(Number(state.prompts) || PROMPTS, 1 + matching.findIndex((entry) => keyOf(entry) === currentKey()));
   const left = report.trees_left_out ? `; ${number(report.trees_left_out)} more are not included` : "";
-  byId("tree-count").textContent = `${number(found.length)} of ${number(report.trees.length)} trees${left}`;
-  byId("tree-list").replaceChildren(...found.slice(0, count).map((entry) => {
+  byId("tree-count").textContent = `${number(matching.length)} of ${number(report.trees.length)} trees${left}`;
+  byId("tree-list").replaceChildren(...matching.slice(0, count).map((entry) => {
     const key = keyOf(entry);
     const link = make("a", { href: address({ ...state, part: undefined, tree: key, node: undefined, closed: undefined }), "data-tree": key },
       make("span", { className: "question" }, entry.question || entry.id),
@@ -36,7 +36,7 @@ function drawPicker() {
         make("span", {}, `${entry.pairs} pair${entry.pairs === 1 ? "" : "s"}`), make("span", {}, phaseName(entry.phase))));
     return make("li", {}, link);
   }));
-  byId("tree-more").hidden = found.length <= count;
+  byId("tree-more").hidden = matching.length <= count;
   markCurrent(currentKey());
 }
 
@@ -292,9 +292,9 @@ function detail(tree, node) {
 function pairList(tree) {
   if (!tree.pairs.length) return [make("h4", {}, "Pairs"), make("p", { className: "caption" }, "This tree yielded no pairs.")];
   const button = (id, label) => {
-    const found = make("button", { type: "button", className: "link" }, label);
-    found.addEventListener("click", () => choose(id));
-    return found;
+    const link = make("button", { type: "button", className: "link" }, label);
+    link.addEventListener("click", () => choose(id));
+    return link;
   };
   const side = (label, id, q) => make("div", { className: "block" }, make("div", { className: "caption" }, button(id, `${label}, node ${id}`), `Q ${number(q)}`),
     make("pre", {}, tree.nodes[id] ? stepText(tree.nodes[id]) : "(not in the tree)"));

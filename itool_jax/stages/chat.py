@@ -31,7 +31,7 @@ from itool_jax.store.run import Run
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import console_out
 from itool_jax.system.untrusted import harmless, read_json
-from itool_jax.text import remarks
+from itool_jax.text import call_checks
 from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
 from itool_jax.text.sample import Row
 
@@ -61,7 +61,7 @@ def run(run: Run) -> dict[str, Any]:
     with use_own_mesh(config.mesh):
         session = Session(run, tools, given)
         if config.tools is None:
-            session.say(f"demo tools; try: {example.messages[-1]['content']}", "dim")
+            session.notify(f"demo tools; try: {example.messages[-1]['content']}", "dim")
         session.talk()
     return {"turns": session.turns}
 
@@ -104,7 +104,7 @@ class Session:
         self.turns = 0
         self.reset()
         name = config.model if policy.phase == BASE else f"{policy.phase} of {config.run_dir}"
-        self.say(f"{name}, {len(self.tools)} tools; /help lists the commands", "dim")
+        self.notify(f"{name}, {len(self.tools)} tools; /help lists the commands", "dim")
 
     def reset(self) -> None:
         """Starts a new conversation."""
@@ -118,7 +118,7 @@ class Session:
                 try:
                     line = _ask("you> ").strip()
                 except KeyboardInterrupt:
-                    self.say("\nuse /quit or Ctrl-D to quit", "dim")
+                    self.notify("\nuse /quit or Ctrl-D to quit", "dim")
                     continue
                 if line.startswith("/"):
                     self.command(line)
@@ -130,7 +130,7 @@ class Session:
     def turn(self, text: str) -> None:
         """Answers a question until an answer calls no tool; takes the turn back if it is interrupted or fails."""
         if any("\ud800" <= character <= "\udfff" for character in text):
-            self.say("the line is not valid UTF-8", "yellow")
+            self.notify("the line is not valid UTF-8", "yellow")
             return
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -144,52 +144,55 @@ class Session:
         except _ResetError:
             return
         except KeyboardInterrupt:
-            self.say("\nstopped; turn discarded", "yellow")
+            self.notify("\nstopped; turn discarded", "yellow")
             self.messages = before
         except ValueError as error:
-            self.say(f"{error}; turn discarded", "red")
+            self.notify(f"{error}; turn discarded", "red")
             self.messages = before
 
     def answer(self) -> list[Call]:
         """Lets the model answer, shows the text and its calls, and returns the calls."""
         chat, settings = self.base.chat, self.config.generate
         ids = chat.prompt_ids(self.messages, self.tools)
-        if (room := self.base.config.max_length - len(ids)) < 1:
+        if (token_budget := self.base.config.max_length - len(ids)) < 1:
             raise ValueError(
                 f"the conversation has {len(ids)} tokens, but the model's context is {self.base.config.max_length}; "
                 "/reset starts a new one"
             )
-        limit = min(settings.max_tokens, room)
+        limit = min(settings.max_tokens, token_budget)
         fold = np.array([stable_hash(f"{len(self.messages)} {self.messages[-1]['content']}")], np.uint32)
         key_1 = row_keys(jax.random.key(self.config.seed), fold)
-        found: list[int] = []
+        response_ids: list[int] = []
         decode = functools.partial(chat.tokenizer.decode, clean_up_tokenization_spaces=False)
         console_out.print("model> ", end="", style="bold")
-        chunks = self.stream.respond(ids, limit, key_1, settings.temperature)
-        for piece in as_text(lambda ids: decode(chat.content_ids(ids)), _kept(chunks, found)):
+        chunks = self.stream.generate(ids, limit, key_1, settings.temperature)
+        for piece in as_text(lambda ids: decode(chat.content_ids(ids)), _kept(chunks, response_ids)):
             console_out.out(harmless(piece), end="", highlight=False)
             console_out.file.flush()
         console_out.print()
-        text = decode(chat.content_ids(found))
+        text = decode(chat.content_ids(response_ids))
         self.messages.append({"role": "assistant", "content": text})
-        if found[-1] not in chat.stop_ids:
-            self.say(f"cut off after {len(found)} tokens (generate.max_tokens, or the model's context)", "yellow")
+        if response_ids[-1] not in chat.stop_ids:
+            self.notify(
+                f"cut off after {len(response_ids)} tokens (generate.max_tokens, or the model's context)", "yellow"
+            )
         return self.show_calls(text)
 
     def show_calls(self, text: str) -> list[Call]:
         """Shows the parsed calls of an answer with the faults of each, and returns the calls."""
         calls = read_calls(text)
         if calls is None and looks_like_calls(text):
-            self.say("  starts like a list of calls, but cannot be parsed as one", "red")
+            self.notify("  starts like a list of calls, but cannot be parsed as one", "red")
         for number, call in enumerate(calls or (), 1):
             console_out.print(Text(f"  call {number}: ", style="dim") + highlighted(call), soft_wrap=True)
-            for line in remarks.faults(call, self.tools):
-                self.say(f"    {line}", "red")
+            for line in call_checks.faults(call, self.tools):
+                self.notify(f"    {line}", "red")
         return calls or []
 
     def result(self, call: Call) -> str:
         """Asks the user for the result of a call; an empty line takes the example."""
-        example = remarks.stub(call.name, self.given)  # only the tools as given keep a bare function's result schema
+        # Only the tools as given keep a bare function's result schema.
+        example = call_checks.stub(call.name, self.given)
         while True:
             line = _ask(f"result of {harmless(call.name)} [Enter: {harmless(example)}]> ").strip()
             if not line.startswith("/"):
@@ -206,30 +209,30 @@ class Session:
             case "/quit":
                 raise EOFError
             case "/help":
-                self.say(HELP)
+                self.notify(HELP)
             case "/tools":
                 for tool in self.tools:
                     function = tool["function"]
-                    self.say(f"{remarks.signature(function)}  {function['description']}")
+                    self.notify(f"{call_checks.signature(function)}  {function['description']}")
             case "/reset":
                 self.reset()
-                self.say("new conversation", "dim")
+                self.notify("new conversation", "dim")
             case "/system":
                 self.system = {"role": "system", "content": rest} if rest else None
                 self.reset()
-                self.say(f"new conversation {'with that' if rest else 'without a'} system message", "dim")
+                self.notify(f"new conversation {'with that' if rest else 'without a'} system message", "dim")
             case "/save":
                 self.save(rest)
             case _:
-                self.say(f"unknown command {name}; /help lists the commands", "yellow")
+                self.notify(f"unknown command {name}; /help lists the commands", "yellow")
 
     def save(self, name: str) -> None:
         """Adds the conversation to a file of training data, or updates it there."""
         if not name:
-            self.say("/save needs a FILE to add the conversation to", "yellow")
+            self.notify("/save needs a FILE to add the conversation to", "yellow")
             return
         if not name.endswith(SAVED):
-            self.say(f"/save needs a name that ends in {' or '.join(SAVED)}, got {name}", "yellow")
+            self.notify(f"/save needs a name that ends in {' or '.join(SAVED)}, got {name}", "yellow")
             return
         try:
             if not samples_from_conversation(self.id, self.messages, self.tools, "after_user"):
@@ -238,11 +241,11 @@ class Session:
             rows = [row for _, row in read_rows(path)] if path.exists() else []
             row = {"id": self.id, "messages": self.messages, "tools": list(self.tools)}
             count = write_jsonl(path, [*(other for other in rows if other.get("id") != self.id), row])
-            self.say(f"saved; {name} now has {count} conversation{'s' * (count > 1)}", "dim")
+            self.notify(f"saved; {name} now has {count} conversation{'s' * (count > 1)}", "dim")
         except (ValueError, OSError) as error:
-            self.say(f"not saved: {error}", "red")
+            self.notify(f"not saved: {error}", "red")
 
-    def say(self, text: str, style: str = "") -> None:
+    def notify(self, text: str, style: str = "") -> None:
         """Prints a line that does not come from the model."""
         console_out.print(Text(harmless(text), style=style), soft_wrap=True)
 
@@ -259,10 +262,10 @@ def highlighted(call: Call) -> Text:
     return text.append(")")
 
 
-def _kept(chunks: Iterator[list[int]], found: list[int]) -> Iterator[list[int]]:
+def _kept(chunks: Iterator[list[int]], response_ids: list[int]) -> Iterator[list[int]]:
     """Yields the chunks as they come, and appends them to `found`."""
     for chunk in chunks:
-        found += chunk
+        response_ids += chunk
         yield chunk
 
 

@@ -16,14 +16,14 @@ from itool_jax.data.batches import PairRow, pair_batches, repeat_or_thin, sft_ba
 from itool_jax.inference.sampler import target_log_probs
 from itool_jax.stages import search
 from itool_jax.store import checkpoint, training
+from itool_jax.store.across_hosts import Advance, by_row, planned
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
 from itool_jax.store.paths import WARMUP, WEIGHTS, command, phase_name
 from itool_jax.store.run import Run
-from itool_jax.store.spread import Advance, by_row, planned
 from itool_jax.store.tables import AnswerRow, PreferenceRow, ReferenceRow
 from itool_jax.store.weights import PhasePolicy, training_graph
 from itool_jax.system.files import write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text.chat import Encoded
 from itool_jax.text.padding import target_width
 from itool_jax.training import loop as train
@@ -79,7 +79,7 @@ TRAIN = Step("dpo", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))
 
 def _keep(task: Task, policy: PhasePolicy, why: str) -> Figures:
     """Saves the unchanged policy as the iteration's, because there is nothing to train on."""
-    say(f"{task.phase}: {why}; keeping the policy unchanged")
+    log(f"{task.phase}: {why}; keeping the policy unchanged")
     trainable, _ = policy.trainable(merge=task.config.preference.merge)
     digest = checkpoint.save(task.folder / WEIGHTS, trainable)
     return {"pairs": 0, "steps": 0, "weights": digest, "held_out": compare_held_out([], [])}
@@ -152,13 +152,13 @@ def compare_held_out(before: Sequence[ReferenceRow], after: Sequence[ReferenceRo
 def _report(task: Task, x: Figures) -> None:
     """Logs how training changed the held-out pairs."""
     if x["pairs"]:
-        say(
+        log(
             f"{task.phase}: {x['pairs']} held-out pairs: "
             f"margin {x['margin_before']:.2f} → {x['margin_after']:.2f} nats, "
             f"chosen step more likely in {100 * x['accuracy_before']:.1f} → {100 * x['accuracy_after']:.1f} %"
         )
     elif share := task.config.pairs.held_out:
-        say(f"{task.phase}: no held-out pairs (pairs.held_out={share}), so the effect of training is not measured")
+        log(f"{task.phase}: no held-out pairs (pairs.held_out={share}), so the effect of training is not measured")
 
 
 # The reference ----------------------------------------------------------------------------------------------

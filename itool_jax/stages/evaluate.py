@@ -20,7 +20,7 @@ from itool_jax.store.splits import Samples, require_part
 from itool_jax.store.tables import EvaluationRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text.calls import looks_like_calls, read_calls
 from itool_jax.text.sample import Sample
 from itool_jax.training import replay
@@ -75,7 +75,7 @@ def accuracy(task: Task, policy: PhasePolicy, held_out: Samples, *, aloud: bool 
     figures = summarize(rows)
     known = {name: value for name, value in figures["accuracy"].items() if value is not None}
     if aloud:
-        say(f"{task.phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
+        log(f"{task.phase}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in known.items()))
     return figures
 
 

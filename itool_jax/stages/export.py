@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from itool_jax.config import Config
-from itool_jax.model import export, forms, hf, quantize
+from itool_jax.model import export, hf, quantize, stacking
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params
 from itool_jax.store.base import model_folder
@@ -25,7 +25,7 @@ from itool_jax.store.paths import WARMUP, trained_phases
 from itool_jax.store.run import Run
 from itool_jax.store.sources import check_sources
 from itool_jax.store.weights import Weights, merged_phases, restore_trained
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import inside
 from itool_jax.text.chat import Chat, load_tokenizer
@@ -50,7 +50,7 @@ def run(run: Run) -> dict[str, Any]:
             _write_adapter(config, phase, partial)
         else:
             _write_merged(config, phase, partial)
-    say(f"wrote the weights of {phase} to {target}")
+    log(f"wrote the weights of {phase} to {target}")
     return {"folder": str(target)}
 
 
@@ -68,7 +68,7 @@ def _write_adapter(config: Config, phase: str, target: Path) -> None:
     export.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
     if config.quantize == "nf4":
-        say(f"these adapters were trained on 4-bit weights of {name}; on its 16-bit weights, answers differ slightly")
+        log(f"these adapters were trained on 4-bit weights of {name}; on its 16-bit weights, answers differ slightly")
 
 
 def _write_merged(config: Config, phase: str, target: Path) -> None:
@@ -80,7 +80,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
             "export.base must be original or dequantized: the weights into which adapters trained on 4-bit weights "
             "are merged"
         )
-    trained = [forms.to_run(restore_trained(config, part)) for part in merged_phases(config, phase)]
+    trained = [stacking.to_run(restore_trained(config, part)) for part in merged_phases(config, phase)]
     kept = dataclasses.replace(config, quantize="none") if config.export.base == "original" else config
     base = Weights(kept).base(stacked=False) if config.lora.rank else {}
     model = dataclasses.replace(hf.read_config(model_folder(config), config.dtype), stacked=False)

@@ -10,14 +10,14 @@ from itool_jax.data.sources import read_samples
 from itool_jax.inference.sampler import generate
 from itool_jax.stages import chat
 from itool_jax.store import outputs
+from itool_jax.store.across_hosts import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.cache import Figures
 from itool_jax.store.encoding import check_ids, check_room
 from itool_jax.store.run import Run
 from itool_jax.store.splits import data_file
-from itool_jax.store.spread import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.tables import GeneratedRow
 from itool_jax.system.files import write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.progress import Batch, progress
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import bucket
@@ -64,5 +64,5 @@ def run(run: Run) -> Figures:
         with outputs.resumed(config, config.output) as working:
             rows = map_across_hosts(config, working, encoded, work, WHAT)
             write_jsonl(config.output, rows)
-        say(f"wrote {len(encoded)} responses to {config.output}")
+        log(f"wrote {len(encoded)} responses to {config.output}")
     return {"samples": len(encoded)}

@@ -15,7 +15,7 @@ from itool_jax.store.splits import Samples, has_part, require_part, search_pool,
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_json
 from itool_jax.system.hosts import is_first
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _watch(run: Run, policy: PhasePolicy) -> None:
     """Logs how far an iteration moved the policy, and points out if it hardly moved."""
     evaluate.watch(run, policy)
     before = phase_name(iteration_of(policy.phase) - 1)
-    say(results.describe_training(policy.phase, results.what_training_changed(run.config, policy.phase, before)))
+    log(results.describe_training(policy.phase, results.what_training_changed(run.config, policy.phase, before)))
 
 
 def _check_batch_sizes(config: Config) -> None:
@@ -90,7 +90,7 @@ def _check_held_out(config: Config) -> None:
         require_part(config)
     elif not has_part(config, config.evaluate.split):
         split = config.evaluate.split
-        say(f"samples.{split}_share=0 leaves no {split} part: evaluating on {config.benchmark} only")
+        log(f"samples.{split}_share=0 leaves no {split} part: evaluating on {config.benchmark} only")
 
 
 def _drop_summary_of_fewer_iterations(config: Config) -> None:

@@ -22,7 +22,7 @@ from itool_jax.planning.time import Data, TimeModel, Workload, workloads
 from itool_jax.store.cache import Figures
 from itool_jax.store.splits import divide, divide_replay
 from itool_jax.system.files import write_json
-from itool_jax.system.messages import console_out, say
+from itool_jax.system.messages import console_out, log
 
 STAGES = ("warmup", "score", "search", "dpo", "evaluate")
 PURPOSES = {
@@ -46,7 +46,7 @@ def run(config: Config) -> Figures:
     _show(plan)
     if config.output is not None:
         write_json(config.output, plan)
-        say(f"wrote {config.output}")
+        log(f"wrote {config.output}")
     return plan
 
 
@@ -66,7 +66,7 @@ def _plan(config: Config) -> Figures:
     config = memory.laid_out(config, hardware)
     data = _data(config)
     planner = Planner(config, Rows(data.rows(data.warmup), data.rows(data.pool), data.evaluated), hardware)
-    say(f"planning for {hardware.n_devices} x {hardware.name}, using {hardware.answers}")
+    log(f"planning for {hardware.n_devices} x {hardware.name}, using {hardware.answers}")
     # 1. The memory that each stage needs with the current settings, and the largest sizes that fit.
     stages = STAGES if config.iterations else (STAGES[0], STAGES[-1])
     stages = stages if data.evaluated else stages[:-1]  # a run may be evaluated on nothing but a benchmark

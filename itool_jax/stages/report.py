@@ -12,7 +12,7 @@ from itool_jax.report import data as report_data
 from itool_jax.report import page, server
 from itool_jax.system.files import whole_file
 from itool_jax.system.hosts import is_first
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.untrusted import one_line
 
 FILE = "report.html"
@@ -25,7 +25,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.watch:
         return {"trees": server.serve(lambda: report_data.stamp(config), lambda: content(config, live=True))}
     report, _ = write(config)
-    say(f"wrote the report to {config.run_dir / FILE}")
+    log(f"wrote the report to {config.run_dir / FILE}")
     return {"trees": len(report["trees"])}
 
 
@@ -56,6 +56,6 @@ def refresh(config: Config) -> Path | None:
     try:
         write(config)
     except Exception as error:  # a fault of the report must not end days of work
-        say(f"could not write the report: {one_line(error)}")
+        log(f"could not write the report: {one_line(error)}")
         return None
     return config.run_dir / FILE

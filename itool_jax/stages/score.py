@@ -19,17 +19,17 @@ from itool_jax.inference.sampler import Policy, target_log_probs
 from itool_jax.mcts.policy import Searched
 from itool_jax.model.log_probs import perplexity
 from itool_jax.store import cache, outputs, splits
+from itool_jax.store.across_hosts import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.cache import Figures, Step, Table, Task
 from itool_jax.store.columns import row_of
 from itool_jax.store.encoding import check_ids, check_lengths
 from itool_jax.store.paths import BASE, command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples
-from itool_jax.store.spread import Advance, by_row, map_across_hosts, planned
 from itool_jax.store.tables import PerplexityRow, ScoreRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
@@ -56,7 +56,7 @@ def _score_file(run: Run, output: Path) -> None:
     with outputs.resumed(config, output) as working:
         rows = map_across_hosts(config, working, encoded, lambda rows: _work(policy, rows, config), "perplexity")
         write_jsonl(output, rows)
-    say(f"wrote {len(rows)} scores to {output}")
+    log(f"wrote {len(rows)} scores to {output}")
 
 
 def score_buffer(task: Task, policy: PhasePolicy, pool: Samples) -> Figures:
@@ -122,25 +122,25 @@ def _ability(
 ) -> Figures:
     """Computes and logs the policy's accuracy on the prompts chosen for the search."""
     settings, n = task.config.replay, len(rank)
-    found = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
+    figures = {"select": settings.select, "k": settings.samples, "greedy": None, "pass_at_1": None, "pass_at_k": None}
     if settings.select == "mixed":
         asked = sum(
             settings.n_searched(size)
             for is_call in (True, False)
             if (size := sum(score.is_call == is_call for score in scored.values()))
         )
-        found["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
+        figures["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
         if n < asked:
-            say(f"{task.phase}: wanted {asked} prompts with both right and wrong answers, found {n}")
+            log(f"{task.phase}: wanted {asked} prompts with both right and wrong answers, found {n}")
     if n:
-        found["greedy"] = round(sum(greedy.values()) / n, 4)
-        found["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
-        found["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
-        say(
-            f"{task.phase}: {n} prompts to search: greedy accuracy {100 * found['greedy']:.1f} %, "
-            f"pass@1 {100 * found['pass_at_1']:.1f} %, pass@{settings.samples} {100 * found['pass_at_k']:.1f} %"
+        figures["greedy"] = round(sum(greedy.values()) / n, 4)
+        figures["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)
+        figures["pass_at_k"] = round(sum(right[name] > 0 for name in rank) / n, 4)
+        log(
+            f"{task.phase}: {n} prompts to search: greedy accuracy {100 * figures['greedy']:.1f} %, "
+            f"pass@1 {100 * figures['pass_at_1']:.1f} %, pass@{settings.samples} {100 * figures['pass_at_k']:.1f} %"
         )
-    return found
+    return figures
 
 
 def _read(phase: cache.Phase) -> Table[ScoreRow]:

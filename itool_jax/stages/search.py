@@ -19,17 +19,17 @@ from itool_jax.mcts.policy import ModelPolicy, Searched
 from itool_jax.mcts.search import RIGHT, FinishedTree, is_reachable
 from itool_jax.mcts.search import grow as grow_trees
 from itool_jax.stages import score
+from itool_jax.store.across_hosts import Advance
 from itool_jax.store.base import Base
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
 from itool_jax.store.columns import json_of, row_of
 from itool_jax.store.paths import command, phase_name
 from itool_jax.store.run import Run
 from itool_jax.store.splits import Samples, search_pool
-from itool_jax.store.spread import Advance
 from itool_jax.store.tables import AnswerRow, NodeRow, PreferenceRow, ScoreRow, SearchRow, TreeRow
 from itool_jax.store.weights import PhasePolicy
 from itool_jax.system.files import write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Chat
 from itool_jax.text.steps import StepTable
@@ -186,12 +186,12 @@ def _with_refusals(task: Task, pairs: list[PreferenceRow]) -> list[PreferenceRow
     kept = replay.keep_share(marked, share, REFUSAL_MARGIN, config.seed + task.iteration)
     n_texts, of_data = sum(text for _, text in marked), f"{100 * share:.0f} %"
     if len(kept) < len(pairs):
-        say(
+        log(
             f"{task.phase}: dropped {len(pairs) - len(kept)} of {len(pairs)} pairs at random: {n_texts} were for text "
             f"answers, whose share is kept within {100 * REFUSAL_MARGIN:.0f} points of the training data's {of_data}"
         )
     elif pairs and not n_texts and share > REFUSAL_MARGIN:
-        say(
+        log(
             f"{task.phase}: no pair is for a text answer, but {of_data} of the training data are; the policy may "
             "unlearn refusals"
         )
@@ -240,19 +240,19 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
     """Logs the results of the search, and which trees give nothing to learn from."""
     n, pairs = figures["trees"], figures["pairs"]
     by_gold = f", {figures['solved_by_gold']} more only with the gold's steps" if config.search.injects else ""
-    say(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")
+    log(f"{phase}: the model's own steps solve {figures['solved']} of {n} prompts{by_gold}")
     if figures["unreachable_golds"]:
-        say(
+        log(
             f"{phase}: the gold response exceeds the search limits in {figures['unreachable_golds']} of {n} prompts; "
             "raise search.max_depth, search.max_step_tokens or search.max_last_step_tokens"
         )
     if figures["trees_without_pairs"]:
-        say(
+        log(
             f"{phase}: {figures['trees_without_pairs']} of {n} trees have no pairs; all responses are right in "
             f"{figures['all_right']} trees, all wrong in {figures['all_wrong']}"
         )
     if pairs:
-        say(
+        log(
             f"{phase}: {pairs} pairs, the chosen step is the gold's in {figures['chosen_is_gold']} "
             f"(injected in {figures['chosen_injected']}); "
             + (
@@ -262,7 +262,7 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
             )
         )
     else:
-        say(f"{phase}: the search found no pairs; preference training will leave the policy unchanged")
+        log(f"{phase}: the search found no pairs; preference training will leave the policy unchanged")
     judged = figures["self_evaluation"]
     if judged["auc"] is not None:
         line = f"{phase}: self-evaluation separates right from wrong responses with AUC {judged['auc']:.2f}"
@@ -271,7 +271,7 @@ def _remark(phase: str, config: Config, figures: Figures) -> None:
                 f" and calibration error {judged['calibration_error']:.2f}; swapping the letters flips "
                 f"{100 * judged['flipped']:.0f} % of its answers"
             )
-        say(line)
+        log(line)
 
 
 def _pair_row(pair: Pair, searched: Searched, chat: Chat, config: Config, iteration: int) -> PreferenceRow:

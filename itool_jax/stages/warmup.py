@@ -21,7 +21,7 @@ from itool_jax.store.splits import Samples
 from itool_jax.store.weights import PhasePolicy, restore_trained, training_graph
 from itool_jax.system import hosts
 from itool_jax.system.files import read_json, write_json
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.text.chat import Encoded
 from itool_jax.training import loop as train
 from itool_jax.training import replay
@@ -46,7 +46,7 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     config, settings = task.config, task.config.warmup
     figures: Figures = {"samples": len(samples.samples)}
     if settings.epochs == 0:
-        say("warm-up: warmup.epochs=0, so the policy is the base model")
+        log("warm-up: warmup.epochs=0, so the policy is the base model")
         return figures | {"steps": 0, "weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
     # 1. Rank the samples by difficulty and split them into three parts (eq 1).
     encoded = {row.id: row for row in samples.encoded}
@@ -102,7 +102,7 @@ def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encod
     if not n:
         raise ValueError("warmup.epochs=auto needs validation samples, but there are none; set it to a number")
     if n < VALIDATION:
-        say(f"warm-up: warmup.epochs=auto expects {VALIDATION} validation samples, got {n}: gains will be noisy")
+        log(f"warm-up: warmup.epochs=auto expects {VALIDATION} validation samples, got {n}: gains will be noisy")
     policies: list[PhasePolicy] = [base]
     correct: list[int] = []
     steps = 0
@@ -110,7 +110,7 @@ def _fit_until_plateau(task: Task, base: PhasePolicy, parts: Sequence[list[Encod
         number = len(correct) + 1
         policy, done = _round(task, policies[-1], parts, loss, validation, number, steps)
         gained = f" ({100 * (done.correct - correct[-1]) / n:+.1f})" if correct else ""
-        say(f"warm-up, round {number}: {100 * done.correct / n:.1f} % on {n} validation samples{gained}")
+        log(f"warm-up, round {number}: {100 * done.correct / n:.1f} % on {n} validation samples{gained}")
         policies.append(policy)
         correct.append(done.correct)
         steps += done.steps

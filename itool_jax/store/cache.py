@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, r
 
 from itool_jax.config import Config
 from itool_jax.store import columns
+from itool_jax.store.across_hosts import Work, map_across_hosts
 from itool_jax.store.checkpoint import damage
 from itool_jax.store.directory import binding_settings
 from itool_jax.store.paths import StepId, done_file, iteration_of, working_folder
 from itool_jax.store.sources import ALL, check_sources
-from itool_jax.store.spread import Work, map_across_hosts
 from itool_jax.system import hosts
 from itool_jax.system.files import read_json, write_json
-from itool_jax.system.messages import say, working_on
+from itool_jax.system.messages import log, working_on
 from itool_jax.system.metrics import track_results
 from itool_jax.system.preemption import PreemptionError, asked_to_stop
 
@@ -197,10 +197,10 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
     stale = _staleness(task, step, basis)
     if stale is None:
         shutil.rmtree(task.working, ignore_errors=True)
-        say(f"{task.phase}: {step.name} already done{_edited(task, step)}")
+        log(f"{task.phase}: {step.name} already done{_edited(task, step)}")
         return _State(stop=False, done=True)
     if stale:
-        say(f"{task.phase}: running {step.name} again: {stale}")
+        log(f"{task.phase}: running {step.name} again: {stale}")
     return _State(stop=False, basis=basis, seconds=open_working(task.working, basis))
 
 
@@ -299,7 +299,7 @@ def open_working(working: Path, basis: Mapping[str, Any]) -> float:
         if not columns.fault(begun, {"seconds": float, "time": float}):
             seconds = begun["seconds"] + max(0.0, last - begun["time"])
     elif working.exists():
-        say(f"discarding {working}: its inputs changed")
+        log(f"discarding {working}: its inputs changed")
         shutil.rmtree(working)
     write_json(path, {"after": basis, "seconds": seconds, "time": time.time()})
     return seconds

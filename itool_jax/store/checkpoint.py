@@ -26,7 +26,7 @@ import numpy as np
 from itool_jax.model.sharding import to_host
 from itool_jax.system import hosts
 from itool_jax.system.files import whole_file
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.untrusted import read_json
 
 CHECKSUMS = "checksums.json"
@@ -143,7 +143,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     return checksums
 
 
-class Training:
+class TrainCheckpoints:
     """Checkpoints of a training in progress, written in the background; the last two are kept.
 
     `every` is the number of steps between checkpoints. 0 picks the smallest number that costs at most `COSTS` of the
@@ -167,7 +167,7 @@ class Training:
         for path in sorted(self.folder.iterdir()):
             if bad := damage(path):
                 if "damaged" in bad:
-                    say(f"checkpoint {path}: {bad}; falling back to the previous one")
+                    log(f"checkpoint {path}: {bad}; falling back to the previous one")
                 shutil.rmtree(path)
 
     def _seal(self) -> None:
@@ -223,16 +223,16 @@ class Training:
             self.manager.close()
 
 
-def _compare(found: Any, wanted: Any) -> None:
+def _compare(saved: Any, wanted: Any) -> None:
     """Raises ValueError naming the first tensor that is missing, unexpected or has the wrong shape."""
-    found, wanted = _shapes(found), _shapes(wanted)
-    for name in sorted(found | wanted):
-        if name not in found:
+    saved, wanted = _shapes(saved), _shapes(wanted)
+    for name in sorted(saved | wanted):
+        if name not in saved:
             raise ValueError(f"tensor {name} is missing")
         if name not in wanted:
             raise ValueError(f"unexpected tensor {name}")
-        if found[name] != wanted[name]:
-            raise ValueError(f"tensor {name} has shape {found[name]}, expected {wanted[name]}")
+        if saved[name] != wanted[name]:
+            raise ValueError(f"tensor {name} has shape {saved[name]}, expected {wanted[name]}")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

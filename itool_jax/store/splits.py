@@ -22,7 +22,7 @@ from itool_jax.store.paths import StepId
 from itool_jax.store.sources import SOURCES, fingerprints
 from itool_jax.system import hosts
 from itool_jax.system.files import whole_file, write_json, write_jsonl
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.untrusted import read_json
 from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded, encode_sample
@@ -337,7 +337,7 @@ def _describe(config: Config, parts: dict[str, Part], left_out: dict[str, int], 
     write_json(config.run_dir / CARD, card)
     own = config.data != "generated" or config.samples.test_file is not None
     for line in lines(card) if own else left_out_lines(card):
-        say(line)
+        log(line)
 
 
 def read_card(config: Config) -> dict[str, Any]:

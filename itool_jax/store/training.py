@@ -19,7 +19,7 @@ from itool_jax.store.cache import Task
 from itool_jax.store.paths import WEIGHTS
 from itool_jax.system import hosts
 from itool_jax.system.files import whole_file
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 from itool_jax.system.metrics import Metrics
 from itool_jax.system.preemption import PreemptionError, asked_to_stop
 from itool_jax.system.progress import progress
@@ -58,7 +58,7 @@ def train_and_save(
         what=what,
         spans=spans,
         metrics=Metrics(task.config.run_dir / "metrics.jsonl", task.phase, steps_before),
-        checkpoints=checkpoint.Training((round_folder or task.working) / "training", settings.checkpoint_every),
+        checkpoints=checkpoint.TrainCheckpoints((round_folder or task.working) / "training", settings.checkpoint_every),
     )
     return checkpoint.save((round_folder or task.folder) / WEIGHTS, trained)
 
@@ -73,7 +73,7 @@ def train_resumably(
     what: str,
     metrics: Metrics,
     spans: Sequence[int] = (),
-    checkpoints: checkpoint.Training | None = None,
+    checkpoints: checkpoint.TrainCheckpoints | None = None,
 ) -> Params:
     """Trains from the newest checkpoint, or else from `start`, which is consumed; returns the trained parameters.
 
@@ -92,7 +92,7 @@ def train_resumably(
     if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
         first, state, position = restored
         data.set_state(position)
-        say(f"{what}: resuming after step {first} of {n_steps}")
+        log(f"{what}: resuming after step {first} of {n_steps}")
     metrics.drop_after(first)
     hosts.stop_together()  # before the first step compiles
     with progress(what, n_steps, first) as advance:
@@ -166,7 +166,7 @@ class _Reports:
         if not self.skipped:
             return
         what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
-        say(f"{self.metrics.stage}: skipped step {step}: loss or gradient not finite ({what})")
+        log(f"{self.metrics.stage}: skipped step {step}: loss or gradient not finite ({what})")
         if self.skipped == PATIENCE:
             path = self.metrics.path.parent / self.metrics.stage / f"not_finite_step_{step}.npz"
             _save_batch(path, batch)

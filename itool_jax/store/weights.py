@@ -11,7 +11,7 @@ from flax import nnx
 
 from itool_jax.config import Config
 from itool_jax.inference.sampler import Policy
-from itool_jax.model import forms, hf
+from itool_jax.model import hf, stacking
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import placed, runs_apart, use_own_mesh
 from itool_jax.model.transformer import Params, abstract
@@ -52,7 +52,7 @@ class Weights:
             nf4 = config.quantize == "nf4"
             self._base = hf.load(model_folder(config), config.dtype, nf4=nf4, stacked=stacked)[1]
         elif other:
-            self._base = (forms.to_train if stacked else forms.to_run)(self._base)
+            self._base = (stacking.to_train if stacked else stacking.to_run)(self._base)
         self._stacked = stacked
         return jax.tree.map(lambda x: x, self._base)  # return a copy of the dict: the next conversion empties ours
 
@@ -72,15 +72,15 @@ class Weights:
             return Policy(graph, self.base(stacked=False))
         if not config.lora.rank:
             self._base = None
-            return Policy(graph, forms.to_run(restore_trained(config, phase, config.dtype)))
+            return Policy(graph, stacking.to_run(restore_trained(config, phase, config.dtype)))
         frozen = self.base(stacked=False)
         # A float32 model is small enough for a merged copy to fit in memory next to the base.
         if config.preference.merge or (config.dtype == "float32" and config.quantize == "none"):
             for part in merged_phases(config, phase):
-                frozen = merge_adapters(frozen, forms.to_run(restore_trained(config, part)), config.lora)
+                frozen = merge_adapters(frozen, stacking.to_run(restore_trained(config, part)), config.lora)
             return Policy(graph, frozen)
         # Merging adapters into lower-precision weights would lose most of what they learned.
-        trained = forms.to_run(restore_trained(config, phase))
+        trained = stacking.to_run(restore_trained(config, phase))
         return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
 
     def trainable(self, phase: str, *, merge: bool = False) -> tuple[Params, Params]:

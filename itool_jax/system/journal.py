@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from itool_jax.system import untrusted
-from itool_jax.system.messages import say
+from itool_jax.system.messages import log
 
 
 class Journal:
@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[int, Any], int]:
     while (end := content.find(b"\n", whole)) >= 0:
         checksum, _, text = content[whole:end].partition(b" ")
         if checksum != b"%08x" % zlib.crc32(text):
-            say(f"{path} is damaged after its first {lines} lines; recomputing the rows that follow")
+            log(f"{path} is damaged after its first {lines} lines; recomputing the rows that follow")
             break
         entry = untrusted.parse_json(text.decode())  # intact, since its checksum matches
         if not isinstance(entry, list) or not all(isinstance(x, list) and len(x) == 2 for x in entry):

@@ -55,7 +55,7 @@ def close_log() -> None:
     _log.path = _log.stage = None
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Logs a line and prints it on stderr, so that stdout holds results only."""
     if is_first():
         note("info", text)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from itool_jax.system import messages
 from itool_jax.system.hosts import is_first
-from itool_jax.system.messages import note, say
+from itool_jax.system.messages import log, note
 from itool_jax.system.profiling import traced
 from itool_jax.system.untrusted import redacted
 
@@ -160,7 +160,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
         if is_first() and not shown:
             messages.console.print(redacted(line()), markup=False, soft_wrap=True)
 
-    with bar, _reported(report), _heard(clock), _named(line), traced(_state.traces, what, say) as tick:
+    with bar, _reported(report), _heard(clock), _named(line), traced(_state.traces, what, log) as tick:
         task = bar.add_task(what, total=total, completed=done, note="", clock=clock)
 
         def advance(units: int = 1, note: str = "", plan: Sequence[Batch] = ()) -> None:
@@ -173,7 +173,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
 
         yield advance
     new = f" ({clock.done - done} new)" if done else ""
-    say(f"{what:<28} {clock.done}{new} in {clock.seconds:.1f} s")
+    log(f"{what:<28} {clock.done}{new} in {clock.seconds:.1f} s")
 
 
 @contextlib.contextmanager

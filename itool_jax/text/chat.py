@@ -220,8 +220,8 @@ def answer_ids(chat: Chat, letters: Sequence[str]) -> list[int]:
 
 
 def _around_candidate(chat: Chat, reference_ids: Sequence[int], question: str) -> tuple[list[int], list[int]]:
-    left, found, right = _text_after_answer(chat, question).partition(_CANDIDATE_MARK)
-    if not found or _CANDIDATE_MARK in right:
+    left, mark, right = _text_after_answer(chat, question).partition(_CANDIDATE_MARK)
+    if not mark or _CANDIDATE_MARK in right:
         raise ValueError(f"chat template of {chat.name} must write a user message verbatim and only once")
     return [*reference_ids, *_ended(chat, chat.encode(left))], chat.encode(right)
 

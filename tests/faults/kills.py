@@ -133,12 +133,12 @@ def await_changes(pid: int, folder: Path, count: int) -> int:
 
 def sizes(folder: Path) -> dict[str, int]:
     """The sizes of all files of a run."""
-    found = {}
+    by_path = {}
     for where, _, names in os.walk(folder):
         for path in (os.path.join(where, name) for name in names):
             with contextlib.suppress(OSError):  # gone since
-                found[path] = os.lstat(path).st_size
-    return found
+                by_path[path] = os.lstat(path).st_size
+    return by_path
 
 
 def compare(
@@ -157,9 +157,9 @@ def compare(
     while met.total() < kills:
         here = folder / f"killed_{runs}"
         stages = kill_until_done(arguments, here, kills - met.total(), rng, asked, changes / a_run)
-        found = results(here)
-        names = sorted(wanted.keys() | found)
-        differing += [f"{here.name}/{n}" for n in names if not equal(wanted.get(n), found.get(n))]
+        files = results(here)
+        names = sorted(wanted.keys() | files)
+        differing += [f"{here.name}/{n}" for n in names if not equal(wanted.get(n), files.get(n))]
         met.update(stages)
         runs += 1
         print(json.dumps({"run": runs, "kills": stages, "differing": differing}), flush=True)
@@ -190,9 +190,9 @@ def main() -> None:
     import_all()
     options.folder.mkdir(parents=True, exist_ok=True)
     asked = itertools.cycle(signal.Signals[name] for name in options.signals.split(","))
-    found = compare(options.arguments, options.folder, options.kills, options.seed, asked, options.a_run)
-    print(json.dumps(found))
-    sys.exit(bool(found["differing"]))
+    comparison = compare(options.arguments, options.folder, options.kills, options.seed, asked, options.a_run)
+    print(json.dumps(comparison))
+    sys.exit(bool(comparison["differing"]))
 
 
 if __name__ == "__main__":

@@ -88,16 +88,16 @@ def file(name: str, content: Any) -> Step:
     return step
 
 
-def rows(*found: Any) -> Step:
+def rows(*contents: Any) -> Step:
     """The data file: rows, or text as it stands."""
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in found)
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in contents)
     return file("data.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def samples(count: int, **changes: Any) -> Step:
     """A data file of so many distinct samples, the last one changed."""
-    found = [{**SAMPLE, "id": f"s{i}", "target": f"[f(x={i})]"} for i in range(count)]
-    return rows(*found[:-1], found[-1] | changes)
+    numbered = [{**SAMPLE, "id": f"s{i}", "target": f"[f(x={i})]"} for i in range(count)]
+    return rows(*numbered[:-1], numbered[-1] | changes)
 
 
 def remove(*names: str) -> Step:
@@ -135,9 +135,9 @@ def tensors(change: Callable[[dict[str, Any]], Any]) -> Step:
         from safetensors.numpy import load_file, save_file
 
         path = place.folder / "model/model.safetensors"
-        found = load_file(path)
-        change(found)
-        save_file(found, path)
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
 
     return step
 

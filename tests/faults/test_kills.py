@@ -31,11 +31,11 @@ MIXED = "SIGKILL,SIGKILL,SIGKILL,SIGKILL,SIGTERM"
 
 @pytest.mark.parametrize("kills", [34, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_ends_like_an_undisturbed_one(made: Made, tmp_path: Path, kills: int):
-    found = disturbed(tmp_path / "runs", kills, MIXED, made.settings)
-    assert (found["kills"], found["differing"]) == (kills, [])
+    comparison = disturbed(tmp_path / "runs", kills, MIXED, made.settings)
+    assert (comparison["kills"], comparison["differing"]) == (kills, [])
 
 
 @pytest.mark.slow
 def test_the_smoke_configuration_killed(tmp_path: Path):
-    found = disturbed(tmp_path / "runs", 10, "SIGKILL", ["--config=smoke"])
-    assert (found["kills"], found["differing"]) == (10, [])
+    comparison = disturbed(tmp_path / "runs", 10, "SIGKILL", ["--config=smoke"])
+    assert (comparison["kills"], comparison["differing"]) == (10, [])

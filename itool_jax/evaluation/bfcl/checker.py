@@ -295,10 +295,10 @@ def _check_dict(value: Any, allowed: Sequence[Any]) -> None:
     for answer in allowed:
         if answer == "":
             continue
-        found = _dict_error(value, answer)
-        if found is None:
+        mismatch = _dict_error(value, answer)
+        if mismatch is None:
             return
-        error = found
+        error = mismatch
     raise _WrongError(error)
 
 

@@ -109,7 +109,7 @@ def load_questions(folder: Path, category: str) -> list[Question]:
         for number, row in read_rows(answer_file):
             name = _field(row, "id", answer_file, number, str)
             answers[name] = _field(row, "ground_truth", answer_file, number, list)
-    found = []
+    questions = []
     for number, row in read_rows(file):
         question_id = _field(row, "id", file, number, str)
         if "relevance" not in category and question_id not in answers:
@@ -122,8 +122,8 @@ def load_questions(folder: Path, category: str) -> list[Question]:
         question = Question(question_id, category, turns, functions, answer, row)
         if problem := _wrong_form(question):
             raise ValueError(f"{place(file, number)}: {question_id}: {problem}")
-        found.append(question)
-    return found
+        questions.append(question)
+    return questions
 
 
 def _wrong_form(question: Question) -> str | None:
@@ -238,20 +238,20 @@ def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
 
     Raises ValueError if there are none, for folders of several models, and for two files of a category in one layout.
     """
-    found: dict[str, list[Path]] = {}
+    by_category: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("BFCL_v*_result.json*")):
         match = _RESULT_FILE.fullmatch(path.name)
         category = _V3_NAMES.get(match[1], match[1]) if match else None
         if category in CATEGORIES:
-            found.setdefault(category, []).append(path)
-    if not found:
+            by_category.setdefault(category, []).append(path)
+    if not by_category:
         raise ValueError(f"{folder} contains no BFCL_v3_<category>_result.json")
-    models = sorted({_model_folder(path, folder) for paths in found.values() for path in paths})
+    models = sorted({_model_folder(path, folder) for paths in by_category.values() for path in paths})
     if len(models) > 1:
         names = ", ".join(str(model.relative_to(folder)) for model in models)
         raise ValueError(f"{folder} contains results of several models: {names}; --results must be one model's folder")
     files = {}
-    for category, paths in found.items():
+    for category, paths in by_category.items():
         chosen = [path for path in paths if path.name.startswith(f"BFCL_{layout}_")] or paths
         if len(chosen) > 1:
             raise ValueError(

@@ -181,7 +181,7 @@ def _java_call(node: tree_sitter.Node, source: str) -> Call:
             arguments.add(_slice(child.children[0], source), _java_value(child.children[2], source))
         elif child.type in ("identifier", "class_literal", "set"):
             arguments.add(None, _java_value(child, source))
-    return Call(full_name, arguments.found)
+    return Call(full_name, arguments.by_name)
 
 
 def _java_value(node: tree_sitter.Node, source: str, nested: bool = False) -> str:
@@ -217,19 +217,19 @@ def _javascript_call(node: tree_sitter.Node) -> Call:
             arguments.add(_text(child.children[0]), value[1:-1] if quoted else value)
         elif child.type in ("identifier", "true"):
             arguments.add(None, _text(child))
-    return Call(_text(node.children[0]), arguments.found)
+    return Call(_text(node.children[0]), arguments.by_name)
 
 
 class _Arguments:
     """Arguments by name; the positional one has the name None."""
 
     def __init__(self) -> None:
-        self.found: dict[Any, str] = {}
+        self.by_name: dict[Any, str] = {}
 
     def add(self, name: str | None, value: str) -> None:
-        if name in self.found:
+        if name in self.by_name:
             raise UnreadableError(f"the argument {name!r} is repeated")
-        self.found[name] = value
+        self.by_name[name] = value
 
 
 @functools.cache

@@ -102,18 +102,18 @@ def _columns(accuracy: Mapping[str, Any], scores: Mapping[str, Score]) -> dict[s
         return sum(of[name] for name in names) / len(names)
 
     known = {column for column in COLUMNS if accuracy.keys() >= set(NEEDED[column])}
-    found = {}
+    columns = {}
     if "non-live" in known:
         others = [name for name in NON_LIVE if name not in SIMPLE]
-        found["non-live"] = mean(["simple", *others], {**accuracy, "simple": mean(SIMPLE)})
+        columns["non-live"] = mean(["simple", *others], {**accuracy, "simple": mean(SIMPLE)})
     if "live" in known:
         total = sum(scores[name].total for name in LIVE)
-        found["live"] = sum(accuracy[name] * scores[name].total for name in LIVE) / total
+        columns["live"] = sum(accuracy[name] * scores[name].total for name in LIVE) / total
     for column in known & {"multi-turn", "relevance", "irrelevance"}:
-        found[column] = mean(NEEDED[column])
+        columns[column] = mean(NEEDED[column])
     if "overall" in known and all(scores[name].total == scores[name].questions for name in NEEDED["overall"]):
-        found["overall"] = mean(("non-live", "live", "multi-turn"), found)
-    return found
+        columns["overall"] = mean(("non-live", "live", "multi-turn"), columns)
+    return columns
 
 
 def paired(now: Score, then: Score) -> PairedDifference:

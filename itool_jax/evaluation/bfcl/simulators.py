@@ -192,7 +192,7 @@ def _step(conversation: _Conversation, text: str, simulators: Simulators) -> boo
     conversation.turns[-1].append(text)
     conversation.messages.append({"role": "assistant", "content": text})
     row = conversation.question.row
-    found = simulators.ask(
+    reply = simulators.ask(
         {
             "do": "execute",
             "steps": [*conversation.executed, text],
@@ -201,10 +201,10 @@ def _step(conversation: _Conversation, text: str, simulators: Simulators) -> boo
             "long_context": "long_context" in conversation.question.category,
         }
     )
-    if found["calls"] is None:
+    if reply["calls"] is None:
         return conversation.end_turn()
     conversation.executed.append(text)
-    for call, result in zip(found["calls"], found["results"], strict=True):
+    for call, result in zip(reply["calls"], reply["results"], strict=True):
         conversation.messages.append({"role": "tool", "name": call, "content": result})
     return len(conversation.turns[-1]) <= MAX_STEPS
 
@@ -248,12 +248,12 @@ def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
             raise ValueError(f"row {number}: {row['id']!r} appears twice")
         question = Question(row["id"], row["category"], [], [], row["ground_truth"], {**row, "question": []})
         by_category.setdefault(row["category"], {})[row["id"]] = question, row["model_output"]
-    found: dict[str, Verdict] = {}
+    verdicts: dict[str, Verdict] = {}
     with Simulators() as simulators:
         for cases in by_category.values():
             questions, results = zip(*cases.values(), strict=True)
-            found |= official_verdicts(questions, dict(zip(cases, results, strict=True)), simulators)
-    return found
+            verdicts |= official_verdicts(questions, dict(zip(cases, results, strict=True)), simulators)
+    return verdicts
 
 
 _CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth", "model_output")

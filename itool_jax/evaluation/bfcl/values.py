@@ -107,9 +107,9 @@ def javascript_value(text: str, kind: str, item_kind: str | None = None) -> Any:
 
 
 def _number(of: type, pattern: re.Pattern[str], text: Any) -> Any:
-    found = pattern.match(text) if isinstance(text, str) else None
+    match = pattern.match(text) if isinstance(text, str) else None
     try:
-        return of(found[found.lastindex or 0]) if found else text
+        return of(match[match.lastindex or 0]) if match else text
     except ValueError:  # Python limits the number of digits
         return text
 
@@ -145,10 +145,10 @@ def _javascript_plain(text: str) -> Any:
 
 
 def _java_list(text: str, item_kind: str | None) -> Any:
-    if found := _JAVA_AS_LIST.search(text):
-        return [_java_item(item.strip(), item_kind) for item in found[1].split(",")]
-    if found := _JAVA_ADDS.search(text):
-        return [_java_item(item.strip(), item_kind) for item in _JAVA_ADD.findall(found[1])]
+    if match := _JAVA_AS_LIST.search(text):
+        return [_java_item(item.strip(), item_kind) for item in match[1].split(",")]
+    if match := _JAVA_ADDS.search(text):
+        return [_java_item(item.strip(), item_kind) for item in _JAVA_ADD.findall(match[1])]
     return [] if _JAVA_EMPTY_LIST.search(text) else text
 
 
@@ -159,34 +159,34 @@ def _java_item(text: str, kind: str | None) -> Any:
 
 
 def _java_array(text: str, item_kind: str | None) -> Any:
-    if not (found := _JAVA_ARRAY.search(text)):
+    if not (match := _JAVA_ARRAY.search(text)):
         return text
-    items = [item.strip() for item in found[1].split(",") if item.strip()]
+    items = [item.strip() for item in match[1].split(",") if item.strip()]
     return [java_value(item, item_kind) if item_kind else _java_plain(item) for item in items]
 
 
 def _java_map(text: str) -> Any:
-    if found := _JAVA_PUTS.search(text):
-        return {key: _java_plain(value.strip()) for key, value in _JAVA_PUT.findall(found[1])}
+    if match := _JAVA_PUTS.search(text):
+        return {key: _java_plain(value.strip()) for key, value in _JAVA_PUT.findall(match[1])}
     return {} if _JAVA_EMPTY_MAP.search(text) else text
 
 
 def _javascript_array(text: str, item_kind: str | None) -> Any:
-    if found := _JS_MATRIX.match(text):
-        rows = [row.strip() for row in _JS_ROW.findall(found[0])]
+    if match := _JS_MATRIX.match(text):
+        rows = [row.strip() for row in _JS_ROW.findall(match[0])]
         rows[0] = rows[0].removeprefix("[")
         return [[_javascript_plain(item) for item in row.split(",")] for row in rows]
-    if not (found := _JS_ARRAY.match(text)):
+    if not (match := _JS_ARRAY.match(text)):
         return text
-    inside = (found[1] if found[1] is not None else found[2]).strip()
+    inside = (match[1] if match[1] is not None else match[2]).strip()
     items = [item.strip() for item in inside.split(",")] if inside else []
     return [javascript_value(item, item_kind) if item_kind else _javascript_plain(item) for item in items]
 
 
 def _javascript_object(text: str) -> Any:
-    if not (found := _JS_OBJECT.match(text)):
+    if not (match := _JS_OBJECT.match(text)):
         return text
-    pairs = _JS_PAIR.findall(found[1])
+    pairs = _JS_PAIR.findall(match[1])
     return {key.strip().strip("'\""): _javascript_member(value.strip()) for key, value in pairs}
 
 

@@ -215,11 +215,11 @@ def _in_a_process(line: bytes, alone: bool) -> bytes:
         finally:
             os._exit(0)
     os.close(writer)
-    found = _read(result, time.monotonic() + SECONDS + GRACE_SECONDS)
+    checked = _read(result, time.monotonic() + SECONDS + GRACE_SECONDS)
     os.close(result)
     _end(process, alone)
     shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return checked
 
 
 def _read(result: int, until: float) -> bytes:
@@ -232,9 +232,9 @@ def _read(result: int, until: float) -> bytes:
             break
         parts.append(part)
     try:
-        found = json.loads(b"".join(parts))
-        if isinstance(found, dict):
-            return json.dumps(found).encode()
+        reply = json.loads(b"".join(parts))
+        if isinstance(reply, dict):
+            return json.dumps(reply).encode()
     except (ValueError, RecursionError):
         pass
     return json.dumps(_error("the process ended without an answer")).encode()

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from itool_jax import config as settings
-from itool_jax.model import forms, hf
+from itool_jax.model import hf, stacking
 from itool_jax.model.sharding import MeshSettings, use_mesh
 from itool_jax.model.transformer import ModelConfig, Params, abstract
 from itool_jax.store.weights import Weights
@@ -34,9 +34,9 @@ def logits(config: ModelConfig, params: Params) -> np.ndarray:
     return np.asarray(jax.jit(run)(params, TOKENS_BT))
 
 
-def assert_equal(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_equal(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -46,8 +46,8 @@ def test_both_forms_are_one_model(deep: Path, nf4: bool) -> None:
     assert running == dataclasses.replace(config, stacked=False)
     expected = logits(config, stacked)
     np.testing.assert_allclose(logits(running, single), expected, atol=1e-4 * expected.std())
-    assert_equal(forms.to_run(hf.load(deep, nf4=nf4)[1]), single)
-    assert_equal(forms.to_train(hf.load(deep, nf4=nf4, stacked=False)[1]), stacked)
+    assert_equal(stacking.to_run(hf.load(deep, nf4=nf4)[1]), single)
+    assert_equal(stacking.to_train(hf.load(deep, nf4=nf4, stacked=False)[1]), stacked)
 
 
 @pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(data=2, fsdp=2, tensor=2)], ids=["alone", "mesh"])
@@ -55,21 +55,21 @@ def test_a_model_is_never_there_twice(deep: Path, mesh: MeshSettings, monkeypatc
     """Of every change of form, the bytes in memory after each leaf: two leaves more than the model at most."""
     seen: list[int] = []
     before = sum(x.nbytes for x in jax.live_arrays())
-    compiled = forms._compiled
+    compiled = stacking._compiled
 
     def spy(*arguments: Any) -> Any:
         def run(x: Any) -> Any:
-            found = compiled(*arguments)(x)
+            result = compiled(*arguments)(x)
             seen.append(sum(leaf.nbytes for leaf in jax.live_arrays()) - before)
-            return found
+            return result
 
         return run
 
-    monkeypatch.setattr(forms, "_compiled", spy)
+    monkeypatch.setattr(stacking, "_compiled", spy)
     with use_mesh(mesh):
         params = hf.load(deep)[1]
         leaves = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-        for change in (forms.to_run, forms.to_train):
+        for change in (stacking.to_run, stacking.to_train):
             given, params = params, {}
             params = change(given)
             assert given == {}
@@ -99,7 +99,7 @@ def test_weights_to_run_lie_by_heads_and_widths(deep: Path) -> None:
     """A mesh's fsdp is more of its tensor axis then, and rows are spread over data alone."""
     with use_mesh(MeshSettings(data=2, fsdp=2, tensor=2)):
         loaded = hf.load(deep, stacked=False)[1]
-        for params in (loaded, forms.to_run(hf.load(deep)[1])):
+        for params in (loaded, stacking.to_run(hf.load(deep)[1])):
             layer = params["layers"][3]
             assert layer["q"]["kernel"].addressable_shards[0].data.shape == (32, 32 // 4)
             assert layer["o"]["kernel"].addressable_shards[0].data.shape == (32 // 4, 32)

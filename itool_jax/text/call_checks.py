@@ -44,13 +44,13 @@ def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
         return [f"unknown function {call.name}" + (f"; did you mean {close[0]}?" if close else "")]
     schema = function["parameters"]
     known = schema.get("properties") or {}
-    found = [f"argument {name} is missing" for name in schema.get("required") or () if name not in call.arguments]
+    lines = [f"argument {name} is missing" for name in schema.get("required") or () if name not in call.arguments]
     for name, value in call.arguments.items():
         if name not in known:
-            found.append(f"unknown argument {name}")
+            lines.append(f"unknown argument {name}")
         elif isinstance(known[name], Mapping):
-            found += _value_faults(name, value, known[name])
-    return found
+            lines += _value_faults(name, value, known[name])
+    return lines
 
 
 def stub(name: str, tools: Sequence[Tool]) -> str:
