@@ -54,7 +54,7 @@ def make_or_read(folder: Path) -> Made:
         *("--replay.replay_fraction=0.2", "--replay.hardest_fraction=0.4", "--warmup.batch_size=8"),
         *(f"--search.n_simulations={SIMULATIONS}", f"--search.breadth={BREADTH}", f"--search.max_depth={DEPTH}"),
         # As in the paper: a model of random weights finds nothing right by itself.
-        *("--search.inject_gold=always", "--pairs.require=gap", "--search.exploration=1"),
+        *("--search.inject_gold=always", "--pairs.require=gap", "--search.exploration=1", "--replay.select=perplexity"),
         *("--search.max_step_tokens=8", "--search.max_last_step_tokens=12", "--search.batch=4"),
         *("--preference.learning_rate=1e-3", *SMALL),
     ]

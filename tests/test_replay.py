@@ -175,9 +175,9 @@ def test_a_perplexity_that_is_not_finite_is_the_highest(bad: float) -> None:
 
 def test_skipping_passes_over_the_very_highest() -> None:
     scores = [ScoredSample(f"{i}", float(i), True) for i in range(10)]
-    settings = ReplaySettings(hardest_fraction=0.3, skip_fraction=0.2)
+    settings = ReplaySettings(select="perplexity", hardest_fraction=0.3, skip_fraction=0.2)
     assert replay.select_hardest(scores, settings) == ["7", "6", "5"]
-    one_left = ReplaySettings(hardest_fraction=0.1, skip_fraction=0.9)
+    one_left = ReplaySettings(select="perplexity", hardest_fraction=0.1, skip_fraction=0.9)
     assert replay.select_hardest(scores[:1], one_left) == ["0"]
 
 
@@ -277,6 +277,7 @@ def test_ties_in_difficulty_go_by_id() -> None:
         ({"hardest_fraction": math.nan}, r"replay.hardest_fraction must be in \(0, 1\], got nan"),
         ({"skip_fraction": -0.1}, r"replay.skip_fraction must be in \[0, 1\), got -0.1"),
         ({"skip_fraction": 0.9}, "must be at most 1, got 0.9 \\+ 0.2"),
+        ({"skip_fraction": 0.1, "select": "mixed"}, "replay.skip_fraction is only for replay.select=perplexity"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings: dict[str, float], message: str) -> None:

@@ -131,7 +131,8 @@ def _ability(
         )
         figures["mixed_in_pool"] = sum(0 < score.right < 1 for score in scored.values())
         if n < asked:
-            log(f"{task.phase}: wanted {asked} prompts with both right and wrong answers, found {n}")
+            remedy = "" if n else "; warm up longer, raise replay.samples, or set replay.select=perplexity"
+            log(f"{task.phase}: wanted {asked} prompts with both right and wrong answers, found {n}{remedy}")
     if n:
         figures["greedy"] = round(sum(greedy.values()) / n, 4)
         figures["pass_at_1"] = round(sum(right[name] for name in rank) / n / settings.samples, 4)

@@ -30,14 +30,14 @@ class ReplaySettings:
     """Share of the training samples kept out of warm-up as the replay buffer."""
 
     hardest_fraction: float = 0.2
-    """Share α of the buffer that each iteration takes: the samples with the highest perplexity."""
+    """Share α of the pool that each iteration searches, at most."""
 
     skip_fraction: float = 0.0
-    """Share of samples with the very highest perplexity to skip first, as too hard for any search to solve."""
+    """With select=perplexity: share of samples with the very highest perplexity to skip first, as too hard to solve."""
 
-    select: Literal["perplexity", "mixed"] = "perplexity"
-    """How to select samples for the search. perplexity: highest perplexity of the gold response (eq 4). mixed: samples
-    that the model answers right only sometimes, preferring the most even mix."""
+    select: Literal["perplexity", "mixed"] = "mixed"
+    """How to select samples for the search. mixed: samples that the model answers right only sometimes, preferring the
+    most even mix. perplexity: highest perplexity of the gold response, as in the paper (eq 4)."""
 
     pool: Literal["buffer", "all"] = "buffer"
     """Source of the searched samples. buffer: the replay buffer. all: all training samples, including those of the
@@ -64,6 +64,10 @@ class ReplaySettings:
             raise ValueError(
                 "replay.skip_fraction + replay.hardest_fraction must be at most 1, "
                 f"got {self.skip_fraction} + {self.hardest_fraction}"
+            )
+        if self.skip_fraction and self.select != "perplexity":
+            raise ValueError(
+                "replay.skip_fraction is only for replay.select=perplexity; mixed skips what is never solved"
             )
 
     def n_searched(self, n: int) -> int:

@@ -31,6 +31,7 @@ COMMAND_LINES = [
     fault("replay-fraction", "everything is replayed", "--stage=iterate --replay.replay_fraction=1", "replay.replay_fraction must be in (0, 1), got 1.0; see --help"),
     fault("hardest-fraction", "nothing is hard", "--stage=iterate --replay.hardest_fraction=0", "replay.hardest_fraction must be in (0, 1], got 0.0; see --help"),
     fault("skip-fraction", "more than all", "--stage=iterate --replay.skip_fraction=0.9 --replay.hardest_fraction=0.5", "replay.skip_fraction + replay.hardest_fraction must be at most 1, got 0.9 + 0.5; see --help"),
+    fault("skip-mixed", "skipping by perplexity without selecting by it", "--stage=iterate --replay.skip_fraction=0.1", "replay.skip_fraction is only for replay.select=perplexity; mixed skips what is never solved; see --help"),
     fault("learning-rate", "no learning rate", "--stage=iterate --warmup.learning_rate=0", "warmup.learning_rate must be positive, got 0.0; see --help"),
     fault("batch-size", "an empty batch", "--stage=iterate --preference.batch_size=0", "preference.batch_size must be positive, got 0; see --help"),
     fault("micro-batch", "a batch that does not split", "--stage=iterate --run_dir=RUN --warmup.batch_size=8 --warmup.micro_batch=3", "warmup.micro_batch must divide warmup.batch_size=8, got 3; see --help"),
