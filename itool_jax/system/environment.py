@@ -71,6 +71,9 @@ def split_cpu(rows: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # in use
         jax.config.update("jax_num_cpu_devices", max(n for n in CPU_DEVICES if n <= cores and rows % n == 0))
+        # XLA has as many threads as cores. With several programs in flight, a thread that waits for another device can
+        # keep that device from running, until XLA ends the process; so each program ends before the next begins.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def record(folder: Path, arguments: Sequence[str]) -> str | None:
