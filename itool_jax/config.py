@@ -30,6 +30,7 @@ from itool_jax.system import untrusted
 from itool_jax.system.devices import PlanSettings
 from itool_jax.system.hosts import DistributedSettings
 from itool_jax.system.trackers import LogSettings
+from itool_jax.text.tool_formats import ToolFormat, ToolStyle
 from itool_jax.training.replay import ReplaySettings
 from itool_jax.training.settings import (
     PreferenceRecipe,
@@ -121,6 +122,13 @@ class Recipe:
     the folder with its questions and answers."""
     skip_bad_rows: bool = False
     """Skip and list training rows that are invalid or too long for the model. If false, the first one ends the run."""
+    tool_format: ToolFormat = "auto"
+    """How answers write calls. brackets: [f(a=1)]. json: [{"name": "f", "arguments": {"a": 1}}]. native: as the model's
+    chat template does. With brackets and json, the system message lists the tools and says what an answer looks like.
+    auto: native if the template writes calls in a known form, else brackets."""
+    tool_style: ToolStyle = "schema"
+    """How the system message lists tools with tool_format=brackets or json: as JSON schemas, or in one line each,
+    name(argument: type?) - description."""
     seed: int = 0
     """Seed of all randomness, except the generated corpus, which is always the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"

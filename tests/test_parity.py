@@ -117,7 +117,7 @@ def logits_of(graph: nnx.GraphDef, params: Any, tokens_BT: jax.Array) -> jax.Arr
 def plain_table(vocab_size: int) -> StepTable:
     """No token ends a step or a response."""
     cells, flags = np.zeros((vocab_size, 6), np.int32), np.zeros(vocab_size, bool)
-    return StepTable(cells, cells, cells, cells, flags, flags, np.int32(1))
+    return StepTable(cells, cells, cells, cells, flags, flags, np.int32(1), np.int32(2))
 
 
 def cached_log_probs(policy: Policy, table: StepTable, rows: list[list[int]], answers: list[list[int]]) -> np.ndarray:

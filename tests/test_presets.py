@@ -93,6 +93,8 @@ TABLE: dict[str, Any] = {
 """The column paper_v1 of the table of new settings in section 10."""
 
 UNSAID: dict[str, Any] = {
+    "tool_format": "brackets",
+    "tool_style": "schema",
     "warmup.batch_size": 16,
     "warmup.clip_norm": 1.0,
     "warmup.pack": 0,
@@ -159,7 +161,7 @@ def table_rows(page: str) -> Iterator[tuple[str, Any]]:
 
 
 OFFICIAL = {
-    **{"replay.replay_fraction": 0.3, "replay.hardest_fraction": 0.3},
+    **{"replay.replay_fraction": 0.3, "replay.hardest_fraction": 0.3, "replay.select": "perplexity"},
     **{"search.breadth": 3, "search.max_depth": 3, "search.n_simulations": 5},
     **{"search.temperature": 1.5, "search.max_step_tokens": 50, "search.granularity": "argument"},
     **{"search.inject_gold": "never", "self_eval.scale": "four_grades", "pairs.min_q_gap": 0.1},

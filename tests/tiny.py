@@ -43,7 +43,21 @@ RAW_CONFIG: dict[str, Any] = {
 }
 TEMPLATE = """\
 {%- for message in messages -%}
-<|{{ message.role }}|>{{ message.content }}<|end|>
+<|{{ message.role }}|>{{ message.content }}
+{%- if message.tool_calls -%}
+[
+{%- for call in message.tool_calls -%}
+{{ call.function.name }}(
+{%- for name, value in call.function.arguments | items -%}
+{{ name }}=
+{%- set word = 'True' if value is true else 'False' if value is false else 'None' if value is none -%}
+{{ word or value | tojson }}{{ '' if loop.last else ', ' }}
+{%- endfor -%}
+){{ '' if loop.last else ', ' }}
+{%- endfor -%}
+]
+{%- endif -%}
+<|end|>
 {%- if tools and loop.first -%}<|tools|>{{ tools | tojson }}<|end|>{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}

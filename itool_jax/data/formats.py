@@ -69,8 +69,8 @@ def samples_from_conversation(
             continue
         number = f"{answers}" if after_user else f"{answers}.{turn}"
         name = conversation_id if number == "1" else f"{conversation_id}/{number}"
-        shown, target = tuple(messages[:i]), messages[i]["content"]
-        sample = Sample(id=name, messages=shown, tools=tools, target=target, category=category)
+        shown, target, before = tuple(messages[:i]), messages[i]["content"], messages[i].get("before_calls", "")
+        sample = Sample(id=name, messages=shown, tools=tools, target=target, before_calls=before, category=category)
         if sample.follows_user:
             sample = dataclasses.replace(sample, following=_until_user(messages, i + 1))
         samples.append(sample)
@@ -281,7 +281,9 @@ def _glaive_message(speaker: str, text: str) -> Row:
     role = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}[speaker]
     text = text.replace("<|endoftext|>", "").strip()
     if role == "assistant" and "<functioncall>" in text:
-        text = _bracketed([_glaive_call(call.strip()) for call in text.split("<functioncall>")[1:]])
+        before, *calls = text.split("<functioncall>")
+        text = _bracketed([_glaive_call(call.strip()) for call in calls])
+        return {"role": role, "content": text} | ({"before_calls": before.strip()} if before.strip() else {})
     return {"role": role, "content": text}
 
 

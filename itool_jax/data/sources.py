@@ -219,21 +219,24 @@ def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[A
         raise ValueError('sample has no "messages"')
     shown = [_message(message, number) for number, message in enumerate(messages, 1)]
     following: tuple[Row, ...] = ()
+    before = str(row.get("before_calls") or "")
     name, category, tools = _id(row), str(row.get("category") or ""), tool_schemas(row.get("tools"))
     if row.get("target") is not None:
         target, following = _target(row["target"]), _following(row)
+        before = _before_calls(row["target"]) if isinstance(row["target"], dict) else before
     elif turns is not None:
         samples = samples_from_conversation(name, shown, tools, turns, category)
         if not samples:
             raise ValueError('sample has no "target" and no assistant turn that follows a user turn')
         return samples
     else:
-        target = shown.pop()["content"] if shown[-1]["role"] == "assistant" else ""
+        last = shown.pop() if shown[-1]["role"] == "assistant" else {"content": ""}
+        target, before = last["content"], last.get("before_calls", "")
     if need_target and not target:
         raise ValueError(f'sample has {"an empty" if row.get("target") is not None else "no"} "target"')
     if not shown:
         raise ValueError("sample has no message before its target")
-    sample = Sample(id=name, messages=tuple(shown), tools=tools, target=target, category=category)
+    sample = Sample(id=name, messages=tuple(shown), tools=tools, target=target, before_calls=before, category=category)
     conversation = str(row.get("conversation") or "")
     return [dataclasses.replace(sample, conversation=conversation, following=following)]
 
@@ -281,7 +284,7 @@ def _id(row: Row) -> str:
 
 
 def _message(message: Any, number: int) -> Row:
-    """Returns the message with text content; calls become a bracketed list, in the history as in the target."""
+    """Returns the message with text content; calls become a bracketed list, and text beside them `before_calls`."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise ValueError(f"message {number} has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
@@ -293,12 +296,22 @@ def _message(message: Any, number: int) -> Row:
         raise ValueError(f"message {number}: {error}") from error
     # Tables hold None for missing keys.
     kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
-    return kept | {"content": content}
+    before = _before_calls(message)
+    return kept | {"content": content} | ({"before_calls": before} if before else {})
 
 
 def _content(message: Row) -> str:
     if message.get("tool_calls"):
         return write_calls(calls_from_openai(formats.field(message, "tool_calls", list)))
+    return _text(message)
+
+
+def _before_calls(message: Row) -> str:
+    """Returns the text beside a message's `tool_calls`."""
+    return _text(message).strip() if message.get("tool_calls") else str(message.get("before_calls") or "")
+
+
+def _text(message: Row) -> str:
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return "".join(str(part["text"]) for part in content)

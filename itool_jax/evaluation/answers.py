@@ -44,6 +44,6 @@ def answer_greedily(
     chat, answers = run.base.chat, []
     for sample, ids in zip(samples.samples, task.map(prompts, answer, what, folder=folder), strict=True):
         finished, text = bool(ids) and ids[-1] in chat.stop_ids, chat.tokenizer.decode(chat.content_ids(ids))
-        correct = outcome(sample.target, text, finished=finished, tools=sample.tools) > 0
+        correct = outcome(sample.target, text, finished=finished, tools=sample.tools, read=chat.read_calls) > 0
         answers.append(Answer(text, finished, correct))
     return answers

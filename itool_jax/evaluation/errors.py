@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_calls
+from itool_jax.text.calls import Call, contains_call, looks_like_calls, read_calls, same_calls
+from itool_jax.text.tool_formats import read_any
 
 UNFINISHED = "cut off"
 KINDS = {
@@ -15,6 +16,7 @@ KINDS = {
     "wrong function": "calls a function that is not expected, and misses one that is",
     "wrong parameters": "the right functions, but with missing or extra parameters",
     "wrong value": "the right functions and parameters, but a value differs",
+    "wrong format": "the right calls, but not in the tool format",
     "other": "none of the above",
 }
 """Kinds of error and their meaning; if several fit, the first one here is reported."""
@@ -24,12 +26,12 @@ def error_kind(gold: str, response: str, *, finished: bool) -> str:
     """Returns the kind of error of a response that was judged wrong."""
     if not finished:
         return UNFINISHED
-    wanted, calls = read_calls(gold), read_calls(response)
+    wanted, calls = read_calls(gold), read_any(response)
     if wanted is None:
         return "needless call" if contains_call(response) else "other"
     if calls is None:
-        return "unreadable" if looks_like_calls(response) else "no call"
-    return _between(wanted, calls)
+        return "unreadable" if contains_call(response) or looks_like_calls(response) else "no call"
+    return "wrong format" if same_calls(wanted, calls) else _between(wanted, calls)
 
 
 def _between(wanted: list[Call], calls: list[Call]) -> str:

@@ -233,7 +233,8 @@ class ModelPolicy:
         """Grades a whole turn against the gold turn (O of eq 6)."""
         text = self.chat.tokenizer.decode(self.chat.content_ids(response))
         gold, tools = self.golds[problem][turn][0], self.batch[problem].sample.tools
-        return outcome(gold, text, finished=stopped, tools=tools, grading=self.settings.outcome)
+        grading, read = self.settings.outcome, self.chat.read_calls
+        return outcome(gold, text, finished=stopped, tools=tools, grading=grading, read=read)
 
 
 _Turn = tuple[str, list[int], list[int]]
@@ -253,7 +254,8 @@ def _later(chat: Chat, sample: Sample) -> list[_Turn]:
         if not message["content"]:
             break
         behind = chat.observation_ids(messages, answer, between, sample.tools)
-        turns.append((message["content"], chat.target_ids(message["content"]), behind))
+        ids = chat.target_ids(message["content"], message.get("before_calls", ""))
+        turns.append((message["content"], ids, behind))
         messages += [{"role": "assistant", "content": answer}, *between]
         answer, between = message["content"], []
     return turns

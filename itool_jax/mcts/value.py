@@ -6,7 +6,7 @@ Out: O, one number per response, and C, one number per state.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -52,13 +52,14 @@ def outcome(
     finished: bool,
     tools: Sequence[Mapping[str, Any]] = (),
     grading: Grading = "binary",
+    read: Callable[[str], list[Call] | None] = read_calls,
 ) -> float:
     """Computes O of eq 6 for a terminal state: +1.0 if `response` agrees with `gold`, else -1.0.
 
     Calls agree if they are equal as multisets of typed calls. Gold that is not a call list is text; then a response is
     right if it equals the gold, or if it is not empty and contains no call in any known form. A response cut off by
     the length limit (`finished` false) is wrong. `tools` are OpenAI tool schemas: an omitted optional parameter equals
-    one given with its default.
+    one given with its default. `read` reads the calls of a response in its tool format; gold is a bracketed list.
 
     With `graded`, a response whose calls can be read but are wrong gets 2 g - 1, which separates near misses. Here
     g = 0.9 [J(names) + Σ over matched calls (J(parameter names) + equal values)] / [1 + Σ over gold calls (1 +
@@ -66,13 +67,19 @@ def outcome(
     """
     if not finished:
         return -1.0
-    if _is_right(gold, response, tools):
-        return 1.0
-    gold_calls, calls = read_calls(gold), read_calls(response)
-    if grading == "binary" or gold_calls is None or calls is None:
+    gold_calls, calls = read_calls(gold), read(response)
+    if gold_calls is None:
+        # Gold that looks like calls but cannot be parsed requires an exact match.
+        says_something = bool(response.strip()) and calls is None and not contains_call(response)
+        right = response.strip() == gold.strip() or (says_something and not looks_like_calls(gold))
+        return 1.0 if right else -1.0
+    if calls is None:
         return -1.0
     defaults = _optional_defaults(tools)
-    return 2 * _similarity(*([_without_defaults(call, defaults) for call in side] for side in (gold_calls, calls))) - 1
+    wanted, given = ([_without_defaults(call, defaults) for call in side] for side in (gold_calls, calls))
+    if same_calls(wanted, given):
+        return 1.0
+    return -1.0 if grading == "binary" else 2 * _similarity(wanted, given) - 1
 
 
 def _similarity(gold: Sequence[Call], calls: Sequence[Call]) -> float:
@@ -112,18 +119,6 @@ def four_grade_confidence(logits_BG: Float[AnyArray, "... 4"]) -> Float[AnyArray
     """
     probabilities_BG = jax.nn.softmax(logits_BG, axis=-1)
     return jnp.sum(probabilities_BG * jnp.array([1.0, 0.1, -1.0, -2.0]), axis=-1) / 4
-
-
-def _is_right(gold: str, response: str, tools: Sequence[Mapping[str, Any]]) -> bool:
-    gold_calls, calls = read_calls(gold), read_calls(response)
-    if gold_calls is None:
-        # Gold that looks like calls but cannot be parsed requires an exact match.
-        says_something = bool(response.strip()) and not contains_call(response)
-        return response.strip() == gold.strip() or (says_something and not looks_like_calls(gold))
-    if calls is None:
-        return False
-    defaults = _optional_defaults(tools)
-    return same_calls(*([_without_defaults(call, defaults) for call in side] for side in (gold_calls, calls)))
 
 
 def _optional_defaults(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Hashable]]:

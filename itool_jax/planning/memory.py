@@ -332,7 +332,7 @@ def step_table(vocab_size: int) -> StepTable:
     """Returns a table of step boundaries for any model; only its shape matters here."""
     cells, flags = np.zeros((vocab_size, N_STATES), np.int16), np.zeros(vocab_size, bool)
     level: Any = np.int32(0)
-    return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, level)
+    return StepTable(cells.astype(np.int8), cells, cells, cells.astype(np.int32), flags, flags, level, level)
 
 
 # What fits --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import console_out
 from itool_jax.system.untrusted import harmless, read_json
 from itool_jax.text import call_checks
-from itool_jax.text.calls import Call, looks_like_calls, read_calls, write_calls
+from itool_jax.text.calls import Call, contains_call, write_calls
 from itool_jax.text.sample import Row
 
 HELP = """\
@@ -171,7 +171,7 @@ class Session:
             console_out.file.flush()
         console_out.print()
         text = decode(chat.content_ids(response_ids))
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append(chat.as_message(text))
         if response_ids[-1] not in chat.stop_ids:
             self.notify(
                 f"cut off after {len(response_ids)} tokens (generate.max_tokens, or the model's context)", "yellow"
@@ -180,9 +180,9 @@ class Session:
 
     def show_calls(self, text: str) -> list[Call]:
         """Shows the parsed calls of an answer with the faults of each, and returns the calls."""
-        calls = read_calls(text)
-        if calls is None and looks_like_calls(text):
-            self.notify("  starts like a list of calls, but cannot be parsed as one", "red")
+        calls = self.base.chat.read_calls(text)
+        if calls is None and contains_call(text):
+            self.notify("  looks like a call, but cannot be parsed in the tool format", "red")
         for number, call in enumerate(calls or (), 1):
             console_out.print(Text(f"  call {number}: ", style="dim") + highlighted(call), soft_wrap=True)
             for line in call_checks.faults(call, self.tools):

@@ -22,6 +22,7 @@ from itool_jax.store.weights import PhasePolicy, restore_trained, training_graph
 from itool_jax.system import hosts
 from itool_jax.system.files import read_json, write_json
 from itool_jax.system.messages import log
+from itool_jax.text.calls import looks_like_calls
 from itool_jax.text.chat import Encoded
 from itool_jax.training import loop as train
 from itool_jax.training import replay
@@ -48,6 +49,7 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     if settings.epochs == 0:
         log("warm-up: warmup.epochs=0, so the policy is the base model")
         return figures | {"steps": 0, "weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
+    _show_example(task, samples)
     # 1. Rank the samples by difficulty and split them into three parts (eq 1).
     encoded = {row.id: row for row in samples.encoded}
     features = [replay.sample_features(sample) for sample in samples.samples]
@@ -61,6 +63,19 @@ def fit(task: Task, base: PhasePolicy, samples: Samples) -> Figures:
     given, what = (loss, settings, base.trainable(), batches), f"warm-up, {settings.order}"
     digest = training.train_and_save(task, *given, seed=config.seed, what=what, spans=spans)
     return figures | {"steps": len(batches), "weights": digest}
+
+
+def _show_example(task: Task, samples: Samples) -> None:
+    """Logs the tool format and one complete example, the first with calls."""
+    chat = task.run.base.chat
+    number = next((i for i, s in enumerate(samples.samples) if looks_like_calls(s.target)), 0)
+    sample, row = samples.samples[number], samples.encoded[number]
+    how = "as the chat template writes it" if chat.native else "explained in the system message"
+    log(f"tool format: {chat.form.name}, {how}, as in sample {sample.id}, which is trained on from ▶ on:")
+    prompt, target = (chat.tokenizer.decode(ids) for ids in (row.prompt_ids, row.target_ids))
+    log("\n".join(f"  {line}" for line in f"{prompt}▶{target}".splitlines()))
+    if (n := sum(bool(s.before_calls) for s in samples.samples)) and not chat.form.keeps_text:
+        log(f"{n} answers have text before their calls, which is dropped: {chat.form.name} has no place for it")
 
 
 TRAIN = Step("warmup", [WEIGHTS], fit, lambda phase: phase.run.policy(phase.name))

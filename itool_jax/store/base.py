@@ -11,6 +11,7 @@ from itool_jax.model.sharding import use_own_mesh
 from itool_jax.model.transformer import ModelConfig
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.steps import Granularity, StepTable, build_step_table
+from itool_jax.text.tool_formats import ToolFormat, ToolStyle
 
 DEEP = 8
 """With more layers than this, remat=auto recomputes whole layers in the backward pass."""
@@ -35,7 +36,8 @@ def _find_model(name: str, weights: bool, fetch: bool) -> Path:
 
 def load_base(config: Config) -> Base:
     """Returns the checkpoint's shapes and tokenizer, read once; ValueError if they do not match."""
-    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat)
+    shown = config.tool_format, config.tool_style
+    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat, *shown)
     if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, but the model has only {base.config.vocab_size} embeddings"
@@ -44,14 +46,16 @@ def load_base(config: Config) -> Base:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(folder: Path, dtype: str, nf4: bool, remat: str) -> Base:
+def _load(folder: Path, dtype: str, nf4: bool, remat: str, tool_format: ToolFormat, tool_style: ToolStyle) -> Base:
     model = hf.read_config(folder, dtype)
     remat = ("layers" if model.n_layers > DEEP else "none") if remat == "auto" else remat
-    return Base(dataclasses.replace(model, nf4=nf4, remat=remat), Chat(load_tokenizer(str(folder))))
+    chat = Chat(load_tokenizer(str(folder)), tool_format, tool_style)
+    return Base(dataclasses.replace(model, nf4=nf4, remat=remat), chat)
 
 
 def step_table(config: Config, granularity: Granularity) -> StepTable:
     """Builds the table of step boundaries and stop tokens for the model's vocabulary."""
     base = load_base(config)
     with use_own_mesh(config.mesh):
-        return build_step_table(base.chat.tokenizer, granularity, base.config.vocab_size, base.chat.stop_ids)
+        chat = base.chat
+        return build_step_table(chat.tokenizer, granularity, base.config.vocab_size, chat.stop_ids, chat.form)

@@ -1,18 +1,31 @@
-"""Turns messages into token ids: chat template, loss mask and the self-evaluation question.
+"""Turns messages into token ids: chat template, tool format, loss mask and the self-evaluation question.
 
 In: a tokenizer with a chat template, and samples. Out: the ids of a prompt, of a target, and those around a candidate
 that the model is asked to judge. Prompt and target are tokenised separately, so that training, scoring, search and
 evaluation see the same ids, and the loss covers exactly the assistant's content and its end-of-turn token.
 """
 
-import json
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from itool_jax.system.untrusted import bounded, read_json
+from itool_jax.text.calls import Call, read_calls, write_calls
 from itool_jax.text.sample import RawSample, Sample
+from itool_jax.text.tool_formats import (
+    BRACKETS,
+    JSON,
+    PROBE,
+    PROBES,
+    TAG,
+    Form,
+    ToolFormat,
+    ToolStyle,
+    describe,
+    recognise,
+)
 
 # The important part comes first; the embedded model was trained on the rest.
 QUESTION_WITH_REFERENCE = (
@@ -22,7 +35,6 @@ QUESTION_WITH_REFERENCE = (
 QUESTION_ALONE = "An answer that begins correctly is correct so far. Is your answer so far correct? {reply}"
 REPLY_BINARY = "Reply {0} for correct or {1} for incorrect."
 REPLY_FOUR_GRADES = "Reply {0} (fully correct), {1} (mostly correct), {2} (mostly wrong) or {3} (wrong)."
-TOOLS_MESSAGE = "You can call these functions:\n{tools}"
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
 """Limits for a chat template on one conversation; real ones take a millisecond."""
@@ -80,12 +92,18 @@ class Chat:
 
     `end_of_turn` is the special token that the template puts after an assistant's content, or the end-of-sequence
     token if it puts none. `stop_ids` are all tokens that end a response, end of turn first. `n_ids` is one more than
-    the largest id that a text can contain.
+    the largest id that a text can contain. `form` is how answers write calls; with `native`, the template lists the
+    tools and writes earlier calls itself, else the system message lists them and says what an answer looks like.
+
+    Raises:
+        ValueError: `tool_format` is native, and the template writes calls in no known form or not at all.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, tool_format: ToolFormat = "auto", tool_style: ToolStyle = "schema"):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model"
+        self.tool_style: ToolStyle = tool_style
+        self.form, self.native = self._find_form(tool_format)
         self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
@@ -98,13 +116,38 @@ class Chat:
         """
         return self.encode(self.render(messages, tools, add_generation_prompt=True))
 
-    def target_ids(self, text: str) -> list[int]:
-        """Encodes an assistant's content and its end of turn."""
-        return [*self.encode(text), self.end_of_turn]
+    def target_ids(self, answer: str, before_calls: str = "") -> list[int]:
+        """Encodes an answer, its calls written in the tool format, and its end of turn.
+
+        `before_calls` is text in the same turn; formats that cannot hold it leave it out.
+        """
+        return [*self.encode(self.written(answer, before_calls)), self.end_of_turn]
+
+    def written(self, answer: str, before_calls: str = "") -> str:
+        """Writes an answer, `[f(a=1)]` or text, in the tool format."""
+        calls = None if self.form is BRACKETS else read_calls(answer)
+        if calls is None:
+            return answer
+        text = self.form.write(calls)
+        return f"{before_calls}\n{text}" if before_calls and self.form.keeps_text else text
+
+    def read_calls(self, answer: str) -> list[Call] | None:
+        """Reads the calls of an answer in the tool format; None if it is anything else."""
+        return self.form.read(answer)
 
     def content_ids(self, ids: Sequence[int]) -> list[int]:
         """Returns the ids of a response without the tokens that end it."""
         return [i for i in ids if i not in self.stop_ids]
+
+    def as_message(self, answer: str) -> dict[str, Any]:
+        """Turns an answer into an assistant message, with calls as a bracketed list."""
+        calls = None if self.form is BRACKETS else self.read_calls(answer)
+        try:
+            content = write_calls(calls or ())
+        except ValueError:  # no calls, or ones with a name that only JSON can hold
+            return {"role": "assistant", "content": answer}
+        before = answer.partition(TAG)[0].strip() if self.form.keeps_text else ""
+        return {"role": "assistant", "content": content} | ({"before_calls": before} if before else {})
 
     def observation_ids(
         self, messages: Sequence[Message], answer: str, results: Sequence[Message], tools: Sequence[Message] = ()
@@ -113,9 +156,13 @@ class Chat:
 
         `results` are the messages in between, mostly from tools.
         """
-        turns = [*messages, {"role": "assistant", "content": _ANSWER_MARK}, *results]
+        # A template may accept tool results only after calls, so an answer with calls is marked by a call of that name.
+        calls = read_calls(answer)
+        marked = write_calls([*calls[:-1], Call(_ANSWER_MARK, {})]) if calls else _ANSWER_MARK
+        turns = [*messages, {"role": "assistant", "content": marked}, *results]
         ids = self.encode(self.render(turns, tools, add_generation_prompt=True).rpartition(_ANSWER_MARK)[2])
-        return ids[1:] if ids and ids[0] in self.stop_ids else ids
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), -1)
+        return ids[end + 1 :]
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text with no special tokens added."""
@@ -126,7 +173,9 @@ class Chat:
             raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Renders the conversation with the chat template, with thinking off and a fixed date.
+        """Renders the conversation with the chat template, in the tool format, with thinking off and a fixed date.
+
+        An assistant's content may be calls, `[f(a=1)]`; text beside them is in the message's `before_calls`.
 
         Raises:
             ValueError: there is no template, or it refuses the conversation.
@@ -136,11 +185,15 @@ class Chat:
                 f"tokenizer of {self.name} has no chat template; "
                 "add chat_template.jinja to the model folder, or give raw prompts"
             )
-        template = str(self.tokenizer.chat_template)
+        if tools and not self.native:
+            messages, tools = _with_system(messages, describe(self.form, tools, self.tool_style)), ()
+        return self._apply_template(self._in_format(messages), tools, add_generation_prompt)
+
+    def _apply_template(
+        self, messages: Sequence[Message], tools: Sequence[Message], add_generation_prompt: bool
+    ) -> str:
         settings: dict[str, Any] = {"enable_thinking": False, "date_string": _DATE}
-        settings = {key: value for key, value in settings.items() if key in template}
-        if tools and "tools" not in template:
-            messages, tools = _tools_as_text(messages, tools), ()
+        settings = {key: value for key, value in settings.items() if key in str(self.tokenizer.chat_template)}
         try:
             with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # Jinja is sandboxed; only time and memory need limits
                 return self.tokenizer.apply_chat_template(
@@ -153,6 +206,51 @@ class Chat:
         except Exception as error:  # from the template, which may divide by zero or recurse forever
             reason = f"{error or type(error).__name__}"
             raise ValueError(f"chat template of {self.name} cannot render the conversation: {reason[:500]}") from error
+
+    def _in_format(self, messages: Sequence[Message]) -> list[Message]:
+        """Writes the assistants' calls in the tool format: as text, or for the template to write."""
+        shown: list[Message] = []
+        open_ids: list[str] = []
+        for number, message in enumerate(messages):
+            before = message.get("before_calls", "")
+            message = {key: value for key, value in message.items() if key != "before_calls"}
+            calls = read_calls(message["content"] or "") if message["role"] == "assistant" else None
+            if message["role"] == "tool" and open_ids:
+                message["tool_call_id"] = open_ids.pop(0)
+            elif calls and self.native and self.form is not BRACKETS and (len(calls) == 1 or self._writes_parallel):
+                open_ids = [f"{number:05d}{i:04d}"[-9:] for i in range(len(calls))]  # nine characters, as Mistral wants
+                message |= {"content": before, "tool_calls": _tool_calls(calls, open_ids)}
+            elif calls:
+                text = self.written(message["content"])
+                message["content"] = f"{before}\n{text}" if before else text
+            shown.append(message)
+        return shown
+
+    def _find_form(self, tool_format: ToolFormat) -> tuple[Form, bool]:
+        """Returns the form of calls, and whether the template writes it."""
+        if tool_format in ("brackets", "json") or not self.tokenizer.chat_template:
+            return JSON if tool_format == "json" else BRACKETS, False
+        if (form := recognise(self._probe(PROBE))) is not None:
+            return form, True
+        if tool_format == "native":
+            raise ValueError(
+                f"chat template of {self.name} writes tool calls in none of the forms known here; "
+                "set --tool_format=brackets or json"
+            )
+        return BRACKETS, False
+
+    @functools.cached_property
+    def _writes_parallel(self) -> bool:
+        return all(call.name in self._probe(PROBES) for call in PROBES)
+
+    def _probe(self, calls: Sequence[Call]) -> str:
+        """Renders a conversation that ends in calls; empty if the template refuses it."""
+        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": ""}
+        ids = [f"{number:09d}" for number in range(len(calls))]
+        try:
+            return self._apply_template([question, answer | {"tool_calls": _tool_calls(calls, ids)}], (), False)
+        except ValueError:
+            return ""
 
     def _find_end_of_turn(self) -> int:
         if self.tokenizer.chat_template:
@@ -183,7 +281,8 @@ def encode_sample(chat: Chat, sample: Sample | RawSample) -> Encoded:
         if isinstance(sample, RawSample):
             given = sample.prompt_ids if sample.prompt_ids is not None else chat.encode(sample.prompt or "")
             return Encoded(sample.id, list(given), list(sample.target_ids or ()))
-        return Encoded(sample.id, chat.prompt_ids(sample.messages, sample.tools), chat.target_ids(sample.target))
+        target_ids = chat.target_ids(sample.target, sample.before_calls)
+        return Encoded(sample.id, chat.prompt_ids(sample.messages, sample.tools), target_ids)
     except ValueError as error:
         raise ValueError(f"sample {sample.id}: {error}") from error
 
@@ -241,9 +340,15 @@ def _ended(chat: Chat, ids: list[int]) -> list[int]:
     return ids if chat.end_of_turn in ids else [chat.end_of_turn, *ids]
 
 
-def _tools_as_text(messages: Sequence[Message], tools: Sequence[Message]) -> list[Message]:
-    """Adds the tools to the system message, for templates that would leave them out."""
-    text = TOOLS_MESSAGE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+def _tool_calls(calls: Sequence[Call], ids: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for id_, (name, arguments) in zip(ids, calls, strict=True)
+    ]
+
+
+def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
+    """Adds a text to the system message."""
     if messages and messages[0]["role"] == "system":
         first, rest = messages[0], messages[1:]
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *rest]

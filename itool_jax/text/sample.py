@@ -20,6 +20,8 @@ class Sample:
     """OpenAI tool schemas, {"type": "function", "function": {"name", "description", "parameters"}}."""
     target: str = ""
     """One bracketed list of calls, or plain text; empty if unknown."""
+    before_calls: str = ""
+    """Text in the same assistant turn as the target's calls, before them."""
     category: str = ""
     conversation: str = ""
     """The conversation that the turn belongs to; empty if it is the only turn."""
@@ -53,6 +55,8 @@ def sample_row(sample: Sample) -> Row:
     """Converts a sample to a file row that reads back as the same sample."""
     row: Row = {"id": sample.id, "messages": list(sample.messages), "tools": list(sample.tools)}
     row["target"] = sample.target
+    if sample.before_calls:
+        row["before_calls"] = sample.before_calls
     if sample.following:
         row["following"] = list(sample.following)
     return row | {key: value for key in ("category", "conversation") if (value := getattr(sample, key))}

@@ -4,9 +4,9 @@ In: a tokenizer, read once into a table with one row per token id. Out: pure fun
 the table in constant time per token, inside a compiled decode loop (`advance`) or on the host (`split_steps`). No id is
 ever decoded and re-tokenised, so tokens that straddle a boundary, such as `),` or `)]`, stay whole.
 
-A response whose first non-space character is `[` is a list of calls: brackets outside strings are counted, and a step
-is a call (or an argument, or the whole list). Any other response is text, and a step is a sentence. An end-of-turn
-token ends any step.
+A response that begins as the tool format's calls do, such as with `[`, is a list of calls: brackets outside strings are
+counted, and a step is a call (or an argument, or the whole list). Any other response is text, and a step is a sentence;
+calls in tags may follow. An end-of-turn token ends any step.
 """
 
 import re
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from itool_jax.text.tool_formats import BRACKETS, TAG, Form
 from itool_jax.types import AnyArray, LengthsB, TokensBT
 
 Granularity = Literal["call", "argument", "sentence"]
@@ -29,7 +30,9 @@ N_STATES = 8
 _QUOTES = {"'": SINGLE, '"': DOUBLE}
 _ESCAPES = {SINGLE: SINGLE_ESCAPED, DOUBLE: DOUBLE_ESCAPED}
 _UNESCAPES = {SINGLE_ESCAPED: SINGLE, DOUBLE_ESCAPED: DOUBLE}
-_LIST_LEVEL, _ARGUMENT_LEVEL = 1, 2
+# Tags count as brackets: `<tool_call>` opens one level and `</tool_call>` closes it with its last character, in any
+# tokens. A token with all of `<tool_call>` is written as one sign, which also ends a text.
+_TAG_SIGN, _TAG_DEPTHS = "\1", {"<": 2, ">": -1, "/": -2, "\1": 1}
 # Bit i of a token's comma mask: a comma i - 15 levels above the depth before the token. 31 bits fit a positive int32.
 _COMMA_BITS, _COMMA_OFFSET = 31, 15
 _SENTENCE_ENDS = (".", "!", "?", "\n")
@@ -45,7 +48,8 @@ class StepTable(NamedTuple):
 
     `depth_change_VQ` is the net change of bracket depth. `highest_VQ` is the greatest depth within the token, relative
     to the depth before it (never negative). `commas_VQ` is a bit mask of the relative depths of commas (zero unless
-    steps are arguments). `level` is the depth that a list step returns to when it ends.
+    steps are arguments). `level` is the depth that a list step returns to when it ends, `comma_level` the depth of the
+    commas between arguments.
     """
 
     next_state_VQ: CellsVQ
@@ -55,6 +59,7 @@ class StepTable(NamedTuple):
     ends_sentence_V: FlagsV
     is_stop_V: FlagsV
     level: IntAny
+    comma_level: IntAny
 
 
 class StepState(NamedTuple):
@@ -64,11 +69,13 @@ class StepState(NamedTuple):
     depth: IntAny
 
 
-def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, stop_ids: Sequence[int]) -> StepTable:
+def build_step_table(
+    tokenizer: Any, granularity: Granularity, vocab_size: int, stop_ids: Sequence[int], form: Form = BRACKETS
+) -> StepTable:
     """Reads the vocabulary into a table with the model's `vocab_size` rows (1.6 s for 150,000).
 
     Special tokens and padding ids beyond the tokenizer's change nothing. `stop_ids` are the end-of-turn tokens. Commas
-    more than 15 levels away from the depth at which their token begins are ignored.
+    more than 15 levels away from the depth at which their token begins are ignored. `form` is how answers write calls.
 
     Raises:
         ValueError: a stop id is outside the vocabulary.
@@ -76,10 +83,11 @@ def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, 
     if max(stop_ids) >= vocab_size:
         raise ValueError(f"end-of-turn token {max(stop_ids)} is outside the model's vocabulary of {vocab_size}")
     texts = _token_texts(tokenizer, vocab_size)
-    signatures = [_signature(text) for text in texts]
+    signatures = [_signature(text, form.opening) for text in texts]
     index = {signature: i for i, signature in enumerate(dict.fromkeys(signatures))}
     # U distinct signatures (1,615 in a vocabulary of 150,000), F the four fields of a scan.
-    rows_UQF = np.array([[_scan(signature, state) for state in range(N_STATES)] for signature in index], np.int32)
+    states = range(N_STATES)
+    rows_UQF = np.array([[_scan(signature, state, form.opening) for state in states] for signature in index], np.int32)
     rows_VQF = rows_UQF[np.array([index[signature] for signature in signatures])]
     is_stop_V = np.zeros(vocab_size, bool)
     is_stop_V[list(stop_ids)] = True
@@ -90,7 +98,8 @@ def build_step_table(tokenizer: Any, granularity: Granularity, vocab_size: int, 
         commas_VQ=jnp.asarray(rows_VQF[..., 3] * (granularity == "argument")),
         ends_sentence_V=jnp.asarray(np.array([text.rstrip(" \"'”’").endswith(_SENTENCE_ENDS) for text in texts])),
         is_stop_V=jnp.asarray(is_stop_V),
-        level=jnp.array(0 if granularity == "sentence" else _LIST_LEVEL, jnp.int32),
+        level=jnp.array(form.call_depth - (granularity == "sentence"), jnp.int32),
+        comma_level=jnp.array(form.argument_depth, jnp.int32),
     )
 
 
@@ -110,7 +119,7 @@ def advance(table: StepTable, state: StepState, token: IntAny) -> tuple[StepStat
     automaton = table.next_state_VQ[cell]
     depth = state.depth + table.depth_change_VQ[cell]
     closed = (depth <= table.level) & (state.depth + table.highest_VQ[cell] > table.level)
-    bit = _ARGUMENT_LEVEL - state.depth + _COMMA_OFFSET
+    bit = table.comma_level - state.depth + _COMMA_OFFSET
     in_mask = (bit >= 0) & (bit < _COMMA_BITS)
     comma = in_mask & ((table.commas_VQ[cell] >> (bit * in_mask) & 1) == 1)
     sentence = (automaton == TEXT) & table.ends_sentence_V[token]
@@ -155,19 +164,24 @@ def _token_texts(tokenizer: Any, vocab_size: int) -> list[str]:
     return texts + [""] * (vocab_size - n)
 
 
-def _signature(text: str) -> str:
+def _signature(text: str, opening: str) -> str:
     """Reduces a token's text to what matters: a word becomes `a`, white space " ", a run of other signs `.`."""
+    kept = ""
+    if opening == "<":
+        text, kept = text.replace(TAG, _TAG_SIGN), "".join(_TAG_DEPTHS)
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"[^\W_]+", "a", text)
-    return re.sub(r"[^a \[\](){},'\"\\]+", ".", text)
+    return re.sub(rf"[^a \[\](){{}},'\"\\{kept}]+", ".", text)
 
 
-def _scan(signature: str, state: int) -> tuple[int, int, int, int]:
+def _scan(signature: str, state: int, opening: str) -> tuple[int, int, int, int]:
     """Computes next state, depth change, highest relative depth and comma mask of a token met in `state`."""
     depth = highest = commas = 0
     for char in signature:
-        if state == LIST or (state == START and char == "["):
-            depth += (char in "[({") - (char in "])}")
+        if (state == START and char == opening) or (state <= LIST and char == _TAG_SIGN):
+            state = LIST
+        if state == LIST:
+            depth += (char in "[({") - (char in "])}") + _TAG_DEPTHS.get(char, 0)
             highest = max(highest, depth)
             if char == "," and 0 <= depth + _COMMA_OFFSET < _COMMA_BITS:
                 commas |= 1 << (depth + _COMMA_OFFSET)
@@ -177,7 +191,7 @@ def _scan(signature: str, state: int) -> tuple[int, int, int, int]:
 
 def _next_state(state: int, char: str) -> int:
     if state == START:
-        return START if char == " " else LIST if char == "[" else TEXT if char == "a" else GAP
+        return START if char == " " else TEXT if char == "a" else GAP
     if state == GAP:
         return TEXT if char == "a" else GAP
     if state == LIST:
