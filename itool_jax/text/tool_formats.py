@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from itool_jax.text.calls import Call, contains_call, read_calls, write_calls
 from itool_jax.text.call_checks import signature
+from itool_jax.text.calls import Call, contains_call, read_calls, write_calls
 
 ToolFormat = Literal["auto", "brackets", "json", "native"]
 ToolStyle = Literal["schema", "signature"]
