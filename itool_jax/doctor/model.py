@@ -18,7 +18,7 @@ from itool_jax.store.base import load_base, model_folder, step_table
 from itool_jax.store.splits import divide, divide_replay, require_part
 from itool_jax.system.untrusted import harmless, one_line
 from itool_jax.text.calls import looks_like_calls
-from itool_jax.text.chat import Chat, Encoded, answer_ids, evaluation_frame
+from itool_jax.text.chat import Chat, Encoded, Message, answer_ids, evaluation_frame
 from itool_jax.text.sample import Sample
 from itool_jax.text.steps import split_steps
 
@@ -32,6 +32,17 @@ TOOL = {
 }
 QUESTION = {"role": "user", "content": "Weather in Zürich — and in 東京?"}
 ANSWER = '[get_weather(city="Zürich"), get_weather(city="東京")]'
+CALL, RESULT = '[get_weather(city="Zürich")]', {"role": "tool", "content": '{"degrees": 12}'}
+CONVERSATIONS: dict[str, tuple[list[Message], str]] = {
+    "text and a call in one turn": (
+        [QUESTION, {"role": "assistant", "content": CALL, "before_calls": "I will look."}, RESULT],
+        "12 degrees.",
+    ),
+    "parallel calls and results": ([QUESTION, {"role": "assistant", "content": ANSWER}, RESULT, RESULT], "Both 12."),
+    "a call after a result": ([QUESTION, {"role": "assistant", "content": CALL}, RESULT], CALL),
+    "an empty turn": ([QUESTION, {"role": "assistant", "content": ""}, QUESTION], "12 degrees."),
+}
+"""Conversations in which templates differ, each with the answer to it."""
 SHOWN = 160
 """Characters shown from the end of a prompt."""
 LISTED = 3
@@ -98,7 +109,10 @@ def template(chat: Chat, config: Config) -> Iterator[Finding]:
         yield Finding("warning", "template", text, "the model reads a different text than the template writes")
     if TOOL["function"]["name"] not in prompt:
         yield Finding("error", "template", "the tools do not appear in the prompt", "use a template that writes tools")
+    how = "as the template writes it" if chat.native else "explained in the system message, with the tools"
+    yield Finding("ok", "tool format", f"{chat.form.name}, {how}: {one_line(chat.form.example)}")
     yield _prefix(chat, prompt, whole, ids)
+    yield from _conversations(chat)
     yield from _self_evaluation(chat, config)
 
 
@@ -134,6 +148,28 @@ def _prefix(chat: Chat, prompt: str, whole: str, ids: list[int]) -> Finding:
     return Finding(
         "ok", what, f"the prompt's {len(ids)} tokens are a prefix of the answered conversation; the answer's follow"
     )
+
+
+def _conversations(chat: Chat) -> Iterator[Finding]:
+    """Compares the tokens of training with those that the template writes for whole conversations."""
+    what, agree = "conversations", []
+    for name, (messages, answer) in CONVERSATIONS.items():
+        try:
+            own = [*chat.prompt_ids(messages, (TOOL,)), *chat.target_ids(answer)]
+            answered = [*messages, {"role": "assistant", "content": answer}]
+            whole = chat.encode(chat.render(answered, (TOOL,), add_generation_prompt=False))
+        except ValueError as error:
+            yield Finding("warning", what, f"{name}: {one_line(error)}", "such conversations cannot be used")
+            continue
+        if whole[: len(own)] == own:
+            agree.append(name)
+            continue
+        at = next((i for i, pair in enumerate(zip(own, whole, strict=False)) if pair[0] != pair[1]), len(whole))
+        ours, theirs = (chat.tokenizer.decode(ids[max(at - 4, 0) : at + 12]) for ids in (own, whole))
+        text = f"{name}: training sees {ours!r} where the template's whole conversation has {theirs!r}"
+        yield Finding("warning", what, text, "serve turn by turn with the same template, as training renders them")
+    if agree:
+        yield Finding("ok", what, f"training's tokens are the template's: {', '.join(agree)}")
 
 
 # Data -------------------------------------------------------------------------------------------------------

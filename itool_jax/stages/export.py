@@ -29,6 +29,9 @@ from itool_jax.system.messages import log
 from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import inside
 from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.text.tool_formats import describe
+
+SERVING = "SERVING.md"
 
 
 def run(run: Run) -> dict[str, Any]:
@@ -50,8 +53,31 @@ def run(run: Run) -> dict[str, Any]:
             _write_adapter(config, phase, partial)
         else:
             _write_merged(config, phase, partial)
-    log(f"wrote the weights of {phase} to {target}")
+        (partial / SERVING).write_text(_serving(run.base.chat, config), encoding="utf-8")
+    log(f"wrote the weights of {phase} to {target}; {SERVING} there says how to serve it")
     return {"folder": str(target)}
+
+
+def _serving(chat: Chat, config: Config) -> str:
+    """Writes how to serve the folder so that prompts and calls are those of training."""
+    merged, lora = config.export.kind == "merged", f"--max-lora-rank={max(config.lora.rank, 8)}"
+    model = "MODEL" if merged else f"BASE --enable-lora --lora-modules tools=ADAPTER {lora}"
+    lines = ["# Serving", "", f"The model was trained to write calls as {chat.form.name}, such as", ""]
+    lines += [f"    {line}" for line in chat.form.example.splitlines()]
+    if chat.form.parser:
+        command = f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser={chat.form.parser}"
+        lines += ["", "vLLM returns them as `tool_calls` with", "", f"    {command}"]
+    else:
+        lines += ["", "vLLM has no parser for them: read them from the text of the answer."]
+    if not chat.native:
+        lines += [
+            "",
+            "In training, the system message listed the tools after the text below. Write them there yourself, instead",
+            "of giving `tools` to the server:",
+            "",
+            *(f"    {line}" for line in describe(chat.form, (), chat.tool_style).splitlines()),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _write_adapter(config: Config, phase: str, target: Path) -> None:

@@ -215,10 +215,11 @@ class Chat:
             before = message.get("before_calls", "")
             message = {key: value for key, value in message.items() if key != "before_calls"}
             calls = read_calls(message["content"] or "") if message["role"] == "assistant" else None
+            if calls:
+                open_ids = [f"{number:05d}{i:04d}"[-9:] for i in range(len(calls))]  # nine characters, as Mistral wants
             if message["role"] == "tool" and open_ids:
                 message["tool_call_id"] = open_ids.pop(0)
             elif calls and self.native and self.form is not BRACKETS and (len(calls) == 1 or self._writes_parallel):
-                open_ids = [f"{number:05d}{i:04d}"[-9:] for i in range(len(calls))]  # nine characters, as Mistral wants
                 message |= {"content": before, "tool_calls": _tool_calls(calls, open_ids)}
             elif calls:
                 text = self.written(message["content"])

@@ -43,6 +43,8 @@ class Form(NamedTuple):
     """Whether text can precede the calls in the same answer."""
     instruction: str = ""
     """What the system message says about answers, where the template does not."""
+    parser: str = ""
+    """vLLM's `--tool-call-parser` for it; empty if there is none."""
 
 
 def _write_json(calls: Sequence[Call], arguments: str = "arguments") -> list[str]:
@@ -114,6 +116,7 @@ BRACKETS = Form(
     2,
     instruction="You can call the functions below. To call them, answer with nothing but a list such as "
     f'[function_name(parameter=value, other="text"), ...], with Python literals as values. {_SHARED_RULES}',
+    parser="pythonic",
 )
 JSON = Form(
     "json",
@@ -135,6 +138,7 @@ TAGGED = Form(
     0,
     3,
     keeps_text=True,
+    parser="hermes",
 )
 LLAMA = Form(
     "Llama 3.1's JSON",
@@ -144,6 +148,7 @@ LLAMA = Form(
     "{",
     0,
     2,
+    parser="llama3_json",
 )
 MISTRAL = Form(
     "[TOOL_CALLS]",
@@ -153,6 +158,7 @@ MISTRAL = Form(
     "[",
     1,
     3,
+    parser="mistral",
 )
 NATIVE = (TAGGED, LLAMA, MISTRAL, BRACKETS)
 """Forms that chat templates write; `BRACKETS` too, as the embedded model's template does."""
