@@ -1,6 +1,6 @@
 """iTool in JAX: teaches language models to call tools by learning from their own mistakes.
 
-    model = itool_jax.load("embedded")          # or a model folder, a hub name, a run directory
+    model = itool_jax.load("embedded")          # or a model folder, a GGUF file, a hub name, a run
     answer = model.generate("play a song", tools)
     tree = model.search({"messages": messages, "tools": tools, "target": "[play(song=1)]"})
 

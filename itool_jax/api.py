@@ -1,7 +1,8 @@
 """Python API: a model that generates, scores and searches, for scripts and notebooks.
 
-In: a model folder, a hub name, `embedded`, or a run directory. Out: a `Model`, whose methods do what the stages of the
-same names do, with the same settings. Errors are the program's: ValueError with one line that says what to fix.
+In: a model folder, a GGUF file, a hub name, `embedded`, or a run directory. Out: a `Model`, whose methods do what the
+stages of the same names do, with the same settings. Errors are the program's: ValueError with one line that says what
+to fix.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     """Loads a model with its tokenizer and weights onto the available devices.
 
     Args:
-        source: a folder in Hugging Face layout, a hub name, `embedded`, or a run directory.
+        source: a folder in Hugging Face layout, a GGUF file, a hub name, `embedded`, `smollm2`, or a run directory.
         settings: command-line settings, such as "--dtype=bfloat16".
         phase: the phase of a run whose weights to load: base, warmup, iteration_1, ...; default: the last with weights.
 
@@ -62,7 +63,7 @@ def load(source: str | os.PathLike[str] = "embedded", *settings: str, phase: str
     elif phase is not None:
         raise ValueError(f"phase={phase} needs a run directory, but {source} has no config.yaml")
     elif os.fspath(source) != "embedded":
-        arguments.append(f"--model={path if path.is_dir() else source}")
+        arguments.append(f"--model={path if path.exists() else source}")
     config = settings_of.parse([*arguments, *settings])
     if is_run:
         config = dataclasses.replace(config, mesh=mesh_here(config.mesh))

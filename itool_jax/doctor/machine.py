@@ -22,7 +22,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from itool_jax.config import Config
-from itool_jax.model.hf import could_be_hub_name
+from itool_jax.model.hf import could_be_hub_name, is_local
 from itool_jax.model.sharding import AXES, checked_shape, compute_capability
 from itool_jax.planning.memory import device_limit
 from itool_jax.store.directory import check
@@ -266,7 +266,7 @@ def hub(config: Config) -> Iterator[Finding]:
     """Checks access to the Hub if a Hub name is used: token, cached files, or a response."""
     given = [source for source in (config.data, config.samples.test_file) if source and source.startswith("hf:")]
     names = [("dataset", source.removeprefix("hf:")) for source in given]
-    if config.model != "embedded" and not Path(config.model).expanduser().is_dir():
+    if config.model != "embedded" and not is_local(config.model):
         names.insert(0, ("model", config.model))
     if not names:
         return
@@ -279,7 +279,9 @@ def hub(config: Config) -> Iterator[Finding]:
         if could_be_hub_name(name):
             yield _hub_name(kind, name, constants.HF_HUB_OFFLINE)
         else:
-            yield Finding("error", "hub", f"{kind} {name} is neither a local folder nor a hub name", "check the name")
+            yield Finding(
+                "error", "hub", f"{kind} {name} is neither a local file or folder nor a hub name", "check the name"
+            )
 
 
 def _hub_name(kind: str, name: str, offline: bool) -> Finding:

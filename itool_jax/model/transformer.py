@@ -87,11 +87,16 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)  # 0: slow dimensions, fully stretched; 1: fast ones, unchanged
-        frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
+        frequencies = frequencies * slowdown(frequencies, scaling)
     return jnp.asarray(frequencies, jnp.float32)
+
+
+def slowdown(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Computes what to multiply frequencies (radians per position) by: 1 for fast ones, 1 / factor for slow ones."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return smooth + (1 - smooth) / scaling.factor
 
 
 def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:

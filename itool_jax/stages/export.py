@@ -25,9 +25,11 @@ from itool_jax.store.paths import WARMUP, trained_phases
 from itool_jax.store.run import Run
 from itool_jax.store.sources import check_sources
 from itool_jax.store.weights import Weights, merged_phases, restore_trained
+from itool_jax.system.gguf import is_gguf
 from itool_jax.system.messages import log
 from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import inside
+from itool_jax.text import gguf
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.tool_formats import describe
 
@@ -90,6 +92,8 @@ def _write_adapter(config: Config, phase: str, target: Path) -> None:
             f"export.kind=adapter: with preference.merge, the adapters of {phase} apply to weights with earlier "
             "adapters merged in; set export.kind=merged"
         )
+    if is_gguf(model_folder(config)):
+        raise ValueError(f"export.kind=adapter: PEFT cannot load {config.model}, a GGUF file; set export.kind=merged")
     name = config.model if config.model != "embedded" else str(model_folder(config))
     export.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
@@ -132,7 +136,7 @@ def _write_merged(config: Config, phase: str, target: Path) -> None:
                 weight = merge_adapters({"kernel": weight.astype(jnp.float32)}, adapters, config.lora)["kernel"]
         return weight
 
-    raw = json.loads((model_folder(config) / "config.json").read_text(encoding="utf-8"))
+    raw = hf.raw_config(model_folder(config))
     with progress("export", len(jax.tree.leaves(shapes))) as advance:
         export.save(target, jax.tree.map_with_path(as_stored, shapes), raw, leaf, config.export.shard_gigabytes * 1e9)
     _copy_tokenizer(config, target)
@@ -149,6 +153,9 @@ def _at(tree: Params, keys: list[Any]) -> Any:
 
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
+    if is_gguf(model_folder(config)):
+        gguf.save_tokenizer(model_folder(config), target)
+        return
     for name in hf.COPIED:
         if (file := inside(model_folder(config), name)).is_file():
             shutil.copy(file, target / name)

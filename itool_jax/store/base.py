@@ -25,7 +25,7 @@ class Base(NamedTuple):
 
 
 def model_folder(config: Config) -> Path:
-    """Returns the folder that holds the model's files."""
+    """Returns the folder that holds the model's files, or its GGUF file."""
     return _find_model(config.model, not config.looks_only, config.stage != "doctor")
 
 

@@ -29,6 +29,7 @@ from itool_jax.store.paths import (
     weights_folder,
 )
 from itool_jax.store.sources import check_sources
+from itool_jax.system.messages import log
 
 
 class Weights:
@@ -39,6 +40,15 @@ class Weights:
         self._base: Params | None = None
         self._stacked = False
         self._policy: tuple[str, Policy] | None = None
+        self._told = False
+
+    def _load(self, dtype: str = "float32", *, nf4: bool = False, stacked: bool = True) -> Params:
+        """Reads the base's weights; says once if its file has them quantized."""
+        path = model_folder(self._config)
+        if not self._told and (stored := hf.quantization(path)):
+            log(f"the weights of {self._config.model} come from {stored}, so they are not quite the original model's")
+        self._told = True
+        return hf.load(path, dtype, nf4=nf4, stacked=stacked)[1]
 
     def base(self, *, stacked: bool) -> Params:
         """Returns the base's parameters on the mesh in use: stacked for training, or layer by layer for inference.
@@ -49,8 +59,7 @@ class Weights:
         if other and runs_apart(config.mesh):  # the other layout is on other devices
             self._base = None
         if self._base is None:
-            nf4 = config.quantize == "nf4"
-            self._base = hf.load(model_folder(config), config.dtype, nf4=nf4, stacked=stacked)[1]
+            self._base = self._load(config.dtype, nf4=config.quantize == "nf4", stacked=stacked)
         elif other:
             self._base = (stacking.to_train if stacked else stacking.to_run)(self._base)
         self._stacked = stacked
@@ -92,7 +101,7 @@ class Weights:
         config, self._policy = self._config, None
         if not config.lora.rank:
             self._base = None  # keep only one copy of the weights: the one that training changes
-            trainable = hf.load(model_folder(config))[1] if phase == BASE else restore_trained(config, phase)
+            trainable = self._load() if phase == BASE else restore_trained(config, phase)
             return trainable, {}
         key, model = jax.random.key(config.seed), load_base(config).config
         if phase == BASE:

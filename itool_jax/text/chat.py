@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from itool_jax.system.gguf import is_gguf
 from itool_jax.system.untrusted import bounded, read_json
+from itool_jax.text import gguf
 from itool_jax.text.calls import Call, read_calls, write_calls
 from itool_jax.text.sample import RawSample, Sample
 from itool_jax.text.tool_formats import (
@@ -68,15 +70,17 @@ class EvaluationFrame(NamedTuple):
 
 
 def load_tokenizer(path: str) -> Any:
-    """Loads the tokenizer of a local model folder or Hub name; ValueError if there is none."""
+    """Loads the tokenizer of a local model folder, GGUF file or Hub name; ValueError if there is none."""
     # Otherwise the first line a user sees would be advice about torch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     folder = Path(path).is_dir()
-    if not folder and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+    if not folder and not is_gguf(path) and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"model folder {path} does not exist")
     try:
+        if is_gguf(path):
+            return gguf.load_tokenizer(Path(path))
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=folder)
     except BaseException as error:  # the tokenizers library raises bare Exception for a broken file, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -356,9 +360,11 @@ def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _generation_eos(folder: Path) -> list[int | None]:
-    """Reads the end tokens that a model folder's generation_config.json lists."""
-    path = folder / "generation_config.json"
+def _generation_eos(model: Path) -> list[int | None]:
+    """Reads the end tokens that a model folder's generation_config.json, or a GGUF file, lists."""
+    if is_gguf(model):
+        return [*gguf.stop_ids(model)]
+    path = model / "generation_config.json"
     if not path.is_file():
         return []
     try:
