@@ -310,7 +310,7 @@ def test_a_hub_name_without_a_network(doctor: Doctor, tmp_path: Path, monkeypatc
     assert "model owner/name is not in the cache, and HF_HUB_OFFLINE is set" in line(lines, "error", "hub")
     assert "not checked" in line(lines, "warning", "model")
     assert "hf download" not in text
-    assert "model /none is neither a local folder nor a hub name" in "\n".join(doctor("/none")[1])
+    assert "model /none is neither a local file or folder nor a hub name" in "\n".join(doctor("/none")[1])
     assert secret not in text + err
     assert not (tmp_path / "hub").exists()
 

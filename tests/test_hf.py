@@ -342,7 +342,7 @@ def test_finds_a_local_folder(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c"])
 def test_refuses_what_is_neither_folder_nor_hub_name(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="neither a folder nor a hub name"):
+    with pytest.raises(ValueError, match="neither a folder, a GGUF file nor a hub name"):
         hf.find(name)
 
 

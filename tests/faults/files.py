@@ -2,6 +2,8 @@
 
 # A catalogue is a table: an entry is a line, however long (E501 is off for this file).
 # fmt: off
+import struct
+
 from tests.faults.inputs import GENERATE, ITERATE, SCORE
 from tests.faults.place import (
     cut,
@@ -10,6 +12,7 @@ from tests.faults.place import (
     file,
     finished,
     full_disk,
+    gguf,
     header,
     index,
     locked,
@@ -19,6 +22,7 @@ from tests.faults.place import (
     write_scores,
 )
 
+GGUF = SCORE.replace("MODEL", "DIR/m.gguf")
 NORM = "model.layers.1.input_layernorm.weight"
 CONFIG, WEIGHTS = "model/config.json", "model/model.safetensors"
 
@@ -29,7 +33,7 @@ def _entry(**changes: object) -> dict[str, object]:
 
 
 MODELS = [
-    fault("model-absent", "a folder that is not there", "--stage=score --model=DIR/none --data=FILE --output=OUT", "model DIR/none is neither a folder nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"),
+    fault("model-absent", "a folder that is not there", "--stage=score --model=DIR/none --data=FILE --output=OUT", "model DIR/none is neither a folder, a GGUF file nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"),
     fault("config-json-absent", "no config.json", SCORE, "MODEL/config.json does not exist: MODEL is not a Hugging Face model folder", remove(CONFIG)),
     fault("config-json-cut", "a config.json that is cut off", SCORE, "MODEL/config.json is not valid JSON: …", cut(CONFIG, 60)),
     fault("config-json-list", "a config.json that is a list", SCORE, "MODEL/config.json is not a JSON object", file(CONFIG, [1])),
@@ -84,6 +88,28 @@ MODELS = [
     fault("generation-config", "a generation_config.json that is a list", SCORE, "MODEL/generation_config.json is not a JSON object", file("model/generation_config.json", [1])),
     fault("generation-eos", "an end token that is a text", GENERATE, "MODEL/generation_config.json: eos_token_id must be token ids, got 'end'", file("model/generation_config.json", {"eos_token_id": "end"})),
     fault("generation-eos-large", "an end token beyond the vocabulary", GENERATE, "end-of-turn token 9999 is outside the model's vocabulary of 272", file("model/generation_config.json", {"eos_token_id": 9999})),
+    fault("gguf-absent", "a GGUF file that is not there", GGUF, "model DIR/m.gguf is neither a folder, a GGUF file nor a hub name such as meta-llama/Llama-3.2-1B-Instruct"),
+    fault("gguf-folder", "a folder of GGUF files", SCORE, "MODEL/config.json does not exist: MODEL holds GGUF files; name one, such as --model=MODEL/a.gguf", remove(CONFIG), file("model/a.gguf", b"")),
+    fault("gguf-kind", "a GGUF file that is none", GGUF, "DIR/m.gguf is not a readable GGUF file: it does not begin with GGUF", file("m.gguf", b"PK12")),
+    fault("gguf-empty", "an empty GGUF file", GGUF, "DIR/m.gguf is not a readable GGUF file: it is empty", file("m.gguf", b"")),
+    fault("gguf-version", "a GGUF file of another version", GGUF, "DIR/m.gguf is not a readable GGUF file: version 9 is not supported, only 2 and 3", file("m.gguf", b"GGUF" + struct.pack("<IQQ", 9, 0, 0))),
+    fault("gguf-header", "a header that is cut off", GGUF, "DIR/m.gguf is not a readable GGUF file: it ends within its header; download it again", gguf(), cut("m.gguf", 2000)),
+    fault("gguf-cut", "a GGUF file that is cut off", GGUF, "DIR/m.gguf ends before the end of tensor …", gguf(), cut("m.gguf", 60000)),
+    fault("gguf-split", "one of several GGUF files", GGUF, "DIR/m.gguf: the file is one of several parts; join them with llama-gguf-split --merge", gguf({"split.count": 2})),
+    fault("gguf-type", "adapters in a GGUF file", GGUF, "DIR/m.gguf: general.type=adapter is not supported, only model", gguf({"general.type": "adapter"})),
+    fault("gguf-architecture", "another architecture in a GGUF file", GGUF, "DIR/m.gguf: architecture gemma3 is not supported in a GGUF file; known: llama, qwen2, qwen3 (Mistral's is llama)", gguf({"general.architecture": "gemma3"})),
+    fault("gguf-experts", "experts in a GGUF file", GGUF, "DIR/m.gguf: llama.expert_count=8 is not supported", gguf({"llama.expert_count": 8})),
+    fault("gguf-key-absent", "no number of layers in a GGUF file", GGUF, "DIR/m.gguf: llama.block_count is missing", gguf({"llama.block_count": None})),
+    fault("gguf-key-kind", "a number of layers that is a text", GGUF, "DIR/m.gguf: llama.block_count must be a positive number, got two", gguf({"llama.block_count": "two"})),
+    fault("gguf-head", "heads turned in part", GGUF, "DIR/m.gguf: llama.rope.dimension_count=4 is not supported, only the size of a head, 8", gguf({"llama.rope.dimension_count": 4})),
+    fault("gguf-layers", "more layers than tensors", GGUF, "DIR/m.gguf: tensor model.layers.2.input_layernorm.weight is missing", gguf({"llama.block_count": 3})),
+    fault("gguf-tokenizer", "no tokenizer in a GGUF file", GGUF, "cannot load the tokenizer of DIR/m.gguf: it has no tokenizer; use the model's Hugging Face folder instead", gguf({"tokenizer.ggml.tokens": None})),
+    fault("gguf-tokenizer-kind", "a tokenizer of another kind", GGUF, "cannot load the tokenizer of DIR/m.gguf: tokenizer.ggml.model=t5 is not supported, only gpt2 and llama; use the model's Hugging Face folder instead", gguf({"tokenizer.ggml.model": "t5"})),
+    fault("gguf-pre", "a pre-tokenizer that is not known", GGUF, "cannot load the tokenizer of DIR/m.gguf: tokenizer.ggml.pre=gpt-4o is not known, only llama-bpe, llama3, llama-v3, qwen2, smollm, tekken; use the model's Hugging Face folder instead", gguf({"tokenizer.ggml.pre": "gpt-4o"})),
+    fault("gguf-id", "an end token beyond the vocabulary of a GGUF file", GGUF, "cannot load the tokenizer of DIR/m.gguf: tokenizer.ggml.eos_token_id=900 is not the id of one of 272 tokens", gguf({"tokenizer.ggml.eos_token_id": 900})),
+    fault("gguf-token-types", "too few kinds of tokens", GGUF, "cannot load the tokenizer of DIR/m.gguf: tokenizer.ggml.token_type must have a number for each of 272 tokens", gguf({"tokenizer.ggml.token_type": [1]})),
+    fault("gguf-scores", "no scores of pieces", GGUF, "cannot load the tokenizer of DIR/m.gguf: tokenizer.ggml.scores must have a number for each of 272 tokens", gguf({"tokenizer.ggml.model": "llama"})),
+    fault("gguf-merges", "a merge of three", GGUF, "cannot load the tokenizer of DIR/m.gguf: …", gguf({"tokenizer.ggml.merges": ["a b c"]})),
 ]
 
 AGAIN = "--stage=iterate --run_dir=RUN SETTINGS"

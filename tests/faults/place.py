@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.conftest import write
+from tests.gguf_files import to_gguf
 from tests.runs import Made
 
 SAMPLE = {"id": "a", "messages": [{"role": "user", "content": "hi"}], "tools": [], "target": "[f()]"}
@@ -140,6 +141,11 @@ def tensors(change: Callable[[dict[str, Any]], Any]) -> Step:
         save_file(weights, path)
 
     return step
+
+
+def gguf(changes: dict[str, Any] | None = None) -> Step:
+    """The model as a GGUF file, with changes to its metadata."""
+    return lambda place: to_gguf(place.folder / "model", place.folder / "m.gguf", changes=changes)
 
 
 def index(weight_map: Any) -> Step:
