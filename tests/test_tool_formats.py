@@ -316,4 +316,4 @@ def test_sentences_are_steps_in_every_form(form: Form, granularity: Granularity)
         first, *rest = [tokenizer.decode(s) for s in split_steps(table, ids)]
         assert first == "I look."
         assert "".join(rest).strip() == form.write(CALLS[:1])
-        assert len(rest) == (3 if granularity == "argument" else 1)
+        assert len(rest) == (2 if granularity == "argument" else 1)
