@@ -199,7 +199,10 @@ def test_a_folder_of_the_hubs_cache_is_trained_and_exported(tiny_folder: Path, t
     assert exported(made, tmp_path / "model") == 0
     paths = list((tmp_path / "model").iterdir())
     assert not [path for path in paths if path.is_symlink()]
-    assert {path.name for path in paths} == {path.name for path in blobs.iterdir()} | {"generation_config.json", "SERVING.md"}
+    assert {path.name for path in paths} == {path.name for path in blobs.iterdir()} | {
+        "generation_config.json",
+        "SERVING.md",
+    }
     copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     assert all((tmp_path / "model" / name).read_bytes() == (blobs / name).read_bytes() for name in copied)
     assert hf.load(tmp_path / "model")

@@ -2,17 +2,21 @@
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from itool_jax.evaluation.errors import error_kind
+from itool_jax.main import main
 from itool_jax.mcts.value import outcome
+from itool_jax.system.files import write_jsonl
 from itool_jax.text.calls import Call, write_calls
 from itool_jax.text.chat import Chat, encode_sample
 from itool_jax.text.sample import Sample
 from itool_jax.text.steps import Granularity, build_step_table, split_steps
 from itool_jax.text.tool_formats import BRACKETS, JSON, LLAMA, MISTRAL, TAGGED, Form, ToolFormat, read_any
+from tests import runs, tiny
 from tests.conftest import shared_path
 from tests.test_chat import GEMMA, QWEN, byte_tokenizer
 from tests.test_chat import LLAMA as LLAMA_TOKENS
@@ -317,3 +321,43 @@ def test_sentences_are_steps_in_every_form(form: Form, granularity: Granularity)
         assert first == "I look."
         assert "".join(rest).strip() == form.write(CALLS[:1])
         assert len(rest) == (2 if granularity == "argument" else 1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# A whole run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_speaks_the_templates_form_from_warm_up_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, run = tiny.tiny_checkpoint(tmp_path / "model", talkative=False), tmp_path / "run"
+    head, rest = tiny.TEMPLATE.split("{%- if message.tool_calls -%}")
+    rest = rest.partition("<|end|>")[2]
+    calls = (
+        "{%- for call in message.tool_calls or [] -%}{{ '\\n' if message.content or not loop.first }}<tool_call>\n"
+        '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+        "</tool_call>{%- endfor -%}<|end|>"
+    )
+    (model / "chat_template.jinja").write_text(head + calls + rest)
+    write_jsonl(tmp_path / "d.jsonl", runs.make_samples(60))
+    settings = [
+        *(f"--model={model}", f"--data={tmp_path / 'd.jsonl'}", f"--run_dir={run}", "--iterations=1", "--lora.rank=2"),
+        *("--replay.select=perplexity", "--replay.replay_fraction=0.3", "--search.inject_gold=always"),
+        *("--pairs.require=gap", "--search.n_simulations=4", "--search.breadth=2", "--search.max_depth=3"),
+        *("--search.max_step_tokens=8", "--search.max_last_step_tokens=12", "--warmup.batch_size=8", *runs.SMALL),
+    ]
+    assert main(["--stage=iterate", *settings]) == 0
+    assert "tool format: <tool_call>, as the chat template writes it, as in sample" in capsys.readouterr().err
+    table = {row["id"]: row for row in read_lines(run / "iteration_1" / "trees.jsonl")}
+    calls_of = {name: row for name, row in table.items() if row["gold"].startswith("[")}
+    assert calls_of
+    for row in calls_of.values():
+        golds = [node for node in row["nodes"] if node["gold"] and node["depth"] == 1]
+        assert golds
+        assert all(node["text"].startswith("<tool_call>") for node in golds)
+    texts = [pair["chosen"] for pair in read_lines(run / "iteration_1" / "pairs.jsonl")]
+    assert any("<tool_call>" in text for text in texts)
+    assert not any(text.startswith("[f") for text in texts)
+    assert main(["--stage=export", *settings, f"--output={tmp_path / 'out'}"]) == 0
+    assert "--tool-call-parser=hermes" in (tmp_path / "out" / "SERVING.md").read_text()

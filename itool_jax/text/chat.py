@@ -100,7 +100,8 @@ class Chat:
     tools and writes earlier calls itself, else the system message lists them and says what an answer looks like.
 
     Raises:
-        ValueError: `tool_format` is native, and the template writes calls in no known form or not at all.
+        ValueError: `tool_format` is native, and the template writes calls in no known form or not at all; or
+            `tool_style` is given, and the template lists the tools.
     """
 
     def __init__(self, tokenizer: Any, tool_format: ToolFormat = "auto", tool_style: ToolStyle = "schema"):
@@ -236,6 +237,11 @@ class Chat:
         if tool_format in ("brackets", "json") or not self.tokenizer.chat_template:
             return JSON if tool_format == "json" else BRACKETS, False
         if (form := recognise(self._probe(PROBE))) is not None:
+            if self.tool_style != "schema":
+                raise ValueError(
+                    f"tool_style={self.tool_style} is only for tool_format=brackets and json; "
+                    f"the chat template of {self.name} lists the tools itself"
+                )
             return form, True
         if tool_format == "native":
             raise ValueError(

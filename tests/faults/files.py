@@ -84,6 +84,8 @@ MODELS = [
     fault("template-refuses", "a template that refuses", SCORE, "chat template of MODEL cannot render the conversation: no", file("model/chat_template.jinja", "{{ raise_exception('no') }}")),
     fault("template-escape", "a template that reaches for Python", SCORE, "chat template of MODEL cannot render the conversation: …", file("model/chat_template.jinja", "{{ ().__class__.__base__.__subclasses__() }}")),
     fault("template-divides", "a template that divides by zero", SCORE, "chat template of MODEL cannot render the conversation: …", file("model/chat_template.jinja", "{{ 1 // 0 }}")),
+    fault("template-native", "a native tool format that is not known", f"{SCORE} --tool_format=native", "chat template of MODEL writes tool calls in none of the forms known here; set --tool_format=brackets or json", file("model/chat_template.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}")),
+    fault("tool-style", "a style of tools that the template lists itself", f"{SCORE} --tool_style=signature", "tool_style=signature is only for tool_format=brackets and json; the chat template of MODEL lists the tools itself"),
     fault("template-loop", "a template that counts without end", SCORE, "chat template of MODEL cannot render the conversation: …", file("model/chat_template.jinja", "{% for i in range(10**9) %}{% endfor %}")),
     fault("generation-config", "a generation_config.json that is a list", SCORE, "MODEL/generation_config.json is not a JSON object", file("model/generation_config.json", [1])),
     fault("generation-eos", "an end token that is a text", GENERATE, "MODEL/generation_config.json: eos_token_id must be token ids, got 'end'", file("model/generation_config.json", {"eos_token_id": "end"})),
