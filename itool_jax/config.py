@@ -76,7 +76,8 @@ class EvaluateSettings:
     layout: Literal["v3", "v4"] = "v3"
     """Naming scheme of the BFCL response files that are written, and read first if --results holds both."""
     underscore_to_dot: bool = False
-    """The model behind --results saw function names with _ for every dot, as OpenAI's API requires."""
+    """The model behind --results saw function names with _ for every dot, as OpenAI's API requires. Assumed of
+    responses that are lists of calls, {name: arguments}, with no dot in any name."""
     benchmarks: tuple[str, ...] = ()
     """Files or folders of evaluation data to check for leakage: the data card reports which of their questions and
     tools occur in the training samples. Accepts BFCL questions, API-Bank tests, and any training data format."""
@@ -257,7 +258,7 @@ class Runtime:
         if self.benchmark is not None and self.stage not in BENCHMARK_STAGES:
             raise ValueError(f"benchmark is only for stages evaluate and iterate, got stage {self.stage}")
         if self.evaluate.underscore_to_dot and self.results is None:
-            raise ValueError("evaluate.underscore_to_dot is only for results: our own prompts keep the dots in names")
+            raise ValueError("evaluate.underscore_to_dot is only for results: a run knows which names it showed")
 
     @property
     def looks_only(self) -> bool:

@@ -6,7 +6,7 @@ differ and on how many cases they agree.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +49,15 @@ def read_call(text: Any, argument: re.Pattern[str] = _ARGUMENT) -> Call | None:
     return Call(match[1], values)
 
 
-def check(model_output: Any, answer: Call) -> Verdict:
+def check(model_output: Any, answer: Call, read: Callable[[str], list[Call] | None] | None = None) -> Verdict:
     """Checks that the response's call has the name and the arguments of `answer`. No text raises an error.
+
+    `read` reads calls in the model's own form; the first of them counts, and the official form where there is none.
 
     Error types are the official evaluator's, as far as they can be determined without executing the call.
     """
-    call = read_call(model_output)
+    own = read(model_output) if read and isinstance(model_output, str) else None
+    call = own[0] if own else read_call(model_output)
     if call is None:
         return Verdict(False, "NO_API_CALL")
     if call.name != answer.name:
@@ -102,6 +105,10 @@ def _question(row: Mapping[str, Any]) -> Question:
     return Question(f"{row['file']}/{row['id']}", messages, answer)
 
 
-def judge(questions: Sequence[Question], results: Mapping[str, Any]) -> dict[str, Verdict]:
-    """Returns the verdict on each response, by question id."""
-    return {q.id: check(results[q.id], q.answer) for q in questions if q.id in results}
+def judge(
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    read: Callable[[str], list[Call] | None] | None = None,
+) -> dict[str, Verdict]:
+    """Returns the verdict on each response, by question id; `read` as for `check`."""
+    return {q.id: check(results[q.id], q.answer, read) for q in questions if q.id in results}

@@ -23,7 +23,7 @@ from itool_jax.evaluation.bfcl import scores as bfcl_scores
 from itool_jax.evaluation.bfcl import setup as bfcl_setup
 from itool_jax.evaluation.bfcl.checker import Verdict
 from itool_jax.evaluation.bfcl.scores import Score
-from itool_jax.evaluation.bfcl.simulators import Simulators, converse, official_verdicts
+from itool_jax.evaluation.bfcl.simulators import Conversations, Simulators, converse, official_verdicts
 from itool_jax.evaluation.comparison import compare, fallen, read_scores
 from itool_jax.inference.sampler import generate
 from itool_jax.store import cache, splits
@@ -35,9 +35,9 @@ from itool_jax.store.weights import PhasePolicy
 from itool_jax.system import hosts
 from itool_jax.system.files import write_json, write_jsonl
 from itool_jax.system.messages import console_out, log
-
-Conversations = Sequence[tuple[str, Sequence[dict[str, str]]]]
-"""(key, messages) of each conversation."""
+from itool_jax.text.calls import read_calls
+from itool_jax.text.chat import Chat
+from itool_jax.text.tool_formats import BRACKETS, read_any
 
 UNFIT = "Error during inference: "
 """Prefix of a response in the leaderboard's result files where a model gave no answer."""
@@ -71,7 +71,9 @@ def _check(config: Config) -> None:
 
 def evaluate(run: Run, phase: str) -> Figures:
     """Answers and scores the chosen categories that are not done yet, prints the table and returns the figures."""
-    config = run.config
+    config, function_calling = run.config, _function_calling(run)
+    if function_calling:
+        log(f"{phase}: function-calling mode: the template lists the functions, calls are {run.base.chat.form.name}")
     scores = {category: _score(_category(run, phase, category)) for category in categories(config)}
     figures = summarize(config, scores)
     where = results_folder(config, phase)
@@ -81,7 +83,7 @@ def evaluate(run: Run, phase: str) -> Figures:
     if config.official:
         with Simulators() as simulators:
             responses = {c: _read_responses(config, phase, c) for c in scores}
-            compare_official(config, scores, responses, simulators)
+            compare_official(config, scores, responses, simulators, function_calling)
     if config.against is not None:
         compare(config, scores, where / "comparison.json")
     log(f"responses and scores saved in {where}")
@@ -97,18 +99,24 @@ def score_results(config: Config) -> Figures:
         raise ValueError(f"{config.results} contains none of the categories {', '.join(categories(config))}")
     if set(chosen) & set(bfcl_data.MULTI_TURN):
         bfcl_setup.python()
-    responses, scores = {}, {}
-    for category in chosen:
-        questions = bfcl_data.load_questions(data_folder(config), category)
-        responses[category] = bfcl_data.read_results(files[category], questions)
-        scores[category] = _scored(config, questions, questions, responses[category])
+    questions = {category: bfcl_data.load_questions(data_folder(config), category) for category in chosen}
+    responses = {category: bfcl_data.read_results(files[category], questions[category]) for category in chosen}
+    function_calling = any(
+        bfcl_data.is_function_calling(result, category)
+        for category, results in responses.items()
+        for result in results.values()
+    )
+    scores = {
+        category: _scored(config, questions[category], questions[category], results, function_calling)
+        for category, results in responses.items()
+    }
     figures = summarize(config, scores)
     if config.output is not None:
         write_json(config.output, bfcl_scores.as_json(scores))
     show(config, config.results.name, scores, figures)
     if config.official:
         with Simulators() as simulators:
-            compare_official(config, scores, responses, simulators)
+            compare_official(config, scores, responses, simulators, function_calling)
     if config.against is not None:
         compare(config, scores, config.output and config.output.with_suffix(".comparison.json"))
     return figures
@@ -161,6 +169,11 @@ def _module(config: Config) -> Any:
     return bfcl_data if config.benchmark == "bfcl" else api_bank
 
 
+def _function_calling(run: Run) -> bool:
+    """Returns True if BFCL's functions go to the chat template, whose own form of calls is not the leaderboard's."""
+    return run.config.benchmark == "bfcl" and run.base.chat.native and run.base.chat.form is not BRACKETS
+
+
 def _response_file(config: Config, phase: str, category: str) -> Path:
     where = results_folder(config, phase)
     if config.benchmark == "bfcl":
@@ -174,7 +187,7 @@ def _category(run: Run, phase: str, category: str) -> Figures:
     file, questions = _response_file(config, phase, category), _load(config, category)
     name = f"{results_folder(config, phase).name}/{category}"
     work = functools.partial(_answer_category, category, questions, file)
-    hashes = {"questions": cache.hash_of(repr(questions))}
+    hashes = {"questions": cache.hash_of(repr(questions) + ("function calling" if _function_calling(run) else ""))}
     outputs = [str(file.relative_to(config.run_dir / phase))]
     step: Step[Figures] = Step(name, outputs, work, lambda phase: phase.figures(name), hashes)
     return run.phase(phase).cached(step, run.policy(phase))
@@ -186,14 +199,14 @@ def _answer_category(category: str, questions: Sequence[Any], file: Path, task: 
     policy.running()  # on every process, even one without questions
     work = functools.partial(_answer, task.run, policy, category)
     answers = task.map(asked, work, f"{config.benchmark} {category}")
-    if category not in bfcl_data.MULTI_TURN and (unfit := sum(text.startswith(UNFIT) for text in answers)):
+    if category not in bfcl_data.MULTI_TURN and (unfit := sum(map(_unanswered, answers))):
         log(
             f"{category}: {unfit} of {len(answers)} prompts do not fit the model's context and get an error "
             "line as response"
         )
     results = {question.id: result for question, result in zip(asked, answers, strict=True)}
     write_jsonl(file, ({"id": name, "result": result} for name, result in results.items()))
-    return _scored(config, questions, asked, results)._asdict()
+    return _scored(config, questions, asked, results, _function_calling(task.run), task.run.base.chat)._asdict()
 
 
 def _score(figures: Figures) -> Score:
@@ -204,9 +217,21 @@ def _read_responses(config: Config, phase: str, category: str) -> dict[str, Any]
     return {row["id"]: row["result"] for _, row in read_rows(_response_file(config, phase, category))}
 
 
-def _scored(config: Config, questions: Sequence[Any], asked: Sequence[Any], results: Mapping[str, Any]) -> Score:
-    """Scores the responses to `asked`, a subset of a category's `questions`."""
-    verdicts = _judge(config, asked, results)
+def _scored(
+    config: Config,
+    questions: Sequence[Any],
+    asked: Sequence[Any],
+    results: Mapping[str, Any],
+    function_calling: bool,
+    chat: Chat | None = None,
+) -> Score:
+    """Scores the responses to `asked`, a subset of a category's `questions`; `chat` is of the model that gave them."""
+    if config.benchmark == "api_bank":
+        native = None if chat is None or chat.form is BRACKETS else chat.read_calls
+        verdicts = api_bank.judge(asked, results, native)
+    else:
+        verdicts = _judge(config, asked, results, function_calling)
+        _warn_of_other_forms(asked[0].category if asked else "", results)
     return bfcl_scores.score(verdicts, len(questions), sum(map(_unanswered, results.values())))
 
 
@@ -217,21 +242,48 @@ def _unanswered(result: Any) -> bool:
     return isinstance(result, str) and result.startswith(UNFIT)
 
 
-def _judge(config: Config, questions: Sequence[Any], results: Mapping[str, Any]) -> dict[str, Verdict]:
+def _judge(
+    config: Config, questions: Sequence[Any], results: Mapping[str, Any], function_calling: bool
+) -> dict[str, Verdict]:
     """Judges a category's responses; multi-turn responses are judged by the official scorer."""
-    if config.benchmark == "api_bank":
-        return api_bank.judge(questions, results)
+    mode = _mode(config, function_calling)
     if questions and questions[0].category in bfcl_data.MULTI_TURN:
         with Simulators() as simulators:
-            return official_verdicts(questions, results, simulators)
-    return bfcl_scores.judge(questions, results, underscore_to_dot=config.evaluate.underscore_to_dot)
+            return official_verdicts(questions, results, simulators, **mode)
+    return bfcl_scores.judge(questions, results, **mode)
+
+
+def _mode(config: Config, function_calling: bool) -> dict[str, bool]:
+    """Returns how the model was asked, for the judges; our own tools have `_` for every dot in a name."""
+    ours = function_calling and config.results is None
+    return {"underscore_to_dot": config.evaluate.underscore_to_dot or ours, "function_calling": function_calling}
+
+
+def _warn_of_other_forms(category: str, results: Mapping[str, Any]) -> None:
+    """Says how many responses hold, as text, calls that the leaderboard does not read."""
+    n = sum(
+        any(read_calls(text) is None and read_any(text) for text in _texts_in(result)) for result in results.values()
+    )
+    if n:
+        log(
+            f"{category}: {n} of {len(results)} responses hold calls in a form that the leaderboard does not read, "
+            "such as <tool_call>, and count as text; it reads [f(a=1)], or lists of {name: arguments}"
+        )
+
+
+def _texts_in(result: Any) -> Iterator[str]:
+    if isinstance(result, str):
+        yield result
+    for item in result if isinstance(result, list) else ():
+        yield from _texts_in(item)
 
 
 def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[Any]) -> Iterator[Advance]:
     """Answers questions. A multi-turn question is finished when its conversation has ended."""
+    chat = run.base.chat if _function_calling(run) else None
     if category not in bfcl_data.MULTI_TURN:
-        first = bfcl_data.first_messages if run.config.benchmark == "bfcl" else lambda question: list(question.messages)
-        yield from by_row(_texts(run, policy, [(question.id, first(question)) for question in questions]))
+        batches = _texts(run, policy, [_first(run.config, question, chat) for question in questions])
+        yield from by_row([(i, _response(text, chat)) for i, text in batch] for batch in batches)
         return
 
     def next_step(conversations: Conversations) -> list[str]:
@@ -242,7 +294,20 @@ def _answer(run: Run, policy: PhasePolicy, category: str, questions: Sequence[An
         return [texts[i] for i in range(len(conversations))]
 
     with Simulators() as simulators:
-        yield from by_row(converse(questions, next_step, simulators))
+        yield from by_row(converse(questions, next_step, simulators, chat))
+
+
+def _response(text: str, chat: Chat | None) -> bfcl_data.Response:
+    return bfcl_data.written_response(text, chat.read_calls(text)) if chat else text
+
+
+def _first(config: Config, question: Any, chat: Chat | None) -> tuple[str, Sequence[Any], Sequence[Any]]:
+    """Returns the first conversation of a question of one turn; with `chat`, its functions go to the chat template."""
+    if config.benchmark == "api_bank":
+        return question.id, question.messages, ()
+    if chat:
+        return question.id, question.turns[0], bfcl_data.first_tools(question)
+    return question.id, bfcl_data.first_messages(question), ()
 
 
 def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Iterator[list[tuple[int, str]]]:
@@ -253,7 +318,7 @@ def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Itera
     config, (model, chat) = run.config, run.base
     temperature = bfcl_data.TEMPERATURE if config.benchmark == "bfcl" else 0.0
     settings, limit = dataclasses.replace(config.generate, temperature=temperature), model.max_length
-    prompts = [(key, chat.prompt_ids(messages)) for key, messages in conversations]
+    prompts = [(key, chat.prompt_ids(messages, tools)) for key, messages, tools in conversations]
     places = [i for i, (_, ids) in enumerate(prompts) if len(ids) < limit]
     unfit = [(i, len(ids)) for i, (_, ids) in enumerate(prompts) if len(ids) >= limit]
     if unfit:
@@ -322,7 +387,11 @@ def _count(column: str, scores: Mapping[str, Score]) -> str:
 
 
 def compare_official(
-    config: Config, scores: Mapping[str, Score], responses: Mapping[str, Mapping[str, Any]], simulators: Simulators
+    config: Config,
+    scores: Mapping[str, Score],
+    responses: Mapping[str, Mapping[str, Any]],
+    simulators: Simulators,
+    function_calling: bool,
 ) -> None:
     """Prints the official scorer's figures beside ours, with up to five ids per category where the verdicts differ."""
     table = Table(title="the official scorer and ours", title_justify="left", box=None)
@@ -333,8 +402,7 @@ def compare_official(
     official = {}
     for category, score in scores.items():
         questions = _load(config, category)
-        dots = config.evaluate.underscore_to_dot
-        verdicts = official_verdicts(questions, responses[category], simulators, underscore_to_dot=dots)
+        verdicts = official_verdicts(questions, responses[category], simulators, **_mode(config, function_calling))
         official[category] = bfcl_scores.score(verdicts, len(questions))
         differ = sorted(official[category].failed.keys() ^ score.failed.keys())
         names = ", ".join(differ[:5]) + (", …" if len(differ) > 5 else "") if differ else "none"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from itool_jax.evaluation.bfcl.reader import Language, UnreadableError, read_response
+from itool_jax.evaluation.bfcl.reader import Language, UnreadableError, read_function_calls, read_response
 from itool_jax.evaluation.bfcl.values import JAVA_TYPES, JAVASCRIPT_TYPES, java_value, javascript_value
 from itool_jax.text.calls import Call
 
@@ -42,6 +42,13 @@ class Verdict(NamedTuple):
     error_type: str | None
 
 
+def hides_dots(model_output: Any) -> bool:
+    """Returns True for a list of calls without a dot in any name: most function-calling interfaces allow no dots."""
+    if not isinstance(model_output, list):
+        return False
+    return not any("." in name for call in model_output if isinstance(call, dict) for name in call)
+
+
 class _WrongError(Exception):
     """Error for a wrong response; the message is the error type."""
 
@@ -53,18 +60,21 @@ def check(
     category: str,
     *,
     underscore_to_dot: bool = False,
+    function_calling: bool = False,
 ) -> Verdict:
-    """Checks `model_output`, the raw text of a response to a question of `category`.
+    """Checks `model_output`, a response to a question of `category`: its raw text, or a list of `{name: arguments}`.
 
     `functions` and `possible_answer` are the question's `function` and `ground_truth` entries; relevance and
     irrelevance have no answer. Categories have their v3 or v4 names (`simple`, `simple_python`, `live_parallel`). Set
-    `underscore_to_dot` if the model was shown `_` for every dot in a function's name. No text raises an error; a value
-    that is not text counts as unreadable. Raises ValueError for an unknown category or parameter type, and if the
-    possible answers are missing, malformed or name an unknown function.
+    `underscore_to_dot` if the model was shown `_` for every dot in a function's name; for a list of calls without a dot
+    in any name that is assumed. Text is no call if the model is in `function_calling` mode. No response raises an
+    error; one of another form counts as unreadable. Raises ValueError for an unknown category or parameter type, and if
+    the possible answers are missing, malformed or name an unknown function.
     """
     language = language_of(category)
+    listed = function_calling or isinstance(model_output, list)
     try:
-        calls = read_response(model_output, language)
+        calls = read_function_calls(model_output) if listed else read_response(model_output, language)
     except UnreadableError:
         calls = None
         error = "ast_decoder:decoder_failed"
@@ -79,7 +89,7 @@ def check(
             answers = expected_calls(functions, possible_answer, language)
             if calls is None:
                 raise _WrongError(error)
-            checker = _Checker(language, underscore_to_dot)
+            checker = _Checker(language, underscore_to_dot or hides_dots(model_output))
             checker.calls(calls, answers, category)
     except _WrongError as wrong:
         return Verdict(False, str(wrong))

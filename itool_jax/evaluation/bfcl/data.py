@@ -15,10 +15,13 @@ from typing import Any, Literal, NamedTuple
 from itool_jax.data.rows import read_rows
 from itool_jax.evaluation.bfcl.checker import expected_calls, language_of
 from itool_jax.system.files import place, write_jsonl
+from itool_jax.text.calls import Call
 from itool_jax.text.sample import Row
 
 Version = Literal["v3", "v4"]
-Message = dict[str, str]
+Message = dict[str, Any]
+Response = str | list[dict[str, str]]
+"""Text, or the calls of a function-calling model: `{name: arguments}`, the arguments as JSON text."""
 
 TEMPERATURE = 0.001
 """Sampling temperature of the leaderboard."""
@@ -64,9 +67,18 @@ Here is a list of functions in JSON format that you can invoke.
 {functions}
 
 """
-MORE_FUNCTIONS = "{functions}\nI have updated some more functions you can choose from. What about now?"
+MORE_FUNCTIONS = "I have updated some more functions you can choose from. What about now?"
 """User turn that adds functions that were missing so far."""
 _HINTS = {"Python": "Python 3", "Java": "Java 8 SDK", "JavaScript": "JavaScript"}
+_JSON_TYPES = {
+    **{kind: kind for kind in ("integer", "number", "string", "boolean", "array", "object")},
+    **dict.fromkeys(("byte", "short", "long", "Bigint"), "integer"),
+    **dict.fromkeys(("float", "double"), "number"),
+    **dict.fromkeys(("list", "tuple", "ArrayList", "Array", "Queue", "Stack"), "array"),
+    **dict.fromkeys(("dict", "HashMap", "Hashtable"), "object"),
+    "bool": "boolean",
+}
+"""JSON schema types by the types in BFCL's documentation; all others are strings."""
 
 
 class Question(NamedTuple):
@@ -141,6 +153,7 @@ def _wrong_form(question: Question) -> str | None:
         if "relevance" not in question.category:
             expected_calls(question.functions, question.answer, language_of(question.category))
         first_messages(question)
+        first_tools(question)
     except ValueError as error:
         return str(error)
     except (TypeError, KeyError, AttributeError) as error:
@@ -176,6 +189,11 @@ def _find(folder: Path, part: str, category: str) -> Path:
     )
 
 
+def first_tools(question: Question) -> list[dict[str, Any]]:
+    """Returns the functions as the template of a function-calling model lists them; its messages are the first turn."""
+    return as_tools(shown_functions(question.functions, question.category))
+
+
 def first_messages(question: Question) -> list[Message]:
     """Returns the first prompt as messages: the leaderboard's system prompt, then the first turn."""
     return with_system_prompt(question.turns[0], shown_functions(question.functions, question.category))
@@ -198,6 +216,42 @@ def shown_functions(functions: Iterable[Mapping[str, Any]], category: str) -> li
         for parameter in function["parameters"]["properties"].values() if language != "Python" else ():
             _as_text(parameter, language)
     return shown
+
+
+def as_tools(functions: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Converts the documentation shown to models to OpenAI's tools, as the leaderboard does for such interfaces.
+
+    Names have `_` for every dot, and types are those of JSON schemas.
+    """
+    tools = copy.deepcopy([dict(function) for function in functions])
+    for tool in tools:
+        tool["name"] = tool["name"].replace(".", "_")
+        schema = tool.setdefault("parameters", {})
+        schema["type"] = "object"
+        _to_json_types(schema.setdefault("properties", {}))
+    return [{"type": "function", "function": tool} for tool in tools]
+
+
+def _to_json_types(properties: Mapping[str, Any]) -> None:
+    """Rewrites the types of parameters, in place, as deep as the leaderboard does."""
+    for schema in properties.values():
+        if schema.get("type") == "float":
+            schema["format"] = "float"
+            schema["description"] = schema.get("description", "") + " This is a float type value."
+        match _to_json_type(schema):
+            case {"type": "array" | "object", "properties": inner}:
+                _to_json_types(inner)
+            case {"type": "array" | "object", "items": items}:
+                match _to_json_type(items):
+                    case {"type": "array", "items": inner}:
+                        _to_json_type(inner)
+                    case {"type": "object", "properties": inner}:
+                        _to_json_types(inner)
+
+
+def _to_json_type(schema: dict[str, Any]) -> dict[str, Any]:
+    schema["type"] = _JSON_TYPES.get(str(schema.get("type")), "string")
+    return schema
 
 
 def _as_text(parameter: dict[str, Any], language: str) -> None:
@@ -227,10 +281,27 @@ def result_file(folder: Path, category: str, version: Version) -> Path:
 
 
 def write_results(folder: Path, category: str, results: Mapping[str, Any], version: Version) -> Path:
-    """Writes responses by question id and returns the path. A response is text, or turns of steps of text."""
+    """Writes responses by question id and returns the path.
+
+    A response is text or calls, as `written_response` returns them, or for multi-turn turns of steps of such.
+    """
     path = result_file(folder, category, version)
     write_jsonl(path, ({"id": name, "result": result} for name, result in results.items()))
     return path
+
+
+def written_response(text: str, calls: Sequence[Call] | None) -> Response:
+    """Returns a function-calling model's response as in the leaderboard's files: its calls, or text without any."""
+    return text if calls is None else [{name: json.dumps(arguments)} for name, arguments in calls]
+
+
+def is_function_calling(result: Any, category: str) -> bool:
+    """Returns True if a response to a question of the category holds calls in the form of function-calling models.
+
+    An empty list is such a response too; text can come from any model.
+    """
+    turns = result if category in MULTI_TURN and isinstance(result, list) else [[result]]
+    return any(isinstance(step, list) for turn in turns if isinstance(turn, list) for step in turn)
 
 
 def find_results(folder: Path, layout: Version = "v3") -> dict[str, Path]:
@@ -268,18 +339,41 @@ def _model_folder(path: Path, top: Path) -> Path:
 
 
 def read_results(path: Path, questions: Sequence[Question]) -> dict[str, Any]:
-    """Reads responses by question id.
+    """Reads responses by question id; arguments of calls that are objects are written as JSON text.
 
-    Raises ValueError for a row without id or result, a repeated or unknown id, or a file without responses.
+    Raises ValueError for a row without id or result, or with a result of another form, a repeated or unknown id, or a
+    file without responses.
     """
-    known = {question.id for question in questions}
+    known = {question.id: question.category in MULTI_TURN for question in questions}
     results: dict[str, Any] = {}
     for number, row in read_rows(path):
         question_id = _field(row, "id", path, number, str)
         if question_id not in known or question_id in results:
             problem = "appears twice" if question_id in results else "is not a question of this category"
             raise ValueError(f"{place(path, number)}: {question_id!r} {problem}")
-        results[question_id] = _field(row, "result", path, number)
+        result, multi_turn = _field(row, "result", path, number), known[question_id]
+        try:
+            results[question_id] = _turns(result) if multi_turn and isinstance(result, list) else _response(result)
+        except TypeError:
+            form = "turns of steps, each text" if multi_turn else "text"
+            problem = f'"result" is neither {form} nor a list of {{name: arguments}}'
+            raise ValueError(f"{place(path, number)}: {question_id}: {problem}") from None
     if not results:
         raise ValueError(f"{path} contains no responses")
     return results
+
+
+def _turns(turns: list[Any]) -> list[list[Response | None]]:
+    if not all(isinstance(turn, list) for turn in turns):
+        raise TypeError
+    return [[_response(step) for step in turn] for turn in turns]
+
+
+def _response(result: Any) -> Response | None:
+    """Returns a response with its arguments as JSON text; TypeError if it has another form."""
+    if result is None or isinstance(result, str):
+        return result
+    calls = [next(iter(call.items())) for call in result if isinstance(call, dict) and len(call) == 1]
+    if len(calls) < len(result) or not all(isinstance(given, str | dict) for _, given in calls):
+        raise TypeError
+    return [{name: given if isinstance(given, str) else json.dumps(given)} for name, given in calls]

@@ -1,15 +1,17 @@
 """Reads the calls of a BFCL response, in Python, Java or JavaScript, as the leaderboard's decoder does.
 
-In: the raw text of a response. Out: calls, or an error. The leaderboard uses Python's own expression grammar for call
-lists. So this reader accepts bare words as strings, arithmetic, and calls as values, unlike
-`itool_jax.text.calls.read_calls`, which serves the reward and requires literals. It computes but never executes:
-nothing of a response reaches `eval`, and time and memory are bounded for every text.
+In: the raw text of a response, or the list of calls of a function-calling model. Out: calls, or an error. The
+leaderboard uses Python's own expression grammar for call lists. So this reader accepts bare words as strings,
+arithmetic, and calls as values, unlike `itool_jax.text.calls.read_calls`, which serves the reward and requires
+literals. It computes but never executes: nothing of a response reaches `eval`, and time and memory are bounded for
+every text.
 
 The rules follow the scorer (https://pypi.org/project/bfcl-eval/2025.8.6.2/) and are described in `docs/evaluation.md`.
 """
 
 import ast
 import functools
+import json
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,6 +54,24 @@ def read_response(text: Any, language: Language) -> list[Call] | None:
         return _READERS[language](text)
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise UnreadableError(str(error)) from None
+
+
+def read_function_calls(result: Any) -> list[Call] | None:
+    """Returns the calls of a function-calling model's response, `[{name: arguments}]`, arguments as JSON text.
+
+    Returns None if some arguments are JSON but not an object. Raises `UnreadableError` for everything else; that
+    includes text, which is no call. As on the leaderboard, empty text is an empty list.
+    """
+    if not isinstance(result, list) and result != "":
+        raise UnreadableError("not a list of calls")
+    calls = []
+    for call in result:
+        try:
+            [(name, given)] = call.items()
+            calls.append(Call(name, json.loads(given) if isinstance(given, str) else given))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UnreadableError(str(error)) from None
+    return calls if all(isinstance(call.arguments, dict) for call in calls) else None
 
 
 def _python(text: str) -> list[Call]:

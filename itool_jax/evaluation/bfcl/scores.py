@@ -46,17 +46,18 @@ class Score(NamedTuple):
 
 
 def judge(
-    questions: Sequence[Question], results: Mapping[str, Any], *, underscore_to_dot: bool = False
+    questions: Sequence[Question],
+    results: Mapping[str, Any],
+    *,
+    underscore_to_dot: bool = False,
+    function_calling: bool = False,
 ) -> dict[str, Verdict]:
     """Returns the verdict on each single-turn response by question id, in the order of the questions.
 
-    Set `underscore_to_dot` if the model was shown `_` for every dot in a function's name.
+    `underscore_to_dot` and `function_calling` say how the model was asked, as for `check`.
     """
-    return {
-        q.id: check(q.functions, results[q.id], q.answer, q.category, underscore_to_dot=underscore_to_dot)
-        for q in questions
-        if q.id in results
-    }
+    mode = {"underscore_to_dot": underscore_to_dot, "function_calling": function_calling}
+    return {q.id: check(q.functions, results[q.id], q.answer, q.category, **mode) for q in questions if q.id in results}
 
 
 def score(verdicts: Mapping[str, Verdict], n_questions: int, unanswered: int = 0) -> Score:

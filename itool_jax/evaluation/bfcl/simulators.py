@@ -15,23 +15,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itool_jax.evaluation.bfcl import setup as bfcl_setup
-from itool_jax.evaluation.bfcl.checker import Verdict
+from itool_jax.evaluation.bfcl.checker import Verdict, hides_dots
 from itool_jax.evaluation.bfcl.data import (
     MORE_FUNCTIONS,
     MULTI_TURN,
     Message,
     Question,
+    Response,
+    as_tools,
+    is_function_calling,
     shown_functions,
     with_system_prompt,
+    written_response,
 )
+from itool_jax.text.chat import Chat
 
 MAX_STEPS = 20
 """Most steps in a turn; a model that has not finished by then has failed, as on the leaderboard."""
 SECONDS = 60
 """Seconds without an answer after which the child is replaced; normally the child stops a command earlier."""
 
-Answer = Callable[[Sequence[tuple[str, Sequence[Message]]]], Sequence[str]]
-"""Maps (key, messages) of many conversations to one response each. Must not raise for inputs a model cannot take."""
+Conversations = Sequence[tuple[str, Sequence[Message], Sequence[Mapping[str, Any]]]]
+"""(key, messages, tools) of each conversation; tools are for the chat template, none in prompt mode."""
+Answer = Callable[[Conversations], Sequence[str]]
+"""Maps many conversations to one response each. Must not raise for inputs a model cannot take."""
 
 
 class SimulatorError(ValueError):
@@ -127,16 +134,24 @@ class _Conversation(NamedTuple):
     more: dict[str, list[dict[str, Any]]]
     """Functions that a turn adds, by turn number as text."""
     messages: list[Message]
-    turns: list[list[str]]
+    turns: list[list[Response]]
     """Responses so far, by turn."""
-    executed: list[str]
+    executed: list[Response]
     """Responses of all turns whose calls were executed."""
+    shown: list[dict[str, Any]]
+    """Documentation that the chat template lists, in function-calling mode."""
+    chat: Chat | None
+    """The chat format in function-calling mode; None in prompt mode."""
 
     def begin_turn(self) -> None:
         number = str(len(self.turns))
         if number in self.more:
-            more = MORE_FUNCTIONS.format(functions=self.more[number])
-            self.messages.append({"role": "user", "content": more})
+            text = MORE_FUNCTIONS
+            if self.chat:  # as on the leaderboard, functions shown before get the hint about the language once more
+                self.shown[:] = shown_functions([*self.shown, *self.more[number]], self.question.category)
+            else:
+                text = f"{self.more[number]}\n{text}"
+            self.messages.append({"role": "user", "content": text})
         elif self.turns:
             self.messages.extend(self.question.turns[len(self.turns)])
         self.turns.append([])
@@ -149,18 +164,21 @@ class _Conversation(NamedTuple):
         return True
 
 
-def converse(questions: Sequence[Question], answer: Answer, simulators: Simulators) -> Iterator[list[tuple[int, Any]]]:
+def converse(
+    questions: Sequence[Question], answer: Answer, simulators: Simulators, chat: Chat | None = None
+) -> Iterator[list[tuple[int, Any]]]:
     """Runs all conversations at once, one step of each per batch.
 
     After each step, yields the conversations that ended, as (index of the question, turns of steps). A turn ends when
     the model answers without calls. If the simulators fail, the conversation ends with the error text as its response,
-    which the scorer counts as wrong.
+    which the scorer counts as wrong. With `chat`, they run in function-calling mode: the chat template lists the
+    functions and shows calls and results, and `chat` reads the calls.
     """
     documented = simulators.ask({"do": "functions"})["functions"]
-    active = [(place, _begin(question, documented)) for place, question in enumerate(questions)]
+    active = [(place, _begin(question, documented, chat)) for place, question in enumerate(questions)]
     while active:
         keys = [f"{c.question.id}/{len(c.turns)}/{len(c.turns[-1])}" for _, c in active]
-        texts = answer([(key, c.messages) for key, (_, c) in zip(keys, active, strict=True)])
+        texts = answer([(key, c.messages, as_tools(c.shown)) for key, (_, c) in zip(keys, active, strict=True)])
         going_on, ended = [], []
         for (place, conversation), text in zip(active, texts, strict=True):
             try:
@@ -176,26 +194,31 @@ def converse(questions: Sequence[Question], answer: Answer, simulators: Simulato
         active = going_on
 
 
-def _begin(question: Question, documented: Mapping[str, Sequence[dict[str, Any]]]) -> _Conversation:
+def _begin(question: Question, documented: Mapping[str, Sequence[dict[str, Any]]], chat: Chat | None) -> _Conversation:
     functions = [function for name in question.row["involved_classes"] for function in documented[name]]
     missed: dict[str, list[str]] = question.row.get("missed_function", {})
     more = {turn: [f for name in names for f in functions if f["name"] == name] for turn, names in missed.items()}
     held_back = {name for names in missed.values() for name in names}
     shown = shown_functions([f for f in functions if f["name"] not in held_back], question.category)
-    conversation = _Conversation(question, more, with_system_prompt(question.turns[0], shown), [], [])
+    messages = list(question.turns[0]) if chat else with_system_prompt(question.turns[0], shown)
+    conversation = _Conversation(question, more, messages, [], [], shown if chat else [], chat)
     conversation.begin_turn()
     return conversation
 
 
 def _step(conversation: _Conversation, text: str, simulators: Simulators) -> bool:
     """Adds a response and executes its calls; returns True if the conversation goes on."""
-    conversation.turns[-1].append(text)
-    conversation.messages.append({"role": "assistant", "content": text})
+    chat, messages = conversation.chat, conversation.messages
+    response = written_response(text, chat.read_calls(text)) if chat else text
+    conversation.turns[-1].append(response)
+    messages.append(chat.as_message(text) if chat else {"role": "assistant", "content": text})
+    if chat and isinstance(response, str):
+        return conversation.end_turn()
     row = conversation.question.row
     reply = simulators.ask(
         {
             "do": "execute",
-            "steps": [*conversation.executed, text],
+            "steps": [*conversation.executed, response],
             "config": row["initial_config"],
             "classes": row["involved_classes"],
             "long_context": "long_context" in conversation.question.category,
@@ -203,9 +226,13 @@ def _step(conversation: _Conversation, text: str, simulators: Simulators) -> boo
     )
     if reply["calls"] is None:
         return conversation.end_turn()
-    conversation.executed.append(text)
-    for call, result in zip(reply["calls"], reply["results"], strict=True):
-        conversation.messages.append({"role": "tool", "name": call, "content": result})
+    conversation.executed.append(response)
+    if chat and messages[-1]["content"] == text:  # calls that no template can show, and so no results of tools
+        messages.append({"role": "user", "content": "\n".join(reply["results"])})
+    else:
+        names = reply["calls"] if isinstance(response, str) else [name for call in response for name in call]
+        for name, result in zip(names, reply["results"], strict=True):
+            messages.append({"role": "tool", "name": name, "content": result})
     return len(conversation.turns[-1]) <= MAX_STEPS
 
 
@@ -215,17 +242,28 @@ def official_verdicts(
     simulators: Simulators,
     *,
     underscore_to_dot: bool = False,
+    function_calling: bool = False,
 ) -> dict[str, Verdict]:
     """Returns the official scorer's verdicts on a category's responses, by id; multi-turn has no other judge.
 
-    Set `underscore_to_dot` if the model was shown `_` for every dot in a function's name. A question whose scoring dies
-    or takes too long fails with `simulator_error`.
+    `underscore_to_dot` and `function_calling` say how the model was asked, as for `checker.check`. A question whose
+    scoring dies or takes too long fails with `simulator_error`.
     """
     failed = {}
     for question in questions:
         if question.id in results:  # each in its own process, so answers cannot affect each other
             try:
-                failed[question.id] = _official(question, results[question.id], simulators, underscore_to_dot)
+                result = results[question.id]
+                command = {
+                    "do": "official",
+                    "category": question.category,
+                    "underscore_to_dot": underscore_to_dot or hides_dots(result),
+                    "function_calling": function_calling or is_function_calling(result, question.category),
+                    "question": question.row,
+                    "answer": question.answer,
+                    "result": result,
+                }
+                failed[question.id] = simulators.ask(command)["error_type"]
             except SimulatorError as error:
                 failed[question.id] = f"simulator_error:{error}"
     return {name: Verdict(error is None, error) for name, error in failed.items()}
@@ -235,8 +273,9 @@ def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
     """Returns the official scorer's verdicts on multi-turn responses, by id, without question files.
 
     A row holds `id`, any unique text; `category`, such as `multi_turn_base`; `initial_config` and `involved_classes` as
-    in the questions; `ground_truth`, the calls of each turn; and `model_output`, turns of steps of text. Raises
-    ValueError for other rows, and if the official scorer is not installed.
+    in the questions; `ground_truth`, the calls of each turn; and `model_output`, turns of steps, each text or a list
+    of `{name: arguments}` with the arguments as JSON text. Raises ValueError for other rows, and if the official scorer
+    is not installed.
     """
     by_category: dict[str, dict[str, tuple[Question, Any]]] = {}
     for number, row in enumerate(rows, 1):
@@ -257,15 +296,3 @@ def check_multi_turn(rows: Iterable[Mapping[str, Any]]) -> dict[str, Verdict]:
 
 
 _CASE = ("id", "category", "initial_config", "involved_classes", "ground_truth", "model_output")
-
-
-def _official(question: Question, result: Any, simulators: Simulators, underscore_to_dot: bool) -> str | None:
-    command = {
-        "do": "official",
-        "category": question.category,
-        "underscore_to_dot": underscore_to_dot,
-        "question": question.row,
-        "answer": question.answer,
-        "result": result,
-    }
-    return simulators.ask(command)["error_type"]

@@ -36,6 +36,8 @@ FORBIDDEN = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "
 FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown")
 FORBIDDEN += ("shutil.", "ctypes.", "pty.", "signal.", "os.listdir", "os.scandir", "resource.", "gc.")
 MODEL = "itool"
+FUNCTION_CALLING = "model_handler.api_inference.openai_completion"
+"""Official module that decodes responses which list calls."""
 
 Row = dict[str, Any]
 
@@ -59,12 +61,15 @@ def _module(name: str) -> Any:
 
 
 def execute(command: Row) -> Row:
-    """Runs the steps of a conversation; returns the last step's calls and results, calls being null if it has none."""
-    utils, run = _module("model_handler.utils"), _module("eval_checker.multi_turn_eval.multi_turn_utils")
+    """Runs the steps of a conversation, each text or a list of calls.
+
+    Returns the last step's calls and results, calls being null if it has none.
+    """
+    run = _module("eval_checker.multi_turn_eval.multi_turn_utils")
     calls, results = None, []
-    for text in command["steps"]:
+    for step in command["steps"]:
         try:
-            calls = utils.default_decode_execute_prompting(text)
+            calls = _handler(isinstance(step, list)).decode_execute(step)
         except Exception:  # text that the official reader cannot read is no call
             return {"calls": None, "results": []}
         if run.is_empty_execute_response(calls):
@@ -81,7 +86,7 @@ def official(command: Row) -> Row:
     The official code builds variable names from ids and parses the category out of them, so the id passed to it has
     the official form.
     """
-    runner, handler = _module("eval_checker.eval_runner"), _handler()
+    runner, handler = _module("eval_checker.eval_runner"), _handler(command["function_calling"])
     _AnyModel.underscore_to_dot = command["underscore_to_dot"]
     category, folder = command["category"], Path.cwd()
     name = {"id": f"{category}_0"}
@@ -111,7 +116,13 @@ def documentation() -> dict[str, list[Row]]:
     return {name: [json.loads(line) for line in lines] for name, lines in read.items()}
 
 
-def _handler() -> Any:
+def _handler(function_calling: bool) -> Any:
+    if function_calling:
+        handler = _module(FUNCTION_CALLING).OpenAICompletionsHandler
+        decoders = SimpleNamespace(model_name=MODEL, is_fc_model=True)
+        decoders.decode_ast = functools.partial(handler.decode_ast, decoders)
+        decoders.decode_execute = functools.partial(handler.decode_execute, decoders)
+        return decoders
     utils = _module("model_handler.utils")
     return SimpleNamespace(
         decode_ast=utils.default_decode_ast_prompting, decode_execute=utils.default_decode_execute_prompting
@@ -257,7 +268,8 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     sys.modules["bfcl_eval.constants.model_config"] = SimpleNamespace(MODEL_CONFIG_MAPPING=_AnyModel())  # type: ignore
-    for name in ("eval_checker.eval_runner", "model_handler.utils", "constants.category_mapping"):
+    sys.modules["openai"] = SimpleNamespace(OpenAI=None, RateLimitError=Exception)  # type: ignore  # not used to decode
+    for name in ("eval_checker.eval_runner", "model_handler.utils", "constants.category_mapping", FUNCTION_CALLING):
         _module(name)
     for path in _module("eval_checker.multi_turn_eval.multi_turn_utils").CLASS_FILE_PATH_MAPPING.values():
         importlib.import_module(path)
