@@ -8,6 +8,7 @@ import pytest
 
 from itool_jax.evaluation import api_bank
 from itool_jax.text.calls import Call
+from itool_jax.text.tool_formats import TAGGED
 from tests.conftest import shared_path
 
 ANSWER = Call("Book", {"name": "A B", "count": "2"})
@@ -34,6 +35,24 @@ ANSWER = Call("Book", {"name": "A B", "count": "2"})
 )
 def test_calls_by_hand(text: str | None, error: str | None) -> None:
     assert api_bank.check(text, ANSWER) == (error is None, error)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('<tool_call>\n{"name": "Book", "arguments": {"name": "A B", "count": 2}}\n</tool_call>', None),
+        ('<tool_call>\n{"name": "Book", "arguments": {"name": "[A(B)]"}}\n</tool_call>', "MISS_INPUT_ARGUMENT"),
+        ("[Book(name='A B', count='2')]", None),
+        ("no", "NO_API_CALL"),
+        (None, "NO_API_CALL"),
+    ],
+)
+def test_calls_in_the_models_own_form_count_as_well(text: str | None, error: str | None) -> None:
+    assert api_bank.check(text, ANSWER, TAGGED.read) == (error is None, error)
+    question = api_bank.Question("q", (), ANSWER)
+    assert api_bank.judge([question], {"q": text}, TAGGED.read)["q"].error_type == error
+    if text and "<tool_call>" in text:
+        assert not api_bank.check(text, ANSWER).valid
 
 
 def test_the_official_verdicts_on_cases() -> None:

@@ -246,6 +246,48 @@ def test_calls_by_hand() -> None:
     assert check(functions, "{}", dotted, "java").error_type == "ast_decoder:decoder_wrong_output_format"
 
 
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        ([{"f": '{"a": 1}'}], None),
+        ([{"f": {"a": 1}}], None),
+        ([{"f": '{"a": 1.0}'}], "type_error:simple"),
+        ([{"f": '{"a": 2}'}], "value_error:others"),
+        ([{"g": '{"a": 1}'}], "simple_function_checker:wrong_func_name"),
+        ([{"f": '{"a": 1}'}, {"f": '{"a": 1}'}], "simple_function_checker:wrong_count"),
+        ([], "simple_function_checker:wrong_count"),
+        ("", "simple_function_checker:wrong_count"),
+        ([{"f": "[1]"}], "ast_decoder:decoder_wrong_output_format"),
+        ([{"f": '{"a": 1'}], "ast_decoder:decoder_failed"),
+        ([{"f": "[" * 100_000}], "ast_decoder:decoder_failed"),
+        ([{"f": '{"a": ' + "9" * 9999 + "}"}], "ast_decoder:decoder_failed"),
+        ([1], "ast_decoder:decoder_failed"),
+        ([{}], "ast_decoder:decoder_failed"),
+        ("[f(a=1)]", "ast_decoder:decoder_failed"),
+        (None, "ast_decoder:decoder_failed"),
+    ],
+)
+def test_responses_of_function_calling_models(output: Any, error: str | None) -> None:
+    asked = [function(a="integer")], output, [{"f": {"a": [1]}}]
+    assert check(*asked, "simple", function_calling=True) == Verdict(error is None, error)
+    called = isinstance(output, list) and error is not None and not error.startswith("ast") and output != []
+    called = called or error is None
+    for category, right in (("irrelevance", not called), ("live_relevance", called)):
+        assert check([], output, [], category, function_calling=True).valid == right
+    if isinstance(output, list):
+        assert check(*asked, "simple") == check(*asked, "simple", function_calling=True)
+
+
+def test_names_of_function_calling_models_have_dots_or_underscores() -> None:
+    functions = [function("g.h", a="integer"), function("g.i", a="integer")]
+    answers = [{"g.h": {"a": [1]}}, {"g.i": {"a": [1]}}]
+    for names, right in ((("g_h", "g_i"), True), (("g.h", "g.i"), True), (("g_h", "g.i"), False)):
+        output = [{name: '{"a": 1}'} for name in names]
+        assert check(functions, output, answers, "parallel_multiple").valid == right
+        shown = check(functions, output, answers, "parallel_multiple", underscore_to_dot=True)
+        assert shown.valid == (names == ("g_h", "g_i"))
+
+
 def test_a_wrong_question_is_named() -> None:
     with pytest.raises(ValueError, match="'nonsense' is not a single-turn category"):
         language_of("nonsense")

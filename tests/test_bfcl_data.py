@@ -149,6 +149,50 @@ def test_other_languages_types_move_into_the_descriptions() -> None:
     assert "properties" not in shown
 
 
+def test_tools_have_names_and_types_that_interfaces_allow() -> None:
+    inner = {"x": {"type": "tuple", "items": {"type": "float"}}, "y": {"type": "any"}}
+    properties = {
+        "a": {"type": "float", "description": "A."},
+        "b": {"type": "dict", "properties": inner},
+        "c": {"type": "array", "items": {"type": "dict", "properties": {"z": {"type": "bool"}}}},
+        "d": {"type": "list", "items": {"type": "tuple", "items": {"type": "long"}}},
+        "e": {"description": "E."},
+    }
+    function = {"name": "g.h.i", "description": "G.", "parameters": {"type": "dict", "properties": properties}}
+    before = json.dumps(function)
+    assert bfcl_data.as_tools([function]) == [
+        {
+            "type": "function",
+            "function": {
+                "name": "g_h_i",
+                "description": "G.",
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        "a": {"type": "number", "description": "A. This is a float type value.", "format": "float"},
+                        "b": {
+                            "type": "object",
+                            "properties": {
+                                "x": {"type": "array", "items": {"type": "number"}},
+                                "y": {"type": "string"},
+                            },
+                        },
+                        "c": {
+                            "type": "array",
+                            "items": {"type": "object", "properties": {"z": {"type": "boolean"}}},
+                        },
+                        "d": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                        "e": {"description": "E.", "type": "string"},
+                    },
+                },
+            },
+        }
+    ]
+    assert json.dumps(function) == before
+    java = bfcl_data.first_tools(question("java"))[0]["function"]["parameters"]["properties"]
+    assert [schema["type"] for schema in java.values()] == ["string", "string"]
+
+
 @pytest.mark.parametrize(
     ("version", "name"),
     [("v3", "BFCL_v3_java_result.json"), ("v4", "non_live/BFCL_v4_simple_java_result.json")],
@@ -190,6 +234,45 @@ def test_wrong_result_files_are_named(tmp_path: Path) -> None:
         ValueError, match=r"contains results of several models: \., other; --results must be one model's"
     ):
         bfcl_data.find_results(tmp_path)
+
+
+CALL = {"f": '{"b": "x"}'}
+
+
+@pytest.mark.parametrize(
+    ("category", "result", "read"),
+    [
+        ("simple", "x", "x"),
+        ("simple", None, None),
+        ("simple", [], []),
+        ("simple", [CALL, {"g": "no JSON"}], [CALL, {"g": "no JSON"}]),
+        ("simple", [{"f": {"b": "x"}}], [CALL]),
+        ("multi_turn_base", "Error", "Error"),
+        ("multi_turn_base", [[[CALL], "x"], [], [None]], [[[CALL], "x"], [], [None]]),
+        ("multi_turn_base", [[[{"f": {"b": "x"}}]]], [[[CALL]]]),
+    ],
+)
+def test_responses_are_text_or_lists_of_calls(tmp_path: Path, category: str, result: Any, read: Any) -> None:
+    path = tmp_path / f"BFCL_v3_{category}_result.json"
+    path.write_text(json.dumps({"id": f"{category}_0", "result": result}) + "\n")
+    assert bfcl_data.read_results(path, [question(category)]) == {f"{category}_0": read}
+
+
+@pytest.mark.parametrize(
+    ("category", "result", "form"),
+    [
+        *(("simple", result, "text") for result in (5, {"f": "{}"}, ["f()"], [{}], [CALL, {"f": 1}])),
+        ("simple", [{"name": "f", "arguments": {}}], "text"),
+        ("simple", [[CALL]], "text"),
+        *(("multi_turn_base", result, "turns of steps, each text") for result in ([CALL], ["x"], [[{"f": [1]}]])),
+    ],
+)
+def test_responses_of_another_form_are_named(tmp_path: Path, category: str, result: Any, form: str) -> None:
+    path = tmp_path / f"BFCL_v3_{category}_result.json"
+    path.write_text(json.dumps({"id": f"{category}_0", "result": result}) + "\n")
+    reason = rf'row 1: {category}_0: "result" is neither {form} nor a list of {{name: arguments}}$'
+    with pytest.raises(ValueError, match=reason):
+        bfcl_data.read_results(path, [question(category)])
 
 
 def test_of_both_layouts_the_one_asked_for_is_taken(tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
+_CALLS = TEMPLATE[TEMPLATE.index("[\n") : TEMPLATE.index("{%- endif -%}\n<|end|>")]
+TAGGED_TEMPLATE = TEMPLATE.replace(
+    _CALLS,
+    """\
+{%- for call in message.tool_calls -%}
+{{ '\\n' if message.content or not loop.first }}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor -%}
+""",
+)
+"""Writes calls as Qwen's templates do."""
 
 # One of each for the rows of data files: a tool, a question, a call.
 TOOL = {
