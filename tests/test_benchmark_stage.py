@@ -1,16 +1,18 @@
 """`--benchmark`: a model's responses to public questions, scored, kept, compared; result files that others made."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from itool_jax.evaluation import comparison
+from itool_jax.evaluation import benchmark, comparison
 from itool_jax.evaluation.bfcl import scores as bfcl_scores
 from itool_jax.evaluation.bfcl import setup as bfcl_setup
-from itool_jax.evaluation.bfcl.data import CATEGORIES, SINGLE_TURN
+from itool_jax.evaluation.bfcl.data import CATEGORIES, SINGLE_TURN, first_tools, load_questions
 from itool_jax.main import main
+from itool_jax.text.chat import Chat, load_tokenizer
 from tests import tiny
 from tests.conftest import read, shared_path, write
 from tests.runs import SMALL, Made, again, copy_run
@@ -21,6 +23,14 @@ from tests.test_bfcl_data import write_data
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with room for the leaderboard's prompts, a byte a token."""
     return tiny.tiny_checkpoint(tmp_path_factory.mktemp("long"), max_position_embeddings=16_384)
+
+
+@pytest.fixture(scope="module")
+def tagged_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a template that writes calls in a form of its own."""
+    folder = tiny.tiny_checkpoint(tmp_path_factory.mktemp("tagged"), max_position_embeddings=32_768)
+    (folder / "chat_template.jinja").write_text(tiny.TAGGED_TEMPLATE)
+    return folder
 
 
 def evaluate(model: Path, run_dir: Path, *settings: str) -> int:
@@ -114,6 +124,96 @@ def test_models_that_were_shown_no_dots_are_judged_by_what_they_were_shown(tmp_p
     for settings, failed in (([], ["simple_1"]), (["--evaluate.underscore_to_dot"], ["simple_0"])):
         assert main([*command, f"--output={output}", *settings]) == 0
         assert json.loads(output.read_text())["simple"]["failed"] == failed
+
+
+FC = {"a_f": '{"b": "x"}'}
+
+
+def test_result_files_of_function_calling_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path / "data", "simple", 6, name="a.f")
+    write_data(data, "irrelevance", 4)
+    output = tmp_path / "scores.json"
+    command = ["--stage=evaluate", "--benchmark=bfcl", f"--data={data}", f"--output={output}"]
+    # Text is no call, even if another model's would be one.
+    simple = [[FC], [{"a.f": {"b": "x"}}], [{"a_f": '{"b": "y"}'}], [], "[a.f(b='x')]", "[a_f(b='x')]"]
+    results(tmp_path / "r", "simple", *simple)
+    results(tmp_path / "r", "irrelevance", [FC], [], "[a_f(b='x')]", None)
+    assert main([*command, f"--results={tmp_path / 'r'}"]) == 0
+    scores = json.loads(output.read_text())
+    assert scores["simple"]["failed"] == [f"simple_{i}" for i in (2, 3, 4, 5)]
+    assert scores["irrelevance"]["failed"] == ["irrelevance_0"]
+    # Without a list in any file, text is read as a prompted model's.
+    results(tmp_path / "p", "simple", "[a.f(b='x')]", "<tool_call>\n{}\n</tool_call>")
+    results(tmp_path / "p", "irrelevance", "[a_f(b='x')]", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>')
+    capsys.readouterr()
+    assert main([*command, f"--results={tmp_path / 'p'}"]) == 0
+    scores = json.loads(output.read_text())
+    assert (scores["simple"]["failed"], scores["irrelevance"]["failed"]) == (["simple_1"], ["irrelevance_0"])
+    assert capsys.readouterr().err.count("of 2 responses hold calls in a form that the leaderboard does not read") == 1
+    results(tmp_path / "w", "simple", [FC], [{"name": "a_f", "arguments": {}}])
+    assert main([*command, f"--results={tmp_path / 'w'}"]) == 2
+    err = capsys.readouterr().err
+    assert 'row 2: simple_1: "result" is neither text nor a list of {name: arguments}' in err
+    assert err.count("\n") == 1
+
+
+def script(monkeypatch: pytest.MonkeyPatch, chat: Chat, answers: Mapping[str, str]) -> dict[str, str]:
+    """Answers by key in place of the model's; returns the prompts, which it fills."""
+    prompts: dict[str, str] = {}
+
+    def generate(_policy: Any, _table: Any, rows: Any, *_: Any) -> Iterator[list[tuple[int, list[int]]]]:
+        prompts.update({key: chat.tokenizer.decode(ids) for key, ids in rows})
+        yield [(i, chat.target_ids(answers.get(key, "Done."))) for i, (key, _) in enumerate(rows)]
+
+    monkeypatch.setattr(benchmark, "generate", generate)
+    return prompts
+
+
+def test_a_template_that_writes_calls_is_asked_as_function_calling_models_are(
+    tmp_path: Path, tagged_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", "simple", 3, name="a.f")
+    write_data(data, "irrelevance", 2)
+    settings = [f"--data={data}", "--categories", "simple", "irrelevance"]
+    texts = {"simple_0": '[a_f(b="x")]', "simple_1": '[a.f(b="x")]', "irrelevance_0": '[f(b="é")]'}
+    chat = Chat(load_tokenizer(str(tagged_folder)))
+    prompts = script(monkeypatch, chat, texts)
+    assert evaluate(tagged_folder, tmp_path / "run", *settings) == 0
+    assert "base: function-calling mode: the template lists the functions, calls are <tool_call>" in (
+        capsys.readouterr().err
+    )
+    shown = f"<|user|>q<|end|><|tools|>{json.dumps(first_tools(load_questions(data, 'simple')[0]))}<|end|><|assistant|>"
+    assert prompts["simple_0"] == shown
+    where = tmp_path / "run/base/bfcl"
+    rows = [row["result"] for name in ("simple", "irrelevance") for row in read(where / f"BFCL_v3_{name}_result.json")]
+    assert rows == [[FC], [{"a.f": '{"b": "x"}'}], "Done.", [{"f": '{"b": "\\u00e9"}'}], "Done."]
+    scores = json.loads((where / "scores.json").read_text())
+    assert scores["simple"]["failed"] == ["simple_1", "simple_2"]  # its tools had no dots
+    assert scores["irrelevance"]["failed"] == ["irrelevance_0"]
+    # In brackets, the same template is asked as before.
+    prompts = script(monkeypatch, Chat(chat.tokenizer, "brackets"), {"simple_0": '[a.f(b="x")]'})
+    assert evaluate(tagged_folder, tmp_path / "prompt", "--tool_format=brackets", *settings) == 0
+    assert "function-calling mode" not in capsys.readouterr().err
+    assert prompts["simple_0"].startswith("<|system|>You are an expert in composing functions.")
+    assert "<|tools|>" not in prompts["simple_0"]
+    rows = read(tmp_path / "prompt/base/bfcl/BFCL_v3_simple_result.json")
+    assert [row["result"] for row in rows] == ['[a.f(b="x")]', "Done.", "Done."]
+    scores = json.loads((tmp_path / "prompt/base/bfcl/scores.json").read_text())
+    assert scores["simple"]["failed"] == ["simple_1", "simple_2"]
+
+
+def test_api_bank_counts_calls_in_the_templates_own_form(
+    tmp_path: Path, tagged_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"file": "t", "id": 0, "instruction": "Call f0.", "input": "User: q", "expected_output": "[f0(x='1')]"}
+    (tmp_path / "level-1-api.json").write_text(json.dumps([row]))
+    prompts = script(monkeypatch, Chat(load_tokenizer(str(tagged_folder))), {"t/0": "[f0(x=1)]"})
+    command = ["--stage=evaluate", "--benchmark=api_bank", f"--model={tagged_folder}", f"--data={tmp_path}"]
+    assert main([*command, "--categories=level_1", f"--run_dir={tmp_path / 'run'}", *SMALL]) == 0
+    assert prompts == {"t/0": "<|system|>Call f0.<|end|><|user|>User: q<|end|><|assistant|>"}
+    where = tmp_path / "run/base/api_bank"
+    assert read(where / "level_1_result.jsonl")[0]["result"].startswith("<tool_call>")
+    assert json.loads((where / "scores.json").read_text())["level_1"]["correct"] == 1
 
 
 def test_result_files_of_others_are_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,6 +401,25 @@ def test_a_multi_turn_category_with_the_published_files_and_the_official_scorer(
     out = capsys.readouterr().out
     assert "the official scorer and ours" in out
     assert out.count("none") == 2  # categories with another verdict
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize("tool_format", ["native", "brackets"])
+def test_all_categories_in_both_modes_and_the_official_scorer(
+    tmp_path: Path, tagged_folder: Path, capsys: pytest.CaptureFixture[str], tool_format: str
+) -> None:
+    try:
+        bfcl_setup.python()
+    except ValueError as error:
+        pytest.skip(str(error))
+    settings = [f"--tool_format={tool_format}", "--categories=all", "--evaluate.benchmark_limit=1", "--official"]
+    assert evaluate(tagged_folder, tmp_path / "run", *settings) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("none") == len(CATEGORIES)  # of the verdicts differ
+    assert ("function-calling mode" in captured.err) == (tool_format == "native")
+    assert "not answer" not in captured.out
+    scores = json.loads((tmp_path / "run/base/bfcl_1/scores.json").read_text())
+    assert {name: row["total"] for name, row in scores.items()} == dict.fromkeys(CATEGORIES, 1)
 
 
 def test_every_category_has_a_place_in_a_column() -> None:
