@@ -15,8 +15,9 @@ import pytest
 from itool_jax.evaluation.bfcl import data as bfcl_data
 from itool_jax.evaluation.bfcl import scores as bfcl_scores
 from itool_jax.evaluation.bfcl import setup as bfcl_setup
-from itool_jax.evaluation.bfcl.checker import Verdict
-from itool_jax.evaluation.bfcl.data import Question
+from itool_jax.evaluation.bfcl.checker import Verdict, language_of
+from itool_jax.evaluation.bfcl.data import MORE_FUNCTIONS, Question
+from itool_jax.evaluation.bfcl.reader import Language, UnreadableError, read_response
 from itool_jax.evaluation.bfcl.simulators import (
     MAX_STEPS,
     SimulatorError,
@@ -25,7 +26,12 @@ from itool_jax.evaluation.bfcl.simulators import (
     converse,
     official_verdicts,
 )
+from itool_jax.text.calls import Call
+from itool_jax.text.chat import Chat
+from itool_jax.text.tool_formats import TAGGED
 from tests.conftest import shared_path
+from tests.test_chat import QWEN, byte_tokenizer
+from tests.test_tool_formats import TAGS
 
 pytestmark = pytest.mark.simulator
 
@@ -87,9 +93,10 @@ def test_conversations_go_on_in_one_batch_until_each_has_ended(simulators: Simul
     seen: dict[str, Any] = {}
 
     def answer(conversations: Sequence[Any]) -> list[str]:
-        asked.append([key for key, _ in conversations])
-        seen.update({key: list(messages) for key, messages in conversations})
-        return [script.get(key, "Done.") for key, _ in conversations]
+        assert not any(tools for _, _, tools in conversations)  # the system prompt lists them
+        asked.append([key for key, _, _ in conversations])
+        seen.update({key: list(messages) for key, messages, _ in conversations})
+        return [script.get(key, "Done.") for key, _, _ in conversations]
 
     missed = {"1": ["mkdir"]}
     questions = [
@@ -118,6 +125,120 @@ def test_conversations_go_on_in_one_batch_until_each_has_ended(simulators: Simul
     assert more.endswith("What about now?")
     for asked_question in questions:
         assert official_verdicts([asked_question], results, simulators) == {asked_question.id: Verdict(True, None)}
+
+
+def tagged(*calls: tuple[str, dict[str, Any]]) -> str:
+    return TAGGED.write([Call(*call) for call in calls])
+
+
+def test_function_calling_conversations_show_tools_calls_and_results_by_the_template(simulators: Simulators) -> None:
+    chat = Chat(byte_tokenizer(QWEN, template=TAGS))
+    touch, listed = ("touch", {"file_name": "g.txt"}), ("ls", {})
+    script = {
+        "multi_turn_base_0/1/0": f"I look.\n{tagged(touch, listed)}",
+        "multi_turn_base_0/2/0": "[ls()]",  # in another form, so text
+        "multi_turn_miss_func_0/1/0": tagged(("a[b", {})),  # no call list, and so no template, can hold this name
+        "multi_turn_miss_func_0/2/0": tagged(("mkdir", {"dir_name": "d"})),
+    }
+    missed = {"1": ["mkdir"]}
+    questions = [
+        question(["Make g.txt.", "List."], [["touch(file_name='g.txt')", "ls()"], []]),
+        question(["Make d.", None], [[], ["mkdir(dir_name='d')"]], "multi_turn_miss_func_0", missed_function=missed),
+    ]
+    seen: dict[str, tuple[list[Any], list[Any]]] = {}
+
+    def answer(conversations: Sequence[Any]) -> list[str]:
+        seen.update({key: (list(messages), tools) for key, messages, tools in conversations})
+        for _, messages, tools in conversations:
+            chat.prompt_ids(messages, tools)
+        return [script.get(key, "Done.") for key, _, _ in conversations]
+
+    batches = converse(questions, answer, simulators, chat)
+    results = {questions[place].id: result for ended in batches for place, result in ended}
+    assert results == {
+        "multi_turn_base_0": [[[{"touch": '{"file_name": "g.txt"}'}, {"ls": "{}"}], "Done."], ["[ls()]"]],
+        "multi_turn_miss_func_0": [[[{"a[b": "{}"}], "Done."], [[{"mkdir": '{"dir_name": "d"}'}], "Done."]],
+    }
+    messages, tools = seen["multi_turn_base_0/1/1"]
+    assert messages[0] == {"role": "user", "content": "Make g.txt."}
+    text = chat.render(messages, tools, add_generation_prompt=True)
+    assert f"<|im_start|>assistant\n{script['multi_turn_base_0/1/0']}<|im_end|>" in text
+    assert text.count("<tool_response>") == 2
+    assert [message["name"] for message in messages[2:]] == ["touch", "ls"]
+    assert '"current_directory_content"' in messages[-1]["content"]
+    assert {"mkdir", "ls"} <= {tool["function"]["name"] for tool in tools}
+    # Functions that come later are listed last; those known already have the hint twice, as on the leaderboard.
+    before, after = (seen[f"multi_turn_miss_func_0/{turn}"] for turn in ("1/1", "2/0"))
+    assert "mkdir" not in {tool["function"]["name"] for tool in before[1]}
+    assert after[1][-1]["function"]["name"] == "mkdir"
+    hints = [tool["function"]["description"].count("in Python 3 syntax.") for tool in after[1]]
+    assert hints == [2] * len(before[1]) + [1]
+    assert after[0][-1] == {"role": "user", "content": MORE_FUNCTIONS}
+    assert before[0][-1]["role"] == "user"
+    assert "Error during execution" in before[0][-1]["content"]
+    for asked in questions:
+        verdicts = official_verdicts([asked], results, simulators, function_calling=True)
+        assert verdicts == {asked.id: Verdict(True, None)}
+
+
+def test_text_of_a_function_calling_model_is_no_call_to_the_official_scorer(simulators: Simulators) -> None:
+    asked = question(["List."], [["ls()"]])
+    for result, called in (([[[{"ls": "{}"}]]], True), ([["[ls()]"]], False)):
+        verdict = official_verdicts([asked], {asked.id: result}, simulators, function_calling=True)[asked.id]
+        assert verdict.valid == called
+    case = asked.row | {"category": "multi_turn_base", "ground_truth": asked.answer, "model_output": [[[{"ls": "{}"}]]]}
+    assert check_multi_turn([case])[asked.id].valid
+
+
+def test_tools_are_those_of_the_official_harness() -> None:
+    try:
+        data, python = bfcl_setup.data(), bfcl_setup.python()
+    except ValueError as error:
+        pytest.skip(str(error))
+    questions = [q for category in bfcl_data.SINGLE_TURN for q in bfcl_data.load_questions(data, category)]
+    given = "".join(json.dumps([q.category, q.functions]) + "\n" for q in questions)
+    done = subprocess.run([python, "-c", OFFICIAL_TOOLS], input=given, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [json.dumps(bfcl_data.first_tools(q)) for q in questions]
+    assert len(questions) == 3641
+
+
+OFFICIAL_TOOLS = """
+import json, sys
+from bfcl_eval.constants.type_mappings import GORILLA_TO_OPENAPI
+from bfcl_eval.model_handler import utils
+from bfcl_eval.model_handler.model_style import ModelStyle
+for line in sys.stdin:
+    category, functions = json.loads(line)
+    functions = utils.func_doc_language_specific_pre_processing(functions, category)
+    print(json.dumps(utils.convert_to_tool(functions, GORILLA_TO_OPENAPI, ModelStyle.OpenAI_Completions)))
+"""
+
+
+def as_lists(results: dict[str, Any], language: Language) -> dict[str, Any]:
+    """Responses in text, some of them damaged, as a function-calling model's."""
+    lists: dict[str, Any] = {}
+    for i, (name, text) in enumerate(results.items()):
+        lists[name] = text
+        with contextlib.suppress(UnreadableError, TypeError):
+            calls = read_response(text, language) or []
+            names = [call.name.replace(".", "_") if i % 5 else call.name for call in calls]
+            given = [json.dumps({str(key): value for key, value in call.arguments.items()}) for call in calls]
+            given = [arguments[:-1] if i % 7 == 0 else "[1]" if i % 11 == 0 else arguments for arguments in given]
+            lists[name] = [{name: arguments} for name, arguments in zip(names, given, strict=True)]
+    return lists
+
+
+def test_the_official_scorer_agrees_on_lists_of_calls(simulators: Simulators) -> None:
+    folder, data = shared_path("data/bfcl_outputs/watt-ai_watt-tool-8B"), shared_path("data/bfcl_v3")
+    for category in ("java", "javascript", "parallel", "live_relevance", "irrelevance"):
+        questions = bfcl_data.load_questions(data, category)
+        texts = bfcl_data.read_results(bfcl_data.find_results(folder)[category], questions)
+        results = as_lists(texts, language_of(category))
+        questions = questions[:120]
+        official = official_verdicts(questions, results, simulators, function_calling=True)
+        assert official == bfcl_scores.judge(questions, results, function_calling=True)
+        assert {verdict.valid for verdict in official.values()} == {True, False}
+        assert any(isinstance(result, list) for result in results.values())
 
 
 def test_a_model_that_never_ends_its_turn_is_stopped(simulators: Simulators) -> None:

@@ -164,6 +164,7 @@ BENCHMARKS = [
     fault("results-key", "a row without a result", BFCL, 'DIR/r/BFCL_v3_simple_result.json row 1: no "result"', *GOOD, file(R, {"id": "simple_0"})),
     fault("results-unknown", "a row of an unknown question", BFCL, "DIR/r/BFCL_v3_simple_result.json row 1: 'simple_9' is not a question of this category", *GOOD, file(R, {"id": "simple_9", "result": ""})),
     fault("results-id-kind", "an id that is a list", BFCL, 'DIR/r/BFCL_v3_simple_result.json row 1: "id" is not a string', *GOOD, file(R, {"id": ["simple_0"], "result": ""})),
+    fault("results-form", "a result that is neither text nor calls", BFCL, 'DIR/r/BFCL_v3_simple_result.json row 1: simple_0: "result" is neither text nor a list of {name: arguments}', *GOOD, file(R, {"id": "simple_0", "result": [{"name": "f", "arguments": {}}]})),
     fault("results-twice-id", "a question answered twice", BFCL, "DIR/r/BFCL_v3_simple_result.json row 2: 'simple_0' appears twice", *GOOD, file(R, '{"id": "simple_0", "result": ""}\n' * 2)),
     fault("questions-absent", "no questions", BFCL, "DIR/b/questions contains no BFCL_v3_simple.json, plain or .gz; --data must be a folder with questions/ and possible_answer/", *GOOD, remove(Q)),
     fault("answers-absent", "no possible answers", BFCL, "DIR/b/possible_answer contains no BFCL_v3_simple.json, plain or .gz; --data must be a folder with questions/ and possible_answer/", *GOOD, remove(A)),
