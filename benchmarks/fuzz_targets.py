@@ -185,6 +185,13 @@ def weights(data: bytes) -> None:
         _keeps_promise(path.parent, lambda: hf.load(path.parent))
 
 
+def gguf(data: bytes) -> None:
+    """Fuzzes a GGUF file: its weights, and its tokenizer."""
+    path = _written("m.gguf", data)
+    _keeps_promise(path, lambda: hf.load(path))
+    _keeps_promise(path, lambda: Chat(load_tokenizer(str(path))).encode("hi"))
+
+
 def index(data: bytes) -> None:
     """Fuzzes the index of a model of several files, all of them missing."""
     (_model() / hf.WEIGHTS).unlink(missing_ok=True)
@@ -313,6 +320,48 @@ def _safetensors(header: Any, body: bytes = bytes(128)) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def _gguf_value(value: Any) -> bytes:
+    """A value of GGUF metadata after its type."""
+    match value:
+        case str():
+            return struct.pack("<I", 8) + _gguf_text(value)
+        case int():
+            return struct.pack("<II", 4, value)
+        case float():
+            return struct.pack("<If", 6, value)
+    items = [_gguf_value(item) for item in value]
+    return struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items)) + b"".join(item[4:] for item in items)
+
+
+def _gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _gguf(**changes: Any) -> bytes:
+    """A Llama of one layer and one head of two numbers, and its tokenizer."""
+    metadata = {
+        "general.architecture": "llama",
+        **{f"llama.{key}": 1 for key in ("block_count", "attention.head_count")},
+        **{f"llama.{key}": 2 for key in ("embedding_length", "feed_forward_length", "context_length")},
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["h", "i", "hi", "</s>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["h i"],
+        "tokenizer.ggml.eos_token_id": 3,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes = {"token_embd": (2, 4), "output_norm": (2,), **{f"blk.0.{name}": (2, 2) for name in matrices}}
+    shapes |= {"blk.0.attn_norm": (2,), "blk.0.ffn_norm": (2,)}
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(shapes), len(metadata))]
+    parts += [_gguf_text(key) + _gguf_value(value) for key, value in metadata.items()]
+    for name, shape in shapes.items():
+        parts.append(_gguf_text(f"{name}.weight") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, 0))
+    return b"".join(parts) + bytes(100)
+
+
 def _parquet() -> bytes:
     import pyarrow
     import pyarrow.parquet
@@ -384,6 +433,11 @@ TARGETS: dict[str, Target] = {
     "model_config": Target(model_config, [(_EMBEDDED / "config.json").read_bytes()], JSON_PIECES),
     "weights": Target(
         weights, [_safetensors(_TENSOR)], [*JSON_PIECES, *(struct.pack("<Q", n) for n in (0, 100, 2**40))]
+    ),
+    "gguf": Target(
+        gguf,
+        [_gguf(), _gguf(tokenizer__ggml__model="llama", tokenizer__ggml__scores=[0.0, 0.0, -1.0, 0.0])],
+        [b"llama", b"qwen3", b"token_type", *(struct.pack("<Q", n) for n in (0, 1, 3, 100, 2**40, 2**63))],
     ),
     "index": Target(index, [_json({"weight_map": {"model.norm.weight": "a.safetensors"}})], JSON_PIECES),
     "tokenizer": Target(tokenizer, [(_EMBEDDED / "tokenizer.json").read_bytes()], JSON_PIECES, False),

@@ -473,6 +473,10 @@ def test_the_tokens_of_smollm2(smollm2: Path) -> None:
     assert chat.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert chat.encode("Café déjà vu.") == [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30]
     assert chat.encode("  multiple   spaces") == [216, 2701, 256, 5600]
+    # Digits are cut off first, so the spaces before one stay together.
+    assert [chat.tokenizer.decode([i]) for i in chat.encode("a  12\n    return  10")] == [
+        *("a", "  ", "1", "2", "\n   ", " return", "  ", "1", "0")
+    ]
     assert chat.stop_ids == (2,)
     ids = chat.prompt_ids([{"role": "user", "content": "hi"}])
     assert ids[0] == 1

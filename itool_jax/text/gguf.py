@@ -13,6 +13,8 @@ from itool_jax.system.gguf import read_header
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Values of tokenizer.ggml.token_type."""
 _FOLDER = "the model's Hugging Face folder instead"
+MAX_PIECE = 256
+"""Longest SentencePiece token, in characters; real ones have up to 48. The time to recover its merges is quadratic."""
 STOPS = ("eos", "eot", "eom")
 """Tokens that end a response, by their name in the metadata."""
 
@@ -156,6 +158,8 @@ def _sentence_piece(vocabulary: dict[str, int], metadata: dict[str, Any]) -> Any
     if not isinstance(scores, list) or len(scores) != len(types):
         raise ValueError(f"tokenizer.ggml.scores must have a number for each of {len(types)} tokens")
     pieces = {token: i for token, i in vocabulary.items() if types[i] == NORMAL}
+    if (longest := max(map(len, pieces), default=0)) > MAX_PIECE:
+        raise ValueError(f"tokenizer.ggml.tokens has a piece of {longest} characters, more than {MAX_PIECE}")
     unknown = metadata["ggml.tokens"][metadata.get("ggml.unknown_token_id", 0)]
     merges = _merges(pieces, scores)
     tokenizer = Tokenizer(
