@@ -10,8 +10,9 @@ import pytest
 from itool_jax.evaluation import benchmark, comparison
 from itool_jax.evaluation.bfcl import scores as bfcl_scores
 from itool_jax.evaluation.bfcl import setup as bfcl_setup
-from itool_jax.evaluation.bfcl.data import CATEGORIES, MULTI_TURN, SINGLE_TURN, first_tools, load_questions
+from itool_jax.evaluation.bfcl.data import CATEGORIES, MULTI_TURN, SINGLE_TURN, Question, first_tools, load_questions
 from itool_jax.main import main
+from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests import tiny
 from tests.conftest import read, shared_path, write
@@ -413,15 +414,24 @@ def test_all_categories_in_both_modes_and_the_official_scorer(
     tool_format: Any,
 ) -> None:
     try:
-        data = bfcl_setup.data()
+        published = bfcl_setup.data()
     except ValueError as error:
         pytest.skip(str(error))
-    settings = [f"--tool_format={tool_format}", "--evaluate.benchmark_limit=1", "--official"]
+    chosen: dict[str, Question] = {}
+    for part in ("questions", "possible_answer"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    for category in CATEGORIES:  # a question whose answers name their arguments: no decoder reads others
+        questions = load_questions(published, category)
+        chosen[category] = next(q for q in questions if category in SINGLE_TURN or all(map(keyword_only, q.answer)))
+        name, row = f"BFCL_v3_{category}.json", chosen[category].row
+        write(tmp_path / "data/questions" / name, [row])
+        write(tmp_path / "data/possible_answer" / name, [{"id": row["id"], "ground_truth": chosen[category].answer}])
+    settings = [f"--tool_format={tool_format}", f"--data={tmp_path / 'data'}", "--official"]
 
     def failed(*more: str) -> dict[str, list[str]]:
         assert evaluate(tagged_folder, tmp_path / "run", *settings, *more) == 0
         captured = capsys.readouterr()
-        scores = json.loads((tmp_path / "run/base/bfcl_1/scores.json").read_text())
+        scores = json.loads((tmp_path / "run/base/bfcl/scores.json").read_text())
         assert [row["total"] for row in scores.values()] == [1] * len(scores)
         assert captured.out.count("none") == len(scores)  # of the verdicts differ
         assert ("function-calling mode" in captured.err) == (tool_format == "native")
@@ -430,18 +440,23 @@ def test_all_categories_in_both_modes_and_the_official_scorer(
 
     assert tuple(failed()) == SINGLE_TURN
     # Prompts of many turns take a tiny model minutes, so the published answers take its place.
-    questions = [load_questions(data, category)[0] for category in MULTI_TURN]
     answers = {
-        f"{question.id}/{number}/0": f"[{', '.join(calls)}]"
-        for question in questions
-        for number, calls in enumerate(question.answer, 1)
+        f"{chosen[category].id}/{number}/0": f"[{', '.join(calls)}]"
+        for category in MULTI_TURN
+        for number, calls in enumerate(chosen[category].answer, 1)
         if calls
     }
     prompts = script(monkeypatch, Chat(load_tokenizer(str(tagged_folder)), tool_format), answers)
     assert failed("--categories=multi_turn") == {category: [] for category in MULTI_TURN}
-    assert ("<|tool|>" in prompts[f"{questions[0].id}/1/1"], len(prompts) > len(answers)) == (True, True)
-    rows = read(tmp_path / "run/base/bfcl_1/BFCL_v3_multi_turn_base_result.json")
+    assert "<|tool|>" in prompts["multi_turn_base_1/1/1"]
+    assert ("<|tools|>" in prompts["multi_turn_base_1/1/1"]) == (tool_format == "native")
+    rows = read(tmp_path / "run/base/bfcl/BFCL_v3_multi_turn_base_result.json")
     assert isinstance(rows[0]["result"][0][0], list) == (tool_format == "native")
+
+
+def keyword_only(calls: list[str]) -> bool:
+    """Whether a turn's published answers, if any, are calls with named arguments."""
+    return not calls or read_calls(f"[{', '.join(calls)}]") is not None
 
 
 def test_every_category_has_a_place_in_a_column() -> None:

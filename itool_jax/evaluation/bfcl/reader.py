@@ -64,8 +64,8 @@ def read_function_calls(result: Any) -> list[Call] | None:
     """
     if not isinstance(result, list) and result != "":
         raise UnreadableError("not a list of calls")
-    calls = []
-    for call in result:
+    calls, listed = [], list[Any](result)
+    for call in listed:
         try:
             [(name, given)] = call.items()
             calls.append(Call(name, json.loads(given) if isinstance(given, str) else given))
