@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks.protocol import ROOT, TAIL, cpu
 
 COMPILED = re.compile(r"Finished XLA compilation of (.*) in ([\d.]+(?:e-?\d+)?) sec")
-OF_THE_MODEL = re.compile(r"jit\((prefill|sample_step|answer|score_step)\)")
+OF_THE_MODEL = re.compile(r"jit\((prefill|sample_step|choice_logits|score_step)\)")
 SMALL = ["--iterations=1", "--generated.train=60", "--generated.validation=10", "--generated.test=10"]
 
 

@@ -3,9 +3,11 @@
 In: a work folder. Out: `tasks`, the paths of JSON files that every side reads, so that all do the same work.
 """
 
+import dataclasses
+import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,16 @@ import numpy as np
 from benchmarks.pretraining.tokenizer import SPECIAL, TEMPLATE
 from benchmarks.protocol import Task
 from itool_jax.data.generated import make_sample
-from itool_jax.model import export, hf
+from itool_jax.data.sources import load
+from itool_jax.model import export, gguf, hf
 from itool_jax.model.transformer import abstract
-from itool_jax.text.chat import Chat, answer_ids, encode_sample, evaluation_frame, load_tokenizer
+from itool_jax.store.tables import PreferenceRow, ScoreRow
+from itool_jax.system.gguf import is_gguf
+from itool_jax.text.calls import read_calls
+from itool_jax.text.chat import Chat, Encoded, answer_ids, encode_sample, evaluation_frame, load_tokenizer
 from itool_jax.text.sample import Sample, sample_row
 from itool_jax.text.steps import build_step_table, split_steps
+from itool_jax.training import replay
 
 Row = dict[str, Any]
 
@@ -206,3 +213,79 @@ def _fit(ids: list[int], length: int, tail: int = 8) -> list[int]:
     """Cuts a prompt to a length, keeping its end."""
     assert len(ids) >= length, f"a prompt of {len(ids)} tokens is shorter than {length}"
     return [*ids[: length - tail], *ids[-tail:]]
+
+
+# Rows of real lengths ----------------------------------------------------------------------------------------
+
+
+def real_rows(s: Any, work: Path, training: Row) -> dict[str, list[int]]:
+    """Writes the inputs of `benchmarks.real_lengths`; returns the lengths of the prompts of each work.
+
+    For the program: a data file per command, and `tables.json`, the tables that search and preference training read.
+    For transformers: `tasks.json` with the same rows as token ids, the settings `training`, and the model as a folder.
+    """
+    place = hf.find(s.model)
+    chat = Chat(load_tokenizer(str(place)))
+    samples = sorted((x for x in load(s.data) if len(read_calls(x.target) or ()) == 1), key=lambda x: x.id)
+    for_training, for_search = replay.split(
+        samples[s.rows :], 1 - replay.ReplaySettings().replay_fraction, "replay", seed=0
+    )
+    scored = list(map(_with_tools, samples[: s.rows], itertools.cycle(s.tools)))
+    trained = list(map(_with_tools, for_training[: s.train], itertools.cycle(s.train_tools)))
+    searched = list(map(_with_tools, for_search[: s.searched], itertools.cycle(s.tools)))
+    encoded = {sample.id: encode_sample(chat, sample) for sample in (*scored, *trained, *searched)}
+    shortest = min(scored, key=lambda sample: len(encoded[sample.id].prompt_ids))
+    files = {"start": [shortest], "score": scored, "generate": scored[: s.answers], "train": trained + searched}
+    for name, chosen in files.items():
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(sample_row(sample)) + "\n" for sample in chosen))
+
+    parts = replay.curriculum([replay.sample_features(sample) for sample in trained], "easy_to_hard", 0)
+    gold = [encoded[sample.id] for sample in trained]
+    pairs = [(gold[i % len(gold)], gold[(i + 1) % len(gold)].target_ids) for i in range(s.pairs)]
+    rows = {name: [_ids(encoded[sample.id]) for sample in files[name]] for name in ("start", "score", "generate")}
+    rows["warmup"] = [[_ids(encoded[i]) for i in part] for part in parts]
+    rows["dpo"] = [[_ids(row), {"prompt": row.prompt_ids, "target": rejected}] for row, rejected in pairs]
+    folder = _as_folder(place, work / "model")
+    (work / "tasks.json").write_text(
+        json.dumps({"model": str(folder), "stop": chat.stop_ids, "max_tokens": s.max_tokens, **training, **rows})
+    )
+    tables = {
+        "scores.jsonl": [ScoreRow(x.id, 0, 0.0, 1.0, rank, 0, 0)._asdict() for rank, x in enumerate(searched)],
+        "pairs.jsonl": [_pair(i, row, rejected)._asdict() for i, (row, rejected) in enumerate(pairs)],
+        "answers.jsonl": [],
+    }
+    (work / "tables.json").write_text(json.dumps(tables))
+    named = {"score": scored, "training": trained, "search": searched}
+    return {name: [len(encoded[sample.id].prompt_ids) for sample in chosen] for name, chosen in named.items()}
+
+
+def _with_tools(sample: Sample, n: int) -> Sample:
+    """Returns the sample with n of its tools, the one it calls among them."""
+    called = [call.name for call in read_calls(sample.target) or ()]
+    first = sorted(sample.tools, key=lambda tool: tool["function"]["name"] not in called)[:n]
+    return dataclasses.replace(sample, tools=tuple(tool for tool in sample.tools if tool in first))
+
+
+def _ids(row: Encoded) -> Row:
+    return {"prompt": row.prompt_ids, "target": row.target_ids}
+
+
+def _pair(number: int, row: Encoded, rejected: Sequence[int]) -> PreferenceRow:
+    """Makes a row of pairs.jsonl in which only the token ids matter."""
+    texts, ids = ("", "", ""), (row.prompt_ids, row.target_ids, list(rejected))
+    return PreferenceRow(str(number), *texts, *ids, 1.0, 0.0, 1, 1, row.id, 0, 1, 2, 1.0, -1.0)
+
+
+def _as_folder(place: Path, folder: Path) -> Path:
+    """Returns a model's folder; writes one, without tokenizer, for a GGUF file, which transformers reads slowly."""
+    if not is_gguf(place):
+        return place
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(gguf.raw_config(place)))
+    shapes = {name: shape for name, (shape, _) in gguf.tensors(place).items()}
+    weights = {name: gguf.read(place, name, (slice(None),) * len(shape)) for name, shape in shapes.items()}
+    contiguous = {name: np.ascontiguousarray(x) for name, x in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

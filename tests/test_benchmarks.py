@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, gpu, inputs, peers, run, scaling, serial
+from benchmarks import attention, gpu, inputs, peers, real_lengths, run, scaling, serial
 from benchmarks.memory import LLAMA
 from benchmarks.protocol import Child, alternate, disagreement
 from itool_jax.inference import sampler
@@ -24,6 +24,7 @@ from itool_jax.planning import roofline
 from itool_jax.text.chat import Chat, load_tokenizer
 from itool_jax.text.padding import collate
 from itool_jax.text.steps import build_step_table, split_steps
+from tests.runs import make_samples
 
 COMPARED = {"score": "hf", "search": "hf_serial"}
 
@@ -252,3 +253,30 @@ def test_a_search_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert [row["size"] for row in rows if "size" in row] == [2, 3, 64, 2, 2]
     assert all(row["states"] > 0 and row["megabytes"] > 0 for row in rows if "size" in row)
+
+
+@pytest.mark.slow
+def test_real_commands_are_measured_with_an_empty_and_a_full_cache(tmp_path: Path, tiny_folder: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_samples() if row["target"].count("f") == 1))
+    settings = real_lengths.Settings(
+        data=data,
+        model=str(tiny_folder),
+        rows=3,
+        answers=2,
+        max_tokens=4,
+        train=3,
+        pairs=2,
+        searched=1,
+        transformers=all(map(importlib.util.find_spec, ("torch", "peft"))),
+        json=tmp_path / "rows.json",
+    )
+    rows = real_lengths.main(settings)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    by_work = {(row["work"], row["side"]): row for row in rows}
+    for work in real_lengths.WORKS:
+        empty, full = by_work[work, "ours, empty"], by_work[work, "ours, full"]
+        assert 0 < full["cpu_seconds"] < empty["cpu_seconds"]
+        assert full["of_the_model"] == empty["of_the_model"] > 0
+        assert ((work, "transformers") in by_work) == (settings.transformers and work != "search")
+        assert ("agree" in full) == ((work, "transformers") in by_work)

@@ -8,6 +8,7 @@ split once into `(graph, params)`; compiled functions take the plain dictionary
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -261,7 +262,7 @@ class Transformer(nnx.Module):
             hidden, k, v = self._scan(run, hidden)
             hidden = hidden if at_BR is None else pick(hidden, at_BR)
         else:
-            hidden, k, v = self._unroll(run, hidden, at_BR)
+            hidden, k, v = self._unroll(run, hidden, at_BR, range(self.config.n_layers))
         return self.norm(hidden), Prefix(k, v, jnp.full(B, T) if length_B is None else length_B)
 
     @property
@@ -269,12 +270,24 @@ class Transformer(nnx.Module):
         # A short stack compiles fast and runs faster unrolled; a deep one is a loop.
         return self.config.stacked and (self.config.n_layers > SHORT_STACK or self.config.remat != "none")
 
-    def _unroll(self, run: Callable[..., _LayerOutput], hidden: Array, at_BR: Array | None) -> _StackOutput:
-        """Runs the layers one after the other, the last one only at the wanted positions."""
+    def _unroll(
+        self, run: Callable[..., _LayerOutput], hidden: Array, at_BR: Array | None, inputs: Sequence[Any]
+    ) -> _StackOutput:
+        """Runs the layers one after the other, the last one only at the wanted positions; `run` gets each its input.
+
+        All layers but the last have the same shapes, so they are traced once, as a function that XLA inlines.
+        """
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def run_layer(
+            graph: nnx.GraphDef, weights: Any, own: Any, x_BTD: Array, wanted_BR: Array | None
+        ) -> _LayerOutput:
+            return run(nnx.merge(graph, weights), own, x_BTD, wanted_BR)
+
         keys_and_values = []
-        for number in range(self.config.n_layers):
+        for number, own in enumerate(inputs):
             is_last = number == self.config.n_layers - 1
-            hidden, kv = run(self.layer(number), number, hidden, at_BR if is_last else None)
+            hidden, kv = run_layer(*nnx.split(self.layer(number)), own, hidden, at_BR if is_last else None)
             keys_and_values.append(kv)
         k, v = zip(*keys_and_values, strict=True)
         return hidden, k, v
@@ -329,12 +342,16 @@ class Transformer(nnx.Module):
         valid_BS = jax.lax.dynamic_update_slice_in_dim(suffix.valid_BS, valid_BT, slot, axis=1)
         own_mask_BTS = valid_BS[:, None] & (jnp.arange(S) <= slot + jnp.arange(T)[:, None])
 
-        def run(layer: Layer, number: int, x_BTD: Array, wanted_BR: Array | None) -> _LayerOutput:
-            parts = [KeyValues(part.k[number], part.v[number], m) for part, m in zip(shared, shared_masks, strict=True)]
-            own = KeyValues(suffix.k[number], suffix.v[number], own_mask_BTS)
+        def run(layer: Layer, caches: list[tuple[Array, Array]], x_BTD: Array, wanted_BR: Array | None) -> _LayerOutput:
+            masks = [*shared_masks, own_mask_BTS]
+            *parts, own = [KeyValues(k, v, mask) for (k, v), mask in zip(caches, masks, strict=True)]
             return layer.extend(x_BTD, angles_BTF, parts, own, slot, wanted_BR)
 
-        hidden, k, v = self._unroll(run, hidden, at_BR)
+        caches = [
+            [(cache.k[number], cache.v[number]) for cache in (*shared, suffix)]
+            for number in range(self.config.n_layers)
+        ]
+        hidden, k, v = self._unroll(run, hidden, at_BR, caches)
         return self.norm(hidden), Suffix(k, v, valid_BS)
 
 
@@ -366,6 +383,10 @@ def _rematerialize(function: Callable[..., Any], remat: Remat) -> Callable[..., 
 
 def abstract(config: ModelConfig, lora: LoraSettings | None = None) -> tuple[nnx.GraphDef, Params, Params]:
     """Returns the module's graph, and the shapes of its base weights and adapters, without allocating them."""
-    model = nnx.eval_shape(lambda: Transformer(config, lora, rngs=nnx.Rngs(0)))
+    first = config if config.stacked else dataclasses.replace(config, n_layers=1)
+    model = nnx.eval_shape(lambda: Transformer(first, lora, rngs=nnx.Rngs(0)))
+    if not config.stacked:  # copies of a layer: tracing each layer's random weights takes seconds
+        model.config = config
+        model.layers = nnx.List(nnx.clone(model.layers[0]) for _ in range(config.n_layers))
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, ...)
     return graph, nnx.to_pure_dict(base), nnx.to_pure_dict(adapters)
