@@ -34,7 +34,21 @@ PATTERN = (
 TEMPLATE = """\
 {%- set seen = namespace(question=false) -%}
 {%- for message in messages -%}
-<|{{ message.role }}|>{{ message.content }}<|end|>
+<|{{ message.role }}|>{{ message.content }}
+{%- if message.tool_calls -%}
+[
+{%- for call in message.tool_calls -%}
+{{ call.function.name }}(
+{%- for name, value in call.function.arguments | items -%}
+{{ name }}=
+{%- set word = 'True' if value is true else 'False' if value is false else 'None' if value is none -%}
+{{ word or value | tojson }}{{ '' if loop.last else ', ' }}
+{%- endfor -%}
+){{ '' if loop.last else ', ' }}
+{%- endfor -%}
+]
+{%- endif -%}
+<|end|>
 {%- if tools and message.role == 'user' and not seen.question -%}
 {%- set seen.question = true -%}
 <|tools|>
