@@ -179,11 +179,11 @@ def _sentence_piece(vocabulary: dict[str, int], metadata: dict[str, Any]) -> Any
 
 def _merges(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Recovers merges from the pieces' scores: every way to put a piece together, the best piece first."""
-    found = [
+    merges = [
         (scores[i], len(left), len(right), left, right)
         for piece, i in pieces.items()
         for cut in range(1, len(piece))
         if (left := piece[:cut]) in pieces and (right := piece[cut:]) in pieces
     ]
-    found.sort(key=lambda merge: merge[:3], reverse=True)
-    return [(left, right) for *_, left, right in found]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in merges]
