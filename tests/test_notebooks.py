@@ -111,7 +111,8 @@ def test_the_results_browser_shows_a_run_that_has_only_begun(made: Made, tmp_pat
 
 SMALLEST = (
     "--iterations=1 --generated.train=60 --generated.validation=10 --generated.test=10 --evaluate.limit=10 "
-    "--replay.replay_fraction=0.3 --replay.hardest_fraction=0.3 --search.n_simulations=2 --search.max_step_tokens=24 "
+    "--replay.select=perplexity --replay.replay_fraction=0.3 --replay.hardest_fraction=0.3 --search.n_simulations=2 "
+    "--search.max_step_tokens=24 "
     "--search.max_last_step_tokens=40 --search.batch=4 --generate.max_tokens=40 --preference.epochs=1"
 )
 
