@@ -22,7 +22,7 @@ from itool_jax.data.generated import GeneratedSettings
 from itool_jax.data.sources import SamplesSettings
 from itool_jax.inference.sampler import GenerateRecipe, GenerateRuntime, GenerateSettings
 from itool_jax.mcts.pairs import PairSettings
-from itool_jax.mcts.search import SearchSettings
+from itool_jax.mcts.search import SearchRecipe, SearchRuntime, SearchSettings
 from itool_jax.mcts.value import SelfEvaluationSettings
 from itool_jax.model.linear import LoraSettings
 from itool_jax.model.sharding import MeshSettings
@@ -146,7 +146,7 @@ class Recipe:
     samples: SamplesSettings = SamplesSettings()
     warmup: WarmupRecipe = WarmupRecipe()
     replay: ReplaySettings = ReplaySettings()
-    search: SearchSettings = SearchSettings()
+    search: SearchRecipe = SearchRecipe()
     self_eval: SelfEvaluationSettings = SelfEvaluationSettings()
     pairs: PairSettings = PairSettings()
     preference: PreferenceRecipe = PreferenceRecipe()
@@ -210,6 +210,7 @@ class Runtime:
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
     warmup: TrainingRuntime = TrainingRuntime()
+    search: SearchRuntime = SearchRuntime()
     preference: TrainingRuntime = TrainingRuntime()
     evaluate: EvaluateSettings = EvaluateSettings()
     generate: GenerateRuntime = GenerateRuntime()
@@ -283,6 +284,7 @@ class Config(Runtime, Recipe):
     """iTool: improves a language model's tool use by step-level tree search and preference training."""
 
     warmup: WarmupSettings = WarmupSettings()
+    search: SearchSettings = SearchSettings()
     preference: PreferenceSettings = PreferenceSettings()
     generate: GenerateSettings = GenerateSettings()
 

@@ -21,7 +21,7 @@ BINDING = {
     "": ("model", "data", "skip_bad_rows", "tool_format", "tool_style", "seed", "dtype", "quantize", "deterministic"),
     "lora.": ("rank", "alpha", "dropout", "targets"),
     "generated.": ("train", "validation", "test", "writers"),
-    "samples.": ("targets", "test_share", "validation_share", "test_file", "fraction", "limit"),
+    "samples.": ("targets", "test_share", "validation_share", "test_file", "fraction", "limit", "max_tools"),
     "warmup.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
         *("max_epochs", "schedule", "order", "pack"),
@@ -33,7 +33,7 @@ BINDING = {
     "search.": (
         *("n_simulations", "breadth", "max_depth", "exploration", "discount", "value_weight"),
         *("temperature", "top_p", "prior_exponent", "granularity", "max_step_tokens", "max_last_step_tokens"),
-        *("outcome", "inject_gold", "batch"),
+        *("outcome", "inject_gold"),
     ),
     "self_eval.": ("reference", "scale", "weight", "both_orders"),
     "pairs.": ("min_q_gap", "require", "rejected", "held_out"),

@@ -215,7 +215,7 @@ def test_what_is_proposed_does_fit(made: Made, roomy: Row, tmp_path: Path, capsy
     device = f"--plan.device={most / 1e9 * 0.75}:100:1"
     short = planned(made, tmp_path, device)
     assert not short["fits"]
-    assert f"does not fit; fits with {short['change']['arguments']}:" in capsys.readouterr().out
+    assert f"does not fit as set; a run will lower it to {short['change']['arguments']}:" in capsys.readouterr().out
     again = planned(made, tmp_path, device, *short["change"]["arguments"].split())
     assert again["fits"]
     assert not (tmp_path / "run").exists()

@@ -155,14 +155,15 @@ def test_a_search_takes_what_fits_and_keeps_to_it(
     assert err.count("search.batch=auto: 4, which needs ") == err.count("auto") == 1
 
 
-def test_where_nothing_fits_the_least_is_taken_with_a_warning(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size)
-    limit(monkeypatch, 0)
-    run = sizes.resolved(Run(configured(made, copy_run(made, tmp_path), "--preference.micro_batch=auto")))
-    assert run.config.preference.micro_batch == 1
-    assert "it may not fit" in capsys.readouterr().err
+def test_a_stage_that_does_not_fit_at_its_smallest_size_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size * 1e9)
+    limit(monkeypatch, 5e8)
+    for size in ("auto", "2"):
+        run = Run(configured(made, made.folder, "--stage=dpo", f"--preference.micro_batch={size}"))
+        with pytest.raises(
+            ValueError, match=r"^dpo does not fit: preference.micro_batch=1 needs 1 GB of 0.5 GB per device"
+        ):
+            sizes.resolved(run)
 
 
 def test_a_kept_size_that_another_mesh_cannot_share_out_is_found_again(
@@ -199,6 +200,50 @@ def test_auto_is_a_word_of_the_command_line_and_of_yaml(tmp_path: Path, name: st
             settings.parse(["--stage=iterate", "--model=m", f"--{name}={wrong}"])
 
 
+# Sizes as set -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(sizes.STAGE_OF))
+def test_what_is_said_to_fit_without_compiling_does(made: Made, needs: Callable[[str, int], float], name: str):
+    run = Run(configured(made, made.folder))
+    for size in (2, 4):
+        bounds = [program.bound(run.base.config) for program in sizes._plan_of_run(run, name)(size)]
+        assert needs(name, size) < max(bounds) < 30 * needs(name, size)
+
+
+def test_sizes_that_fit_are_left_alone_and_nothing_is_compiled(made: Made, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sizes, "need_of", None)
+    run = Run(configured(made, made.folder))
+    assert sizes.resolved(run).config == run.config
+
+
+@pytest.mark.parametrize("name", list(sizes.STAGE_OF))
+def test_sizes_that_do_not_fit_are_lowered(
+    made: Made,
+    needs: Callable[[str, int], float],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    stage = sizes.STAGE_OF[name]
+    before = 4 if name == "search.batch" else BATCH
+    run = Run(configured(made, made.folder, f"--stage={stage}"))
+    limit(monkeypatch, 1.01 * needs(name, before))
+    assert sizes.resolved(run).config == run.config
+    limit(monkeypatch, 1.01 * needs(name, 2))
+    assert sizes.resolved(run).config == sizes.with_size(run.config, name, 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{name} lowered from {before} to 2: {before} would need ")
+
+
+def test_a_run_is_searched_again_with_another_batch(made: Made, tmp_path: Path):
+    folder = copy_run(made, tmp_path)
+    before = (folder / "iteration_1/trees.jsonl").read_bytes()
+    (folder / "iteration_1/search.json").unlink()
+    assert again(made, folder, "--search.batch=2", stage="search") == 0
+    assert (folder / "iteration_1/trees.jsonl").read_bytes() == before
+
+
 # Too little memory ------------------------------------------------------------------------------------------
 
 
@@ -215,7 +260,7 @@ def exhaust(*_: Any, **__: Any) -> Any:
             "search",
             "iteration_1/search",
             (search, "trees"),
-            "lower search.batch from 4 GB to 2 GB, in another --run",
+            "lower search.batch from 4 GB to 2 GB; or",
         ),
         (
             "score",

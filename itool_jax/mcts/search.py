@@ -37,8 +37,8 @@ RIGHT = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Step-level Monte Carlo tree search."""
+class SearchRecipe:
+    """What step-level Monte Carlo tree search looks for."""
 
     n_simulations: int = 16
     """Simulations per prompt: root-to-leaf walks, each backed up once."""
@@ -74,13 +74,10 @@ class SearchSettings:
     inject_gold: InjectGold = "never"
     """When to add the gold response's next step to the candidates of a state that matches the gold response so far:
     never; unsolved, if none of the model's own samples was right; or always."""
-    batch: int | Literal["auto"] = 64
-    """Prompts searched together. auto: as many as fit in device memory by the compiler's estimate, which is made once
-    and kept with the run."""
 
     def __post_init__(self) -> None:
-        for name in ("n_simulations", "breadth", "max_depth", "max_step_tokens", "max_last_step_tokens", "batch"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+        for name in ("n_simulations", "breadth", "max_depth", "max_step_tokens", "max_last_step_tokens"):
+            if getattr(self, name) < 1:
                 raise ValueError(f"search.{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"search.top_p must be in (0, 1], got {self.top_p}")
@@ -89,16 +86,6 @@ class SearchSettings:
                 raise ValueError(f"search.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"search.discount must be in [0, 1], got {self.discount}")
-
-    @property
-    def lanes(self) -> int:
-        """Prompts searched together; `batch` must be resolved."""
-        assert self.batch != "auto", "search.batch was not resolved"
-        return self.batch
-
-    def fitted(self, n: int) -> "SearchSettings":
-        """Returns the settings for n prompts: no more lanes than the next power of two. Trees stay the same."""
-        return dataclasses.replace(self, batch=min(self.lanes, 1 << max(0, n - 1).bit_length()))
 
     @property
     def longest_step(self) -> int:
@@ -124,6 +111,38 @@ class SearchSettings:
             total += level
         # Walks bound the tree too: each expands at most one node per level.
         return min(total, 1 + (self.n_simulations + self.injects) * self.max_depth * self.slots)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRuntime:
+    """How a search is computed."""
+
+    batch: int | Literal["auto"] = 64
+    """Prompts searched together, fewer if they do not fit in device memory by the compiler's estimate. auto: as many as
+    fit, which is found once and kept with the run."""
+
+    def __post_init__(self) -> None:
+        if self.batch != "auto" and self.batch < 1:
+            raise ValueError(f"search.batch must be positive, got {self.batch}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSettings(SearchRuntime, SearchRecipe):
+    """Step-level Monte Carlo tree search."""
+
+    def __post_init__(self) -> None:
+        SearchRecipe.__post_init__(self)
+        SearchRuntime.__post_init__(self)
+
+    @property
+    def lanes(self) -> int:
+        """Prompts searched together; `batch` must be resolved."""
+        assert self.batch != "auto", "search.batch was not resolved"
+        return self.batch
+
+    def fitted(self, n: int) -> "SearchSettings":
+        """Returns the settings for n prompts: no more lanes than the next power of two. Trees stay the same."""
+        return dataclasses.replace(self, batch=min(self.lanes, 1 << max(0, n - 1).bit_length()))
 
 
 class Turn(NamedTuple):

@@ -97,6 +97,8 @@ class Program(NamedTuple):
     layer: Callable[[ModelConfig], MemoryEstimate] | None = None
     """Bytes of a layer on one device: weights, and keys and values that stay until the end. None for training, whose
     layers are a loop: any depth compiles equally fast."""
+    bound: Callable[[ModelConfig], float] = lambda _: math.inf
+    """Bytes that the program surely needs no more than, without compiling it."""
 
     def at_depth(self, model: ModelConfig) -> MemoryEstimate:
         """Extrapolates the need of a deep model from shallower ones of the same widths.
@@ -128,6 +130,21 @@ class Program(NamedTuple):
         few, more = (self.need(dataclasses.replace(model, n_layers=n)) for n in (low, high))
         times = (model.n_layers - high) / (high - low)
         return MemoryEstimate(*(max(0, round(y + times * (y - x))) for x, y in zip(few, more, strict=True)))
+
+
+def _bound(model: ModelConfig, tokens: int, width: int, logits: int, cached: int = 0, trains: bool = False) -> float:
+    """Bounds the bytes of a pass over `tokens` tokens that attend to `width`, with logits at `logits` of them.
+
+    It keeps every array of a layer, of all layers if it trains, in float32: several times what programs need, but where
+    memory is plenty they need not be compiled to know that they fit.
+    """
+    m, heads = model, model.n_heads + 2 * model.n_kv_heads
+    a_layer = m.hidden_size * (heads + m.n_heads) * m.head_dim + 3 * m.hidden_size * m.intermediate_size
+    weights = m.n_layers * a_layer + 2 * m.vocab_size * m.hidden_size
+    a_token = 8 * m.hidden_size + 6 * m.intermediate_size + 2 * heads * m.head_dim + 3 * m.n_heads * width
+    activations = tokens * a_token * (m.n_layers if trains else 1) + 4 * logits * m.vocab_size
+    kept = cached * 2 * m.n_layers * m.n_kv_heads * m.head_dim
+    return 4.0 * ((4 if trains else 1) * weights + activations + kept)
 
 
 SHALLOW = 4
@@ -235,11 +252,28 @@ def _layer_weights(model: ModelConfig, lora: LoraSettings) -> tuple[int, int]:
 def searching(lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int) -> list[Program]:
     """Returns the programs of a search of `batch` prompts that need most: a round of last steps, and its questions."""
     given, shared = (lora, search, lengths, batch), batch * (lengths.prompt + lengths.asked)
-    own = batch * (lengths.path + search.breadth * search.longest_step)
+    rows, answers = batch * search.breadth, batch * (lengths.path + search.breadth * search.longest_step)
+    width = lengths.asked + lengths.path + max(search.longest_step, lengths.own)
+    asked = rows * lengths.own
+
+    def bound(model: ModelConfig) -> float:
+        return _bound(model, max(asked, answers), width, rows, shared + max(asked, answers))
+
     return [
-        Program(lambda model: proposing(model, *given), lambda model: _layer(model, lora, shared, own)),
-        Program(lambda model: asking(model, *given), lambda model: _layer(model, lora, shared, 0)),
+        Program(lambda model: proposing(model, *given), lambda model: _layer(model, lora, shared, answers), bound),
+        Program(lambda model: asking(model, *given), lambda model: _layer(model, lora, shared, 0), bound),
     ]
+
+
+def trained(
+    loss: LossSettings | None, lora: LoraSettings, n_micro: int, rows: int, length: int, packed: bool = False
+) -> Program:
+    """Returns the training step of `rows` rows of `length` tokens in `n_micro` micro-batches."""
+    tokens = (1 if loss is None else 2) * rows // n_micro * length
+    return Program(
+        lambda model: training(loss, model, lora, n_micro, rows, length, packed),
+        bound=lambda model: _bound(model, tokens, length, tokens, trains=True),
+    )
 
 
 def proposing(

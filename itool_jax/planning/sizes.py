@@ -1,7 +1,8 @@
-"""Chooses sizes set to `auto` by the device's memory, and advises what to lower after it ran out.
+"""Chooses sizes by the device's memory: those set to `auto`, and lower ones where those set do not fit.
 
 In: the settings, the model's shapes and the data. Out: settings with numbers, and `sizes.json` in the run directory,
-which keeps them: a resumed run, even on another machine, uses the sizes it began with.
+which keeps those that were `auto`: a resumed run, even on another machine, uses the sizes it began with. If memory runs
+out nevertheless: one line that says what to lower.
 """
 
 import contextlib
@@ -38,18 +39,27 @@ Plan = Callable[[int], list[memory.Program]]
 
 
 def resolved(run: Run) -> Run:
-    """Returns the settings with a number for each `auto` size that the stage needs, the same on all processes."""
+    """Returns the settings with sizes that fit, for the stages to run, the same on all processes.
+
+    Raises:
+        ValueError: a stage does not fit at its smallest size; what to change.
+    """
     config, flat = run.config, run.config.flat()
-    names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
-    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if names else {}
+    whole = ("warmup", "search", "dpo") if config.iterations else ("warmup",)
+    stages = whole if config.stage == "iterate" else (config.stage,)
+    names = [name for name, stage in STAGE_OF.items() if stage in stages]
+    is_auto = {name: flat[name] == "auto" for name in names}
+    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if any(is_auto.values()) else {}
     for name in names:
+        if not is_auto[name]:
+            run = _lowered(run, name)
+            continue
         candidates = _candidates(run, name)
         value = known.get(name, 0)
         if value < 1 or (
             name != "search.batch" and value not in candidates
         ):  # the mesh now divides batches differently
-            size = _find(run, name, candidates)
-            known[name] = value = hosts.broadcast_from_primary(f"size {name}", lambda size=size: size)
+            known[name] = value = _find(run, name, candidates)
             write_json(config.run_dir / FILE, known)
         run = run.with_settings(with_size(run.config, name, value))
     return run
@@ -63,17 +73,59 @@ def _known(config: Config) -> dict[str, int]:
 
 
 def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
-    """Finds and logs the largest candidate that fits."""
-    config = run.config
-    limit = memory.device_limit(config.plan.memory_share)
-    with use_own_mesh(config.mesh) if name == "search.batch" else contextlib.nullcontext():
-        value, needs = memory.largest(candidates, need_of(run, name), limit)
+    """Finds and logs the largest candidate that fits, the same on all processes."""
+    limit = memory.device_limit(run.config.plan.memory_share)
+    value, needs = _largest(run, name, candidates, limit)
     fits = f"needs {_gb(needs[value])} of {_gb(limit)} per device by the compiler's estimate"
     larger = min((size for size in needs if size > value), default=None)
     beyond = f"; {larger} would need {_gb(needs[larger])}" if larger is not None else ""
-    short = "" if needs[value] <= limit else "; it may not fit, but it is the smallest size"
-    log(f"{name}=auto: {value}, which {fits}{beyond}{short}")
+    log(f"{name}=auto: {value}, which {fits}{beyond}")
     return value
+
+
+def _lowered(run: Run, name: str) -> Run:
+    """Returns the settings with a size lowered to what fits, and logs it; those given if that fits."""
+    limit = memory.device_limit(run.config.plan.memory_share)
+    size = _size_in_use(run, name)
+    model = run.base.config
+    if max(program.bound(model) for program in _plan_of_run(run, name)(size)) <= limit:
+        return run
+    value, needs = _largest(run, name, [*(c for c in _candidates(run, name) if c < size), size], limit)
+    if value == size:
+        return run
+    log(
+        f"{name} lowered from {size} to {value}: {size} would need {_gb(needs[size])} of {_gb(limit)} per device by "
+        f"the compiler's estimate, {value} needs {_gb(needs[value])}"
+    )
+    return run.with_settings(with_size(run.config, name, value))
+
+
+def _size_in_use(run: Run, name: str) -> int:
+    """Returns the size that a stage uses with the current settings."""
+    if name == "search.batch":
+        prompts = run.config.replay.n_searched(len(search_pool(run.splits.train, run.config).samples))
+        return run.config.search.fitted(prompts).lanes
+    settings = training_settings(run.config, name)
+    return settings.share() // settings.n_micro()
+
+
+def _largest(run: Run, name: str, sizes: Sequence[int], limit: int) -> tuple[int, dict[int, float]]:
+    """Returns the largest size that fits, the same on all processes, and the bytes per device of those tried.
+
+    Raises:
+        ValueError: none fits.
+    """
+    with use_own_mesh(run.config.mesh) if name == "search.batch" else contextlib.nullcontext():
+        value, needs = memory.largest(sizes, need_of(run, name), limit)
+    value, tried = hosts.broadcast_from_primary(f"size {name}", lambda: (value, [*needs.items()]))
+    needs = dict(tried)
+    if needs[value] > limit:
+        raise ValueError(
+            f"{STAGE_OF[name]} does not fit: {name}={value} needs {_gb(needs[value])} of {_gb(limit)} per device by "
+            f"the compiler's estimate; set remat=layers, quantize=nf4 or a larger mesh.fsdp, or shorten samples; "
+            f"{memory.LIMIT}=GB overrides what a device has"
+        )
+    return value, needs
 
 
 def _candidates(run: Run, name: str) -> list[int]:
@@ -115,10 +167,14 @@ class Rows(NamedTuple):
 
 def need_of(run: Run, name: str) -> BytesOfSize:
     """Returns a function from a size to bytes per device, for the longest rows that data and settings allow."""
+    plan, model = _plan_of_run(run, name), run.base.config
+    return total(lambda size: max((p.at_depth(model) for p in plan(size)), key=lambda need: need.total))
+
+
+def _plan_of_run(run: Run, name: str) -> Plan:
     warmup, _ = split_replay(run.splits.train, run.config)
     rows = (warmup if name.startswith("warmup") else search_pool(run.splits.train, run.config)).encoded
-    plan, model = plan_of(run.config, name, Rows(rows, rows)), run.base.config
-    return total(lambda size: max((p.at_depth(model) for p in plan(size)), key=lambda need: need.total))
+    return plan_of(run.config, name, Rows(rows, rows))
 
 
 def plan_of(config: Config, name: str, rows: Rows) -> Plan:
@@ -135,7 +191,7 @@ def plan_of(config: Config, name: str, rows: Rows) -> Plan:
     loss = config.preference.loss_settings if prefers and not config.preference.is_supervised else None
     shape = (settings.batch_size, max(width, pack), pack > 0)
     share = settings.share()
-    return lambda size: [memory.Program(lambda model: memory.training(loss, model, config.lora, share // size, *shape))]
+    return lambda size: [memory.trained(loss, config.lora, share // size, *shape)]
 
 
 def total(need: Callable[[int], memory.MemoryEstimate]) -> BytesOfSize:
@@ -207,10 +263,9 @@ def advice(run: Run, where: str, error: str) -> str:
         share = training_settings(config, name).share()
         now = min(now or share, share)
         less = max((c for c in _candidates(run, name) if c < now), default=None)
-    estimate, elsewhere = _estimate(run, name, now), name == "search.batch" and config.run_dir.exists()
+    estimate = _estimate(run, name, now)
     if less:
-        down = f"lower {name} from {now}{estimate} to {less}{_estimate(run, name, less)}"
-        down += f"{', in another --run_dir' if elsewhere else ''}; or"
+        down = f"lower {name} from {now}{estimate} to {less}{_estimate(run, name, less)}; or"
     else:
         down = f"{name}={now}{estimate} is the smallest size;"
     return f"out of device memory in {where} ({text}); {down} set remat, quantize=nf4 or a larger mesh.fsdp"

@@ -193,7 +193,9 @@ def _largest(plan: Figures) -> list[str]:
             *lines,
             "does not fit, whatever dtype, remat, lora, quantize and mesh.fsdp are: use larger devices or more of them",
         ]
-    lines.append(f"does not fit; fits with {change['arguments']}:")
+    runs_lower_it = change["settings"].keys() <= set(SIZES.values())
+    words = "does not fit as set; a run will lower it to" if runs_lower_it else "does not fit; fits with"
+    lines.append(f"{words} {change['arguments']}:")
     for row in change["stages"]:
         total = row["bytes_a_device"]["total"] / 1e9
         lines += [f"  {row['stage']}: {total:.1f} GB with {row['setting']}={row['value']}"]
