@@ -7,6 +7,8 @@ with the code they are about.
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +25,8 @@ from safetensors.numpy import load_file
 
 import itool_jax
 from itool_jax.main import main
-from itool_jax.text.calls import read_calls
+from itool_jax.text.tool_formats import BRACKETS, TAGGED, Form
+from tests import tiny
 from tests.conftest import REPOSITORY, read
 from tests.runs import Made, copy_run
 
@@ -119,13 +122,13 @@ def test_folders_hold_what_vllm_reads(made: Made, tmp_path: Path):
 
 
 @contextlib.contextmanager
-def served(program: str, log: Path, *arguments: str) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Runs `vllm serve` for the time of the block; gives a function that asks it for a greedy message."""
+def served(program: str, log: Path, command: str) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a `vllm serve` line for the time of the block; gives a function that asks it for a greedy message."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/v1"
-    command = [program, "serve", *arguments, f"--port={port}", "--dtype=float32", "--enable-auto-tool-choice"]
+    words = [program, *shlex.split(command)[1:], f"--port={port}", "--dtype=float32"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
     def ask(**body: Any) -> dict[str, Any]:
@@ -136,9 +139,7 @@ def served(program: str, log: Path, *arguments: str) -> Iterator[Callable[..., d
 
     with (
         log.open("wb") as file,
-        subprocess.Popen(
-            [*command, "--tool-call-parser=pythonic"], stdout=file, stderr=file, env=environment, start_new_session=True
-        ) as server,
+        subprocess.Popen(words, stdout=file, stderr=file, env=environment, start_new_session=True) as server,
     ):
         try:
             for _ in range(240):
@@ -153,12 +154,18 @@ def served(program: str, log: Path, *arguments: str) -> Iterator[Callable[..., d
 
 
 @pytest.mark.slow
-def test_vllm_serves_a_model_and_an_adapter(tmp_path: Path):
+@pytest.mark.parametrize("form", [BRACKETS, TAGGED], ids=lambda form: form.parser)
+def test_vllm_serves_a_model_and_an_adapter(form: Form, tmp_path: Path):
+    """By the line of the exported folder, vLLM answers as we do, and returns the calls that we read."""
     program = os.environ.get("ITOOL_VLLM")
     if program is None:
         pytest.skip("needs vLLM: set ITOOL_VLLM to its program, of an environment of its own (docs/chat.md)")
-    small = ["--generated.train=120", "--generated.validation=8", "--generated.test=24", "--generate.max_tokens=64"]
-    run = [f"--run_dir={tmp_path / 'run'}", *small]
+    start = shutil.copytree(REPOSITORY / "itool_jax" / "embedded" / "model", tmp_path / "start")
+    if form is TAGGED:
+        template = start / "chat_template.jinja"
+        template.write_text(tiny.tagged(template.read_text()))
+    small = ["--generated.train=400", "--generated.validation=8", "--generated.test=24", "--generate.max_tokens=96"]
+    run = [f"--model={start}", f"--run_dir={tmp_path / 'run'}", "--warmup.learning_rate=2e-3", *small]
     assert main(["--stage=warmup", *run]) == 0
     model, adapter, answers = tmp_path / "model", tmp_path / "adapter", tmp_path / "answers.jsonl"
     assert main(["--stage=export", *run, f"--output={model}"]) == 0
@@ -167,18 +174,23 @@ def test_vllm_serves_a_model_and_an_adapter(tmp_path: Path):
     assert main(["--stage=generate", f"--model={model}", f"--data={data}", f"--output={answers}", small[-1]]) == 0
     samples, ours = read(data), [row["text"] for row in read(answers)]
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    both = [base, "--enable-lora", f"--lora-modules=tools={adapter}", "--max-lora-rank=16"]
-    for name, arguments in ((str(model), [str(model)]), ("tools", both)):
-        with served(program, tmp_path / "vllm.log", *arguments) as ask:
-            whole = [{"model": name, "messages": sample["messages"], "tools": sample["tools"]} for sample in samples]
+    for name, folder in ((str(model), model), ("tools", adapter)):
+        (line,) = [x.strip() for x in (folder / "SERVING.md").read_text().splitlines() if "vllm serve" in x]
+        line = line.replace("MODEL", str(model)).replace("BASE", base).replace("ADAPTER", str(adapter))
+        with served(program, tmp_path / "vllm.log", line) as ask:
+            whole = [
+                {"model": name, "messages": sample["messages"], "tools": sample["tools"], "max_tokens": 96}
+                for sample in samples
+            ]
             assert [ask(**body, tool_choice="none")["content"] for body in whole] == ours
-            # Its reader finds the calls that ours does, in answers that are Python: no keyword twice, no bare word.
+            # Its reader finds the calls that ours does; of brackets, in answers that are Python: no keyword twice.
             alike = 0
             for body, text in zip(whole, ours, strict=True):
                 calls = [call["function"] for call in ask(**body).get("tool_calls") or []]
                 with contextlib.suppress(SyntaxError):
-                    compile(text, "answer", "eval")
-                    assert [(f["name"], json.loads(f["arguments"])) for f in calls] == (read_calls(text) or []), text
+                    if form is BRACKETS:
+                        compile(text, "answer", "eval")
+                    assert [(f["name"], json.loads(f["arguments"])) for f in calls] == (form.read(text) or []), text
                     alike += len(calls) > 0
             assert alike > len(ours) // 3
 

@@ -12,9 +12,10 @@ import types
 import pytest
 
 from itool_jax.data.formats import NO_CALL, from_seal_tools, seal_tools_catalogue, seal_tools_entry
-from itool_jax.data.sources import load, read_samples
+from itool_jax.data.sources import load, read_samples, with_fewer_tools
 from itool_jax.system.files import write_jsonl
 from itool_jax.text.calls import read_calls
+from itool_jax.text.sample import Sample
 from tests.conftest import shared_path
 from tests.tiny import CALL, TOOL, USER
 
@@ -409,6 +410,24 @@ def test_seal_tools_hides_the_gold_tool_among_the_distractors():
     rows = [{"id": f"r{i}", "query": "q", "calling": [{"api": "f0", "parameters": {}}]} for i in range(40)]
     names = [[tool["function"]["name"] for tool in from_seal_tools(row, catalogue)[0].tools] for row in rows]
     assert {offered.index("f0") for offered in names} == {0, 1, 2, 3}
+
+
+def test_fewer_tools_keep_those_that_the_conversation_calls():
+    tools = tuple({"type": "function", "function": {"name": f"f{i}", "parameters": {}}} for i in range(8))
+    call = {"type": "function", "function": {"name": "f5", "arguments": "{}"}}
+    turns = (USER, {"role": "assistant", "content": "[f6()]"}, {"role": "assistant", "tool_calls": [call]})
+    offered = []
+    for number in range(40):
+        sample = Sample(id=f"s{number}", messages=turns, tools=tools, target="[f1(a=1), f1(a=2)]")
+        cut = with_fewer_tools(sample, 4)
+        assert cut == with_fewer_tools(sample, 4)
+        offered.append([tool["function"]["name"] for tool in cut.tools])
+        assert offered[-1] == sorted(offered[-1])
+        assert {"f1", "f5", "f6"} <= set(offered[-1])
+        assert len(offered[-1]) == 4
+        assert len(with_fewer_tools(sample, 2).tools) == 3
+        assert with_fewer_tools(sample, 8) is sample
+    assert len({name for names in offered for name in names}) == 8
 
 
 @pytest.mark.parametrize("key", ["api_name", "api_description", "field", "parameters", "required"])

@@ -95,6 +95,7 @@ TABLE: dict[str, Any] = {
 UNSAID: dict[str, Any] = {
     "tool_format": "brackets",
     "tool_style": "schema",
+    "samples.max_tools": 0,
     "warmup.batch_size": 16,
     "warmup.clip_norm": 1.0,
     "warmup.pack": 0,
@@ -112,7 +113,7 @@ NOT_OF_THE_PAPER = {
     *("model", "data", "dtype", "seed", "skip_bad_rows", "quantize", "deterministic"),
     *("generated.train", "generated.validation", "generated.test", "generated.writers"),
     *("warmup.max_epochs", "replay.samples", "replay.temperature"),  # of warmup.epochs=auto and replay.select=mixed
-    *("search.batch", "generate.max_tokens"),
+    "generate.max_tokens",
 }
 """Settings of a run that its preset need not fix: what is trained on what, and what only measures or saves memory."""
 

@@ -63,17 +63,22 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
 _CALLS = TEMPLATE[TEMPLATE.index("[\n") : TEMPLATE.index("{%- endif -%}\n<|end|>")]
-TAGGED_TEMPLATE = TEMPLATE.replace(
-    _CALLS,
-    """\
+
+
+def tagged(template: str) -> str:
+    """Changes this template, or the embedded model's, to write calls as Qwen's templates do."""
+    assert _CALLS in template
+    calls = """\
 {%- for call in message.tool_calls -%}
 {{ '\\n' if message.content or not loop.first }}<tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
 </tool_call>
 {%- endfor -%}
-""",
-)
-"""Writes calls as Qwen's templates do."""
+"""
+    return template.replace(_CALLS, calls)
+
+
+TAGGED_TEMPLATE = tagged(TEMPLATE)
 
 # One of each for the rows of data files: a tool, a question, a call.
 TOOL = {

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import pathlib
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from itool_jax.data.rows import SUFFIXES, read_rows, refuse
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.system.files import place
 from itool_jax.system.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
-from itool_jax.text.calls import calls_from_openai, write_calls
+from itool_jax.text.calls import calls_from_openai, read_calls, write_calls
 from itool_jax.text.sample import RawSample, Row, Sample, content_id
 
 HUB = "hf:"
@@ -55,6 +56,10 @@ class SamplesSettings:
     limit: int = 0
     """Most training samples to use, the first by the same hash; 0 = all."""
 
+    max_tools: int = 0
+    """Most tools to offer with a sample of any part: those that its conversation calls, and others of its own drawn by
+    its id; 0 = all. Fewer tools make prompts shorter and the task easier."""
+
     def __post_init__(self) -> None:
         for name in ("test_share", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
@@ -63,8 +68,9 @@ class SamplesSettings:
             raise ValueError("samples.test_file must not be empty; omit it to use none")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"samples.fraction must be in (0, 1], got {self.fraction}")
-        if self.limit < 0:
-            raise ValueError(f"samples.limit must not be negative, got {self.limit}")
+        for name in ("limit", "max_tools"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"samples.{name} must not be negative, got {getattr(self, name)}")
 
 
 def load(source: Path, skipped: list[str] | None = None, targets: Targets = SamplesSettings.targets) -> list[Sample]:
@@ -106,6 +112,30 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
     if any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError('a sample needs "messages"; raw prompts are supported in files only')
     return _distinct(samples)
+
+
+def with_fewer_tools(sample: Sample, most: int) -> Sample:
+    """Returns a sample with at most `most` of its tools, in their order; all that its conversation calls stay.
+
+    The others are drawn with the sample's id as seed.
+    """
+    if len(sample.tools) <= most:
+        return sample
+    called = _called(sample)
+    others = [i for i, tool in enumerate(sample.tools) if tool["function"]["name"] not in called]
+    n_called = len(sample.tools) - len(others)
+    drawn = random.Random(sample.id).sample(others, min(len(others), max(0, most - n_called)))
+    tools = [tool for i, tool in enumerate(sample.tools) if i in drawn or i not in others]
+    return dataclasses.replace(sample, tools=tuple(tools))
+
+
+def _called(sample: Sample) -> set[str]:
+    """Returns the names of the functions that a sample's target or another of its assistant turns calls."""
+    turns = [message for message in (*sample.messages, *sample.following) if message["role"] == "assistant"]
+    entries = [entry for turn in turns for entry in turn.get("tool_calls") or []]
+    texts = [text for text in (sample.target, *(turn.get("content") for turn in turns)) if isinstance(text, str)]
+    named = {entry.get("function", entry).get("name") for entry in entries}
+    return named | {call.name for text in texts for call in read_calls(text) or []}
 
 
 def load_questions(source: Path) -> list[Sample]:

@@ -232,6 +232,7 @@ def divide(config: Config, skipped: list[str] | None) -> tuple[dict[str, Part], 
 def _read_whole(config: Config, source: str, skipped: list[str] | None) -> tuple[Part, int]:
     """Reads all samples of a data file as one part; also returns how many were too long."""
     samples = _without_repeats(sources.load(source, skipped, config.samples.targets))
+    samples = _with_fewer_tools(samples, config)
     encoded, too_long = _encode_fitting(config, samples, skipped)
     return Part([s for s in samples if s.id in encoded], list(encoded.values())), too_long
 
@@ -240,7 +241,7 @@ def _divide_data(config: Config, skipped: list[str] | None) -> tuple[dict[str, P
     """Computes the splits of `--data`; the test part is empty if `samples.test_file` provides it."""
     s = config.samples
     given = sources.load(config.data, skipped, s.targets)
-    once = _without_repeats(given)
+    once = _with_fewer_tools(_without_repeats(given), config)
     encoded, too_long = _encode_fitting(config, once, skipped)
     # The splits do not depend on the seed, so that runs with different seeds can be compared.
     test_share = s.test_share if s.test_file is None else 0
@@ -249,6 +250,16 @@ def _divide_data(config: Config, skipped: list[str] | None) -> tuple[dict[str, P
     chosen = {"train": train, "validation": validation, "test": held_out}
     parts = {name: Part(samples, [encoded[s.id] for s in samples]) for name, samples in chosen.items()}
     return parts, {"repeats_left_out": len(given) - len(once), "too_long": too_long}
+
+
+def _with_fewer_tools(samples: list[Sample], config: Config) -> list[Sample]:
+    """Returns samples with no more tools than `samples.max_tools`, and logs how many had more."""
+    if not (most := config.samples.max_tools):
+        return samples
+    fewer = [sources.with_fewer_tools(sample, most) for sample in samples]
+    n_cut = sum(len(a.tools) < len(b.tools) for a, b in zip(fewer, samples, strict=True))
+    log(f"samples.max_tools={most}: {n_cut} of {len(samples)} samples are offered fewer tools than their data lists")
+    return fewer
 
 
 def _some(part: Part, chosen: list[Sample]) -> Part:
