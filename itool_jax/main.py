@@ -113,6 +113,7 @@ def _join_processes(config: Config) -> None:
     if config.deterministic:
         environment.make_deterministic()
     hosts.join(config.distributed, messages.current_stage)
+    environment.require_devices()
     if config.resumes:
         preemption.listen(_acknowledge_stop)
     messages.console_out.quiet = not hosts.is_first()

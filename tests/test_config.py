@@ -18,7 +18,18 @@ from tests.conftest import REPOSITORY
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 BINDING = {
-    "": ("model", "data", "skip_bad_rows", "tool_format", "tool_style", "seed", "dtype", "quantize", "deterministic"),
+    "": (
+        "model",
+        "data",
+        "skip_bad_rows",
+        "strict",
+        "tool_format",
+        "tool_style",
+        "seed",
+        "dtype",
+        "quantize",
+        "deterministic",
+    ),
     "lora.": ("rank", "alpha", "dropout", "targets"),
     "generated.": ("train", "validation", "test", "writers"),
     "samples.": ("targets", "test_share", "validation_share", "test_file", "fraction", "limit", "max_tools"),

@@ -110,7 +110,7 @@ UNSAID: dict[str, Any] = {
 """Settings that the method leaves open; the preset holds on to what they were."""
 
 NOT_OF_THE_PAPER = {
-    *("model", "data", "dtype", "seed", "skip_bad_rows", "quantize", "deterministic"),
+    *("model", "data", "dtype", "seed", "skip_bad_rows", "strict", "quantize", "deterministic"),
     *("generated.train", "generated.validation", "generated.test", "generated.writers"),
     *("warmup.max_epochs", "replay.samples", "replay.temperature"),  # of warmup.epochs=auto and replay.select=mixed
     "generate.max_tokens",

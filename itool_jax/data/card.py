@@ -3,17 +3,21 @@
 In: samples by part, and the same as token ids. Out: counts, as a dictionary and as lines to print.
 """
 
+import math
 import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from itool_jax.text.call_checks import faults
 from itool_jax.text.calls import read_calls
 from itool_jax.text.chat import Encoded
 from itool_jax.text.sample import Sample
 
 FIRST = 5
 """Number of shared question ids that are printed; the card lists all."""
+FEW = 100
+"""Samples of a held-out part below which its figures are said to be uncertain."""
 NEAR = 0.7
 """Two questions are near duplicates if they share at least this fraction of their runs of three words (Jaccard)."""
 
@@ -24,7 +28,13 @@ def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequen
     return {
         "parts": {name: _counts(part, encoded[name]) for name, part in parts.items()},
         "overlap_with_train": overlap(parts["train"], held_out),
+        "target_faults": {s.id: fault for part in parts.values() for s in part if (fault := target_fault(s))},
     }
+
+
+def target_fault(sample: Sample) -> str | None:
+    """Returns how the calls of a sample's target contradict its tools; None if they do not."""
+    return next((fault for call in read_calls(sample.target) or () for fault in faults(call, sample.tools)), None)
 
 
 def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
@@ -95,7 +105,24 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         line = f"  {name}: {c['samples']} samples of {c['conversations']} conversations, {c['turns']} turns, "
         line += f"{c['calls']} calls, {c['texts']} texts, {c['prompt_tokens'] + c['target_tokens']} tokens"
         texts.append(f"{line} (longest sample {c['longest']}, median {c['median']})")
-    return texts + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
+    for name, c in card["parts"].items():
+        if name != "train" and 0 < c["samples"] < FEW:
+            spread = 50 / math.sqrt(c["samples"])
+            texts.append(
+                f"  only {c['samples']} {name} samples: an accuracy of half of them has a standard error of "
+                f"{spread:.0f} points; give more data, raise samples.{name}_share"
+                + (" or set samples.test_file" * (name == "test"))
+            )
+    return texts + fault_lines(card["target_faults"]) + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
+
+
+def fault_lines(target_faults: Mapping[str, str]) -> list[str]:
+    """Returns a line on targets that contradict their tools, by sample; none if there are none."""
+    if not target_faults:
+        return []
+    named = "; ".join(f"{sample}: {fault}" for sample, fault in list(target_faults.items())[:FIRST])
+    more = "; …" if len(target_faults) > FIRST else ""
+    return [f"  {len(target_faults)} targets contradict the tools they call ({named}{more}); --strict refuses them"]
 
 
 def left_out_lines(counts: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from itool_jax.data.schemas import flat_schema, tool_schema, tool_schemas, tools_inside
 from itool_jax.text.calls import Call, calls_from_openai, write_calls
 from itool_jax.text.sample import Row, Sample, content_id
+from itool_jax.text.tool_formats import MISTRAL, TAGGED
 
 Targets = Literal["all", "after_user"]
 """Assistant turns of a conversation that become samples: all, or those that follow a user turn."""
@@ -51,7 +52,8 @@ def samples_from_conversation(
 ) -> list[Sample]:
     """Makes one sample per assistant turn, or per assistant turn after a user turn; other turns are history only.
 
-    Turns without content and turns before the first user turn, which answer nothing, are history too. Samples that
+    Turns without content, turns that a weight of 0 excludes, and turns before the first user turn, which answer
+    nothing, are history too. Samples that
     follow a user turn have the ids "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other turns are counted from
     the last of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
     """
@@ -65,7 +67,7 @@ def samples_from_conversation(
             continue
         after_user = messages[i - 1]["role"] == "user"
         answers, turn = (answers + 1, 1) if after_user else (answers, turn + 1)
-        if not after_user and targets == "after_user":
+        if (not after_user and targets == "after_user") or not _has_weight(messages[i]):
             continue
         number = f"{answers}" if after_user else f"{answers}.{turn}"
         name = conversation_id if number == "1" else f"{conversation_id}/{number}"
@@ -75,6 +77,41 @@ def samples_from_conversation(
             sample = dataclasses.replace(sample, following=_until_user(messages, i + 1))
         samples.append(sample)
     return [dataclasses.replace(s, conversation=conversation_id) for s in samples] if len(samples) > 1 else samples
+
+
+def _has_weight(turn: Row) -> bool:
+    """Returns whether an assistant turn is to be learned: OpenAI's `weight`, and `train` and `trainable` of others.
+
+    Raises:
+        ValueError: a weight between 0 and 1, or of another type.
+    """
+    for key in ("weight", "train", "trainable"):
+        if (weight := turn.get(key)) is None:
+            continue
+        if weight not in (0, 1):
+            raise ValueError(f'"{key}" of an assistant turn must be 0 or 1, got {str(weight)[:40]}')
+        if not weight:
+            return False
+    return True
+
+
+def assistant_turn(text: str) -> Row:
+    """Returns an assistant message of a text, which may be calls as models with markers write them.
+
+    A thought before the answer, `<think>...</think>`, is dropped: models here answer without thinking.
+    """
+    thought, mark, rest = text.partition("</think>")
+    if mark and thought.lstrip().startswith("<think>"):
+        text = rest.lstrip()
+    for form in (TAGGED, MISTRAL):
+        before, mark, _ = text.partition(form.name)
+        if mark and (form.keeps_text or not before.strip()) and (calls := form.read(text)) is not None:
+            try:
+                message: Row = {"role": "assistant", "content": write_calls(calls)}
+            except ValueError:  # a name that a list cannot hold
+                break
+            return message | ({"before_calls": before.strip()} if before.strip() else {})
+    return {"role": "assistant", "content": text}
 
 
 def _until_user(messages: Sequence[Row], start: int) -> tuple[Row, ...]:
@@ -273,8 +310,17 @@ def _turns(row: Row) -> list[Row]:
         if speaker == "function_call":
             called = read_json("function_call", value)
             value = _bracketed(called if isinstance(called, list) else [called])
-        messages.append({"role": _ROLES[speaker], "content": value})
+        kept = {key: turn[key] for key in ("weight", "train", "trainable") if turn.get(key) is not None}
+        role = _ROLES[speaker]
+        shown = assistant_turn(value) if role == "assistant" else {"role": role, "content": _untagged(value)}
+        messages.append(shown | kept)
     return messages
+
+
+def _untagged(text: str) -> str:
+    """Returns a tool's result without the `<tool_response>` around it, which chat templates write themselves."""
+    inner = text.strip().removeprefix("<tool_response>").removesuffix("</tool_response>")
+    return inner.strip("\n") if len(inner) == len(text.strip()) - 31 else text
 
 
 def _glaive_message(speaker: str, text: str) -> Row:

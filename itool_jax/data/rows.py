@@ -37,6 +37,8 @@ def read_rows(path: str | os.PathLike[str], skipped: list[str] | None = None) ->
     if row_format(path) == ".parquet":
         yield from _parquet_rows(path)
         return
+    if path.suffix.lower() in (".csv", ".tsv", ".xlsx"):
+        raise ValueError(f"{path} is a table of texts; write its rows as JSON lines, see docs/your-data.md")
     data = _read_bytes(path)
     is_array = row_format(path) == ".json" and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     for number, row in enumerate(_decode(data, str(path)), 1) if is_array else _lines(path, data, skipped):
@@ -51,6 +53,20 @@ def refuse(reason: str, skipped: list[str] | None, cause: Exception | None = Non
     if skipped is None:
         raise ValueError(reason) from cause
     skipped.append(" ".join(reason.split()))  # a reason may quote a text of several lines
+
+
+def without_none(row: Row) -> Row:
+    """Returns a table's row without the None that tables fill in where an object lacks a key that others have.
+
+    The row's own keys stay: they tell the forms of data apart.
+    """
+    return {key: _dense(value) for key, value in row.items()}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    return [_dense(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_bytes(path: pathlib.Path) -> bytes:
@@ -118,7 +134,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
                     number += 1
                     if too_deep(row):
                         raise ValueError(f"row {number} is {TOO_DEEP}")
-                    yield number, row
+                    yield number, without_none(row)
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         if str(error).startswith(str(path)):
             raise

@@ -63,21 +63,31 @@ def json_schema(schema: Row) -> Row:
         elif key == "properties" and isinstance(value, dict):
             # Tables hold None for properties that a tool lacks.
             kept = {name: item for name, item in value.items() if item is not None}
-            out[key] = {name: json_schema(item) if isinstance(item, dict) else item for name, item in kept.items()}
+            out[key] = {name: _property(item) for name, item in kept.items()}
+            flagged = [name for name, item in kept.items() if isinstance(item, dict) and item.get("required") is True]
+            if flagged and not isinstance(schema.get("required"), list):
+                out["required"] = flagged
         elif key == "items" and isinstance(value, dict):
             out[key] = json_schema(value)
-        elif key in ("required", "enum") and value is None:
+        elif (key in ("required", "enum", "items") and value is None) or (key == "required" and "required" in out):
             continue
         else:
             out[key] = value
     return out
 
 
+def _property(schema: Any) -> Any:
+    """Returns the schema of a property; a flag "required" of its own belongs to the object that has the property."""
+    if not isinstance(schema, dict):
+        return schema
+    return json_schema({k: v for k, v in schema.items() if k != "required" or not isinstance(v, bool)})
+
+
 def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
     """Returns the JSON schema of parameters written as {name: {"type", "description", "default"}}.
 
-    Without `required`, a parameter is required unless its type says "optional" or it has a default. Raises ValueError
-    if the parameters or one of them is not an object.
+    Without `required`, a parameter is required if its own "required" is true; where it has none, unless its type says
+    "optional" or it has a default. Raises ValueError if the parameters or one of them is not an object.
     """
     if not isinstance(parameters, dict):
         raise ValueError("the parameters of a tool are not an object")
@@ -86,12 +96,13 @@ def flat_schema(parameters: Any, required: list[str] | None = None) -> Row:
     for name, parameter in parameters.items():
         if not isinstance(parameter, dict):
             raise ValueError(f'the description of parameter "{name}" is not an object')
-        written = str(parameter.get("type", "string"))
-        schema = json_schema({"type": written} | {k: v for k, v in parameter.items() if k not in ("type", "default")})
+        written, flag = str(parameter.get("type", "string")), parameter.get("required")
+        own = ("type", "default", "required") if isinstance(flag, bool) else ("type", "default")
+        schema = json_schema({"type": written} | {k: v for k, v in parameter.items() if k not in own})
         # In these data sets, an empty default means no default.
-        if parameter.get("default") not in ("", None):
+        if has_default := parameter.get("default") not in ("", None):
             schema["default"] = _typed(parameter["default"], schema.get("type"))
-        elif "optional" not in written.lower():
+        if flag if isinstance(flag, bool) else not has_default and "optional" not in written.lower():
             needed.append(name)
         properties[name] = schema
     return {"type": "object", "properties": properties, "required": needed if required is None else required}

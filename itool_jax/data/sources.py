@@ -8,6 +8,7 @@ Out: lists of samples with distinct ids. Errors are one line that names the file
 
 import dataclasses
 import functools
+import glob
 import itertools
 import os
 import pathlib
@@ -17,15 +18,17 @@ from typing import Any
 
 from itool_jax.data import benchmarks, formats
 from itool_jax.data.formats import Targets, samples_from_conversation
-from itool_jax.data.rows import SUFFIXES, read_rows, refuse
+from itool_jax.data.rows import SUFFIXES, read_rows, refuse, without_none
 from itool_jax.data.schemas import tool_schemas
 from itool_jax.system.files import place
+from itool_jax.system.messages import log
 from itool_jax.system.untrusted import MAX_DEPTH, TOO_DEEP, too_deep
 from itool_jax.text.calls import calls_from_openai, read_calls, write_calls
 from itool_jax.text.sample import RawSample, Row, Sample, content_id
 
 HUB = "hf:"
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+CALL_KEYS = ("tool_calls", "function_call")
 Path = str | os.PathLike[str]
 Numbered = list[tuple[int, Row]]
 
@@ -138,6 +141,23 @@ def _called(sample: Sample) -> set[str]:
     return named | {call.name for text in texts for call in read_calls(text) or []}
 
 
+def named(source: str) -> list[pathlib.Path]:
+    """Returns the files and folders that a setting names: one, several with commas in between, or a pattern (`*`).
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    if os.path.exists(source):
+        return [pathlib.Path(source)]
+    paths: list[pathlib.Path] = []
+    for part in source.split(","):
+        found = sorted(glob.glob(os.path.expanduser(part))) if glob.has_magic(part) else [part]
+        if not found:
+            raise ValueError(f"{part} matches no file")
+        paths += map(pathlib.Path, found)
+    return paths
+
+
 def load_questions(source: Path) -> list[Sample]:
     """Loads the samples of evaluation data: the forms of `load`, and the tests of BFCL (without targets) and API-Bank.
 
@@ -149,7 +169,7 @@ def load_questions(source: Path) -> list[Sample]:
     name = os.fspath(source)
     if name.startswith(HUB):
         return load(name, targets="after_user")
-    return _distinct(sample for file in _files(pathlib.Path(name)) for sample in _questions(file))
+    return _distinct(sample for path in named(name) for file in _files(path) for sample in _questions(file))
 
 
 def _questions(file: pathlib.Path) -> list[Sample]:
@@ -174,7 +194,7 @@ def _load(
     if name.startswith(HUB):
         files = [(name, _hub_rows(name), lambda number: f"{name} row {number}")]
     else:
-        paths = _files(pathlib.Path(name))
+        paths = [file for path in named(name) for file in _files(path)]
         files = ((str(file), list(read_rows(file, skipped)), functools.partial(place, file)) for file in paths)
     return _distinct(
         sample
@@ -208,14 +228,26 @@ def _samples(
             refuse(str(error), skipped, error)
     if not samples:
         raise ValueError(f"{name} contains no samples")
+    if thoughts := sum(_holds(row, "</think>") for _, row in rows):
+        log(f"{name}: thoughts before answers, <think>...</think>, are left out ({thoughts} rows)")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError(f"{name} contains raw prompts, which only the stages score and generate accept")
     return samples
 
 
+def _holds(value: Any, text: str) -> bool:
+    """Returns whether a text stands in a JSON value, at any depth."""
+    if isinstance(value, str):
+        return text in value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(_holds(item, text) for item in items)
+
+
 def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -> Callable[[Row], list[Sample]] | None:
     """Returns the function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
+    if {"chosen", "rejected"} <= keys:
+        raise ValueError(f"{where}: a preference pair, not a sample; {_WANTED}")
     if keys & {"messages", "prompt_ids", "prompt"}:
         return None
     if {"query", "calling"} <= keys:
@@ -230,9 +262,16 @@ def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -
         return functools.partial(formats.from_toolace, targets=targets)
     if "conversations" in keys:
         return functools.partial(formats.from_toolbench, targets=targets)
-    if {"instruction", "input", "output"} <= keys:
-        return formats.from_toolrl if "**Available Tools**" in str(row["instruction"]) else benchmarks.from_api_bank
+    if {"instruction", "output"} <= keys:
+        if "**Available Tools**" in str(row["instruction"]):
+            return formats.from_toolrl
+        if "\nUser: " not in str(row.get("input")):
+            raise ValueError(f"{where}: looks like Alpaca's form, which has no tools; {_WANTED}")
+        return benchmarks.from_api_bank
     raise ValueError(f'{where}: sample has no "messages", and its keys match no known data set: {", ".join(row)}')
+
+
+_WANTED = "a sample has messages, tools and target, see docs/your-data.md"
 
 
 def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Callable[[int], str]) -> None:
@@ -250,10 +289,11 @@ def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[A
     shown = [_message(message, number) for number, message in enumerate(messages, 1)]
     following: tuple[Row, ...] = ()
     before = str(row.get("before_calls") or "")
-    name, category, tools = _id(row), str(row.get("category") or ""), tool_schemas(row.get("tools"))
+    name, category = _id(row), str(row.get("category") or "")
+    tools = tool_schemas(row.get("tools") or row.get("functions"))  # the latter is OpenAI's older name
     if row.get("target") is not None:
-        target, following = _target(row["target"]), _following(row)
-        before = _before_calls(row["target"]) if isinstance(row["target"], dict) else before
+        answer, following = _target(row["target"]), _following(row)
+        target, before = answer["content"], answer.get("before_calls", before)
     elif turns is not None:
         samples = samples_from_conversation(name, shown, tools, turns, category)
         if not samples:
@@ -321,41 +361,42 @@ def _message(message: Any, number: int) -> Row:
     if message["role"] != "assistant" and message.get("content") is None:
         raise ValueError(f'message {number} has no "content"')
     try:
-        content = _content(message)
+        read = _assistant(message) if message["role"] == "assistant" else {"content": _text(message)}
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from error
     # Tables hold None for missing keys.
-    kept = {key: value for key, value in message.items() if value is not None and key != "tool_calls"}
-    before = _before_calls(message)
-    return kept | {"content": content} | ({"before_calls": before} if before else {})
+    kept = {key: value for key, value in message.items() if value is not None and key not in CALL_KEYS}
+    return kept | {"role": "tool" if message["role"] == "function" else message["role"]} | read
 
 
-def _content(message: Row) -> str:
-    if message.get("tool_calls"):
-        return write_calls(calls_from_openai(formats.field(message, "tool_calls", list)))
-    return _text(message)
-
-
-def _before_calls(message: Row) -> str:
-    """Returns the text beside a message's `tool_calls`."""
-    return _text(message).strip() if message.get("tool_calls") else str(message.get("before_calls") or "")
+def _assistant(message: Row) -> Row:
+    """Returns the content of an assistant message, calls as a bracketed list, and the text beside them."""
+    before = str(message.get("before_calls") or "")
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
+    if calls is not None:
+        content = write_calls(calls_from_openai(formats.field({"tool_calls": calls}, "tool_calls", list)))
+        before = _text(message).strip()
+    else:
+        turn = formats.assistant_turn(_text(message))
+        content, before = turn["content"], turn.get("before_calls", before)
+    return {"content": content} | ({"before_calls": before} if before else {})
 
 
 def _text(message: Row) -> str:
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        return "".join(str(part["text"]) for part in content)
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
-        raise ValueError('"content" must be a string')
+        raise ValueError('"content" must be a string, or a list of parts that are text: no pictures or sounds')
     return content or ""
 
 
-def _target(target: Any) -> str:
-    if isinstance(target, dict):
-        return _content(target)
-    if not isinstance(target, str):
+def _target(target: Any) -> Row:
+    if not isinstance(target, str | dict):
         raise ValueError('"target" must be a string or an assistant message')
-    return target
+    return _assistant(target if isinstance(target, dict) else {"content": target})
 
 
 def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
@@ -418,4 +459,4 @@ def _hub_rows(name: str) -> Numbered:
         raise ValueError(
             f"{name} could not be downloaded ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
-    return [(number, dict(row)) for number, row in enumerate(table, 1)]
+    return [(number, without_none(dict(row))) for number, row in enumerate(table, 1)]

@@ -126,7 +126,7 @@ def devices(config: Config, there: Mapping[str, str]) -> Iterator[Finding]:
     logging.getLogger("jax").setLevel(logging.CRITICAL)  # failures are reported below, in one line
     try:
         seen = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         reason = one_line(error)[:200]
         yield Finding("error", "devices", f"JAX cannot start: {reason}", "unset JAX_PLATFORMS, or fix the driver")
         return

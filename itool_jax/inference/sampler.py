@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix, as_prefix, empty_suffix
 from itool_jax.model.log_probs import masked_log_prob_sum, token_log_probs, token_log_probs_from_logits
-from itool_jax.model.sharding import row_devices, to_host
+from itool_jax.model.sharding import copies_of, row_devices, to_host
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
 from itool_jax.text.steps import StepState, StepTable, advance, advance_path
@@ -213,6 +213,24 @@ def sample_step(
         top_p: nucleus sampling: share of the probability to sample from, likeliest tokens first.
         turn_start_P: number of tokens in each response so far that belong to earlier turns, whose steps do not count.
     """
+    by_row = (
+        prefix,
+        path_PS,
+        path_length_P,
+        keys_B,
+        limit_B,
+        until_stop_B,
+        jnp.broadcast_to(turn_start_P, len(path_PS)),
+    )
+    whole = (params, table, temperature, jnp.asarray(top_p))
+    sample = functools.partial(_sample_step, graph, max_tokens)
+    return sample(by_row, whole) if (spread := copies_of(len(path_PS))) is None else spread(sample)(by_row, whole)
+
+
+def _sample_step(graph: nnx.GraphDef, max_tokens: int, by_row: tuple[Any, ...], whole: tuple[Any, ...]) -> Steps:
+    """Samples a step for the rows of one copy of the model, whose loop waits for no other copy's rows."""
+    prefix, path_PS, path_length_P, keys_B, limit_B, until_stop_B, turn_start_P = by_row
+    params, table, temperature, top_p = whole
     model = nnx.merge(graph, params)
     (P, S), B = path_PS.shape, len(limit_B)
     to_rows = functools.partial(jnp.repeat, repeats=B // P, axis=0)

@@ -30,7 +30,10 @@ UNDERSTOOD = frozenset(
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_window_layers max_length "
     "task_specific_params id2label label2id problem_type return_dict chunk_size_feed_forward is_encoder_decoder "
     "_name_or_path _attn_implementation_autoset name_or_path unsloth_fixed unsloth_version auto_map top_p top_k "
-    "temperature do_sample repetition_penalty num_beams output_attentions output_hidden_states".split()
+    "temperature do_sample repetition_penalty num_beams output_attentions output_hidden_states max_new_tokens "
+    "min_length length_penalty no_repeat_ngram_size early_stopping typical_p torchscript use_bfloat16 "
+    "tie_encoder_decoder finetuning_task prefix tokenizer_class _attn_implementation attn_implementation _commit_hash "
+    "model_name unk_token_id mask_token_id cls_token_id seq_length".split()
 )
 """Known keys of config.json; any other non-empty key is an error, because it may change the computation."""
 
@@ -52,7 +55,12 @@ ARCHITECTURES = {
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 28
 """Sanity limits on config.json, whose numbers determine shapes before any weight is read."""
 
-FILES = ("*.json", "model*.safetensors", "*.jinja", "vocab.txt", "merges.txt", "tokenizer.model")
+TEMPLATES = "additional_chat_templates"
+"""Folder of a model's further templates, such as one for conversations with tools."""
+FILES = (
+    *("*.json", "model*.safetensors", "*.jinja", f"{TEMPLATES}/*.jinja"),
+    *("vocab.txt", "merges.txt", "tokenizer.model"),
+)
 """Files to read from a model's folder."""
 HUB_FILES = [*FILES, "LICENSE*", "USE_POLICY*"]
 SMOLLM2 = "smollm2"
@@ -381,6 +389,22 @@ def _check(folder: Path, config: ModelConfig, shapes: Params, tensors: dict[str,
             raise ValueError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}"
             )
+    if config.tie_embeddings and "lm_head.weight" in tensors and not _same(tensors, *_TIED):
+        raise ValueError(
+            f"{folder}: config.json ties the head to the embeddings, but {_TIED[0]} differs from {_TIED[1]}; "
+            "set tie_word_embeddings to false there to use it, or remove the tensor"
+        )
+
+
+_TIED = ("lm_head.weight", _TOP_NAMES["embedding"])
+
+
+def _same(tensors: dict[str, Tensor], a: str, b: str, rows: int = 8192) -> bool:
+    """Returns whether two matrices hold the same values; reads some rows at a time."""
+    if tensors[a].shape != tensors[b].shape:
+        return False
+    parts = [(slice(i, i + rows), slice(None)) for i in range(0, tensors[a].shape[0], rows)]
+    return all(np.array_equal(*(_read_part(tensors[x].file, x, part) for x in (a, b))) for part in parts)
 
 
 def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:

@@ -8,8 +8,9 @@ there. XLA inserts the communication (GSPMD, arXiv 2105.04663), so every mesh gi
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,6 +159,7 @@ def fit(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 
 def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    names = tuple(name for name in names if name not in mesh.manual_axes)  # inside `copies_of`, an array has its share
     while names and size % math.prod(mesh.shape[name] for name in names):
         names = names[1:]
     return None if not names else names[0] if len(names) == 1 else names
@@ -197,6 +199,20 @@ def row_devices(running: bool = False) -> int:
     """Counts the devices over which the mesh in use spreads the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
+
+
+def copies_of(n_prompts: int) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """Returns what makes a compiled function of (arrays by row, whole arrays) run on each copy of the model by itself.
+
+    None if there is one copy, or if the copies cannot share `n_prompts` evenly; the compiler then spreads the function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or (copies := mesh.shape["data"]) == 1 or n_prompts % copies:
+        return None
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    return functools.partial(
+        jax.shard_map, in_specs=(rows, whole), out_specs=rows, axis_names={"data"}, check_vma=False
+    )
 
 
 def constrain_axes(x: Array, *axes: str | tuple[str, ...]) -> Array:

@@ -76,6 +76,9 @@ def read_tools(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         raise ValueError(f"tools {path} must be a JSON file with one tool or a list of tools, not one row per line")
     try:
         content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"tools {path} is not JSON ({error}); it must hold one tool or a list, see --help") from error
+    try:
         given = content if isinstance(content, list) else [content]
         schemas = tool_schemas(given)
     except ValueError as error:

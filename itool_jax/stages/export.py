@@ -156,9 +156,13 @@ def _copy_tokenizer(config: Config, target: Path) -> None:
     if is_gguf(model_folder(config)):
         gguf.save_tokenizer(model_folder(config), target)
         return
+    folder = model_folder(config)
     for name in hf.COPIED:
-        if (file := inside(model_folder(config), name)).is_file():
+        if (file := inside(folder, name)).is_file():
             shutil.copy(file, target / name)
+    for path in sorted((folder / hf.TEMPLATES).glob("*.jinja")):
+        (target / hf.TEMPLATES).mkdir(exist_ok=True)
+        shutil.copy(inside(folder, f"{hf.TEMPLATES}/{path.name}"), target / hf.TEMPLATES)
 
 
 def _write_generation_config(config: Config, target: Path) -> None:

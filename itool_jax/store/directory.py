@@ -51,7 +51,11 @@ def lock(config: Runtime) -> Iterator[None]:
         yield
         return
     path = config.run_dir / LOCK if output is None else output.with_name(f".{output.name}{LOCK}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        name = "run_dir" if output is None else "output"
+        raise ValueError(f"folder {path.parent} cannot be created ({error.strerror}); set --{name}") from error
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

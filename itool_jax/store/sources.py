@@ -7,6 +7,7 @@ from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.data.rows import SUFFIXES
+from itool_jax.data.sources import named
 from itool_jax.model import hf
 from itool_jax.store.base import model_folder
 from itool_jax.system.files import read_json
@@ -23,10 +24,13 @@ def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
         given = config.flat()[name]
         if given is None or (name == "data" and given == "generated"):
             continue
-        path = model_folder(config) if name == "model" else Path(given)
+        places = [model_folder(config)] if name == "model" else named(given)
         patterns = hf.FILES if name == "model" else [f"*{ending}" for ending in SUFFIXES]
-        paths = [path] if path.is_file() else sorted(p for pattern in patterns for p in path.glob(pattern))
-        hashes[name] = {path.name: _ends(path) for path in paths if path.is_file()}
+        files: list[Path] = []
+        for place in places:
+            files += [place] if place.is_file() else sorted(p for pattern in patterns for p in place.glob(pattern))
+        several = len(places) > 1  # their files may have the same names
+        hashes[name] = {str(path) if several else path.name: _ends(path) for path in files if path.is_file()}
     return hashes
 
 

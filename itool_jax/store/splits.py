@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from itool_jax.config import Config
 from itool_jax.data import generated, sources
-from itool_jax.data.card import describe, left_out_lines, lines
+from itool_jax.data.card import describe, left_out_lines, lines, target_fault
 from itool_jax.data.rows import refuse
 from itool_jax.store.base import load_base
 from itool_jax.store.encoding import check_lengths, encode
@@ -304,6 +304,8 @@ def _encode_fitting(config: Config, samples: list[Sample], skipped: list[str] | 
     too_long = 0
     for sample in samples:
         try:
+            if config.strict and (fault := target_fault(sample)):
+                raise ValueError(f"the target contradicts the tools: {fault}")
             row = encode_sample(base.chat, sample)
             too_long += len(row.prompt_ids) + len(row.target_ids) > base.config.max_length
             check_lengths([row], base.config.max_length)

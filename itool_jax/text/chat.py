@@ -5,9 +5,12 @@ that the model is asked to judge. Prompt and target are tokenised separately, so
 evaluation see the same ids, and the loss covers exactly the assistant's content and its end-of-turn token.
 """
 
+import datetime
 import functools
+import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,7 +47,9 @@ TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
 # Placeholders that mark a position in a rendered conversation; they are cut out again and never tokenised.
 _ANSWER_MARK, _CANDIDATE_MARK = "ANSWER-GOES-HERE", "CANDIDATE-GOES-HERE"
 # Templates that write today's date would otherwise give a different prompt every day.
-_DATE = "26 Jul 2024"
+DATE = datetime.datetime(2024, 7, 26)
+# Special tokens inside the text of a conversation are replaced by these marks before it is rendered.
+_MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000(\\d+)\ue001")
 
 Message = Mapping[str, Any]
 Scale = Literal["binary", "four_grades"]
@@ -81,7 +86,9 @@ def load_tokenizer(path: str) -> Any:
     try:
         if is_gguf(path):
             return gguf.load_tokenizer(Path(path))
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=folder)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=folder)
+        tokenizer.clean_up_tokenization_spaces = False  # it would drop spaces from decoded calls
+        return tokenizer
     except BaseException as error:  # the tokenizers library raises bare Exception for a broken file, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -109,7 +116,9 @@ class Chat:
         self.name = tokenizer.name_or_path or "the model"
         self.tool_style: ToolStyle = tool_style
         self.form, self.native = self._find_form(tool_format)
-        self.special_ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(special)
+        self._special = sorted(special.values(), key=len, reverse=True)
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
         self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
@@ -117,16 +126,24 @@ class Chat:
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
         """Encodes the conversation up to the start of the assistant's content.
 
-        The template writes its own start token.
+        The template writes its own start token. A special token that stands in the text of the conversation, such as
+        `</s>`, is encoded as that text.
+
+        Raises:
+            ValueError: there is no template, it refuses the conversation, or it leaves out a part of it.
         """
-        return self.encode(self.render(messages, tools, add_generation_prompt=True))
+        messages, tools = self._marked(messages), self._marked(tools)
+        text = self.render(messages, tools, add_generation_prompt=True)
+        self._check_shown(text, messages, tools)
+        return self._encode_marked(text)
 
     def target_ids(self, answer: str, before_calls: str = "") -> list[int]:
         """Encodes an answer, its calls written in the tool format, and its end of turn.
 
         `before_calls` is text in the same turn; formats that cannot hold it leave it out.
         """
-        return [*self.encode(self.written(answer, before_calls)), self.end_of_turn]
+        text = self.written(self._marked(answer), self._marked(before_calls))
+        return [*self._encode_marked(text), self.end_of_turn]
 
     def written(self, answer: str, before_calls: str = "") -> str:
         """Writes an answer, `[f(a=1)]` or text, in the tool format."""
@@ -164,8 +181,11 @@ class Chat:
         # A template may accept tool results only after calls, so an answer with calls is marked by a call of that name.
         calls = read_calls(answer)
         marked = write_calls([*calls[:-1], Call(_ANSWER_MARK, {})]) if calls else _ANSWER_MARK
-        turns = [*messages, {"role": "assistant", "content": marked}, *results]
-        ids = self.encode(self.render(turns, tools, add_generation_prompt=True).rpartition(_ANSWER_MARK)[2])
+        results = self._marked(results)
+        turns = [*self._marked(messages), {"role": "assistant", "content": marked}, *results]
+        text = self.render(turns, self._marked(tools), add_generation_prompt=True).rpartition(_ANSWER_MARK)[2]
+        self._check_shown(text, results, ())
+        ids = self._encode_marked(text)
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), -1)
         return ids[end + 1 :]
 
@@ -176,6 +196,51 @@ class Chat:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         except (TypeError, UnicodeError) as error:  # JSON can contain half a character, "\ud800"
             raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
+
+    def _marked(self, content: Any) -> Any:
+        """Replaces special tokens in the texts of a JSON value, at any depth, by marks."""
+        if isinstance(content, str):
+            for number, token in enumerate(self._special):
+                if token in content:
+                    content = content.replace(token, _MARK.format(number))
+            return content
+        if isinstance(content, Mapping):
+            return {key: self._marked(value) for key, value in content.items()}
+        return [self._marked(item) for item in content] if isinstance(content, list | tuple) else content
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Encodes a text with marks; each stands for a special token's text."""
+        first, *others = _MARKED.split(text)
+        ids = self.encode(first)
+        for number, after in zip(others[::2], others[1::2], strict=True):
+            ids += self._continued(self._special[int(number)], split_special_tokens=True)
+            ids += self._continued(after) if after else []
+        return ids
+
+    def _continued(self, text: str, **how: Any) -> list[int]:
+        """Encodes a text that follows another one; some tokenizers put a space before the first."""
+        before = self.tokenizer.encode("x", add_special_tokens=False)
+        ids = self.tokenizer.encode(f"x{text}", add_special_tokens=False, verbose=False, **how)
+        alone = ids[: len(before)] != before
+        return self.tokenizer.encode(text, add_special_tokens=False, **how) if alone else ids[len(before) :]
+
+    def _check_shown(self, text: str, messages: Sequence[Message], tools: Sequence[Message]) -> None:
+        """Raises ValueError for the first message or tool that a rendered conversation does not contain."""
+        squeezed = functools.cache(lambda: _squeeze(text))
+        for number, message in enumerate(messages, 1):
+            content = message.get("content") or ""
+            calls = read_calls(content) if message["role"] == "assistant" else None
+            parts = [call.name for call in calls] if calls else [content.rpartition("</think>")[2].strip()]
+            for part in parts:
+                if part not in text and not any(_squeeze(form) in squeezed() for form in _spellings(part)):
+                    raise ValueError(
+                        f"chat template of {self.name} leaves out message {number} ({message['role']}: "
+                        f"{_MARKED.sub('', part)[:40]!r}); use a template that knows the role, or move the text"
+                    )
+        for tool in tools:
+            name = tool.get("function", tool).get("name", "")
+            if name not in text:
+                raise ValueError(f"chat template of {self.name} leaves out tool {name!r}; set --tool_format=brackets")
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Renders the conversation with the chat template, in the tool format, with thinking off and a fixed date.
@@ -197,7 +262,8 @@ class Chat:
     def _apply_template(
         self, messages: Sequence[Message], tools: Sequence[Message], add_generation_prompt: bool
     ) -> str:
-        settings: dict[str, Any] = {"enable_thinking": False, "date_string": _DATE}
+        settings: dict[str, Any] = {"enable_thinking": False, "date_string": f"{DATE:%d %b %Y}"}
+        settings["strftime_now"] = DATE.strftime
         settings = {key: value for key, value in settings.items() if key in str(self.tokenizer.chat_template)}
         try:
             with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # Jinja is sandboxed; only time and memory need limits
@@ -219,6 +285,8 @@ class Chat:
         for number, message in enumerate(messages):
             before = message.get("before_calls", "")
             message = {key: value for key, value in message.items() if key != "before_calls"}
+            if message["role"] == "developer" and "developer" not in str(self.tokenizer.chat_template):
+                message["role"] = "system"  # OpenAI's newer name for it
             calls = read_calls(message["content"] or "") if message["role"] == "assistant" else None
             if calls:
                 open_ids = [f"{number:05d}{i:04d}"[-9:] for i in range(len(calls))]  # nine characters, as Mistral wants
@@ -258,8 +326,14 @@ class Chat:
         """Renders a conversation that ends in calls; empty if the template refuses it."""
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": ""}
         ids = [f"{number:09d}" for number in range(len(calls))]
+        # Of several templates, transformers takes the one named tool_use where there are tools.
+        several = isinstance(self.tokenizer.chat_template, dict)
+        tools = [
+            {"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name, _ in calls
+        ]
         try:
-            return self._apply_template([question, answer | {"tool_calls": _tool_calls(calls, ids)}], (), False)
+            messages = [question, answer | {"tool_calls": _tool_calls(calls, ids)}]
+            return self._apply_template(messages, tools if several else (), False)
         except ValueError:
             return ""
 
@@ -358,6 +432,18 @@ def _tool_calls(calls: Sequence[Call], ids: Sequence[str]) -> list[dict[str, Any
     ]
 
 
+def _spellings(text: str) -> Iterable[str]:
+    """Yields a text as it is, and as JSON writes it."""
+    yield text
+    for ascii_only in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii_only)
+
+
+def _squeeze(text: str) -> str:
+    """Returns the letters and digits of a text: templates may change spaces, quotes and escapes."""
+    return re.sub(r"[\W_]+", "", text)
+
+
 def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
     """Adds a text to the system message."""
     if messages and messages[0]["role"] == "system":
@@ -367,11 +453,12 @@ def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
 
 
 def _generation_eos(model: Path) -> list[int | None]:
-    """Reads the end tokens that a model folder's generation_config.json, or a GGUF file, lists."""
+    """Reads the end tokens that a model folder's generation_config.json lists, else its config.json, or a GGUF file."""
     if is_gguf(model):
         return [*gguf.stop_ids(model)]
-    path = model / "generation_config.json"
-    if not path.is_file():
+    paths = [model / name for name in ("generation_config.json", "config.json")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return []
     try:
         listed = read_json(path).get("eos_token_id")

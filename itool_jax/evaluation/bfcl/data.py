@@ -184,8 +184,8 @@ def _find(folder: Path, part: str, category: str) -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"{folders[0]} contains no {names[0]}, plain or .gz; --data must be a folder with "
-        "questions/ and possible_answer/"
+        f"{folders[0]} contains no {names[0]}, plain or .gz; --evaluate.benchmark_data, or --data, "
+        "must be a folder with questions/ and possible_answer/"
     )
 
 
