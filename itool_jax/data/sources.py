@@ -27,7 +27,7 @@ from itool_jax.text.calls import calls_from_openai, read_calls, write_calls
 from itool_jax.text.sample import RawSample, Row, Sample, content_id
 
 HUB = "hf:"
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_KEYS = ("tool_calls", "function_call")
 Path = str | os.PathLike[str]
 Numbered = list[tuple[int, Row]]
@@ -355,6 +355,8 @@ def _id(row: Row) -> str:
 
 def _message(message: Any, number: int) -> Row:
     """Returns the message with text content; calls become a bracketed list, and text beside them `before_calls`."""
+    if isinstance(message, dict) and message.get("role") == "function":
+        message = message | {"role": "tool"}  # OpenAI's older name for it
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise ValueError(f"message {number} has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
@@ -366,7 +368,7 @@ def _message(message: Any, number: int) -> Row:
         raise ValueError(f"message {number}: {error}") from error
     # Tables hold None for missing keys.
     kept = {key: value for key, value in message.items() if value is not None and key not in CALL_KEYS}
-    return kept | {"role": "tool" if message["role"] == "function" else message["role"]} | read
+    return kept | read
 
 
 def _assistant(message: Row) -> Row:

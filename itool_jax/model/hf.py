@@ -403,7 +403,8 @@ def _same(tensors: dict[str, Tensor], a: str, b: str, rows: int = 8192) -> bool:
     """Returns whether two matrices hold the same values; reads some rows at a time."""
     if tensors[a].shape != tensors[b].shape:
         return False
-    parts = [(slice(i, i + rows), slice(None)) for i in range(0, tensors[a].shape[0], rows)]
+    n_rows = tensors[a].shape[0]
+    parts = [(slice(i, min(i + rows, n_rows)), slice(None)) for i in range(0, n_rows, rows)]
     return all(np.array_equal(*(_read_part(tensors[x].file, x, part) for x in (a, b))) for part in parts)
 
 

@@ -48,6 +48,13 @@ TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30
 _ANSWER_MARK, _CANDIDATE_MARK = "ANSWER-GOES-HERE", "CANDIDATE-GOES-HERE"
 # Templates that write today's date would otherwise give a different prompt every day.
 DATE = datetime.datetime(2024, 7, 26)
+# transformers passes no functions to templates, so a macro takes the place of the one that tells today's date.
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "dmYybBaAHMSjeIp"]
+_STRFTIME_NOW = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace('{directive}', '{DATE.strftime(directive)}')" for directive in _DIRECTIVES)
+    + " }}{%- endmacro %}"
+)
 # Special tokens inside the text of a conversation are replaced by these marks before it is rendered.
 _MARK, _MARKED = "\ue000{}\ue001", re.compile("\ue000(\\d+)\ue001")
 
@@ -262,14 +269,17 @@ class Chat:
     def _apply_template(
         self, messages: Sequence[Message], tools: Sequence[Message], add_generation_prompt: bool
     ) -> str:
+        shown_tools = [dict(tool) for tool in tools] or None
+        template = self.tokenizer.get_chat_template(tools=shown_tools)
         settings: dict[str, Any] = {"enable_thinking": False, "date_string": f"{DATE:%d %b %Y}"}
-        settings["strftime_now"] = DATE.strftime
-        settings = {key: value for key, value in settings.items() if key in str(self.tokenizer.chat_template)}
+        settings = {key: value for key, value in settings.items() if key in template}
+        if "strftime_now" in template:
+            settings["chat_template"] = _STRFTIME_NOW + template
         try:
             with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):  # Jinja is sandboxed; only time and memory need limits
                 return self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
-                    tools=[dict(tool) for tool in tools] or None,
+                    tools=shown_tools,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     **settings,

@@ -111,7 +111,7 @@ DATA = [
     fault("row-role", "a role that there is none of", SCORE, "FILE line 1: message 1 has role 'robot', expected one of system, developer, user, assistant, tool", rows({**SAMPLE, "messages": [{"role": "robot", "content": "x"}]})),
     fault("row-message", "a message that is a text", SCORE, "FILE line 1: message 1 has role 'x', expected one of system, developer, user, assistant, tool", rows({**SAMPLE, "messages": ["x"]})),
     fault("row-content", "a message without content", SCORE, 'FILE line 1: message 1 has no "content"', rows({**SAMPLE, "messages": [{"role": "user"}]})),
-    fault("row-content-kind", "content that is a number", SCORE, 'FILE line 1: message 1: "content" must be a string', rows({**SAMPLE, "messages": [{"role": "user", "content": 1}]})),
+    fault("row-content-kind", "content that is a number", SCORE, 'FILE line 1: message 1: "content" must be a string, or a list of parts that are text: no pictures or sounds', rows({**SAMPLE, "messages": [{"role": "user", "content": 1}]})),
     fault("row-target-empty", "an empty target", SCORE, 'FILE line 1: sample has an empty "target"', rows({**SAMPLE, "target": ""})),
     fault("row-target-kind", "a target that is a number", SCORE, 'FILE line 1: "target" must be a string or an assistant message', rows({**SAMPLE, "target": 1})),
     fault("row-following", "what followed is a text", SCORE, 'FILE line 1: "following" must be a list of messages', rows({**SAMPLE, "following": "x"})),
