@@ -1,6 +1,7 @@
 """Checkpoints: what a folder holds is what is loaded, and what is not understood is refused by name."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from itool_jax.model import export, hf
-from itool_jax.model.transformer import RopeScaling, abstract
+from itool_jax.model.transformer import LinearScaling, RopeScaling, YarnScaling, abstract
 from itool_jax.text.chat import Chat, answer_ids, load_tokenizer
 from tests import tiny
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -87,6 +89,9 @@ def test_reads_the_tiny_config(folder: Path) -> None:
         ({"rope_scaling": {"rope_type": "llama3"} | LLAMA3}, (), "rope_scaling", RopeScaling(8, 1, 4, 8192)),
         ({"rope_scaling": {"type": "llama3"} | LLAMA3}, (), "rope_scaling", RopeScaling(8, 1, 4, 8192)),
         ({"rope_scaling": None}, (), "rope_scaling", None),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, (), "rope_scaling", LinearScaling(4.0)),
+        ({"rope_scaling": YARN}, (), "rope_scaling", YarnScaling(4.0, 64, 32.0, 1.0, 0.1 * math.log(4.0) + 1)),
+        ({"rope_scaling": YARN | {"attention_factor": 1.5}}, (), "rope_scaling", YarnScaling(4.0, 64, 32.0, 1.0, 1.5)),
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}, ("rope_parameters",), "rope_theta", 1e6),
         ({}, ("num_key_value_heads",), "n_kv_heads", 4),
         ({"head_dim": None}, (), "head_dim", 8),
@@ -122,8 +127,14 @@ def test_accepts_every_spelling(
         ),
         ({"architectures": None}, "architecture None is not supported"),
         ({"architectures": ["LlamaForCausalLM", "LlamaForCausalLM"]}, "is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "type yarn is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type linear is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'original_max_position_embeddings' is missing"),
+        ({"rope_parameters": YARN | {"mscale": 2.0}}, "rope setting mscale is not supported"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "rope setting truncate is not supported"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "type dynamic is not supported, only llama3, linear, yarn",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
         ({"rope_scaling": "linear"}, r"config\.json: rope_scaling must be an object, got 'linear'"),
         ({"rope_parameters": "linear"}, r"config\.json: rope_parameters must be an object, got 'linear'"),

@@ -34,8 +34,12 @@ def random_config(seed: int) -> tuple[str, dict[str, Any]]:
     family = FAMILIES[seed % len(FAMILIES)]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rng.choice([1e4, 5e5])}
     if rng.random() < 0.4:  # stretched: the rows below reach beyond the original context
-        scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope |= {"rope_type": "llama3", "original_max_position_embeddings": 16} | scaling
+        kind = random.Random(f"rope {seed}").choice(["llama3", "linear", "yarn"])
+        rope |= {"rope_type": kind, "factor": 8.0}
+        if kind == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        if kind != "linear":
+            rope |= {"original_max_position_embeddings": 16}
     changes = {
         "vocab_size": rng.choice([61, 97, 128]),
         "hidden_size": heads * rng.choice([4, 6, head_dim]),  # not always the heads' own width

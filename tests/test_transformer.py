@@ -19,11 +19,14 @@ from itool_jax.model.attention import KeyValues, attend, attend_in_blocks
 from itool_jax.model.cache import Prefix, empty_suffix
 from itool_jax.model.transformer import (
     Layer,
+    LinearScaling,
     ModelConfig,
     Params,
     RopeScaling,
+    YarnScaling,
     abstract,
     rope_frequencies,
+    slowdown,
 )
 from tests import tiny
 from tests.conftest import shared_path
@@ -248,6 +251,18 @@ def test_scaled_rope_leaves_fast_dimensions_alone_and_stretches_slow_ones() -> N
     np.testing.assert_allclose(ratio[35:], 8.0, rtol=1e-6)
     assert (np.diff(ratio[28:36]) > 0).all()
     np.testing.assert_allclose(plain[1], 5e5 ** (-1 / 64), rtol=1e-7)
+
+
+def test_linear_scaling_stretches_all_dimensions_and_yarn_the_slow_ones() -> None:
+    frequencies = 1e6 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(slowdown(frequencies, LinearScaling(4.0)), 0.25)
+    ratio = slowdown(frequencies, YarnScaling(4.0, 32768))  # those of Qwen2.5 with 131,072 tokens
+    turns = 32768 * frequencies / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 34], 1.0)
+    np.testing.assert_allclose(ratio[turns < 0.75], 0.25)
+    between = ratio[(turns < 30) & (turns > 1.1)]
+    assert (np.diff(between) < 0).all()
+    assert ((between > 0.25) & (between < 1)).all()
 
 
 def test_a_real_checkpoint_predicts_its_reference_text() -> None:

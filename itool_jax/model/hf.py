@@ -7,6 +7,7 @@ config feature, or a missing, extra or misshaped tensor is an error that names i
 import dataclasses
 import functools
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from itool_jax.model import gguf, quantize
 from itool_jax.model.sharding import constrain, sharding_of
-from itool_jax.model.transformer import ModelConfig, Params, RopeScaling, abstract
+from itool_jax.model.transformer import LinearScaling, ModelConfig, Params, RopeScaling, YarnScaling, abstract
 from itool_jax.system.gguf import is_gguf
 from itool_jax.system.untrusted import inside, read_json
 
@@ -274,16 +275,26 @@ def _refuse_unknown_features(raw: dict[str, Any], architecture: str) -> None:
         )
 
 
-def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | None:
+def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | LinearScaling | YarnScaling | None:
     kind = raw.get("rope_type") or raw.get("type") or "default"
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *RopeScaling._fields}
-    if kind in ("default", "llama3") and (unknown := sorted(set(raw) - known)):
-        raise ValueError(f"rope setting {unknown[0]} is not supported")
-    if kind == "default":
+    if kind not in _ROPE:
+        raise ValueError(f"rope scaling of type {kind} is not supported, only {', '.join(list(_ROPE)[1:])}")
+    scaling = _ROPE[kind]
+    # Files keep the keys of other types beside the type that counts.
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *RopeScaling._fields, *YarnScaling._fields}
+    if raw.get("truncate", True) is not True or (unknown := sorted(set(raw) - known - {"truncate"})):
+        raise ValueError(f"rope setting {'truncate' if 'truncate' in raw else unknown[0]} is not supported")
+    if scaling is None:
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope scaling of type {kind} is not supported, only llama3")
-    return RopeScaling(*(raw[field] for field in RopeScaling._fields))
+    given = {name: raw[name] for name in scaling._fields if raw.get(name) is not None}
+    if scaling is YarnScaling and "attention_factor" not in given:
+        given["attention_factor"] = 0.1 * math.log(max(1.0, _float("factor", raw["factor"]))) + 1
+    if missing := [name for name in scaling._fields if name not in given and name not in scaling._field_defaults]:
+        raise KeyError(missing[0])
+    return scaling(**given)
+
+
+_ROPE: dict[str, Any] = {"default": None, "llama3": RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
 
 
 class Stored(NamedTuple):

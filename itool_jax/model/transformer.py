@@ -38,6 +38,24 @@ class RopeScaling(NamedTuple):
     original_max_position_embeddings: int
 
 
+class LinearScaling(NamedTuple):
+    """Positions divided by a factor (`rope_type: linear`, arXiv 2306.15595)."""
+
+    factor: float
+
+
+class YarnScaling(NamedTuple):
+    """YaRN's stretch of slow dimensions, and its factor on queries and keys (`rope_type: yarn`, arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    """Dimensions with at least this many turns in the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """Dimensions with at most this many turns are slowed down by the factor."""
+    attention_factor: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shapes and constants of one checkpoint, read from its config.json by `model.hf`."""
@@ -51,7 +69,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | YarnScaling | None = None
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool = False
@@ -92,17 +110,29 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     return jnp.asarray(frequencies, jnp.float32)
 
 
-def slowdown(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def slowdown(frequencies: np.ndarray, scaling: RopeScaling | LinearScaling | YarnScaling) -> np.ndarray:
     """Computes what to multiply frequencies (radians per position) by: 1 for fast ones, 1 / factor for slow ones."""
+    if isinstance(scaling, LinearScaling):
+        return np.full_like(frequencies, 1 / scaling.factor)
+    if isinstance(scaling, YarnScaling):
+
+        def dimension(turns: float) -> float:
+            """Returns the index of the frequency with so many turns in the original context."""
+            return np.log(scaling.original_max_position_embeddings / (turns * 2 * np.pi)) / -np.log(frequencies[1])
+
+        low = max(np.floor(dimension(scaling.beta_fast)), 0)
+        high = min(np.ceil(dimension(scaling.beta_slow)), 2 * len(frequencies) - 1)
+        slow = np.clip((np.arange(len(frequencies)) - low) / (high - low if high != low else 1e-3), 0.0, 1.0)
+        return slow / scaling.factor + (1 - slow)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
     return smooth + (1 - smooth) / scaling.factor
 
 
-def rotate(x_BTHD: Array, angles_BTF: Array) -> Array:
-    """Applies the rotary position embedding in the half-split layout of the Hugging Face checkpoints."""
-    cos, sin = jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
+def rotate(x_BTHD: Array, angles_BTF: Array, factor: float = 1.0) -> Array:
+    """Applies the rotary position embedding, times a factor, in the half-split layout of Hugging Face checkpoints."""
+    cos, sin = jnp.cos(angles_BTF)[:, :, None] * factor, jnp.sin(angles_BTF)[:, :, None] * factor
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHD.dtype)
@@ -139,6 +169,7 @@ class Layer(nnx.Module):
         self.up = linear("up", c.hidden_size, c.intermediate_size)
         self.down = linear("down", c.intermediate_size, c.hidden_size)
         self.head_dim, self.running = c.head_dim, not c.stacked
+        self.rope_factor = c.rope_scaling.attention_factor if isinstance(c.rope_scaling, YarnScaling) else 1.0
 
     def __call__(
         self,
@@ -185,7 +216,8 @@ class Layer(nnx.Module):
         q, k, v = (f(h, key).reshape(*h.shape[:2], -1, self.head_dim) for f, key in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, angles_BTF), rotate(k, angles_BTF).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        q, k = (rotate(x, angles_BTF, self.rope_factor) for x in (q, k))
+        return q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
     def finish(self, x_BTD: Array, attended_BTD: Array, keys: Keys = NO_KEYS) -> Array:
         """Adds the projected attention and the MLP to the residual stream `x_BTD`."""

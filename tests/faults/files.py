@@ -49,7 +49,7 @@ MODELS = [
     fault("config-head-dim", "an odd head", SCORE, "MODEL/config.json: head_dim=7 is odd; rotary embeddings need an even number", edit(CONFIG, head_dim=7)),
     fault("config-activation", "another activation", SCORE, "MODEL/config.json: hidden_act=gelu is not supported, only silu", edit(CONFIG, hidden_act="gelu")),
     fault("config-activation-kind", "an activation that is a list", SCORE, "MODEL/config.json: hidden_act=['silu'] is not supported, only silu", edit(CONFIG, hidden_act=["silu"])),
-    fault("config-rope", "another scaling of positions", SCORE, "MODEL/config.json: rope scaling of type yarn is not supported, only llama3", edit(CONFIG, rope_scaling={"rope_type": "yarn"})),
+    fault("config-rope", "another scaling of positions", SCORE, "MODEL/config.json: rope scaling of type dynamic is not supported, only llama3, linear, yarn", edit(CONFIG, rope_scaling={"rope_type": "dynamic"})),
     fault("config-rope-kind", "scaling that is a text", SCORE, "MODEL/config.json: rope_scaling must be an object, got 'linear'", edit(CONFIG, rope_scaling="linear")),
     fault("config-epsilon", "an epsilon that is a list", SCORE, "MODEL/config.json: rms_norm_eps must be a number, got '[1]'", edit(CONFIG, rms_norm_eps=[1])),
     fault("config-window", "a sliding window", SCORE, "MODEL/config.json: sliding_window=8 is not supported, only full attention", edit(CONFIG, architectures=["MistralForCausalLM"], sliding_window=8)),
