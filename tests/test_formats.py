@@ -293,7 +293,7 @@ def test_toolbench_turns_actions_into_calls_and_finish_into_text(file):
         (TOOLRL, {"input": ""}, "no dialogue"),
         (TOOLRL, {"output": "<tool_call>\n{]\n</tool_call>"}, '"tool_call" is not valid JSON'),
         (TOOLRL, {"instruction": "**Available Tools**\n1. Name: f\nWhat: d"}, "a tool is not written as"),
-        ({"instruction": "x", "input": "", "output": ""}, {}, "has no user turn"),
+        ({"instruction": "x", "input": "y", "output": ""}, {}, "has no user turn"),
         (API_BANK, {"input": f"3\n{API_BANK['input']}"}, "a tool is not an object"),
     ],
 )

@@ -373,7 +373,9 @@ def test_an_output_that_is_a_folder(refused: Run, tmp_path: Path, tiny_folder: P
 
 def test_a_run_directory_that_is_a_file(refused: Run, tmp_path: Path, tiny_folder: Path):
     data = write_rows(tmp_path / "d.jsonl", SAMPLE)
-    assert refused("--stage=iterate", f"--model={tiny_folder}", f"--run_dir={data}") == f"{data}: File exists"
+    assert refused("--stage=iterate", f"--model={tiny_folder}", f"--run_dir={data}") == (
+        f"folder {data} cannot be created (File exists); set --run_dir"
+    )
 
 
 def test_a_full_disk_while_an_output_is_written(

@@ -51,7 +51,7 @@ def from_api_bank(row: Row) -> list[Sample]:
     """
     head, separator, dialogue = field(row, "input", str).partition("\nUser: ")
     if not separator:
-        raise ValueError('"input" has no user turn')
+        raise ValueError('"input" has no user turn as in API-Bank; Alpaca\'s form is not read, see docs/your-data.md')
     if len(dialogue) > MAX_CHARACTERS:
         raise ValueError(f"a dialogue of {len(dialogue)} characters, more than {MAX_CHARACTERS}")
     tools = [_api_bank_tool(read_json("input", line)) for line in head.splitlines() if line.strip()]

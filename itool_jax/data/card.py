@@ -109,8 +109,8 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         if name != "train" and 0 < c["samples"] < FEW:
             spread = 50 / math.sqrt(c["samples"])
             texts.append(
-                f"  only {c['samples']} {name} samples: an accuracy of half of them has a standard error of "
-                f"{spread:.0f} points; give more data, raise samples.{name}_share"
+                f"  only {c['samples']} {name} samples: an accuracy near half of them is known to "
+                f"± {spread:.0f} points; give more data, raise samples.{name}_share"
                 + (" or set samples.test_file" * (name == "test"))
             )
     return texts + fault_lines(card["target_faults"]) + left_out_lines(card) + overlap_lines(card["overlap_with_train"])

@@ -265,7 +265,7 @@ def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -
     if {"instruction", "output"} <= keys:
         if "**Available Tools**" in str(row["instruction"]):
             return formats.from_toolrl
-        if "\nUser: " not in str(row.get("input")):
+        if not row.get("input"):
             raise ValueError(f"{where}: looks like Alpaca's form, which has no tools; {_WANTED}")
         return benchmarks.from_api_bank
     raise ValueError(f'{where}: sample has no "messages", and its keys match no known data set: {", ".join(row)}')

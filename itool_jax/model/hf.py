@@ -282,8 +282,9 @@ def _rope_scaling(raw: dict[str, Any]) -> RopeScaling | LinearScaling | YarnScal
     scaling = _ROPE[kind]
     # Files keep the keys of other types beside the type that counts.
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *RopeScaling._fields, *YarnScaling._fields}
-    if raw.get("truncate", True) is not True or (unknown := sorted(set(raw) - known - {"truncate"})):
-        raise ValueError(f"rope setting {'truncate' if 'truncate' in raw else unknown[0]} is not supported")
+    unknown = sorted(set(raw) - known - ({"truncate"} if raw.get("truncate") is True else set()))
+    if unknown:
+        raise ValueError(f"rope setting {unknown[0]} is not supported")
     if scaling is None:
         return None
     given = {name: raw[name] for name in scaling._fields if raw.get(name) is not None}
@@ -416,7 +417,11 @@ def _same(tensors: dict[str, Tensor], a: str, b: str, rows: int = 8192) -> bool:
         return False
     n_rows = tensors[a].shape[0]
     parts = [(slice(i, min(i + rows, n_rows)), slice(None)) for i in range(0, n_rows, rows)]
-    return all(np.array_equal(*(_read_part(tensors[x].file, x, part) for x in (a, b))) for part in parts)
+
+    def read(name: str, part: tuple[slice, ...]) -> np.ndarray:
+        return _read_part(tensors[name].file, name, part)
+
+    return all(np.array_equal(read(a, part), read(b, part)) for part in parts)
 
 
 def _read(tensors: dict[str, Tensor], stored: Stored, dtype: str, part: Any) -> np.ndarray:

@@ -39,21 +39,15 @@ Plan = Callable[[int], list[memory.Program]]
 
 
 def resolved(run: Run) -> Run:
-    """Returns the settings with sizes that fit, for the stages to run, the same on all processes.
+    """Returns the settings with a number for each `auto` size that the stage needs, the same on all processes.
 
     Raises:
         ValueError: a stage does not fit at its smallest size; what to change.
     """
     config, flat = run.config, run.config.flat()
-    whole = ("warmup", "search", "dpo") if config.iterations else ("warmup",)
-    stages = whole if config.stage == "iterate" else (config.stage,)
-    names = [name for name, stage in STAGE_OF.items() if stage in stages]
-    is_auto = {name: flat[name] == "auto" for name in names}
-    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if any(is_auto.values()) else {}
+    names = [n for n, stage in STAGE_OF.items() if flat[n] == "auto" and config.stage in ("iterate", stage)]
+    known = hosts.broadcast_from_primary("sizes", lambda: _known(config)) if names else {}
     for name in names:
-        if not is_auto[name]:
-            run = _lowered(run, name)
-            continue
         candidates = _candidates(run, name)
         value = known.get(name, 0)
         if value < 1 or (
@@ -62,6 +56,17 @@ def resolved(run: Run) -> Run:
             known[name] = value = _find(run, name, candidates)
             write_json(config.run_dir / FILE, known)
         run = run.with_settings(with_size(run.config, name, value))
+    return run
+
+
+def lowered(run: Run) -> Run:
+    """Returns the settings with each size of the whole loop lowered to what fits, the same on all processes.
+
+    Raises:
+        ValueError: a stage does not fit at its smallest size; what to change.
+    """
+    for name in STAGE_OF if run.config.iterations else ["warmup.micro_batch"]:
+        run = _lowered(run, name)
     return run
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from itool_jax.config import Config
 from itool_jax.evaluation import benchmark, results, summary
+from itool_jax.planning import sizes
 from itool_jax.stages import dpo, evaluate, report, score, search, warmup
 from itool_jax.store import cache
 from itool_jax.store.paths import BASE, WARMUP, iteration_of, phase_name
@@ -24,6 +25,7 @@ def run(run: Run) -> dict[str, Any]:
     _check_held_out(run.config)
     _drop_summary_of_fewer_iterations(run.config)
     benchmark.check_leakage(run)
+    run = sizes.lowered(run)
     iterate(run)
     return _finish(run)
 

@@ -30,7 +30,6 @@ PACKAGES = (
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 """XLA flags for deterministic GPU kernels, with none chosen by a timing."""
-QUICK_COMPILATION = "--xla_llvm_disable_expensive_passes=true"
 CPU_DEVICES = (1, 2, 4, 8)
 """Numbers of devices that a CPU can be split into; each holds a copy of the model."""
 
@@ -78,14 +77,11 @@ def split_cpu(rows: int) -> None:
     """Makes CPU cores JAX devices, as many as can share batches of `rows`; call it before the first use of a device.
 
     As a single device, the CPU leaves cores idle during the small operations of decoding. Changes nothing if XLA_FLAGS
-    sets the number of devices, or if devices are in use already. Programs are also compiled with fewer of LLVM's
-    passes: that takes less time, and small models run no slower.
+    sets the number of devices, or if devices are in use already.
     """
     if "device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if QUICK_COMPILATION.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
     with contextlib.suppress(RuntimeError):  # in use
         jax.config.update("jax_num_cpu_devices", max(n for n in CPU_DEVICES if n <= cores and rows % n == 0))
         # XLA has as many threads as cores. With several programs in flight, a thread that waits for another device can

@@ -42,7 +42,7 @@ def faults(call: Call, tools: Sequence[Tool]) -> list[str]:
     if function is None:
         close = difflib.get_close_matches(call.name, [tool["function"]["name"] for tool in tools], 1)
         return [f"unknown function {call.name}" + (f"; did you mean {close[0]}?" if close else "")]
-    schema = function["parameters"]
+    schema = function.get("parameters") or {}
     known = schema.get("properties") or {}
     lines = [f"argument {name} is missing" for name in schema.get("required") or () if name not in call.arguments]
     for name, value in call.arguments.items():
