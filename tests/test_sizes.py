@@ -155,7 +155,11 @@ def test_a_search_takes_what_fits_and_keeps_to_it(
     assert err.count("search.batch=auto: 4, which needs ") == err.count("auto") == 1
 
 
-def test_a_stage_that_does_not_fit_at_its_smallest_size_is_refused(made: Made, monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_that_does_not_fit_at_its_smallest_size_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = copy_run(made, tmp_path)
+    (folder / sizes.FILE).unlink(missing_ok=True)
     monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size * 1e9)
     limit(monkeypatch, 1e3)
     for size in ("auto", "2"):
