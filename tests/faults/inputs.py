@@ -60,10 +60,10 @@ COMMAND_LINES = [
     fault("mesh-negative", "a negative axis", "--stage=iterate --mesh.fsdp=-1", "mesh.fsdp must be at least 1, got -1; see --help"),
     fault("mesh-too-large", "more devices than there are", f"{SCORE} --mesh.data=3 --mesh.fsdp=3", "mesh of data=3 fsdp=3 tensor=1 needs 9 devices, but only 8 are available"),
     fault("output-folder", "the output is a folder", SCORE, "output OUT is a folder, not a file", mkdir("out.jsonl")),
-    fault("run-dir-file", "the run directory is a file", "--stage=iterate --run_dir=FILE", "FILE: File exists"),
-    fault("run-dir-below-file", "the run directory is in a file", "--stage=iterate --run_dir=FILE/run", "FILE/run: Not a directory"),
-    fault("output-below-file", "the output is in a file", "--stage=score --model=MODEL --data=FILE --output=FILE/out", "FILE: File exists"),
-    fault("run-dir-long", "a name that is too long", "--stage=iterate --run_dir=DIR/" + "n" * 300, "DIR/" + "n" * 300 + ": File name too long"),
+    fault("run-dir-file", "the run directory is a file", "--stage=iterate --run_dir=FILE", "folder FILE cannot be created (File exists); set --run_dir"),
+    fault("run-dir-below-file", "the run directory is in a file", "--stage=iterate --run_dir=FILE/run", "folder FILE/run cannot be created (Not a directory); set --run_dir"),
+    fault("output-below-file", "the output is in a file", "--stage=score --model=MODEL --data=FILE --output=FILE/out", "folder FILE cannot be created (File exists); set --output"),
+    fault("run-dir-long", "a name that is too long", "--stage=iterate --run_dir=DIR/" + "n" * 300, "folder DIR/" + "n" * 300 + " cannot be created (File name too long); set --run_dir"),
 ]
 
 CONFIGS = [
@@ -142,6 +142,6 @@ DATA = [
     fault("toolbench-system", "ToolBench: no list of APIs", SCORE, 'FILE line 1: "conversations" does not start with a system turn that lists the APIs', rows({"conversations": CHAT["conversations"]})),
     fault("glaive-chat", "Glaive: a chat that is none", SCORE, 'FILE line 1: "chat" is not a dialogue of "USER: ..." and "ASSISTANT: ..." turns', rows({"system": "SYSTEM: x", "chat": "hello"})),
     fault("toolrl-tools", "ToolRL: no list of tools", SCORE, 'FILE line 1: "input" has no dialogue, or "output" has no answer', rows({"instruction": "**Available Tools**", "input": "", "output": ""})),
-    fault("api-bank-user", "API-Bank: no turn of the user", SCORE, 'FILE line 1: "input" has no user turn', rows({"instruction": "", "input": "x", "output": ""})),
+    fault("api-bank-user", "API-Bank: no turn of the user", SCORE, 'FILE line 1: "input" has no user turn as in API-Bank; Alpaca\'s form is not read, see docs/your-data.md', rows({"instruction": "", "input": "x", "output": ""})),
     fault("seal-tools-list", "Seal-Tools: no tool.jsonl beside it", SCORE, "FILE is Seal-Tools data and needs tool.jsonl or tool.jsonl.gz in the same folder", rows({"query": "q", "calling": []})),
 ]
