@@ -204,10 +204,11 @@ def row_devices(running: bool = False) -> int:
 def copies_of(n_prompts: int) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """Returns what makes a compiled function of (arrays by row, whole arrays) run on each copy of the model by itself.
 
-    None if there is one copy, or if the copies cannot share `n_prompts` evenly; the compiler then spreads the function.
+    None if there is one copy, if the copies cannot share `n_prompts` evenly, or if a copy has several devices: they
+    exchange parts of it, and copies whose loops end at different times could wait for each other forever.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or (copies := mesh.shape["data"]) == 1 or n_prompts % copies:
+    if mesh.empty or (copies := mesh.shape["data"]) == 1 or n_prompts % copies or mesh.size > copies:
         return None
     rows, whole = PartitionSpec("data"), PartitionSpec()
     return functools.partial(
