@@ -89,7 +89,14 @@ def everything(folder: Path) -> dict[str, Any]:
         for sample in (Sample(id=str(i), messages=(tiny.USER,), target=f"[f(a={i})]") for i in range(4))
     ]
     model = ModelPolicy(
-        Policy(policy.graph, base), chat, config.max_length, table, batch, settings, SelfEvaluationSettings(), 0
+        Policy(policy.graph, base),
+        chat,
+        config.max_length,
+        table,
+        batch,
+        settings,
+        SelfEvaluationSettings(),
+        jax.random.key(0),
     )
     results["trees"] = search(model.problems, model, settings)
     return results
