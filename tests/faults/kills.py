@@ -65,8 +65,8 @@ TOLERANCE = 1e-5
 def results(folder: Path) -> dict[str, Any]:
     """All that must be equal: every file but the log and the environment.
 
-    Bytes, but for the files of numbers computed together, whose rows are parsed, and for steps' figures, whose hashes
-    of those files are left out.
+    Bytes, but for the files of numbers computed together, whose rows are parsed, the summary of them, and steps'
+    figures, whose hashes of those files are left out.
     """
     lasts: dict[str, Any] = dict(lasting(folder))
     for name in list(lasts):
@@ -75,10 +75,19 @@ def results(folder: Path) -> dict[str, Any]:
             del lasts[name]
         elif name.endswith(COMPUTED_TOGETHER):
             lasts[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        elif name == "summary.json":
+            lasts[name] = without_seconds(json.loads(path.read_text()))
         elif name.endswith(".json") and "after" in (figures := json.loads(path.read_text())):
             hashes = {n: value for n, value in figures["outputs"].items() if n not in COMPUTED_TOGETHER}
             lasts[name] = figures | {"outputs": hashes, "after": sorted(figures["after"]), "seconds": None}
     return lasts
+
+
+def without_seconds(content: Any) -> Any:
+    """A JSON value without the keys "seconds", at any depth."""
+    if isinstance(content, dict):
+        return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
+    return list(map(without_seconds, content)) if isinstance(content, list) else content
 
 
 def equal(a: Any, b: Any) -> bool:
