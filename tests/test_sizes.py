@@ -163,11 +163,11 @@ def test_a_stage_that_does_not_fit_at_its_smallest_size_is_refused(
     monkeypatch.setattr(sizes, "need_of", lambda *_: lambda size: size * 1e9)
     limit(monkeypatch, 1e3)
     for size in ("auto", "2"):
-        run = Run(configured(made, made.folder, "--stage=dpo", f"--preference.micro_batch={size}"))
+        run = Run(configured(made, folder, f"--warmup.micro_batch={size}"))
         with pytest.raises(
-            ValueError, match=r"^dpo does not fit: preference.micro_batch=1 needs 1 GB of 1e-06 GB per device"
+            ValueError, match=r"^warmup does not fit: warmup.micro_batch=1 needs 1 GB of 1e-06 GB per device"
         ):
-            sizes.resolved(run)
+            (sizes.resolved if size == "auto" else sizes.lowered)(run)
 
 
 def test_a_kept_size_that_another_mesh_cannot_share_out_is_found_again(
