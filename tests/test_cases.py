@@ -533,7 +533,7 @@ def test_targets_that_contradict_their_tools_are_listed_or_refused(tmp_path: Pat
     } | {name: fault for name, fault in card["target_faults"].items() if name not in wrong}
     err = capsys.readouterr().err
     assert "targets contradict the tools they call (" in err
-    assert "test samples: an accuracy near half of them is known to ±" in err
+    assert "test samples: an accuracy near 50 % is uncertain by ±" in err
     assert main(["--stage=warmup", *given, f"--run_dir={tmp_path / 'strict'}", "--strict"]) == 2
     assert "the target contradicts the tools: " in capsys.readouterr().err
     assert main(["--stage=warmup", *given, f"--run_dir={tmp_path / 'skip'}", "--strict", "--skip_bad_rows"]) == 0

@@ -28,13 +28,18 @@ def describe(parts: Mapping[str, Sequence[Sample]], encoded: Mapping[str, Sequen
     return {
         "parts": {name: _counts(part, encoded[name]) for name, part in parts.items()},
         "overlap_with_train": overlap(parts["train"], held_out),
-        "target_faults": {s.id: fault for part in parts.values() for s in part if (fault := target_fault(s))},
+        "target_faults": {name: fault for part in parts.values() for name, fault in target_faults(part).items()},
     }
 
 
 def target_fault(sample: Sample) -> str | None:
     """Returns how the calls of a sample's target contradict its tools; None if they do not."""
     return next((fault for call in read_calls(sample.target) or () for fault in faults(call, sample.tools)), None)
+
+
+def target_faults(samples: Sequence[Sample]) -> dict[str, str]:
+    """Returns the fault of each sample whose target contradicts its tools, by id."""
+    return {sample.id: fault for sample in samples if (fault := target_fault(sample))}
 
 
 def overlap(train: Sequence[Sample], sets: Mapping[str, Sequence[Sample]]) -> dict[str, dict[str, Any]]:
@@ -109,20 +114,20 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         if name != "train" and 0 < c["samples"] < FEW:
             spread = 50 / math.sqrt(c["samples"])
             texts.append(
-                f"  only {c['samples']} {name} samples: an accuracy near half of them is known to "
+                f"  only {c['samples']} {name} samples: an accuracy near 50 % is uncertain by "
                 f"± {spread:.0f} points; give more data, raise samples.{name}_share"
                 + (" or set samples.test_file" * (name == "test"))
             )
     return texts + fault_lines(card["target_faults"]) + left_out_lines(card) + overlap_lines(card["overlap_with_train"])
 
 
-def fault_lines(target_faults: Mapping[str, str]) -> list[str]:
+def fault_lines(by_sample: Mapping[str, str]) -> list[str]:
     """Returns a line on targets that contradict their tools, by sample; none if there are none."""
-    if not target_faults:
+    if not by_sample:
         return []
-    named = "; ".join(f"{sample}: {fault}" for sample, fault in list(target_faults.items())[:FIRST])
-    more = "; …" if len(target_faults) > FIRST else ""
-    return [f"  {len(target_faults)} targets contradict the tools they call ({named}{more}); --strict refuses them"]
+    named = "; ".join(f"{sample}: {fault}" for sample, fault in list(by_sample.items())[:FIRST])
+    more = "; …" if len(by_sample) > FIRST else ""
+    return [f"  {len(by_sample)} targets contradict the tools they call ({named}{more}); --strict refuses them"]
 
 
 def left_out_lines(counts: Mapping[str, Any]) -> list[str]:

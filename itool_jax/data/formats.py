@@ -52,10 +52,9 @@ def samples_from_conversation(
 ) -> list[Sample]:
     """Makes one sample per assistant turn, or per assistant turn after a user turn; other turns are history only.
 
-    Turns without content, turns that a weight of 0 excludes, and turns before the first user turn, which answer
-    nothing, are history too. Samples that
-    follow a user turn have the ids "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other turns are counted from
-    the last of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
+    Turns without content, turns of weight 0, and turns before the first user turn, which answer nothing, are history
+    too. Samples that follow a user turn have the ids "ID", "ID/2", "ID/3", ..., the same for both `targets`. Other
+    turns are counted from the last of these: the second turn of "ID" is "ID/1.2", the third of "ID/2" is "ID/2.3".
     """
     if len(messages) > MAX_MESSAGES:
         raise ValueError(f"a conversation of {len(messages)} messages, more than {MAX_MESSAGES}")
@@ -95,14 +94,18 @@ def _has_weight(turn: Row) -> bool:
     return True
 
 
+def has_thought(text: str) -> bool:
+    """Returns whether a text begins with a thought, `<think>...</think>`."""
+    return text.lstrip().startswith("<think>") and "</think>" in text
+
+
 def assistant_turn(text: str) -> Row:
     """Returns an assistant message of a text, which may be calls as models with markers write them.
 
     A thought before the answer, `<think>...</think>`, is dropped: models here answer without thinking.
     """
-    thought, mark, rest = text.partition("</think>")
-    if mark and thought.lstrip().startswith("<think>"):
-        text = rest.lstrip()
+    if has_thought(text):
+        text = text.partition("</think>")[2].lstrip()
     for form in (TAGGED, MISTRAL):
         before, mark, _ = text.partition(form.name)
         if mark and (form.keeps_text or not before.strip()) and (calls := form.read(text)) is not None:

@@ -151,7 +151,8 @@ def named(source: str) -> list[pathlib.Path]:
         return [pathlib.Path(source)]
     paths: list[pathlib.Path] = []
     for part in source.split(","):
-        found = sorted(glob.glob(os.path.expanduser(part))) if glob.has_magic(part) else [part]
+        part = os.path.expanduser(part)
+        found = sorted(glob.glob(part)) if glob.has_magic(part) else [part]
         if not found:
             raise ValueError(f"{part} matches no file")
         paths += map(pathlib.Path, found)
@@ -228,19 +229,19 @@ def _samples(
             refuse(str(error), skipped, error)
     if not samples:
         raise ValueError(f"{name} contains no samples")
-    if thoughts := sum(_holds(row, "</think>") for _, row in rows):
+    if thoughts := sum(_holds_thought(row) for _, row in rows):
         log(f"{name}: thoughts before answers, <think>...</think>, are left out ({thoughts} rows)")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError(f"{name} contains raw prompts, which only the stages score and generate accept")
     return samples
 
 
-def _holds(value: Any, text: str) -> bool:
-    """Returns whether a text stands in a JSON value, at any depth."""
+def _holds_thought(value: Any) -> bool:
+    """Returns whether a text in a JSON value, at any depth, begins with a thought."""
     if isinstance(value, str):
-        return text in value
+        return formats.has_thought(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(_holds(item, text) for item in items)
+    return any(map(_holds_thought, items))
 
 
 def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -> Callable[[Row], list[Sample]] | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from itool_jax.config import Config
-from itool_jax.data.card import fault_lines, left_out_lines, target_fault
+from itool_jax.data.card import fault_lines, left_out_lines, target_faults
 from itool_jax.doctor.machine import Finding
 from itool_jax.model import hf
 from itool_jax.store.base import load_base, model_folder, step_table
@@ -196,7 +196,7 @@ def data(config: Config) -> tuple[list[Finding], list[Shown]]:
     counts = ", ".join(f"{len(part.samples)} {name}" for name, part in made[0].items())
     text = f"{counts}; median {statistics.median(lengths):.0f} tokens, longest {lengths[-1]}, context {limit}"
     findings = [Finding("ok", "data", text), *(Finding("ok", "data", line.strip()) for line in left_out_lines(made[1]))]
-    wrong = {s.id: fault for part in made[0].values() for s in part.samples if (fault := target_fault(s))}
+    wrong = target_faults([sample for part in made[0].values() for sample in part.samples])
     findings += [Finding("warning", "data", line.strip(), "mend the rows") for line in fault_lines(wrong)]
     if config.benchmark is None:
         findings += _refused("evaluation", "", lambda: require_part(config))[1]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from itool_jax.model.cache import Prefix, Suffix, as_prefix, empty_suffix
 from itool_jax.model.log_probs import masked_log_prob_sum, token_log_probs, token_log_probs_from_logits
-from itool_jax.model.sharding import copies_of, row_devices, to_host
+from itool_jax.model.sharding import on_each_copy, row_devices, to_host
 from itool_jax.model.transformer import Params, Transformer
 from itool_jax.text.padding import TargetBatch, bucket, collate, group, pad, target_width
 from itool_jax.text.steps import StepState, StepTable, advance, advance_path
@@ -224,7 +224,7 @@ def sample_step(
     )
     whole = (params, table, temperature, jnp.asarray(top_p))
     sample = functools.partial(_sample_step, graph, max_tokens)
-    return sample(by_row, whole) if (spread := copies_of(len(path_PS))) is None else spread(sample)(by_row, whole)
+    return on_each_copy(len(path_PS))(sample)(by_row, whole)
 
 
 def _sample_step(graph: nnx.GraphDef, max_tokens: int, by_row: tuple[Any, ...], whole: tuple[Any, ...]) -> Steps:

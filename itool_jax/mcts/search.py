@@ -118,8 +118,8 @@ class SearchRuntime:
     """How a search is computed."""
 
     batch: int | Literal["auto"] = 64
-    """Prompts searched together, fewer if they do not fit in device memory by the compiler's estimate. auto: as many as
-    fit, which is found once and kept with the run."""
+    """Prompts searched together; iterate lowers it to what fits in device memory by the compiler's estimate. auto: as
+    many as fit, which is found once and kept with the run."""
 
     def __post_init__(self) -> None:
         if self.batch != "auto" and self.batch < 1:

@@ -159,7 +159,7 @@ def fit(axes: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 
 def _dividing(axis: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    names = tuple(name for name in names if name not in mesh.manual_axes)  # inside `copies_of`, an array has its share
+    names = tuple(name for name in names if name not in mesh.manual_axes)  # of `on_each_copy`
     while names and size % math.prod(mesh.shape[name] for name in names):
         names = names[1:]
     return None if not names else names[0] if len(names) == 1 else names
@@ -201,15 +201,15 @@ def row_devices(running: bool = False) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in (ROWS[:1] if running else ROWS))
 
 
-def copies_of(n_prompts: int) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+def on_each_copy(n_prompts: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns what makes a compiled function of (arrays by row, whole arrays) run on each copy of the model by itself.
 
-    None if there is one copy, if the copies cannot share `n_prompts` evenly, or if a copy has several devices: they
-    exchange parts of it, and copies whose loops end at different times could wait for each other forever.
+    It changes nothing if there is one copy, if the copies cannot share `n_prompts` evenly, or if a copy has several
+    devices: they exchange parts of it, and copies whose loops end at different times would wait for each other forever.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or (copies := mesh.shape["data"]) == 1 or n_prompts % copies or mesh.size > copies:
-        return None
+        return lambda function: function
     rows, whole = PartitionSpec("data"), PartitionSpec()
     return functools.partial(
         jax.shard_map, in_specs=(rows, whole), out_specs=rows, axis_names={"data"}, check_vma=False

@@ -125,7 +125,8 @@ class Chat:
         self.form, self.native = self._find_form(tool_format)
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(special)
-        self._special = sorted(special.values(), key=len, reverse=True)
+        # The mark's own first character comes first, so that a text that holds it is not taken for a mark.
+        self._special = [_MARK[0], *sorted(special.values(), key=len, reverse=True)]
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = self._find_stop_ids()
         self.n_ids = max(tokenizer.get_vocab().values(), default=-1) + 1  # a damaged vocabulary has gaps
@@ -196,11 +197,11 @@ class Chat:
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), -1)
         return ids[end + 1 :]
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes a text with no special tokens added."""
+    def encode(self, text: str, **how: Any) -> list[int]:
+        """Encodes a text with no special tokens added; `how` is for the tokenizer."""
         # Not verbose: callers report over-long inputs, with the sample's id.
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            return self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **how)
         except (TypeError, UnicodeError) as error:  # JSON can contain half a character, "\ud800"
             raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
 
@@ -226,10 +227,8 @@ class Chat:
 
     def _continued(self, text: str, **how: Any) -> list[int]:
         """Encodes a text that follows another one; some tokenizers put a space before the first."""
-        before = self.tokenizer.encode("x", add_special_tokens=False)
-        ids = self.tokenizer.encode(f"x{text}", add_special_tokens=False, verbose=False, **how)
-        alone = ids[: len(before)] != before
-        return self.tokenizer.encode(text, add_special_tokens=False, **how) if alone else ids[len(before) :]
+        before, ids = self.encode("x"), self.encode(f"x{text}", **how)
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text, **how)
 
     def _check_shown(self, text: str, messages: Sequence[Message], tools: Sequence[Message]) -> None:
         """Raises ValueError for the first message or tool that a rendered conversation does not contain."""
@@ -247,7 +246,10 @@ class Chat:
         for tool in tools:
             name = tool.get("function", tool).get("name", "")
             if name not in text:
-                raise ValueError(f"chat template of {self.name} leaves out tool {name!r}; set --tool_format=brackets")
+                remedy = (
+                    "set --tool_format=brackets" if self.native else "it shows no system message, which lists the tools"
+                )
+                raise ValueError(f"chat template of {self.name} leaves out tool {name!r}; {remedy}")
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Renders the conversation with the chat template, in the tool format, with thinking off and a fixed date.
@@ -262,6 +264,8 @@ class Chat:
                 f"tokenizer of {self.name} has no chat template; "
                 "add chat_template.jinja to the model folder, or give raw prompts"
             )
+        if "developer" not in str(self.tokenizer.chat_template):  # OpenAI's newer name for the system
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in map(dict, messages)]
         if tools and not self.native:
             messages, tools = _with_system(messages, describe(self.form, tools, self.tool_style)), ()
         return self._apply_template(self._in_format(messages), tools, add_generation_prompt)
@@ -295,8 +299,6 @@ class Chat:
         for number, message in enumerate(messages):
             before = message.get("before_calls", "")
             message = {key: value for key, value in message.items() if key != "before_calls"}
-            if message["role"] == "developer" and "developer" not in str(self.tokenizer.chat_template):
-                message["role"] = "system"  # OpenAI's newer name for it
             calls = read_calls(message["content"] or "") if message["role"] == "assistant" else None
             if calls:
                 open_ids = [f"{number:05d}{i:04d}"[-9:] for i in range(len(calls))]  # nine characters, as Mistral wants
