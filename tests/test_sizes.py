@@ -1,5 +1,6 @@
 """Sizes left to the device's memory: what fits is found and kept; where memory was too little, it says what to do."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -213,6 +214,9 @@ def test_what_is_said_to_fit_without_compiling_does(made: Made, needs: Callable[
     for size in (2, 4):
         bounds = [program.bound(run.base.config) for program in sizes._plan_of_run(run, name)(size)]
         assert needs(name, size) < max(bounds) < 30 * needs(name, size)
+    heavy = dataclasses.replace(run.base.config, vocab_size=100_000)  # its weights are most of what it needs
+    for program in sizes._plan_of_run(run, name)(1):
+        assert program.need(heavy).total < program.bound(heavy)
 
 
 def test_sizes_that_fit_are_left_alone_and_nothing_is_compiled(made: Made, monkeypatch: pytest.MonkeyPatch):

@@ -212,14 +212,11 @@ class Planner:
         """Returns a stage's need at its configured size, or at the largest that fits if that is auto."""
         if stage not in SIZES:
             return self.need_at(stage, self.config.generate.tokens_per_batch)
-        if (value := self.config.flat()[SIZES[stage]]) == "auto":
+        if self.config.flat()[SIZES[stage]] == "auto":
             return self.largest(stage)
-        if stage == "search":
-            prompts = self.config.replay.n_searched(len(self.rows.buffer))
-            return self.need_at(stage, self.config.search.fitted(prompts).lanes)
         with on(self.hardware, self.config.mesh):
-            share = sizes.training_settings(self.config, SIZES[stage]).share()
-        return self.need_at(stage, min(value or share, share))
+            size = sizes.size_in_use(self.config, SIZES[stage], len(self.rows.buffer))
+        return self.need_at(stage, size)
 
     def need_at(self, stage: str, size: int) -> StageNeed:
         """Returns a stage's need at a size."""

@@ -135,8 +135,9 @@ class Program(NamedTuple):
 def _bound(model: ModelConfig, tokens: int, width: int, logits: int, cached: int = 0, trains: bool = False) -> float:
     """Bounds the bytes of a pass over `tokens` tokens that attend to `width`, with logits at `logits` of them.
 
-    It keeps every array of a layer, of all layers if it trains, in float32: several times what programs need, but where
-    memory is plenty they need not be compiled to know that they fit.
+    It keeps every array of a layer, of all layers if it trains, in float32, with gradients and two moments, or with a
+    copy of the weights that adapters are merged into. That is more than programs need, but where memory is plenty they
+    need not be compiled to know that they fit.
     """
     m, heads = model, model.n_heads + 2 * model.n_kv_heads
     a_layer = m.hidden_size * (heads + m.n_heads) * m.head_dim + 3 * m.hidden_size * m.intermediate_size
@@ -144,7 +145,7 @@ def _bound(model: ModelConfig, tokens: int, width: int, logits: int, cached: int
     a_token = 8 * m.hidden_size + 6 * m.intermediate_size + 2 * heads * m.head_dim + 3 * m.n_heads * width
     activations = tokens * a_token * (m.n_layers if trains else 1) + 4 * logits * m.vocab_size
     kept = cached * 2 * m.n_layers * m.n_kv_heads * m.head_dim
-    return 4.0 * ((4 if trains else 1) * weights + activations + kept)
+    return 4.0 * ((4 if trains else 2) * weights + activations + kept)
 
 
 SHALLOW = 4

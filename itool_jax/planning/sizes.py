@@ -91,7 +91,7 @@ def _find(run: Run, name: str, candidates: Sequence[int]) -> int:
 def _lowered(run: Run, name: str) -> Run:
     """Returns the settings with a size lowered to what fits, and logs it; those given if that fits."""
     limit = memory.device_limit(run.config.plan.memory_share)
-    size = _size_in_use(run, name)
+    size = size_in_use(run.config, name, len(search_pool(run.splits.train, run.config).samples))
     model = run.base.config
     if max(program.bound(model) for program in _plan_of_run(run, name)(size)) <= limit:
         return run
@@ -105,12 +105,11 @@ def _lowered(run: Run, name: str) -> Run:
     return run.with_settings(with_size(run.config, name, value))
 
 
-def _size_in_use(run: Run, name: str) -> int:
-    """Returns the size that a stage uses with the current settings."""
+def size_in_use(config: Config, name: str, buffer: int) -> int:
+    """Returns the size that a stage uses with numbers for settings, for a replay buffer of `buffer` samples."""
     if name == "search.batch":
-        prompts = run.config.replay.n_searched(len(search_pool(run.splits.train, run.config).samples))
-        return run.config.search.fitted(prompts).lanes
-    settings = training_settings(run.config, name)
+        return config.search.fitted(config.replay.n_searched(buffer)).lanes
+    settings = training_settings(config, name)
     return settings.share() // settings.n_micro()
 
 
