@@ -93,3 +93,11 @@ def test_real_lengths_take_few_programs_and_little_padding(n: int, scale: float,
     batches = list(group([bucket(length) for length in lengths], 16384))
     assert sum(lengths) / sum(width * rows for _, width, rows in batches) > share
     assert len({(width, rows) for _, width, rows in batches}) <= 12
+
+
+@pytest.mark.parametrize(("n", "share", "programs"), [(20, 0.7, 4), (124, 0.7, 8), (2000, 0.85, 12)])
+def test_mixed_lengths_take_few_programs_and_little_padding(n: int, share: float, programs: int) -> None:
+    lengths = [(150, 290, 520, 780, 1300)[i % 5] * (85 + i * 37 % 30) // 100 for i in range(n)]
+    batches = list(group([bucket(length) for length in lengths], 16384))
+    assert sum(lengths) / sum(width * rows for _, width, rows in batches) > share
+    assert len({(width, rows) for _, width, rows in batches}) <= programs

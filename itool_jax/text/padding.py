@@ -120,22 +120,26 @@ def group(widths: Sequence[int], tokens_per_batch: int, devices: int = 1) -> Ite
     """Groups rows into batches, yielding (indices, width, rows in the padded batch), narrowest first.
 
     Rows that do not fill a batch of their width join wider ones if that adds at most a quarter of `tokens_per_batch` in
-    padding, which costs less than one more program. The others share a batch of only as many rows as they need. Row
-    counts are `devices` times 1, 2, 3, 4, 6, 8, 12, …, so few programs compile. Omitting the rows of the first batches
-    does not change the others.
+    padding, and an eighth of the tokens still to compute: for a small job too, that costs less than one more program.
+    The others share a batch of only as many rows as they need. Row counts are `devices` times 1, 2, 3, 4, 6, 8, 12, …,
+    so few programs compile. Omitting the rows of the first batches does not change the others.
     """
     order = sorted(range(len(widths)), key=lambda i: (widths[i], i))
     by_width = [(width, list(same)) for width, same in itertools.groupby(order, widths.__getitem__)]
     wider = [width for width, _ in by_width[1:]]
     waiting: list[int] = []
+    left = sum(widths)
     for (width, same), next_width in itertools.zip_longest(by_width, wider):
         waiting += same
         most = devices * max(1, _round_down(tokens_per_batch // width // devices))
         while len(waiting) >= most:
             yield waiting[:most], width, most
+            left -= sum(widths[i] for i in waiting[:most])
             waiting = waiting[most:]
-        if waiting and (next_width is None or sum(next_width - widths[i] for i in waiting) > tokens_per_batch // 4):
+        bound = min(tokens_per_batch // 4, left // 8)
+        if waiting and (next_width is None or sum(next_width - widths[i] for i in waiting) > bound):
             yield waiting, width, devices * bucket(-(-len(waiting) // devices), 1)
+            left -= sum(widths[i] for i in waiting)
             waiting = []
 
 
