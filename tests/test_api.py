@@ -102,7 +102,7 @@ def test_errors_say_what_to_mend(tiny_folder: Path, made: Made, tmp_path: Path) 
         with pytest.raises(ValueError, match=f"load does not accept {setting}"):
             itool_jax.load(tiny_folder, setting)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"contains only adapters; export with export\.kind=merged"):
+    with pytest.raises(ValueError, match=r"holds an adapter; set --model=None --adapter="):
         itool_jax.load(tmp_path)
     with pytest.raises(ValueError, match=r"phase=iteration_9 has no weights in .*: warmup, iteration_1"):
         itool_jax.load(made.folder, phase="iteration_9")

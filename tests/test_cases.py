@@ -433,8 +433,11 @@ def test_data_may_be_several_files_or_a_pattern(tmp_path: Path):
     [
         ({"instruction": "i", "input": "", "output": "o"}, "looks like Alpaca's form, which has no tools"),
         ({"instruction": "i", "output": "o"}, "looks like Alpaca's form, which has no tools"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r"}, "a preference pair, not a sample"),
-        ({"chosen": [USER], "rejected": [USER]}, "a preference pair, not a sample"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r"},
+            "a preference pair, not a sample; train on it with --stage=dpo",
+        ),
+        ({"chosen": [USER], "rejected": [USER]}, "a preference pair, not a sample; train on it with --stage=dpo"),
     ],
 )
 def test_other_forms_are_told_what_to_do(loaded: Callable[..., list[Sample]], row: dict[str, Any], what: str):

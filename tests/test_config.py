@@ -20,6 +20,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 BINDING = {
     "": (
         "model",
+        "adapter",
         "data",
         "skip_bad_rows",
         "strict",

@@ -1,6 +1,7 @@
 """Exported folders: transformers and PEFT open them and give the policy's logits; nothing is overwritten unasked."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from itool_jax.inference.sampler import Policy
 from itool_jax.main import main
 from itool_jax.model import hf
 from itool_jax.model.export import write_tensors
+from itool_jax.store import base as base_store
+from itool_jax.store.base import load_base
 from itool_jax.store.run import Run
+from itool_jax.store.weights import restore_trained
 from itool_jax.text.chat import Chat, load_tokenizer
 from tests.conftest import write
 from tests.runs import Made, copy_run, make_samples
@@ -101,6 +105,92 @@ def test_peft_opens_an_adapter(made: Made, tmp_path: Path) -> None:
     ours = logits(policy_of(made, "warmup"))
     np.testing.assert_allclose(torch_logits(model), ours, atol=1e-4 * ours.std())
     assert np.abs(ours - logits(policy_of(made, "base"))).max() > 1e-3
+
+
+def test_a_run_begins_with_an_adapter(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "adapter"
+    assert exported(made, target, "--export.kind=adapter", "--export.phase=warmup") == 0
+    monkeypatch.chdir(tmp_path)  # from any folder
+    base = Path(json.loads((target / "adapter_config.json").read_text())["base_model_name_or_path"])
+    assert base.is_absolute()
+    assert hf.load(base)
+    with pytest.raises(ValueError, match=re.escape(f"holds an adapter; set --model={base} --adapter={target}")):
+        hf.read_config(target, "float32")
+    adapter = f"--adapter={target}"
+    trained = logits(policy_of(made, "warmup"))
+    np.testing.assert_array_equal(logits(policy_of(made, "base", adapter)), trained)
+    rough = logits(policy_of(made, "base", adapter, "--dtype=bfloat16"))  # not merged
+    np.testing.assert_allclose(rough, trained, atol=0.1 * trained.std())
+    config = settings.parse(["--stage=warmup", f"--run_dir={tmp_path / 'run'}", *made.settings, adapter])
+    start, _ = Run(config).policy("base").trainable()
+    of_run = settings.parse(["--stage=warmup", f"--run_dir={made.folder}", *made.settings])
+    jax.tree.map(np.testing.assert_array_equal, start, restore_trained(of_run, "warmup"))
+    assert load_base(config).chat.stop_ids == made.chat.stop_ids
+    # The adapter's own template and stop tokens count; those of the base stop too.
+    (target / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    (target / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    base_store._load.cache_clear()
+    chat = load_base(config).chat
+    assert set(chat.stop_ids) >= {7, made.chat.tokenizer.eos_token_id}
+    assert chat.tokenizer.decode(chat.prompt_ids([{"role": "user", "content": "hi"}])) == "hi"
+    base_store._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 4}, "has rank 4 and alpha 32, but the settings say 2 and 32; set --lora.rank=4 --lora.alpha=32"),
+        ({"r": 4, "use_rslora": True}, "set --lora.rank=4 --lora.alpha=64"),
+        ({"use_dora": True}, "use_dora=True is not supported; merge the adapter with PEFT"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
+        ({"bias": "all"}, "bias=all is not supported"),
+        ({"peft_type": "IA3"}, "peft_type=IA3 is not supported, only LORA"),
+        ({"r": 0}, "r and lora_alpha must be positive numbers, got 0 and 32"),
+        ({"tensor": "x"}, "adapter_model.safetensors: tensor x is of a module that lora.targets does not name"),
+        ({"drop": ".0.self_attn.q_proj.lora_A"}, "layers.0.self_attn.q_proj.lora_A.weight is missing"),
+        ({"shape": ".0.self_attn.q_proj.lora_A"}, "was the adapter trained for another model?"),
+    ],
+)
+def test_adapters_that_cannot_be_loaded_are_named(
+    made: Made, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    target = tmp_path / "adapter"
+    assert exported(made, target, "--export.kind=adapter") == 0
+    path, file = target / "adapter_config.json", target / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if change.get("drop", change.get("shape", "")) in key)
+    if "tensor" in change:
+        tensors[change["tensor"]] = np.zeros(2, np.float32)
+    elif "drop" in change:
+        del tensors[name]
+    elif "shape" in change:
+        tensors[name] = np.zeros((2, 5), np.float32)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_tensors(file, tensors)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        policy_of(made, "base", f"--adapter={target}")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, in PEFT
+@pytest.mark.parity
+def test_an_adapter_of_peft_is_loaded(made: Made, tmp_path: Path) -> None:
+    """One of some modules, with the other scaling."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.settings[0].removeprefix("--model="))
+    lora = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True)
+    model = peft.get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    given = (f"--adapter={tmp_path / 'adapter'}", "--lora.rank=4", "--lora.alpha=12")
+    ours = logits(policy_of(made, "base", *given))
+    np.testing.assert_allclose(torch_logits(model), ours, atol=1e-4 * ours.std())
+    assert np.abs(ours - logits(policy_of(made, "base"))).max() > 1e-2
 
 
 def test_what_is_there_is_not_overwritten_unasked(

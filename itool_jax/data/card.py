@@ -110,6 +110,9 @@ def lines(card: Mapping[str, Any]) -> list[str]:
         line = f"  {name}: {c['samples']} samples of {c['conversations']} conversations, {c['turns']} turns, "
         line += f"{c['calls']} calls, {c['texts']} texts, {c['prompt_tokens'] + c['target_tokens']} tokens"
         texts.append(f"{line} (longest sample {c['longest']}, median {c['median']})")
+    if any(c["texts"] for c in card["parts"].values()):
+        counts = ", ".join(f"{name} {c['texts']}" for name, c in card["parts"].items() if c["texts"])
+        texts.append(f"  targets that are text, which any answer without a call meets: {counts}")
     for name, c in card["parts"].items():
         if name != "train" and 0 < c["samples"] < FEW:
             spread = 50 / math.sqrt(c["samples"])

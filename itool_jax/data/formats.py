@@ -131,7 +131,7 @@ def from_toolace(row: Row, targets: Targets) -> list[Sample]:
     system = field(row, "system", str)
     tools, start, end = tools_inside(system)
     before, after = _TOOLACE_LEAD_IN.sub("", system[:start]), system[end:].lstrip(". \n")
-    messages = [{"role": "system", "content": f"{before}\n{after}".strip()}, *_turns(row)]
+    messages = [{"role": "system", "content": f"{before}\n{after}".strip()}, *sharegpt_turns(row)]
     return samples_from_conversation(content_id("toolace", row), messages, tool_schemas(tools), targets)
 
 
@@ -144,7 +144,7 @@ def from_sharegpt(row: Row, targets: Targets) -> list[Sample]:
     tools = tool_schemas(field(row, "tools", str, list, NoneType))
     system = field(row, "system", str, NoneType) if "system" in row else None
     messages = [{"role": "system", "content": system}] if system else []
-    return samples_from_conversation(content_id("glaive", row), messages + _turns(row), tools, targets)
+    return samples_from_conversation(content_id("glaive", row), messages + sharegpt_turns(row), tools, targets)
 
 
 def from_glaive(row: Row, targets: Targets) -> list[Sample]:
@@ -166,7 +166,7 @@ def from_toolbench(row: Row, targets: Targets) -> list[Sample]:
 
     Thoughts and the tool Finish are dropped; an action that gives the final answer becomes that answer.
     """
-    turns = _turns(row)
+    turns = sharegpt_turns(row)
     if not turns or turns[0]["role"] != "system":
         raise ValueError('"conversations" does not start with a system turn that lists the APIs')
     listed = [tool for tool in tools_inside(turns[0]["content"])[0] if tool["name"] != "Finish"]
@@ -304,7 +304,8 @@ def _clean(name: Any) -> str:
     return " ".join(re.sub(r"[()\[\]{}\"'=,]", " ", str(name)).split()) or "_"
 
 
-def _turns(row: Row) -> list[Row]:
+def sharegpt_turns(row: Row) -> list[Row]:
+    """Returns the messages of {conversations: [{from, value}]}, calls as a bracketed list."""
     messages = []
     for turn in field(row, "conversations", list):
         speaker, value = field(turn, "from", str), field(turn, "value", str)

@@ -13,7 +13,7 @@ import itertools
 import os
 import pathlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from itool_jax.data import benchmarks, formats
@@ -110,8 +110,8 @@ def from_rows(rows: Iterable[Row], need_target: bool) -> list[Sample]:
     Raises:
         ValueError: a row is invalid; one line that gives its number, from 1.
     """
-    read = functools.partial(_openai_or_raw, need_target=need_target, turns=None)
-    samples = [sample for number, row in enumerate(rows, 1) for sample in _at(f"sample {number}", read, row)]
+    read = functools.partial(from_openai, need_target=need_target, turns=None)
+    samples = [sample for number, row in enumerate(rows, 1) for sample in read_row(f"sample {number}", read, row)]
     if any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError('a sample needs "messages"; raw prompts are supported in files only')
     return _distinct(samples)
@@ -178,7 +178,7 @@ def _questions(file: pathlib.Path) -> list[Sample]:
     read = _test_reader(rows[0][1]) if rows else None
     if read is None:
         return load(file, targets="after_user")
-    return [sample for number, row in rows for sample in _at(place(file, number), read, row)]
+    return [sample for number, row in rows for sample in read_row(place(file, number), read, row)]
 
 
 def _test_reader(row: Row) -> Callable[[Row], list[Sample]] | None:
@@ -188,18 +188,21 @@ def _test_reader(row: Row) -> Callable[[Row], list[Sample]] | None:
     return benchmarks.from_bfcl if {"id", "question"} <= row.keys() else None
 
 
+def files_of(source: str, skipped: list[str] | None) -> Iterator[tuple[str, Numbered, Callable[[int], str]]]:
+    """Yields for each file of a source, or for a data set of the hub: its name, its rows, and the place of each."""
+    if source.startswith(HUB):
+        yield source, _hub_rows(source), lambda number: f"{source} row {number}"
+        return
+    for file in (file for path in named(source) for file in _files(path)):
+        yield str(file), list(read_rows(file, skipped)), functools.partial(place, file)
+
+
 def _load(
     source: Path, targets: Targets, need_target: bool, for_training: bool, skipped: list[str] | None
 ) -> list[Any]:
-    name = os.fspath(source)
-    if name.startswith(HUB):
-        files = [(name, _hub_rows(name), lambda number: f"{name} row {number}")]
-    else:
-        paths = [file for path in named(name) for file in _files(path)]
-        files = ((str(file), list(read_rows(file, skipped)), functools.partial(place, file)) for file in paths)
     return _distinct(
         sample
-        for file in files
+        for file in files_of(os.fspath(source), skipped)
         for sample in _samples(*file, targets, need_target, for_training=for_training, skipped=skipped)
     )
 
@@ -214,7 +217,7 @@ def _samples(
     skipped: list[str] | None,
 ) -> list[Sample | RawSample]:
     samples: list[Sample | RawSample] = []
-    plain = functools.partial(_openai_or_raw, need_target=need_target, turns=targets if for_training else None)
+    plain = functools.partial(from_openai, need_target=need_target, turns=targets if for_training else None)
     first: dict[str, int] = {}
     read: Callable[[Row], list[Any]] | None = None
     for number, row in rows:
@@ -223,7 +226,7 @@ def _samples(
                 read = _public_reader(row, where(number), pathlib.Path(name), targets) or plain
             if read is plain:
                 _refuse_repeated_id(row, number, first, where)
-            new = _at(where(number), read, row)
+            new = read_row(where(number), read, row)
             samples += [dataclasses.replace(s, place=where(number)) if isinstance(s, Sample) else s for s in new]
         except ValueError as error:
             refuse(str(error), skipped, error)
@@ -248,7 +251,7 @@ def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -
     """Returns the function that reads rows like this one; None for the OpenAI form and raw rows."""
     keys = row.keys()
     if {"chosen", "rejected"} <= keys:
-        raise ValueError(f"{where}: a preference pair, not a sample; {_WANTED}")
+        raise ValueError(f"{where}: a preference pair, not a sample; train on it with --stage=dpo --pairs.file")
     if keys & {"messages", "prompt_ids", "prompt"}:
         return None
     if {"query", "calling"} <= keys:
@@ -280,7 +283,7 @@ def _refuse_repeated_id(row: Row, number: int, first: dict[str, int], where: Cal
         raise ValueError(f'{where(number)}: duplicate id "{key}", first used in {where(first[str(key)])}')
 
 
-def _openai_or_raw(row: Row, need_target: bool, turns: Targets | None) -> list[Any]:
+def from_openai(row: Row, need_target: bool, turns: Targets | None) -> list[Any]:
     """Returns a row's sample; without a target, one per turn of `turns`, or only the last turn if `turns` is None."""
     if row.get("messages") is None and row.keys() & {"prompt_ids", "prompt"}:
         return [_raw(row, need_target)]
@@ -402,7 +405,7 @@ def _target(target: Any) -> Row:
     return _assistant(target if isinstance(target, dict) else {"content": target})
 
 
-def _at(where: str, read: Callable[[Row], Any], row: Row) -> Any:
+def read_row(where: str, read: Callable[[Row], Any], row: Row) -> Any:
     """Applies `read` to a row, which may hold anything. Raises ValueError with the place and the reason if it fails."""
     try:
         samples = read(row)
@@ -449,7 +452,7 @@ def _seal_tools_beside(path: pathlib.Path) -> formats.SealTools:
 
 @functools.lru_cache(maxsize=2)
 def _seal_tools(file: str) -> formats.SealTools:
-    entries = (_at(place(file, number), formats.seal_tools_entry, row) for number, row in read_rows(file))
+    entries = (read_row(place(file, number), formats.seal_tools_entry, row) for number, row in read_rows(file))
     return formats.seal_tools_catalogue(entries)
 
 

@@ -329,7 +329,10 @@ def _texts(run: Run, policy: PhasePolicy, conversations: Conversations) -> Itera
 
 
 def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
-    """Returns accuracies by category and column with 95 % intervals, counts, and failures by kind of error."""
+    """Returns accuracies by category and column with 95 % intervals, counts, and failures by kind of error.
+
+    For BFCL, also which edition of the questions was scored.
+    """
     intervals = bfcl_scores.intervals(scores, config.seed)
     figures: Figures = {
         "accuracy": {name: score.correct / score.total if score.total else None for name, score in scores.items()},
@@ -341,6 +344,7 @@ def summarize(config: Config, scores: Mapping[str, Score]) -> Figures:
     }
     if config.benchmark == "bfcl":
         figures |= {"columns": bfcl_scores.figures(scores), "column_interval": intervals.columns}
+        figures["edition"] = bfcl_data.edition(data_folder(config), scores)._asdict()
     return figures
 
 
@@ -359,6 +363,8 @@ def show(config: Config, name: str, scores: Mapping[str, Score], figures: Figure
         for column, value in figures["columns"].items():
             table.add_row(column, _cell(value, figures["column_interval"].get(column)), _count(column, scores))
     console_out.print(table)
+    if config.benchmark == "bfcl":
+        console_out.print(bfcl_data.Edition(**figures["edition"]).line(), soft_wrap=True)
     if total := sum(figures["unanswered"].values()):
         console_out.print(
             f"the model did not answer {total} of {sum(figures['n'].values())} questions: they count as wrong, or as "

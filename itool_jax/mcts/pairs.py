@@ -32,12 +32,17 @@ class PairSettings:
     the first token that differs from the chosen step, so that training does not penalize the tokens after it."""
     held_out: float = 0.1
     """Share of the searched prompts whose pairs are kept out of training, to measure its effect."""
+    file: str | None = None
+    """Pairs for stage dpo to train on instead of a search's: a file, a folder or hf:OWNER/NAME with the columns of TRL
+    (prompt, chosen, rejected) or LLaMA-Factory, or the pairs.jsonl of another run of the same model."""
 
     def __post_init__(self) -> None:
         if not self.min_q_gap >= 0:
             raise ValueError(f"pairs.min_q_gap must not be negative, got {self.min_q_gap}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"pairs.held_out must be in [0, 1), got {self.held_out}")
+        if self.file == "":
+            raise ValueError("pairs.file must not be empty; omit it to train on the search's pairs")
 
     def accepts(self, pair: "Pair") -> bool:
         """Returns whether to train on a pair whose Q gap is wide enough."""

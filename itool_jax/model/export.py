@@ -1,8 +1,4 @@
-"""Exports weights as Hugging Face checkpoints, and adapters in the PEFT format.
-
-Out: config.json and safetensors, sharded with an index if they are large; or adapter_config.json and
-adapter_model.safetensors (https://huggingface.co/docs/peft/developer_guides/checkpoint).
-"""
+"""Exports weights as Hugging Face checkpoints: config.json and safetensors, sharded with an index if they are large."""
 
 import json
 from collections.abc import Callable
@@ -12,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from itool_jax.model.hf import INDEX, LAYER_NAMES, WEIGHTS, stored_as
-from itool_jax.model.linear import LoraSettings
+from itool_jax.model.hf import INDEX, WEIGHTS, stored_as
 from itool_jax.model.transformer import Params
 
 Leaf = Callable[[tuple[Any, ...], Any], Any]
@@ -91,31 +86,3 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
-
-
-def save_adapter(folder: Path, adapters: Params, lora: LoraSettings, base: str) -> None:
-    """Writes adapters in the PEFT format; `base` is the path or Hub name of their base model."""
-    tensors: dict[str, np.ndarray] = {}
-    targets: list[str] = []
-    for name, part in adapters["layers"].items():
-        module = LAYER_NAMES[f"{name}.kernel"].removesuffix(".weight")
-        targets.append(module.rpartition(".")[2])
-        for side, matrix in (("A", part["lora_a"]), ("B", part["lora_b"])):
-            for i, layer in enumerate(np.asarray(matrix)):
-                key = f"base_model.model.model.layers.{i}.{module}.lora_{side}.weight"
-                tensors[key] = np.ascontiguousarray(layer.T)
-    content = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

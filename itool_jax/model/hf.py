@@ -158,10 +158,10 @@ def raw_config(folder: Path) -> dict[str, Any]:
     _check_links(folder)
     path = folder / "config.json"
     if not path.is_file():
-        adapters = (folder / "adapter_config.json").is_file()
+        adapter = folder / "adapter_config.json"
         other = (
-            "contains only adapters; export with export.kind=merged"
-            if adapters
+            f"holds an adapter; set --model={_read_json(adapter).get('base_model_name_or_path')} --adapter={folder}"
+            if adapter.is_file()
             else f"holds GGUF files; name one, such as --model={files[0]}"
             if (files := sorted(folder.glob("*.gguf")))
             else "is not a Hugging Face model folder"

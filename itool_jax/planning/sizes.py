@@ -280,7 +280,7 @@ def _estimate(run: Run, name: str, size: int) -> str:
 
     Returns an empty string if the compiler gives none: a device without free memory may refuse even that.
     """
-    if name not in STAGE_OF:
+    if name not in STAGE_OF or run.config.pairs.file is not None:
         return ""
     try:
         need = need_of(run, name)(size)

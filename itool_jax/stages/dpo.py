@@ -2,49 +2,68 @@
 
 In: `pairs.jsonl`, `answers.jsonl`, the policy that the iteration started from, and the reference, which is the same
 policy unless `preference.reference` is warmup. Out: the iteration's weights and, if the loss compares pairs,
-`reference.jsonl` with the reference's log-probabilities.
+`reference.jsonl` with the reference's log-probabilities. With `pairs.file`, its pairs become the iteration's
+`pairs.jsonl`, and no search or warm-up is needed.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grain
 
 from itool_jax.config import Config
 from itool_jax.data.batches import PairRow, pair_batches, repeat_or_thin, sft_batches
+from itool_jax.data.pairs import GivenPair, load_pairs
+from itool_jax.data.rows import refuse
 from itool_jax.inference.sampler import target_log_probs
 from itool_jax.stages import search
 from itool_jax.store import checkpoint, training
 from itool_jax.store.across_hosts import Advance, by_row, planned
+from itool_jax.store.base import Base
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
-from itool_jax.store.paths import WARMUP, WEIGHTS, command, phase_name
+from itool_jax.store.columns import json_of
+from itool_jax.store.encoding import check_ids, check_lengths
+from itool_jax.store.paths import BASE, WARMUP, WEIGHTS, command, phase_name, weights_folder
 from itool_jax.store.run import Run
+from itool_jax.store.sources import fingerprints
 from itool_jax.store.tables import AnswerRow, PreferenceRow, ReferenceRow
 from itool_jax.store.weights import PhasePolicy, training_graph
 from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import log
-from itool_jax.text.chat import Encoded
+from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
 from itool_jax.training import loop as train
 from itool_jax.training.replay import is_drawn
 
 R = TypeVar("R", PreferenceRow, AnswerRow)
+T = TypeVar("T")
 Batches = grain.MapDataset
 
 
 def run(run: Run) -> PhasePolicy:
     """Trains on an iteration's pairs unless already done; returns the new policy."""
-    run.config.preference.n_micro()
-    phase, policy = run.phase(phase_name(run.config.iteration)), run.policy(phase_name(run.config.iteration - 1))
-    forest = phase.read(search.SEARCH)
-    return phase.cached(TRAIN, policy, forest.pairs, forest.answers)
+    config = run.config
+    config.preference.n_micro()
+    phase, policy = run.phase(phase_name(config.iteration)), run.policy(phase_name(config.iteration - 1))
+    if config.pairs.file is None:
+        forest = phase.read(search.SEARCH)
+        return phase.cached(TRAIN, policy, forest.pairs, forest.answers)
+    pairs = phase.cached(_from_file(config))
+    if config.iteration == 1 and not weights_folder(config.run_dir, WARMUP).is_dir():
+        log("no warm-up: training starts from the base model")
+        run.phase(WARMUP).cached(UNTRAINED, run.policy(BASE))
+    return phase.cached(_without_data(TRAIN), policy, pairs)
 
 
-def fit(task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow], answers: Table[AnswerRow]) -> Figures:
+def fit(
+    task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow], answers: Table[AnswerRow] | None = None
+) -> Figures:
     """Trains the policy to prefer the chosen steps, and saves the iteration's weights.
 
-    `preference.control` and the supervised losses train on other targets, for the same number of steps.
+    `preference.control` and the supervised losses train on other targets, for the same number of steps. Pairs of a file
+    come without `answers`.
     """
     config, settings = task.config, task.config.preference
     rows, held_out = _hold_out(config, pairs.rows)
@@ -54,13 +73,14 @@ def fit(task: Task, policy: PhasePolicy, pairs: Table[PreferenceRow], answers: T
     reference: dict[str, ReferenceRow] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
-        targets = _targets(task, rows, _hold_out(config, answers.rows)[0])
+        targets = _targets(task, rows, _hold_out(config, answers.rows if answers else ())[0])
         if not targets:
             return _keep(task, policy, "the trees hold no right answer by the model itself")
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
         loss = train.sft_loss(graph)
     else:
-        reference = _by_pair(pairs.rows, Phase(task.run, task.phase).cached(REFERENCE, source, pairs))
+        step = REFERENCE if config.pairs.file is None else _without_data(REFERENCE)
+        reference = _by_pair(pairs.rows, Phase(task.run, task.phase).cached(step, source, pairs))
         batches = _pair_batches(task, rows, reference)
         loss = train.preference_loss(graph, settings.loss_settings)
     what = f"{settings.loss if settings.control == 'none' else settings.control}, {task.phase}"
@@ -117,6 +137,98 @@ def _targets(task: Task, rows: Sequence[PreferenceRow], answers: Sequence[Answer
         return [Encoded(row.id, row.prompt_ids, step) for row, step in zip(rows, steps, strict=True)]
     own = [Encoded(row.id, row.prompt_ids, row.answer_ids) for row in answers]
     return repeat_or_thin(own, len(rows), task.config.seed + task.iteration) if own else []
+
+
+# Pairs from elsewhere ---------------------------------------------------------------------------------------
+
+
+def _without_data(step: Step[T]) -> Step[T]:
+    """Returns a step that does not read the run's training data."""
+    return dataclasses.replace(step, data_hashes={})
+
+
+def _from_file(config: Config) -> Step[Table[PreferenceRow]]:
+    """Returns the step that encodes the pairs of `pairs.file`."""
+    hashes = fingerprints(config, ["pairs.file"])["pairs.file"]
+    return Step("pairs", [PAIRS], encode_pairs, _read_pairs, hashes)
+
+
+def encode_pairs(task: Task) -> Figures:
+    """Writes the pairs of `pairs.file` as `pairs.jsonl`.
+
+    Raises:
+        ValueError: a pair is invalid or does not fit the model, unless `skip_bad_rows` is set; names file and row.
+    """
+    config, base = task.config, task.run.base
+    skipped: list[str] | None = [] if config.skip_bad_rows else None
+    rows: list[PreferenceRow] = []
+    plain = 0
+    assert config.pairs.file is not None
+    for pair in load_pairs(config.pairs.file, skipped):
+        try:
+            prompt, chosen, rejected = _encoded(base, pair)
+        except ValueError as error:
+            refuse(f"{pair.place}: {error}", skipped, error)
+            continue
+        plain += pair.texts is not None and pair.ids is None and not base.chat.holds_special(pair.texts[0])
+        texts = map(base.chat.tokenizer.decode, (prompt, chosen, rejected))
+        rows.append(PreferenceRow(pair.id, *texts, prompt, chosen, rejected, *_NOT_SEARCHED, tree=pair.id, **_NO_NODES))
+    if not rows:
+        raise ValueError(f"{config.pairs.file}: no pair is usable")
+    if plain:
+        log(f"{plain} prompts are plain text, so the chat template writes them as a user's message")
+    for reason in skipped or ():
+        log(f"skipped {reason}")
+    write_jsonl(task.folder / PAIRS, map(json_of, rows))
+    log(f"{task.phase}: {len(rows)} pairs of {config.pairs.file}, {len(skipped or ())} rows skipped")
+    return {"pairs": len(rows), "skipped": len(skipped or ())}
+
+
+_NOT_SEARCHED = 0.0, 0.0, 1, 1
+"""Q and visits of both steps of a pair that no search made: equal, so that they favour neither."""
+_NO_NODES: dict[str, Any] = {
+    **dict.fromkeys(("node", "chosen_node", "rejected_node"), 0),
+    **dict.fromkeys(("best_ending_chosen", "best_ending_rejected"), 0.0),
+    "chosen_sampled": False,
+}
+
+
+def _encoded(base: Base, pair: GivenPair) -> tuple[list[int], list[int], list[int]]:
+    """Returns the token ids of a pair's prompt, chosen and rejected step; ValueError if they do not fit the model."""
+    chat = base.chat
+    if pair.ids is not None:
+        prompt, chosen, rejected = pair.ids
+        check_ids([Encoded(pair.id, prompt, [*chosen, *rejected])], base.config.vocab_size)
+        if pair.texts is not None and tuple(map(chat.tokenizer.decode, pair.ids)) != pair.texts:
+            raise ValueError("its token ids are not those of its texts; were they made with another model?")
+    elif pair.texts is not None and chat.holds_special(pair.texts[0]):  # a template wrote it
+        prompt, chosen, rejected = map(chat.encode, pair.texts)
+        chosen, rejected = (
+            ids if ids and ids[-1] in chat.stop_ids else [*ids, chat.end_of_turn] for ids in (chosen, rejected)
+        )
+    else:
+        assert pair.samples is not None
+        (_, prompt, chosen), (_, _, rejected) = (encode_sample(chat, sample) for sample in pair.samples)
+    if chosen == rejected:
+        raise ValueError("both answers are the same in the tool format")
+    check_lengths([Encoded(pair.id, prompt, step) for step in (chosen, rejected)], base.config.max_length)
+    return prompt, chosen, rejected
+
+
+PAIRS = "pairs.jsonl"
+
+
+def _read_pairs(phase: Phase) -> Table[PreferenceRow]:
+    origin = (phase.name, "pairs")
+    return Table(phase.folder / PAIRS, PreferenceRow, search.PAIR_KEYS, origin, command((phase.name, "dpo")))
+
+
+def keep_base(task: Task, base: PhasePolicy) -> Figures:
+    """Saves the untrained base as the policy to start from, where there was no warm-up."""
+    return {"weights": checkpoint.save(task.folder / WEIGHTS, base.trainable()[0])}
+
+
+UNTRAINED = _without_data(Step("untrained", [WEIGHTS], keep_base, lambda phase: phase.run.policy(phase.name)))
 
 
 # Held-out pairs ---------------------------------------------------------------------------------------------

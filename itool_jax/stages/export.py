@@ -17,20 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from itool_jax.config import Config
-from itool_jax.model import export, hf, quantize, stacking
+from itool_jax.model import export, hf, peft, quantize, stacking
 from itool_jax.model.lora import merge_adapters
 from itool_jax.model.transformer import Params
-from itool_jax.store.base import model_folder
+from itool_jax.store.base import load_base, model_folder, tokenizer_folder
 from itool_jax.store.paths import WARMUP, trained_phases
 from itool_jax.store.run import Run
-from itool_jax.store.sources import check_sources
+from itool_jax.store.sources import MODEL, check_sources
 from itool_jax.store.weights import Weights, merged_phases, restore_trained
 from itool_jax.system.gguf import is_gguf
 from itool_jax.system.messages import log
 from itool_jax.system.progress import progress
 from itool_jax.system.untrusted import inside
 from itool_jax.text import gguf
-from itool_jax.text.chat import Chat, load_tokenizer
+from itool_jax.text.chat import Chat
 from itool_jax.text.tool_formats import describe
 
 SERVING = "SERVING.md"
@@ -47,7 +47,7 @@ def run(run: Run) -> dict[str, Any]:
         raise ValueError(
             f"export.phase={phase} has no weights in {config.run_dir}; phases with weights: {', '.join(phases)}"
         )
-    check_sources(config, ["model"])  # adapters only fit the base they were trained with
+    check_sources(config, MODEL)  # adapters only fit the base they were trained with
     target = config.output or config.run_dir / phase / config.export.kind
     _refuse_to_replace(config, target)
     with _whole_folder(target) as partial:
@@ -69,6 +69,12 @@ def _serving(chat: Chat, config: Config) -> str:
     if chat.form.parser:
         command = f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser={chat.form.parser}"
         lines += ["", "vLLM returns them as `tool_calls` with", "", f"    {command}"]
+        if not merged:  # it reads BASE's own list of them
+            lines += [
+                "",
+                f"Answers end with one of the tokens {list(chat.stop_ids)}; if BASE does not list them all in its",
+            ]
+            lines += ["generation_config.json, give them as `stop_token_ids` with each request."]
     else:
         lines += ["", "vLLM has no parser for them: read them from the text of the answer."]
     if not chat.native:
@@ -94,9 +100,11 @@ def _write_adapter(config: Config, phase: str, target: Path) -> None:
         )
     if is_gguf(model_folder(config)):
         raise ValueError(f"export.kind=adapter: PEFT cannot load {config.model}, a GGUF file; set export.kind=merged")
-    name = config.model if config.model != "embedded" else str(model_folder(config))
-    export.save_adapter(target, restore_trained(config, phase), config.lora, name)
+    is_name = config.model != "embedded" and not Path(config.model).expanduser().exists()
+    name = config.model if is_name else str(model_folder(config).resolve())  # PEFT may look for it from any folder
+    peft.save_adapter(target, restore_trained(config, phase), config.lora, name)
     _copy_tokenizer(config, target)
+    _write_generation_config(config, target)
     if config.quantize == "nf4":
         log(f"these adapters were trained on 4-bit weights of {name}; on its 16-bit weights, answers differ slightly")
 
@@ -153,10 +161,10 @@ def _at(tree: Params, keys: list[Any]) -> Any:
 
 
 def _copy_tokenizer(config: Config, target: Path) -> None:
-    if is_gguf(model_folder(config)):
-        gguf.save_tokenizer(model_folder(config), target)
+    folder = tokenizer_folder(config)
+    if is_gguf(folder):
+        gguf.save_tokenizer(folder, target)
         return
-    folder = model_folder(config)
     for name in hf.COPIED:
         if (file := inside(folder, name)).is_file():
             shutil.copy(file, target / name)
@@ -168,9 +176,9 @@ def _copy_tokenizer(config: Config, target: Path) -> None:
 def _write_generation_config(config: Config, target: Path) -> None:
     """Writes the base's generation config with all stop tokens as EOS, so that servers stop where training did."""
     file = model_folder(config) / "generation_config.json"
-    stop_ids = list(Chat(load_tokenizer(str(model_folder(config)))).stop_ids)  # rejects a damaged generation config
+    stop_ids = load_base(config).chat.stop_ids  # rejects a damaged generation config
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    content["eos_token_id"] = stop_ids
+    content["eos_token_id"] = list(stop_ids)
     (target / file.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

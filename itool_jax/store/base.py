@@ -34,10 +34,17 @@ def _find_model(name: str, weights: bool, fetch: bool) -> Path:
     return Path(__file__).parent.parent / "embedded" / "model" if name == "embedded" else hf.find(name, weights, fetch)
 
 
+def tokenizer_folder(config: Config) -> Path:
+    """Returns the folder of tokenizer and template: the adapter's if it brings its own, else the model's."""
+    adapter = config.adapter
+    return adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else model_folder(config)
+
+
 def load_base(config: Config) -> Base:
     """Returns the checkpoint's shapes and tokenizer, read once; ValueError if they do not match."""
     shown = config.tool_format, config.tool_style
-    base = _load(model_folder(config), config.dtype, config.quantize == "nf4", config.remat, *shown)
+    folders = model_folder(config), tokenizer_folder(config)
+    base = _load(*folders, config.dtype, config.quantize == "nf4", config.remat, *shown)
     if (n := base.chat.n_ids) > base.config.vocab_size:
         raise ValueError(
             f"tokenizer of {config.model} has {n} tokens, but the model has only {base.config.vocab_size} embeddings"
@@ -46,10 +53,12 @@ def load_base(config: Config) -> Base:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(folder: Path, dtype: str, nf4: bool, remat: str, tool_format: ToolFormat, tool_style: ToolStyle) -> Base:
+def _load(
+    folder: Path, tokenizer: Path, dtype: str, nf4: bool, remat: str, tool_format: ToolFormat, tool_style: ToolStyle
+) -> Base:
     model = hf.read_config(folder, dtype)
     remat = ("layers" if model.n_layers > DEEP else "none") if remat == "auto" else remat
-    chat = Chat(load_tokenizer(str(folder)), tool_format, tool_style)
+    chat = Chat(load_tokenizer(str(tokenizer)), tool_format, tool_style, model=folder)
     return Base(dataclasses.replace(model, nf4=nf4, remat=remat), chat)
 
 

@@ -17,9 +17,9 @@ from itool_jax.config import Config
 from itool_jax.store import columns
 from itool_jax.store.across_hosts import Work, map_across_hosts
 from itool_jax.store.checkpoint import damage
-from itool_jax.store.directory import binding_settings
+from itool_jax.store.directory import STARTED, binding_settings
 from itool_jax.store.paths import StepId, done_file, iteration_of, working_folder
-from itool_jax.store.sources import ALL, check_sources
+from itool_jax.store.sources import ALL, MODEL, check_sources
 from itool_jax.system import hosts
 from itool_jax.system.files import read_json, write_json
 from itool_jax.system.messages import log, working_on
@@ -192,7 +192,7 @@ def _begin(task: Task, step: Step[Any], inputs: Sequence[Value]) -> _State:
     if asked_to_stop():
         return _State(stop=True)
     config = task.config
-    check_sources(config, ALL if step.data_hashes is None else ("model",))
+    check_sources(config, ALL if step.data_hashes is None else MODEL)
     basis = _basis(config, step, inputs)
     stale = _staleness(task, step, basis)
     if stale is None:
@@ -292,7 +292,7 @@ def read_figures(run_dir: Path, phase: str, step: str) -> Figures | None:
 
 def open_working(working: Path, basis: Mapping[str, Any]) -> float:
     """Opens the working folder, emptied if its inputs changed; returns the seconds already spent on that work."""
-    path = working / "started.json"
+    path = working / STARTED
     begun, seconds = read_json(path) if path.exists() else {}, 0.0
     if _unchanged(begun.get("after"), basis):
         last = max(file.stat().st_mtime for file in working.rglob("*"))

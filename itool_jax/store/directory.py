@@ -20,6 +20,8 @@ from itool_jax.system.files import remove_unfinished, whole_file
 from itool_jax.system.hosts import DistributedSettings, is_first
 
 LOCK = ".lock"
+STARTED = "started.json"
+"""File in the working folder of a step that began."""
 NO_RESULTS = (LOCK, "config.yaml", "environment.json", "log.jsonl", "report.html", "profile", "tensorboard", "wandb")
 """Files and folders that a run directory may hold before anything was computed."""
 
@@ -118,10 +120,17 @@ def check(config: Config) -> bool:
         raise ValueError(f"run directory {config.run_dir} is a file; choose another --run_dir")
     path = config.run_dir / "config.yaml"
     # A command that failed before it computed anything does not bind later ones to its settings.
-    begun = path.exists() and any(entry.name not in NO_RESULTS for entry in config.run_dir.iterdir())
+    begun = path.exists() and any(map(_holds_results, config.run_dir.iterdir()))
     if begun:
         _check_saved(path, config)
     return begun
+
+
+def _holds_results(entry: Path) -> bool:
+    """Returns whether a file or folder of a run directory holds anything computed; a step that began may have none."""
+    if entry.name in NO_RESULTS:
+        return False
+    return entry.is_file() or any(file.is_file() and file.name != STARTED for file in entry.rglob("*"))
 
 
 def check_weights(config: Config) -> None:
@@ -129,7 +138,7 @@ def check_weights(config: Config) -> None:
     path = config.run_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{config.run_dir} is not a run directory: no config.yaml")
-    _check_saved(path, config, ("model", "lora.", "quantize"))
+    _check_saved(path, config, ("model", "adapter", "lora.", "quantize"))
 
 
 def _check_saved(path: Path, config: Config, only: tuple[str, ...] = ("",)) -> None:

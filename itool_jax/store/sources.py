@@ -8,13 +8,15 @@ from typing import Any
 from itool_jax.config import Config
 from itool_jax.data.rows import SUFFIXES
 from itool_jax.data.sources import named
-from itool_jax.model import hf
+from itool_jax.model import hf, peft
 from itool_jax.store.base import model_folder
 from itool_jax.system.files import read_json
 
 SOURCES = "data/sources.json"
-ALL = ("model", "data", "samples.test_file")
+MODEL = ("model", "adapter")
+ALL = (*MODEL, "data", "samples.test_file")
 """The settings that name a run's input files."""
+_PATTERNS = {"model": hf.FILES, "adapter": (peft.CONFIG, peft.TENSORS, *hf.FILES)}
 
 
 def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
@@ -24,8 +26,8 @@ def fingerprints(config: Config, names: Sequence[str] = ALL) -> dict[str, Any]:
         given = config.flat()[name]
         if given is None or (name == "data" and given == "generated"):
             continue
-        places = [model_folder(config)] if name == "model" else named(given)
-        patterns = hf.FILES if name == "model" else [f"*{ending}" for ending in SUFFIXES]
+        places = [model_folder(config)] if name == "model" else named(str(given))
+        patterns = _PATTERNS.get(name) or [f"*{ending}" for ending in SUFFIXES]
         files: list[Path] = []
         for place in places:
             files += [place] if place.is_file() else sorted(p for pattern in patterns for p in place.glob(pattern))

@@ -11,7 +11,7 @@ from flax import nnx
 
 from itool_jax.config import Config
 from itool_jax.inference.sampler import Policy
-from itool_jax.model import hf, stacking
+from itool_jax.model import hf, peft, stacking
 from itool_jax.model.lora import beside, initialize_adapters, merge_adapters
 from itool_jax.model.sharding import placed, runs_apart, use_own_mesh
 from itool_jax.model.transformer import Params, abstract
@@ -28,7 +28,7 @@ from itool_jax.store.paths import (
     trained_phases,
     weights_folder,
 )
-from itool_jax.store.sources import check_sources
+from itool_jax.store.sources import MODEL, check_sources
 from itool_jax.system.messages import log
 
 
@@ -77,7 +77,7 @@ class Weights:
         config = self._config
         model = dataclasses.replace(load_base(config).config, stacked=False)
         graph = abstract(model)[0]
-        if phase == BASE:
+        if phase == BASE and config.adapter is None:
             return Policy(graph, self.base(stacked=False))
         if not config.lora.rank:
             self._base = None
@@ -86,17 +86,24 @@ class Weights:
         # A float32 model is small enough for a merged copy to fit in memory next to the base.
         if config.preference.merge or (config.dtype == "float32" and config.quantize == "none"):
             for part in merged_phases(config, phase):
-                frozen = merge_adapters(frozen, stacking.to_run(restore_trained(config, part)), config.lora)
+                frozen = merge_adapters(frozen, stacking.to_run(self._adapters(part)), config.lora)
             return Policy(graph, frozen)
         # Merging adapters into lower-precision weights would lose most of what they learned.
-        trained = stacking.to_run(restore_trained(config, phase))
-        return Policy(abstract(model, config.lora)[0], beside(frozen, trained))
+        return Policy(abstract(model, config.lora)[0], beside(frozen, stacking.to_run(self._adapters(phase))))
+
+    def _adapters(self, phase: str) -> Params:
+        """Returns a phase's adapters; those of the base are `--adapter`, or fresh ones that change nothing."""
+        config = self._config
+        if phase != BASE:
+            return restore_trained(config, phase)
+        fresh = initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed))
+        return fresh if config.adapter is None else peft.load_adapter(config.adapter, fresh, config.lora)
 
     def trainable(self, phase: str, *, merge: bool = False) -> tuple[Params, Params]:
         """Returns a phase's trainable float32 parameters, which training takes over, and the frozen parameters.
 
-        For the base, these are fresh adapters that change nothing or, without LoRA, the base's own weights. With
-        `merge`, the phase's adapters are merged into the frozen parameters, and fresh adapters are trained.
+        For the base, these are the adapters of `--adapter`, fresh ones that change nothing or, without LoRA, the base's
+        own weights. With `merge`, the phase's adapters are merged into the frozen parameters, and fresh ones trained.
         """
         config, self._policy = self._config, None
         if not config.lora.rank:
@@ -104,10 +111,8 @@ class Weights:
             trainable = self._load() if phase == BASE else restore_trained(config, phase)
             return trainable, {}
         key, model = jax.random.key(config.seed), load_base(config).config
-        if phase == BASE:
-            return initialize_adapters(model, config.lora, key), self.base(stacked=True)
-        if not merge:
-            return restore_trained(config, phase), self.base(stacked=True)
+        if phase == BASE or not merge:
+            return self._adapters(phase), self.base(stacked=True)
         frozen, parts = self.base(stacked=True), merged_phases(config, phase)
         self._base = None  # the merged weights take its place
         for part in parts:
@@ -179,7 +184,7 @@ def answering_phase(config: Config) -> str:
     if name in (None, BASE):
         return BASE
     check_weights(config)
-    check_sources(config, ["model"])  # adapters belong to one base
+    check_sources(config, MODEL)  # adapters belong to one base
     phases = trained_phases(config.run_dir)
     chosen = phases[-1] if name == "last" and phases else name
     if chosen not in phases:

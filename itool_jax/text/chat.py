@@ -112,15 +112,23 @@ class Chat:
     token if it puts none. `stop_ids` are all tokens that end a response, end of turn first. `n_ids` is one more than
     the largest id that a text can contain. `form` is how answers write calls; with `native`, the template lists the
     tools and writes earlier calls itself, else the system message lists them and says what an answer looks like.
+    `model` is the model's folder, if the tokenizer comes from another one; it may list more tokens that end a response.
 
     Raises:
         ValueError: `tool_format` is native, and the template writes calls in no known form or not at all; or
             `tool_style` is given, and the template lists the tools.
     """
 
-    def __init__(self, tokenizer: Any, tool_format: ToolFormat = "auto", tool_style: ToolStyle = "schema"):
+    def __init__(
+        self,
+        tokenizer: Any,
+        tool_format: ToolFormat = "auto",
+        tool_style: ToolStyle = "schema",
+        model: Path | None = None,
+    ):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model"
+        self._folders = dict.fromkeys((Path(self.name), model or Path(self.name)))
         self.tool_style: ToolStyle = tool_style
         self.form, self.native = self._find_form(tool_format)
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -204,6 +212,10 @@ class Chat:
             return self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **how)
         except (TypeError, UnicodeError) as error:  # JSON can contain half a character, "\ud800"
             raise ValueError(f"tokenizer of {self.name} cannot encode the text: {str(error)[:100]}") from error
+
+    def holds_special(self, text: str) -> bool:
+        """Returns whether a text contains a special token, as one does that a template wrote."""
+        return any(token in text for token in self._special[1:])
 
     def _marked(self, content: Any) -> Any:
         """Replaces special tokens in the texts of a JSON value, at any depth, by marks."""
@@ -364,7 +376,8 @@ class Chat:
         return self.tokenizer.eos_token_id
 
     def _find_stop_ids(self) -> tuple[int, ...]:
-        ids = [self.end_of_turn, self.tokenizer.eos_token_id, *_generation_eos(Path(self.name))]
+        ids = [self.end_of_turn, self.tokenizer.eos_token_id]
+        ids += [i for folder in self._folders for i in _generation_eos(folder)]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

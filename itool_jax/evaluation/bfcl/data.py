@@ -6,9 +6,10 @@ v3 names; v4 names are accepted.
 """
 
 import copy
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +137,54 @@ def load_questions(folder: Path, category: str) -> list[Question]:
             raise ValueError(f"{place(file, number)}: {question_id}: {problem}")
         questions.append(question)
     return questions
+
+
+class Edition(NamedTuple):
+    """Which questions and possible answers were scored."""
+
+    files: str
+    """v3 or v4, as in the names of the files."""
+    digest: dict[str, str]
+    """Hash of each category's questions and possible answers."""
+    corrected: dict[str, bool]
+    """By id, whether a possible answer that was once wrong has its correction."""
+
+    def line(self) -> str:
+        """Returns one line for the reader of a score."""
+        late = [f"{name} (gorilla {CORRECTIONS[name].change})" for name, done in self.corrected.items() if not done]
+        state = "without the correction of " + ", ".join(late) if late else "with all corrections known here"
+        checked = f", {state}" if self.corrected else ""
+        return f"questions and possible answers: BFCL {self.files} files{checked}"
+
+
+class Correction(NamedTuple):
+    """A possible answer that the leaderboard corrected after v4 came out; it changes scores."""
+
+    category: str
+    change: str
+    is_made: Callable[[Sequence[Any]], bool]
+
+
+CORRECTIONS = {
+    "live_simple_205-116-13": Correction("live_simple", "#1175", lambda answer: "2023-04-29" in str(answer)),
+    "multi_turn_base_154": Correction("multi_turn_base", "#1177", lambda answer: len(answer) == 5),
+}
+"""https://github.com/ShishirPatil/gorilla/blob/main/berkeley-function-call-leaderboard/CHANGELOG.md"""
+
+
+def edition(folder: Path, categories: Iterable[str]) -> Edition:
+    """Returns which edition of these categories a data folder holds."""
+    files, digest, corrected = set[str](), dict[str, str](), dict[str, bool]()
+    for category in categories:
+        questions = load_questions(folder, category)
+        files.add(question_file(folder, category).name.split("_")[1])
+        content = json.dumps([(q.row, q.answer) for q in questions], sort_keys=True)
+        digest[category] = hashlib.sha256(content.encode()).hexdigest()[:16]
+        for question in questions:
+            correction = CORRECTIONS.get(question.id)
+            if correction is not None and correction.category == category:
+                corrected[question.id] = correction.is_made(question.answer)
+    return Edition(" and ".join(sorted(files)), digest, corrected)
 
 
 def _wrong_form(question: Question) -> str | None:
