@@ -56,6 +56,7 @@ def test_questions_are_answered_once_scored_and_kept(
     out = capsys.readouterr().out
     assert "bfcl, base: % correct" in out
     assert "5 of 7 missing" in out  # of non-live
+    assert "questions and possible answers: BFCL v3 files" in out
     assert "not answer" not in out
     where = tmp_path / "run/base/bfcl"
     rows = read(where / "BFCL_v3_multiple_result.json")
@@ -66,7 +67,7 @@ def test_questions_are_answered_once_scored_and_kept(
     assert all(row["correct"] + len(row["failed"]) == row["total"] for row in scores.values())
     summary = json.loads((where / "summary.json").read_text())
     assert summary["columns"]["overall"] is None
-    assert summary["errors"].keys() == scores.keys()
+    assert summary["errors"].keys() == summary["edition"]["digest"].keys() == scores.keys()
     # Again: nothing is answered; a category whose responses are gone is answered again, and alike.
     assert evaluate(long_folder, tmp_path / "run", *settings) == 0
     assert capsys.readouterr().err.count("already done") == 2

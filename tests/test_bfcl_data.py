@@ -334,6 +334,35 @@ def test_two_runs_are_compared_question_by_question() -> None:
         bfcl_scores.paired(now, Score(9, 9, 9, {}))
 
 
+def test_the_edition_says_what_was_scored(tmp_path: Path) -> None:
+    data = write_data(tmp_path, "simple")
+    edition = bfcl_data.edition(data, ["simple"])
+    assert (edition.files, edition.corrected) == ("v3", {})
+    assert edition.line() == "questions and possible answers: BFCL v3 files"
+    answers = data / "possible_answer" / "BFCL_v3_simple.json"
+    answers.write_text(answers.read_text().replace("x", "y"))
+    assert bfcl_data.edition(data, ["simple"]).digest != edition.digest
+    # The corrections of gorilla #1175 and #1177.
+    row = {"id": "live_simple_205-116-13", "question": [[{"role": "user", "content": "q"}]], "function": [TOOL]}
+    (data / "questions" / "BFCL_v4_live_simple.json").write_text(json.dumps(row))
+    for date, end in (
+        ("27", "without the correction of live_simple_205-116-13 (gorilla #1175)"),
+        ("29", "with all cor"),
+    ):
+        answer = {"id": row["id"], "ground_truth": [{"f": {"b": [f"2023-04-{date}"]}}]}
+        (data / "possible_answer" / "BFCL_v4_live_simple.json").write_text(json.dumps(answer))
+        line = bfcl_data.edition(data, ["simple", "live_simple"]).line()
+        assert line.startswith(f"questions and possible answers: BFCL v3 and v4 files, {end}")
+    correction = bfcl_data.CORRECTIONS["multi_turn_base_154"]
+    assert [correction.is_made([[]] * n) for n in (6, 5)] == [False, True]
+
+
+def test_the_edition_of_the_published_questions() -> None:
+    data = shared_path("data/bfcl_v3")
+    edition = bfcl_data.edition(data, ["live_simple", "multi_turn_base"])
+    assert edition.corrected == dict.fromkeys(bfcl_data.CORRECTIONS, False)
+
+
 def test_published_questions_are_all_there() -> None:
     data = shared_path("data/bfcl_v3")
     counts = {name: len(bfcl_data.load_questions(data, name)) for name in CATEGORIES}

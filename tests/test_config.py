@@ -48,7 +48,7 @@ BINDING = {
         *("outcome", "inject_gold"),
     ),
     "self_eval.": ("reference", "scale", "weight", "both_orders"),
-    "pairs.": ("min_q_gap", "require", "rejected", "held_out"),
+    "pairs.": ("min_q_gap", "require", "rejected", "held_out", "file"),
     "preference.": (
         *("learning_rate", "batch_size", "epochs", "weight_decay", "warmup_ratio", "clip_norm"),
         *("loss", "beta", "margin", "orpo_lambda", "dpop_lambda", "sft_weight", "reference", "merge", "control"),
@@ -270,6 +270,7 @@ def make_run(tmp_path: Path) -> Path:
     """A run directory in which something has been computed."""
     run_directory.save_or_check(started(tmp_path))
     (tmp_path / "run/base").mkdir()
+    (tmp_path / "run/base/evaluation.jsonl").touch()
     return tmp_path / "run/config.yaml"
 
 
@@ -352,6 +353,7 @@ def test_what_was_once_true_or_false_is_still_understood(tmp_path: Path, name: s
         run_directory.save_or_check(config)
         saved = config.run_dir / "config.yaml"
         (config.run_dir / "base").mkdir()
+        (config.run_dir / "base/evaluation.jsonl").touch()
         saved.write_text(yaml.safe_dump(yaml.safe_load(saved.read_text()) | {name: value}))
         assert run_directory.check(config)
         other = started(tmp_path, f"--run_dir={config.run_dir}", f"--{name}={values[not value]}")

@@ -96,6 +96,8 @@ UNSAID: dict[str, Any] = {
     "tool_format": "brackets",
     "tool_style": "schema",
     "samples.max_tools": 0,
+    "adapter": None,
+    "pairs.file": None,
     "warmup.batch_size": 16,
     "warmup.clip_norm": 1.0,
     "warmup.pack": 0,
