@@ -87,7 +87,11 @@ def test_arguments_are_those_that_the_program_gets() -> None:
 
 
 def test_commands_are_found() -> None:
-    assert [line.split()[0] for line in commands("docs/your-data.md")] == ["--stage=score", "--stage=iterate", "--stage=dpo"]
+    assert [line.split()[0] for line in commands("docs/your-data.md")] == [
+        "--stage=score",
+        "--stage=iterate",
+        "--stage=dpo",
+    ]
 
 
 def test_page_of_settings_holds_each_with_default_and_help() -> None:

@@ -3,6 +3,9 @@
 In: the environment. Out: the program restarted with glibc's settings, because glibc reads them when a process starts.
 """
 
+import contextlib
+import ctypes
+import gc
 import os
 import sys
 
@@ -13,3 +16,10 @@ def keep_freed_memory() -> None:
     """Restarts the program so that glibc keeps large buffers, unless one of its settings is already set."""
     if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
+
+
+def release_freed_memory() -> None:
+    """Returns all freed memory to the system once, so that what comes does not add to what has been."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
