@@ -141,6 +141,8 @@ def test_a_run_begins_with_an_adapter(made: Made, tmp_path: Path, monkeypatch: p
     [
         ({"r": 4}, "has rank 4 and alpha 32, but the settings say 2 and 32; set --lora.rank=4 --lora.alpha=32"),
         ({"r": 4, "use_rslora": True}, "set --lora.rank=4 --lora.alpha=64"),
+        ({"r": 2, "lora_alpha": 16, "use_rslora": True}, "set --lora.rank=2 --lora.alpha=22.627417"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 goes with a changed base"),
         ({"use_dora": True}, "use_dora=True is not supported; merge the adapter with PEFT"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] is not supported"),
         ({"bias": "all"}, "bias=all is not supported"),

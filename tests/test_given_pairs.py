@@ -98,7 +98,15 @@ def test_earlier_turns_stay(file: Callable[..., Path]) -> None:
         ({"chosen": [message("user", "x")]}, "\"chosen\" is a message of 'user', not of the assistant"),
         ({"chosen": ""}, '"chosen": sample has an empty "target"'),
         ({"prompt": [message("bot", "x")]}, "\"chosen\": message 1 has role 'bot'"),
-        ({"prompt": None, "chosen": "a b", "rejected": "a c"}, 'a pair needs its "prompt": texts that contain it'),
+        ({"prompt": None, "chosen": "a b", "rejected": "a c"}, 'a pair needs its "prompt" in a column'),
+        ({"images": ["x.png"]}, '"images" cannot be shown to a model of text'),
+        ({"instruction": "x"}, 'a pair has "prompt" and "instruction"; keep the one that holds the prompt'),
+        ({"history": [["a", "b"]]}, '"history" without "instruction"'),
+        ({"prompt": None, "instruction": "x", "history": ["ab"]}, '"history" must be a list of [question, answer]'),
+        ({"prompt": None, "instruction": "x", "input": 5}, '"input" is missing or not a string'),
+        ({"system": "x"}, 'a pair has "system" and a system message; keep one'),
+        ({"id": True}, '"id" must be a string or an integer'),
+        ({"prompt": "other"} | FORMS["TRL, implicit prompt"], '"prompt" is not the last'),
         ({"prompt_ids": [1]}, '"chosen_ids" is missing or not a list'),
         ({"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [-1]}, '"rejected_ids" must be a non-empty list'),
         ({"tools": "none"}, '"chosen": '),
@@ -113,8 +121,20 @@ def test_what_is_no_pair_is_refused_by_name(file: Callable[..., Path], change: R
     skipped: list[str] = []
     assert [pair.id for pair in load_pairs(str(path), skipped)] == ["a"]
     assert len(skipped) == 1
-    with pytest.raises(ValueError, match='line 2: duplicate id "a", first used in'):
+    with pytest.raises(ValueError, match=r'line 2: duplicate id "a", first in .* line 1'):
         load_pairs(str(file(good, good)))
+    nameless = FORMS["TRL, messages"]
+    with pytest.raises(ValueError, match=r"line 2: the same pair again, first in .* line 1"):
+        load_pairs(str(file(nameless, nameless)))
+    with pytest.raises(ValueError, match=r"contains no pairs \(first: .*line 1"):
+        load_pairs(str(file(bad)), [])
+
+
+def test_whole_conversations_may_repeat_the_prompt(file: Callable[..., Path]) -> None:
+    """As in UltraFeedback's binarized form."""
+    (pair,) = load_pairs(str(file(FORMS["TRL, implicit prompt"] | {"prompt": USER})))
+    assert pair.samples is not None
+    assert [m["content"] for m in pair.samples[0].messages] == ["Be brief.", USER]
 
 
 def dpo(folder: Path, model: Path, pairs: Path, *changes: str) -> int:
@@ -126,6 +146,7 @@ def test_pairs_train_a_model_that_had_no_warm_up(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [FORMS["TRL, messages"] | {"tools": [TOOL], "id": f"p{i}"} for i in range(8)]
+    rows[0]["chosen"] = [message("assistant", f"<think>x</think>{CHOSEN}")]
     file = write(tmp_path / "pairs.jsonl", [*rows, FORMS["texts"] | {"id": "plain"}, FORMS["texts"] | {"chosen": None}])
     assert dpo(tmp_path / "run", tiny_folder, file) == 2
     assert f'{file} line 10: a pair needs "chosen"' in capsys.readouterr().err
@@ -133,11 +154,13 @@ def test_pairs_train_a_model_that_had_no_warm_up(
     out = "".join(capsys.readouterr())
     assert "no warm-up: training starts from the base model" in out
     assert "1 prompts are plain text, so the chat template writes them as a user's message" in out
+    assert "thoughts before answers, <think>...</think>, are left out (1 pairs)" in out
     assert f"iteration_1: 9 pairs of {file}, 1 rows skipped" in out
     written = read(tmp_path / "run" / "iteration_1" / "pairs.jsonl")
     chat = Chat(load_tokenizer(str(tiny_folder)))
     prompt = chat.prompt_ids([SYSTEM, message("user", USER)], [{"type": "function", "function": TOOL}])
     assert [row["prompt_ids"] for row in written[:8]] == [prompt] * 8
+    assert len({row["tree"] for row in written}) == 2  # by prompt, so that held-out pairs share none
     assert written[0]["chosen_ids"] == chat.target_ids(CHOSEN)
     assert written[8]["prompt_ids"] == chat.prompt_ids([SYSTEM, message("user", USER)])
     assert not (tmp_path / "run" / "data").exists()  # the run's training data is not touched
@@ -169,7 +192,8 @@ def test_texts_that_a_template_wrote_and_token_ids_stay_as_they_are(
     assert "plain text" not in "".join(capsys.readouterr())
     ids = ("prompt_ids", "chosen_ids", "rejected_ids")
     again = read(tmp_path / "ids" / "iteration_1" / "pairs.jsonl")
-    assert [[row[key] for key in ids] for row in again] == [[row[key] for key in ids] for row in rows]
+    kept = (*ids, "tree", "visits_chosen", "visits_rejected")
+    assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
     texts = write(
         tmp_path / "texts.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     )
@@ -178,6 +202,15 @@ def test_texts_that_a_template_wrote_and_token_ids_stay_as_they_are(
     again = read(tmp_path / "texts" / "iteration_1" / "pairs.jsonl")
     assert [row["prompt_ids"] for row in again] == [row["prompt_ids"] for row in rows]
     assert all(row["chosen_ids"][-1] in made.chat.stop_ids for row in again)
+    told = write(
+        tmp_path / "told.jsonl", [{"system": "x", "prompt": rows[0]["prompt"], "chosen": "a", "rejected": "b"}]
+    )
+    for changes, why in (
+        ((told,), 'its "prompt" was written by a template, so "system" and "tools" would be left out; remove them'),
+        ((texts, "--preference.loss=conservative_dpo"), "conservative_dpo needs visits_chosen and visits_rejected"),
+    ):
+        assert dpo(tmp_path / "refused", model, *changes) == 2
+        assert why in capsys.readouterr().err
     other = write(tmp_path / "other.jsonl", [rows[0] | {"prompt": "another tokenizer's"}])
     assert dpo(tmp_path / "other", model, other) == 2
     assert "its token ids are not those of its texts; were they made with another model?" in capsys.readouterr().err

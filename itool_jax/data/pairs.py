@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 from itool_jax.data.formats import field, sharegpt_turns
 from itool_jax.data.rows import refuse
-from itool_jax.data.sources import files_of, from_openai, read_row
+from itool_jax.data.sources import files_of, from_openai, holds_thought, read_row
 from itool_jax.text.sample import Row, Sample, content_id
 
 ANSWERS = ("chosen", "rejected")
+CONTEXTS = ("prompt", "messages", "conversations", "instruction")
+"""Columns that a pair's prompt may stand in."""
+MEDIA = ("images", "image", "videos", "audios")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -29,6 +32,14 @@ class GivenPair(NamedTuple):
     """Prompt, chosen and rejected answer, if all are texts: a template may have written the prompt already."""
     ids: tuple[list[int], list[int], list[int]] | None = None
     """Prompt, chosen and rejected step as token ids; nothing else is given then, except the texts."""
+    visits: tuple[int, int] | None = None
+    """Visits of both steps, if a search made the pair."""
+    tree: str = ""
+    """What held-out pairs are chosen by: the tree of a search; empty for others, which go by their prompt."""
+    thoughts: bool = False
+    """True if a thought before an answer, `<think>...</think>`, was left out."""
+    has_context: bool = False
+    """True if the row has a system text or tools beside a prompt that is a text."""
 
 
 def load_pairs(source: str, skipped: list[str] | None = None) -> list[GivenPair]:
@@ -42,56 +53,83 @@ def load_pairs(source: str, skipped: list[str] | None = None) -> list[GivenPair]
         ValueError: a row is invalid, and no list `skipped` is given to add the reason to; names file and row.
     """
     pairs: dict[str, GivenPair] = {}
-    for name, rows, where in files_of(os.fspath(source), skipped):
-        before = len(pairs)
+    for _, rows, where in files_of(os.fspath(source), skipped):
         for number, row in rows:
             try:
                 pair = read_row(where(number), _pair, row)._replace(place=where(number))
                 if other := pairs.get(pair.id):
-                    raise ValueError(f'{pair.place}: duplicate id "{pair.id}", first used in {other.place}')
+                    named = f'duplicate id "{pair.id}"' if row.get("id") else "the same pair again"
+                    raise ValueError(f"{pair.place}: {named}, first in {other.place}")
             except ValueError as error:
                 refuse(str(error), skipped, error)
                 continue
             pairs[pair.id] = pair
-        if len(pairs) == before:
-            raise ValueError(f"{name} contains no pairs")
+    if not pairs:
+        raise ValueError(f"{source} contains no pairs" + (f" (first: {skipped[0]})" if skipped else ""))
     return [*pairs.values()]
 
 
 def _pair(row: Row) -> GivenPair:
     if missing := [key for key in ANSWERS if row.get(key) is None]:
         raise ValueError(f'a pair needs "chosen" and "rejected", but "{missing[0]}" is missing')
-    name = str(row["id"]) if row.get("id") not in (None, "") else content_id("pair", row)
+    if media := [key for key in MEDIA if row.get(key)]:
+        raise ValueError(f'"{media[0]}" cannot be shown to a model of text; remove such rows')
+    given_id = row.get("id")
+    if given_id is not None and type(given_id) not in (str, int):
+        raise ValueError('"id" must be a string or an integer')
+    name = content_id("pair", row) if given_id in (None, "") else str(given_id)
     given = row.get("prompt"), row["chosen"], row["rejected"]
     texts = (str(given[0]), str(given[1]), str(given[2])) if all(isinstance(x, str) for x in given) else None
     if any(row.get(key) is not None for key in IDS):
-        return GivenPair(name, "", None, texts, (_ids(row, IDS[0]), _ids(row, IDS[1]), _ids(row, IDS[2])))
+        ids = (_ids(row, IDS[0]), _ids(row, IDS[1]), _ids(row, IDS[2]))
+        visits = row.get("visits_chosen"), row.get("visits_rejected")
+        counted = (visits[0], visits[1]) if all(type(n) is int and n >= 0 for n in visits) else None
+        return GivenPair(name, "", None, texts, ids, counted, str(row.get("tree") or ""))
     messages, answers = _conversation(row)
     chosen, rejected = (
         _sample(name, messages, row.get("tools"), key, x) for key, x in zip(ANSWERS, answers, strict=True)
     )
     if (chosen.target, chosen.before_calls) == (rejected.target, rejected.before_calls):
         raise ValueError('"chosen" and "rejected" are the same answer')
-    return GivenPair(name, "", (chosen, rejected), texts)
+    extra = {"thoughts": holds_thought(row), "has_context": bool(row.get("system") or row.get("tools"))}
+    return GivenPair(name, "", (chosen, rejected), texts, **extra)
 
 
 def _conversation(row: Row) -> tuple[list[Any], list[Any]]:
     """Returns the messages before the answers, and both answers."""
     answers = [_answer(key, row[key]) for key in ANSWERS]
-    if (key := next((k for k in ("prompt", "messages") if row.get(k)), None)) is not None:
-        messages = field(row, key, str, list)
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    elif row.get("conversations"):
+    given = [key for key in CONTEXTS if row.get(key)]
+    if len(given) > 1:
+        raise ValueError(f'a pair has "{given[0]}" and "{given[1]}"; keep the one that holds the prompt')
+    if "instruction" not in given and (stray := [key for key in ("input", "history") if row.get(key)]):
+        raise ValueError(f'"{stray[0]}" without "instruction"')
+    whole = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
+    if not given or (given == ["prompt"] and isinstance(row["prompt"], str) and whole):
+        messages, answers = _split(*(row[key] for key in ANSWERS))
+        if given and (not messages or messages[-1].get("content") != row["prompt"]):
+            raise ValueError(
+                '"prompt" is not the last message before the answers; remove the column if it is not needed'
+            )
+    elif given[0] == "conversations":
         messages = sharegpt_turns(row)
-    elif row.get("instruction"):
-        asked = [part for key in ("instruction", "input") if (part := row.get(key))]
-        past = [x for pair in row.get("history") or [] for x in zip(("user", "assistant"), pair, strict=True)]
+    elif given[0] == "instruction":
+        asked = [field(row, key, str) for key in ("instruction", "input") if row.get(key)]
+        past = [x for pair in row.get("history") or [] for x in zip(("user", "assistant"), _turn(pair), strict=True)]
         messages = [{"role": role, "content": text} for role, text in [*past, ("user", "\n".join(asked))]]
     else:
-        messages, answers = _split(*(row[key] for key in ANSWERS))
-    if system := row.get("system"):
-        messages = [{"role": "system", "content": system}, *messages]
+        messages = field(row, given[0], str, list)
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    if row.get("system"):
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+            raise ValueError('a pair has "system" and a system message; keep one')
+        messages = [{"role": "system", "content": field(row, "system", str)}, *messages]
     return messages, answers
+
+
+def _turn(pair: Any) -> list[str]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise ValueError('"history" must be a list of [question, answer]')
+    return pair
 
 
 def _answer(key: str, answer: Any) -> Any:
@@ -104,7 +142,7 @@ def _answer(key: str, answer: Any) -> Any:
 def _split(chosen: Any, rejected: Any) -> tuple[list[Any], list[Any]]:
     """Returns the messages that both conversations begin with, and their last messages."""
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise ValueError('a pair needs its "prompt": texts that contain it cannot be divided')
+        raise ValueError('a pair needs its "prompt" in a column: give it, and only the answers in chosen and rejected')
     if chosen[:-1] != rejected[:-1]:
         raise ValueError('"chosen" and "rejected" must differ in their last message only; a pair compares single turns')
     return chosen[:-1], [chosen[-1], rejected[-1]]

@@ -232,19 +232,19 @@ def _samples(
             refuse(str(error), skipped, error)
     if not samples:
         raise ValueError(f"{name} contains no samples")
-    if thoughts := sum(_holds_thought(row) for _, row in rows):
+    if thoughts := sum(holds_thought(row) for _, row in rows):
         log(f"{name}: thoughts before answers, <think>...</think>, are left out ({thoughts} rows)")
     if for_training and any(isinstance(sample, RawSample) for sample in samples):
         raise ValueError(f"{name} contains raw prompts, which only the stages score and generate accept")
     return samples
 
 
-def _holds_thought(value: Any) -> bool:
+def holds_thought(value: Any) -> bool:
     """Returns whether a text in a JSON value, at any depth, begins with a thought."""
     if isinstance(value, str):
         return formats.has_thought(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(map(_holds_thought, items))
+    return any(map(holds_thought, items))
 
 
 def _public_reader(row: Row, where: str, path: pathlib.Path, targets: Targets) -> Callable[[Row], list[Sample]] | None:

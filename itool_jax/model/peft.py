@@ -5,6 +5,7 @@ error that names it.
 """
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -18,8 +19,13 @@ from itool_jax.system.untrusted import inside, read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers."
-_REFUSED = ("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+_REFUSED = (
+    *("use_dora", "use_qalora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias"),
+    *("alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters"),
+)
 """Settings of PEFT that change what an adapter computes, if they have a value."""
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of `init_lora_weights` that also change the base."""
 
 
 def read_settings(folder: Path) -> tuple[int, float]:
@@ -41,10 +47,19 @@ def read_settings(folder: Path) -> tuple[int, float]:
             raise ValueError(f"{path}: {name}={str(raw[name])[:60]} is not supported; merge the adapter with PEFT")
     if raw.get("bias") not in (None, "none"):
         raise ValueError(f"{path}: bias={raw['bias']} is not supported; merge the adapter with PEFT")
+    if str(raw.get("init_lora_weights")).lower().startswith(_CHANGED_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights={raw['init_lora_weights']} goes with a changed base; merge it with PEFT"
+        )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not alpha > 0:
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: r and lora_alpha must be positive numbers, got {rank!r} and {alpha!r}")
     return rank, float(alpha) * (rank**0.5 if raw.get("use_rslora") else 1.0)
+
+
+def base_name(folder: Path) -> str:
+    """Returns the name or path of the model that an adapter says it was trained for; empty if it names none."""
+    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
 
 
 def load_adapter(folder: Path, adapters: Params, lora: LoraSettings) -> Params:
@@ -56,10 +71,10 @@ def load_adapter(folder: Path, adapters: Params, lora: LoraSettings) -> Params:
     from safetensors import SafetensorError, safe_open
 
     rank, alpha = read_settings(folder)
-    if (rank, alpha) != (lora.rank, lora.alpha):
+    if rank != lora.rank or not math.isclose(alpha, lora.alpha, rel_tol=1e-5):
         raise ValueError(
-            f"adapter {folder} has rank {rank} and alpha {alpha:g}, but the settings say {lora.rank} and "
-            f"{lora.alpha:g}; set --lora.rank={rank} --lora.alpha={alpha:g}"
+            f"adapter {folder} has rank {rank} and alpha {alpha:.8g}, but the settings say {lora.rank} and "
+            f"{lora.alpha:.8g}; set --lora.rank={rank} --lora.alpha={alpha:.8g}"
         )
     path = inside(folder, TENSORS)
     if not path.is_file():

@@ -9,7 +9,7 @@ policy unless `preference.reference` is warmup. Out: the iteration's weights and
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grain
 
@@ -34,6 +34,7 @@ from itool_jax.system.files import write_jsonl
 from itool_jax.system.messages import log
 from itool_jax.text.chat import Encoded, encode_sample
 from itool_jax.text.padding import target_width
+from itool_jax.text.sample import content_id
 from itool_jax.training import loop as train
 from itool_jax.training.replay import is_drawn
 
@@ -162,21 +163,28 @@ def encode_pairs(task: Task) -> Figures:
     config, base = task.config, task.run.base
     skipped: list[str] | None = [] if config.skip_bad_rows else None
     rows: list[PreferenceRow] = []
-    plain = 0
+    plain = thoughts = cut = 0
     assert config.pairs.file is not None
     for pair in load_pairs(config.pairs.file, skipped):
         try:
+            if config.preference.loss == "conservative_dpo" and pair.visits is None:
+                raise ValueError("preference.loss=conservative_dpo needs visits_chosen and visits_rejected of a search")
             prompt, chosen, rejected = _encoded(base, pair)
         except ValueError as error:
             refuse(f"{pair.place}: {error}", skipped, error)
             continue
         plain += pair.texts is not None and pair.ids is None and not base.chat.holds_special(pair.texts[0])
-        texts = map(base.chat.tokenizer.decode, (prompt, chosen, rejected))
-        rows.append(PreferenceRow(pair.id, *texts, prompt, chosen, rejected, *_NOT_SEARCHED, tree=pair.id, **_NO_NODES))
+        thoughts += pair.thoughts
+        cut += not base.chat.form.keeps_text and any(sample.before_calls for sample in pair.samples or ())
+        rows.append(_row(base, pair, prompt, chosen, rejected))
     if not rows:
-        raise ValueError(f"{config.pairs.file}: no pair is usable")
+        raise ValueError(f"{config.pairs.file}: no pair is usable" + (f" (first: {skipped[0]})" if skipped else ""))
     if plain:
         log(f"{plain} prompts are plain text, so the chat template writes them as a user's message")
+    if thoughts:
+        log(f"thoughts before answers, <think>...</think>, are left out ({thoughts} pairs)")
+    if cut:
+        log(f"{cut} pairs have text before calls, which is dropped: {base.chat.form.name} has no place for it")
     for reason in skipped or ():
         log(f"skipped {reason}")
     write_jsonl(task.folder / PAIRS, map(json_of, rows))
@@ -184,13 +192,32 @@ def encode_pairs(task: Task) -> Figures:
     return {"pairs": len(rows), "skipped": len(skipped or ())}
 
 
-_NOT_SEARCHED = 0.0, 0.0, 1, 1
-"""Q and visits of both steps of a pair that no search made: equal, so that they favour neither."""
-_NO_NODES: dict[str, Any] = {
-    **dict.fromkeys(("node", "chosen_node", "rejected_node"), 0),
-    **dict.fromkeys(("best_ending_chosen", "best_ending_rejected"), 0.0),
-    "chosen_sampled": False,
-}
+def _row(base: Base, pair: GivenPair, prompt: list[int], chosen: list[int], rejected: list[int]) -> PreferenceRow:
+    """Returns the row of a pair. Q is unknown; visits are equal, favouring neither step, unless a search counted them.
+
+    Pairs of the same prompt, or tree, are held out together.
+    """
+    decode, visits = base.chat.tokenizer.decode, pair.visits or (1, 1)
+    return PreferenceRow(
+        id=pair.id,
+        prompt=decode(prompt),
+        chosen=decode(chosen),
+        rejected=decode(rejected),
+        prompt_ids=prompt,
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        q_chosen=0.0,
+        q_rejected=0.0,
+        visits_chosen=visits[0],
+        visits_rejected=visits[1],
+        tree=pair.tree or content_id("prompt", {"ids": prompt}),
+        node=0,
+        chosen_node=0,
+        rejected_node=0,
+        best_ending_chosen=0.0,
+        best_ending_rejected=0.0,
+        chosen_sampled=False,
+    )
 
 
 def _encoded(base: Base, pair: GivenPair) -> tuple[list[int], list[int], list[int]]:
@@ -202,6 +229,10 @@ def _encoded(base: Base, pair: GivenPair) -> tuple[list[int], list[int], list[in
         if pair.texts is not None and tuple(map(chat.tokenizer.decode, pair.ids)) != pair.texts:
             raise ValueError("its token ids are not those of its texts; were they made with another model?")
     elif pair.texts is not None and chat.holds_special(pair.texts[0]):  # a template wrote it
+        if pair.has_context:
+            raise ValueError(
+                'its "prompt" was written by a template, so "system" and "tools" would be left out; remove them'
+            )
         prompt, chosen, rejected = map(chat.encode, pair.texts)
         chosen, rejected = (
             ids if ids and ids[-1] in chat.stop_ids else [*ids, chat.end_of_turn] for ids in (chosen, rejected)

@@ -20,7 +20,7 @@ from itool_jax.mcts.search import RIGHT, FinishedTree, is_reachable
 from itool_jax.mcts.search import grow as grow_trees
 from itool_jax.stages import score
 from itool_jax.store.across_hosts import Advance
-from itool_jax.store.base import Base
+from itool_jax.store.base import Base, let_go_of_programs
 from itool_jax.store.cache import Figures, Phase, Step, Table, Task
 from itool_jax.store.columns import json_of, row_of
 from itool_jax.store.paths import command, phase_name
@@ -116,6 +116,7 @@ def trees(
     key, weight = draws.random_key(config, iteration, "search"), config.self_eval.weight
     settings = config.search.fitted(len(items))
     for group in draws.by_prompt_width(items, settings.lanes):
+        let_go_of_programs(base)  # of the last group, whose widths were others
         # Search them in lock-step, `search.batch` at a time (eq 5 to 9).
         batch = [items[i] for i in group]
         max_length = base.config.max_length

@@ -13,18 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import jax
-
 from itool_jax.config import Config
 from itool_jax.store import columns
 from itool_jax.store.across_hosts import Work, map_across_hosts
-from itool_jax.store.base import DEEP
+from itool_jax.store.base import let_go_of_programs
 from itool_jax.store.checkpoint import damage
 from itool_jax.store.directory import STARTED, binding_settings
 from itool_jax.store.paths import StepId, done_file, iteration_of, working_folder
 from itool_jax.store.sources import ALL, MODEL, check_sources
 from itool_jax.system import hosts
-from itool_jax.system.allocator import release_freed_memory
 from itool_jax.system.files import read_json, write_json
 from itool_jax.system.messages import log, working_on
 from itool_jax.system.metrics import track_results
@@ -171,7 +168,7 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
     for value in inputs:
         value.require()
     start = time.monotonic()
-    _let_go_of_programs(run)
+    let_go_of_programs(run.base)
     with working_on(phase, step.name):
         figures = step.compute(task, *inputs)
         track_results(phase, step.name, figures)
@@ -179,17 +176,6 @@ def compute_once(run: "Run", phase: str, step: Step[Any], inputs: Sequence[Value
     hosts.broadcast_from_primary(
         f"end {phase}/{step.name}", lambda: _end(task, step, figures | {"seconds": seconds}, state.basis or {})
     )
-
-
-def _let_go_of_programs(run: "Run") -> None:
-    """Frees the programs of earlier steps if the model is deep and runs on a CPU.
-
-    A program of 30 layers keeps 50 to 100 MB of host memory, and a search has some 30. One that is used again comes
-    from the compilation cache. Beside accelerators, hosts have memory to spare.
-    """
-    if jax.default_backend() == "cpu" and run.base.config.n_layers > DEEP:
-        jax.clear_caches()
-        release_freed_memory()
 
 
 class _State(NamedTuple):

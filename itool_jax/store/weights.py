@@ -5,6 +5,7 @@ it returns stays valid; it drops its own references as soon as another layout or
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -40,7 +41,7 @@ class Weights:
         self._base: Params | None = None
         self._stacked = False
         self._policy: tuple[str, Policy] | None = None
-        self._told = False
+        self._told = self._warned = False
 
     def _load(self, dtype: str = "float32", *, nf4: bool = False, stacked: bool = True) -> Params:
         """Reads the base's weights; says once if its file has them quantized."""
@@ -97,7 +98,14 @@ class Weights:
         if phase != BASE:
             return restore_trained(config, phase)
         fresh = initialize_adapters(load_base(config).config, config.lora, jax.random.key(config.seed))
-        return fresh if config.adapter is None else peft.load_adapter(config.adapter, fresh, config.lora)
+        if config.adapter is None:
+            return fresh
+        adapters = peft.load_adapter(config.adapter, fresh, config.lora)
+        theirs = peft.base_name(config.adapter)
+        if Path(theirs).name not in ("", Path(config.model).name, model_folder(config).name) and not self._warned:
+            log(f"adapter {config.adapter} names {theirs} as its model, not {config.model}")
+        self._warned = True
+        return adapters
 
     def trainable(self, phase: str, *, merge: bool = False) -> tuple[Params, Params]:
         """Returns a phase's trainable float32 parameters, which training takes over, and the frozen parameters.

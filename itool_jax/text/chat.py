@@ -112,7 +112,7 @@ class Chat:
     token if it puts none. `stop_ids` are all tokens that end a response, end of turn first. `n_ids` is one more than
     the largest id that a text can contain. `form` is how answers write calls; with `native`, the template lists the
     tools and writes earlier calls itself, else the system message lists them and says what an answer looks like.
-    `model` is the model's folder, if the tokenizer comes from another one; it may list more tokens that end a response.
+    `folders`, of a model and its adapter, may list more tokens that end a response than the tokenizer's own folder.
 
     Raises:
         ValueError: `tool_format` is native, and the template writes calls in no known form or not at all; or
@@ -124,11 +124,11 @@ class Chat:
         tokenizer: Any,
         tool_format: ToolFormat = "auto",
         tool_style: ToolStyle = "schema",
-        model: Path | None = None,
+        folders: Sequence[Path] = (),
     ):
         self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "the model"
-        self._folders = dict.fromkeys((Path(self.name), model or Path(self.name)))
+        self._folders = dict.fromkeys((Path(self.name), *folders))
         self.tool_style: ToolStyle = tool_style
         self.form, self.native = self._find_form(tool_format)
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
