@@ -82,17 +82,18 @@ def _pair(row: Row) -> GivenPair:
     texts = (str(given[0]), str(given[1]), str(given[2])) if all(isinstance(x, str) for x in given) else None
     if any(row.get(key) is not None for key in IDS):
         ids = (_ids(row, IDS[0]), _ids(row, IDS[1]), _ids(row, IDS[2]))
-        visits = row.get("visits_chosen"), row.get("visits_rejected")
-        counted = (visits[0], visits[1]) if all(type(n) is int and n >= 0 for n in visits) else None
-        return GivenPair(name, "", None, texts, ids, counted, str(row.get("tree") or ""))
+        better, worse = row.get("visits_chosen"), row.get("visits_rejected")
+        visits = (better, worse) if isinstance(better, int) and isinstance(worse, int) else None
+        return GivenPair(name, "", None, texts, ids, visits, str(row.get("tree") or ""))
     messages, answers = _conversation(row)
     chosen, rejected = (
         _sample(name, messages, row.get("tools"), key, x) for key, x in zip(ANSWERS, answers, strict=True)
     )
     if (chosen.target, chosen.before_calls) == (rejected.target, rejected.before_calls):
         raise ValueError('"chosen" and "rejected" are the same answer')
-    extra = {"thoughts": holds_thought(row), "has_context": bool(row.get("system") or row.get("tools"))}
-    return GivenPair(name, "", (chosen, rejected), texts, **extra)
+    has_context = bool(row.get("system") or row.get("tools"))
+    samples = chosen, rejected
+    return GivenPair(name, "", samples, texts, thoughts=holds_thought(row), has_context=has_context)
 
 
 def _conversation(row: Row) -> tuple[list[Any], list[Any]]:

@@ -52,7 +52,7 @@ def read_settings(folder: Path) -> tuple[int, float]:
             f"{path}: init_lora_weights={raw['init_lora_weights']} goes with a changed base; merge it with PEFT"
         )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: r and lora_alpha must be positive numbers, got {rank!r} and {alpha!r}")
     return rank, float(alpha) * (rank**0.5 if raw.get("use_rslora") else 1.0)
 

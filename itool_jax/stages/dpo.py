@@ -74,7 +74,7 @@ def fit(
     reference: dict[str, ReferenceRow] = {}
     graph = training_graph(config, dropout=False)  # dropout would make log-ratios to the reference noisy
     if settings.control == "sft_same_prompts" or settings.is_supervised:
-        targets = _targets(task, rows, _hold_out(config, answers.rows if answers else ())[0])
+        targets = _targets(task, rows, _hold_out(config, answers.rows)[0] if answers else [])
         if not targets:
             return _keep(task, policy, "the trees hold no right answer by the model itself")
         batches = sft_batches(targets, settings.batch_size, settings.epochs, config.seed + task.iteration)
