@@ -164,7 +164,7 @@ def _head(plan: Figures) -> list[str]:
         f"programs may use {d['bytes_for_programs'] / 1e9:.1f} GB of each ({share:.0%}); memory estimated by "
         f"{d['analysis']}",
         *(
-            ["beside these, Python and libraries take 0.4 GB, and each program 2 to 3 MB a layer"]
+            ["beside these, Python and libraries take 0.4 GB, and each program 2 to 5 MB a layer"]
             * (d["name"] == "cpu")
         ),
     ]
