@@ -93,8 +93,8 @@ def step_table(config: Config, granularity: Granularity) -> StepTable:
 def let_go_of_programs(base: Base) -> None:
     """Frees the compiled programs so far if the model is deep and runs on a CPU.
 
-    A program of 30 layers keeps 50 MB of host memory and leaves more in freed pieces; a search has some 30. One that is used again comes
-    from the compilation cache. Beside accelerators, hosts have memory to spare.
+    A program of 30 layers keeps 50 MB of host memory and leaves more in freed pieces; a search has some 30. One that
+    is used again comes from the compilation cache. Beside accelerators, hosts have memory to spare.
     """
     if jax.default_backend() == "cpu" and base.config.n_layers > DEEP:
         jax.clear_caches()
