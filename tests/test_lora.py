@@ -87,12 +87,17 @@ def test_a_starts_as_peft_starts_it(config: ModelConfig) -> None:
     assert len({np.asarray(a[:8, :8]).tobytes() for a in starts}) == 3 * config.n_layers
 
 
+def copied(params: Params) -> Params:
+    """The same arrays in a tree of its own, for `merge_adapters` to change."""
+    return jax.tree.map(lambda x: x, params)
+
+
 def test_only_the_targets_are_adapted(config: ModelConfig, base: Params) -> None:
     some = dataclasses.replace(LORA, targets=("q", "down"))
     fresh = initialize_adapters(config, some, jax.random.key(0))
     assert set(fresh["layers"]) == {"q", "down"}
     trained = jax.tree.map(lambda x: x + 0.1, fresh)
-    merged = logits(config, merge_adapters(base, trained, some))
+    merged = logits(config, merge_adapters(copied(base), trained, some))
     np.testing.assert_allclose(logits(config, base, trained, some), merged, rtol=0, atol=1e-4)
 
 
@@ -117,20 +122,20 @@ def test_adapters_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
 
 def test_fresh_adapters_change_nothing(config: ModelConfig, base: Params, fresh: Params) -> None:
     assert np.array_equal(logits(config, base, fresh), logits(config, base))
-    merged = merge_adapters(base, fresh, LORA)
+    merged = merge_adapters(copied(base), fresh, LORA)
     assert jax.tree.all(jax.tree.map(np.array_equal, merged, base))
 
 
 def test_folded_in_equals_apart(config: ModelConfig, base: Params, trained: Params) -> None:
     plain, apart = logits(config, base), logits(config, base, trained)
     assert float(jnp.abs(apart - plain).max()) > 0.5
-    merged = merge_adapters(base, trained, LORA)
+    merged = merge_adapters(copied(base), trained, LORA)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     np.testing.assert_allclose(logits(config, merged), apart, rtol=0, atol=1e-4)
 
 
 def test_folding_adds_alpha_over_rank_times_the_product(base: Params, trained: Params) -> None:
-    merged = merge_adapters(base, trained, LORA)
+    merged = merge_adapters(copied(base), trained, LORA)
     for name in LINEAR:
         part = {k: np.asarray(v, np.float64) for k, v in trained["layers"][name].items()}
         change = np.asarray(merged["layers"][name]["kernel"] - base["layers"][name]["kernel"])

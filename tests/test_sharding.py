@@ -73,7 +73,7 @@ def everything(folder: Path) -> dict[str, Any]:
     trained = {kind: train_on(kind, folder) for kind in KINDS}
     results: dict[str, Any] = {kind: losses for kind, (losses, _) in trained.items()}
     adapters = stacking.to_run(trained["sft"][1].trainable)
-    policy = Policy(abstract(config)[0], merge_adapters(base, adapters, LORA))
+    policy = Policy(abstract(config)[0], merge_adapters(jax.tree.map(lambda x: x, base), adapters, LORA))
     results["scores"] = tiny.in_order(target_log_probs(policy, ROWS, 1024))
     chat = Chat(load_tokenizer(str(folder)))
     table = build_step_table(chat.tokenizer, "sentence", config.vocab_size, chat.stop_ids)

@@ -19,13 +19,20 @@ def initialize_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> 
     return constrain(nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)))
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def merge_adapters(base: Params, adapters: Params, lora: LoraSettings) -> Params:
-    """Replaces every adapted kernel of the base with kernel + alpha/rank · A B."""
+    """Replaces every adapted kernel in `base` with kernel + alpha/rank · A B, one by one, and returns `base`."""
     if "lora_a" in adapters:
-        change = jnp.einsum("...ir,...ro->...io", adapters["lora_a"], adapters["lora_b"])
-        return base | {"kernel": (base["kernel"] + lora.alpha / lora.rank * change).astype(base["kernel"].dtype)}
-    return base | {name: merge_adapters(base[name], part, lora) for name, part in adapters.items()}
+        base["kernel"] = _merged(base["kernel"], adapters["lora_a"], adapters["lora_b"], lora)
+    else:
+        for name, part in adapters.items():
+            merge_adapters(base[name], part, lora)
+    return base
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _merged(kernel: Array, a: Array, b: Array, lora: LoraSettings) -> Array:
+    change = jnp.einsum("...ir,...ro->...io", a, b)
+    return (kernel + lora.alpha / lora.rank * change).astype(kernel.dtype)
 
 
 def beside(base: Params, adapters: Params) -> Params:

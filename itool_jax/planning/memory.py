@@ -38,7 +38,7 @@ class MemoryEstimate(NamedTuple):
     """Bytes per device by purpose: present before a program runs, needed while it runs, and returned by it."""
 
     weights: int
-    """Weights of the base; for a small model also the copy that adapters are merged into."""
+    """Weights of the base, or those that adapters were merged into."""
     adapters: int
     optimizer: int
     caches: int
@@ -135,9 +135,8 @@ class Program(NamedTuple):
 def _bound(model: ModelConfig, tokens: int, width: int, logits: int, cached: int = 0, trains: bool = False) -> float:
     """Bounds the bytes of a pass over `tokens` tokens that attend to `width`, with logits at `logits` of them.
 
-    It keeps every array of a layer, of all layers if it trains, in float32, with gradients and two moments, or with a
-    copy of the weights that adapters are merged into. That is more than programs need, but where memory is plenty they
-    need not be compiled to know that they fit.
+    It keeps every array of a layer, of all layers if it trains, in float32, with gradients and two moments. That is
+    more than programs need, but where memory is plenty they need not be compiled to know that they fit.
     """
     m, heads = model, model.n_heads + 2 * model.n_kv_heads
     a_layer = m.hidden_size * (heads + m.n_heads) * m.head_dim + 3 * m.hidden_size * m.intermediate_size
@@ -145,7 +144,7 @@ def _bound(model: ModelConfig, tokens: int, width: int, logits: int, cached: int
     a_token = 8 * m.hidden_size + 6 * m.intermediate_size + 2 * heads * m.head_dim + 3 * m.n_heads * width
     activations = tokens * a_token * (m.n_layers if trains else 1) + 4 * logits * m.vocab_size
     kept = cached * 2 * m.n_layers * m.n_kv_heads * m.head_dim
-    return 4.0 * ((4 if trains else 2) * weights + activations + kept)
+    return 4.0 * ((4 if trains else 1) * weights + activations + kept)
 
 
 SHALLOW = 4
@@ -219,21 +218,19 @@ class _Running(NamedTuple):
     graph: Any
     weights: Any
     resident: Resident
-    unread: int
-    """Bytes that are resident but not read."""
 
 
 def _running(model: ModelConfig, lora: LoraSettings) -> _Running:
     graph, base, adapters = abstract(dataclasses.replace(model, stacked=False), lora)
     base = placed(_stored(base, model.dtype), running=True)
     if not lora.rank:
-        return _Running(graph, base, Resident(_bytes(base)), 0)
-    # Adapters are merged into a copy of a small model; other models keep them beside the weights (`store.weights`).
+        return _Running(graph, base, Resident(_bytes(base)))
+    # Adapters are merged into float32 weights; other models keep them beside the weights (`store.weights`).
     if model.dtype == "float32" and not model.nf4:
         graph = abstract(dataclasses.replace(model, stacked=False))[0]
-        return _Running(graph, base, Resident(2 * _bytes(base)), _bytes(base))
+        return _Running(graph, base, Resident(_bytes(base)))
     adapters = placed(adapters, running=True)
-    return _Running(graph, beside(base, adapters), Resident(_bytes(base), _bytes(adapters)), 0)
+    return _Running(graph, beside(base, adapters), Resident(_bytes(base), _bytes(adapters)))
 
 
 def _layer(model: ModelConfig, lora: LoraSettings, shared: int, own: int) -> MemoryEstimate:
@@ -284,25 +281,25 @@ def proposing(
 
     The caches of the prompts with the reference, which the questions read, stay allocated.
     """
-    graph, weights, resident, unread = _running(model, lora)
+    graph, weights, resident = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     table, path = step_table(model.vocab_size), (_array(batch, lengths.path), _array(batch))
     draws = _draws(batch * search.breadth)
     step = sampler.sample_step.lower(graph, search.longest_step, weights, table, prompt, *path, *draws)
-    return _estimate(step, resident._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(asked))
+    return _estimate(step, resident._replace(caches=_bytes(prompt) + _bytes(asked)), _bytes(asked))
 
 
 def asking(
     model: ModelConfig, lora: LoraSettings, search: SearchSettings, lengths: Lengths, batch: int
 ) -> MemoryEstimate:
     """Estimates a round of questions about last steps; the caches of the prompts alone stay allocated."""
-    graph, weights, resident, unread = _running(model, lora)
+    graph, weights, resident = _running(model, lora)
     prompt, asked = (_caches(graph, weights, width, batch) for width in (lengths.prompt, lengths.asked))
     rows, path = batch * search.breadth, (_array(batch, lengths.path), _array(batch))
     ask = sampler.choice_logits.lower(
         graph, weights, asked, *path, *(_array(rows, lengths.own), _array(rows)), _array(2)
     )
-    return _estimate(ask, resident._replace(caches=_bytes(prompt) + _bytes(asked)), unread + _bytes(prompt))
+    return _estimate(ask, resident._replace(caches=_bytes(prompt) + _bytes(asked)), _bytes(prompt))
 
 
 def _draws(rows: int) -> tuple[Any, ...]:
@@ -326,17 +323,17 @@ def responses(lora: LoraSettings, rows: int, width: int, limit: int) -> Program:
 
 def scoring(model: ModelConfig, lora: LoraSettings, rows: int, width: int) -> MemoryEstimate:
     """Estimates computing the log-probabilities of the targets of `rows` rows of `width` tokens."""
-    graph, weights, resident, unread = _running(model, lora)
-    return _estimate(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), resident, unread)
+    graph, weights, resident = _running(model, lora)
+    return _estimate(sampler.score.lower(graph, weights, _batch(False, rows, width, False, None)), resident)
 
 
 def responding(model: ModelConfig, lora: LoraSettings, rows: int, width: int, limit: int) -> MemoryEstimate:
     """Estimates sampling responses of at most `limit` tokens to `rows` prompts of `width` tokens."""
-    graph, weights, resident, unread = _running(model, lora)
+    graph, weights, resident = _running(model, lora)
     prompt = _outputs(sampler.prefill, graph, weights, _array(rows, width), _array(rows))
     inputs = (step_table(model.vocab_size), prompt, _array(rows, 1), _array(rows), *_draws(rows))
     resident = resident._replace(caches=_bytes(prompt))
-    return _estimate(sampler.sample_step.lower(graph, limit, weights, *inputs), resident, unread)
+    return _estimate(sampler.sample_step.lower(graph, limit, weights, *inputs), resident)
 
 
 def _caches(graph: Any, weights: Any, width: int, batch: int) -> Prefix:

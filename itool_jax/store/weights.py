@@ -84,8 +84,8 @@ class Weights:
             self._base = None
             return Policy(graph, stacking.to_run(restore_trained(config, phase, config.dtype)))
         frozen = self.base(stacked=False)
-        # A float32 model is small enough for a merged copy to fit in memory next to the base.
         if config.preference.merge or (config.dtype == "float32" and config.quantize == "none"):
+            self._base = None  # the merged weights take its place
             for part in merged_phases(config, phase):
                 frozen = merge_adapters(frozen, stacking.to_run(self._adapters(part)), config.lora)
             return Policy(graph, frozen)
