@@ -18,9 +18,9 @@ KEEP_FREED_MEMORY = {
 
 
 def keep_freed_memory() -> None:
-    """Restarts the program so that glibc keeps large buffers, unless one of its settings is already set."""
-    if sys.platform == "linux" and not KEEP_FREED_MEMORY.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_FREED_MEMORY})
+    """Restarts the program so that glibc keeps large buffers, unless MALLOC_MMAP_MAX_ is set; other set values stay."""
+    if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**KEEP_FREED_MEMORY, **os.environ})
 
 
 def release_freed_memory() -> None:
